@@ -1,0 +1,1 @@
+"""Benchmarks and measurements: machine code, quality, latency, throughput, peers."""

@@ -1,0 +1,1 @@
+"""Exporting networks, and loading what was exported."""

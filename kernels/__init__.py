@@ -1,0 +1,1 @@
+"""Triton kernels, their launchers, and the eager PyTorch reference of each."""
