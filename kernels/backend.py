@@ -29,6 +29,9 @@ except ImportError:  # macOS and Windows have no Triton wheel; the reference pat
         def __getattr__(self, name: str) -> Any:
             return _Absent()
 
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return self
+
     triton = tl = _Absent()
     HAS_TRITON = False
 

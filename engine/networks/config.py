@@ -1,0 +1,309 @@
+"""What a UNet is made of: the fields of a diffusers ``UNet2DModel`` config, each checked before anything is built."""
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from stepfusion.errors import CheckpointError
+
+MAX_CHANNELS = 16_384
+MAX_LAYERS = 32
+MAX_LEVELS = 16
+MAX_SIZE = 65_536
+MAX_PARAMETERS = 10_000_000_000
+
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+@dataclass(frozen=True)
+class UNet2DConfig:
+    """The configuration of a `UNet2D`, with the names, meanings and defaults of diffusers' ``UNet2DModel``.
+
+    A missing `attention_head_dim` means heads of 8 channels; ``None`` means one head over all channels.
+
+    Raises:
+        CheckpointError: a field has a wrong type or value, or fields contradict each other; the sentence names the
+            field, what was given and what is accepted.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            rule = _RULES[field.name]
+            if not rule.holds(value):
+                raise _refusal(field.name, value, rule.accepts)
+        _check_levels(self)
+        _check_embeddings(self)
+        count = self.parameter_count
+        if count > MAX_PARAMETERS:
+            raise CheckpointError(
+                f"the UNet config has {count:,} parameters; accepted are at most {MAX_PARAMETERS:,}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "UNet2DConfig":
+        """Read the dict of a diffusers ``config.json``; keys that start with ``_`` are notes and are skipped.
+
+        Raises:
+            CheckpointError: an unknown key, a wrong value (see the class), or the config of another model class.
+        """
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"a UNet config is {reprlib.repr(config)}; accepted is a JSON object")
+        name = config.get("_class_name", "UNet2DModel")
+        if name != "UNet2DModel":
+            raise _refusal("_class_name", name, "'UNet2DModel'")
+        given = {str(key): value for key, value in config.items() if not str(key).startswith("_")}
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(given.keys() - known)
+        if unknown:
+            key, accepted = reprlib.repr(unknown[0]), ", ".join(sorted(known))
+            raise CheckpointError(f"the UNet config has the unknown key {key}; accepted are {accepted}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dict that diffusers reads back as a ``UNet2DModel`` config (JSON types only)."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"_class_name": "UNet2DModel", **values}
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time embedding: four times the first level's channels unless given."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def num_levels(self) -> int:
+        """Resolutions that the UNet works at; height and width are multiples of ``2 ** (num_levels - 1)``."""
+        return len(self.block_out_channels)
+
+    @property
+    def has_class_labels(self) -> bool:
+        """Whether the network takes class labels."""
+        return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    def head_dim(self, channels: int) -> int:
+        """Channels of one attention head in a block of `channels`."""
+        return channels if self.attention_head_dim is None else self.attention_head_dim
+
+    @property
+    def mid_attention_groups(self) -> int | None:
+        """Groups of the middle attention's GroupNorm; ``None``: it has no norm (the scale-shift default)."""
+        if self.attn_norm_num_groups is not None:
+            return self.attn_norm_num_groups
+        return self.norm_num_groups if self.resnet_time_scale_shift == "default" else None
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, by arithmetic alone: nothing is allocated."""
+        return _count_parameters(self)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a field accepts: a predicate, and the words that say so."""
+
+    accepts: str
+    holds: Callable[[object], bool]
+
+
+def _is_integer(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _integer(low: int, high: int) -> _Rule:
+    return _Rule(f"an integer from {low} to {high}", lambda value: _is_integer(value, low, high))
+
+
+def _number(words: str, holds: Callable[[float], bool]) -> _Rule:
+    def check(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return math.isfinite(value) and holds(value)
+
+    return _Rule(words, check)
+
+
+def _choice(*names: str) -> _Rule:
+    return _Rule(
+        f"{' or '.join(map(repr, names))} (nothing else is implemented)",
+        lambda value: isinstance(value, str) and value in names,
+    )
+
+
+def _optional(rule: _Rule) -> _Rule:
+    return _Rule(f"null or {rule.accepts}", lambda value: value is None or rule.holds(value))
+
+
+def _levels(item: _Rule) -> _Rule:
+    return _Rule(
+        f"a list of 1 to {MAX_LEVELS} entries, each {item.accepts}",
+        lambda value: isinstance(value, tuple) and 1 <= len(value) <= MAX_LEVELS and all(map(item.holds, value)),
+    )
+
+
+def _is_size(value: object) -> bool:
+    sizes = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    return all(_is_integer(size, 1, MAX_SIZE) for size in sizes)
+
+
+_BOOLEAN = _Rule("true or false", lambda value: isinstance(value, bool))
+
+_RULES: dict[str, _Rule] = {
+    "sample_size": _optional(_Rule(f"an integer from 1 to {MAX_SIZE}, or a pair of them", _is_size)),
+    "in_channels": _integer(1, MAX_CHANNELS),
+    "out_channels": _integer(1, MAX_CHANNELS),
+    "center_input_sample": _BOOLEAN,
+    "time_embedding_type": _choice("positional", "learned"),
+    "time_embedding_dim": _optional(_integer(1, 4 * MAX_CHANNELS)),
+    "freq_shift": _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "flip_sin_to_cos": _BOOLEAN,
+    "down_block_types": _levels(_choice(*_DOWN_BLOCKS)),
+    "mid_block_type": _optional(_choice("UNetMidBlock2D")),
+    "up_block_types": _levels(_choice(*_UP_BLOCKS)),
+    "block_out_channels": _levels(_integer(1, MAX_CHANNELS)),
+    "layers_per_block": _integer(1, MAX_LAYERS),
+    "mid_block_scale_factor": _number("a number above 0, up to 1000", lambda value: 0 < value <= 1000),
+    "downsample_padding": _integer(0, 1),
+    "downsample_type": _choice("conv", "resnet"),
+    "upsample_type": _choice("conv", "resnet"),
+    "dropout": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "act_fn": _choice("silu", "swish", "mish", "gelu", "relu"),
+    "attention_head_dim": _optional(_integer(1, MAX_CHANNELS)),
+    "norm_num_groups": _integer(1, MAX_CHANNELS),
+    "attn_norm_num_groups": _optional(_integer(1, MAX_CHANNELS)),
+    "norm_eps": _number("a number above 0, up to 1", lambda value: 0 < value <= 1),
+    "resnet_time_scale_shift": _choice("default", "scale_shift"),
+    "add_attention": _BOOLEAN,
+    "class_embed_type": _optional(_choice("timestep", "identity")),
+    "num_class_embeds": _optional(_integer(1, 1_000_000)),
+    "num_train_timesteps": _optional(_integer(1, 1_000_000)),
+}
+
+
+def _refusal(key: str, value: object, accepts: str) -> CheckpointError:
+    given = reprlib.repr(list(value) if isinstance(value, tuple) else value)
+    return CheckpointError(f"the UNet config has {key} = {given}; accepted is {accepts}")
+
+
+def _check_levels(config: UNet2DConfig) -> None:
+    """Hold the per-level lists, the sample size and the group and head sizes against each other."""
+    levels = config.num_levels
+    for key in ("down_block_types", "up_block_types"):
+        types = getattr(config, key)
+        if len(types) != levels:
+            raise _refusal(key, types, f"a list of {levels} entries, one for each of block_out_channels")
+    sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
+    if any(size is not None and size % 2 ** (levels - 1) for size in sizes):
+        raise _refusal("sample_size", config.sample_size, f"a multiple of {2 ** (levels - 1)}, with {levels} levels")
+    if any(channels % config.norm_num_groups for channels in config.block_out_channels):
+        channels = list(config.block_out_channels)
+        raise _refusal("norm_num_groups", config.norm_num_groups, f"a divisor of every block_out_channels {channels}")
+    last = config.block_out_channels[-1]
+    if last % (config.attn_norm_num_groups or 1):
+        raise _refusal("attn_norm_num_groups", config.attn_norm_num_groups, f"null or a divisor of {last}")
+    attended = _attended_channels(config)
+    if attended and config.attention_head_dim is not None and config.attention_head_dim > min(attended):
+        raise _refusal("attention_head_dim", config.attention_head_dim, f"null or at most {min(attended)}")
+
+
+def _attended_channels(config: UNet2DConfig) -> set[int]:
+    """Return the widths of all blocks that attend."""
+    down = zip(config.block_out_channels, config.down_block_types, strict=True)
+    up = zip(reversed(config.block_out_channels), config.up_block_types, strict=True)
+    attended = {channels for channels, kind in (*down, *up) if "Attn" in kind}
+    if config.mid_block_type is not None and config.add_attention:
+        attended.add(config.block_out_channels[-1])
+    return attended
+
+
+def _check_embeddings(config: UNet2DConfig) -> None:
+    """Refuse embeddings that have no size: a sinusoid without frequencies, a table without rows."""
+    if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
+        raise _refusal("num_train_timesteps", None, "an integer, since time_embedding_type is 'learned'")
+    if config.time_embedding_type == "positional" and config.block_out_channels[0] // 2 <= config.freq_shift:
+        raise _refusal("freq_shift", config.freq_shift, "below half of the first of block_out_channels")
+
+
+def _count_parameters(config: UNet2DConfig) -> int:
+    """Sum the sizes of every weight and bias, level by level as `UNet2D` builds them."""
+    channels, layers, width = config.block_out_channels, config.layers_per_block, config.time_embed_dim
+    first, last = channels[0], channels[-1]
+    mlp = _affine(first, width) + _affine(width, width)
+    total = _affine(9 * config.in_channels, first) + 2 * first + _affine(9 * first, config.out_channels) + mlp
+    if config.time_embedding_type == "learned":
+        total += first * (config.num_train_timesteps or 0)
+    if config.class_embed_type == "timestep":
+        total += mlp
+    elif config.class_embed_type is None:
+        total += width * (config.num_class_embeds or 0)
+    if config.mid_block_type is not None:
+        total += 2 * _resnet(config, last, last)
+        total += _attention(config, last, config.mid_attention_groups) if config.add_attention else 0
+    for level, (size, kind) in enumerate(zip(channels, config.down_block_types, strict=True)):
+        total += _resnet(config, channels[max(level - 1, 0)], size) + (layers - 1) * _resnet(config, size, size)
+        total += _block_extras(config, size, kind, layers, config.downsample_type, level < len(channels) - 1)
+    for level, (size, kind) in enumerate(zip(reversed(channels), config.up_block_types, strict=True)):
+        below = channels[min(len(channels) - level, len(channels) - 1)]
+        above = channels[max(len(channels) - level - 2, 0)]
+        total += _resnet(config, below + size, size) + (layers - 1) * _resnet(config, 2 * size, size)
+        total += _resnet(config, size + above, size)
+        total += _block_extras(config, size, kind, layers + 1, config.upsample_type, level < len(channels) - 1)
+    return total
+
+
+def _affine(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _resnet(config: UNet2DConfig, inputs: int, outputs: int) -> int:
+    projected = outputs if config.resnet_time_scale_shift == "default" else 2 * outputs
+    shortcut = _affine(inputs, outputs) if inputs != outputs else 0
+    norms, convs = 2 * inputs + 2 * outputs, _affine(9 * inputs, outputs) + _affine(9 * outputs, outputs)
+    return norms + convs + _affine(config.time_embed_dim, projected) + shortcut
+
+
+def _attention(config: UNet2DConfig, channels: int, groups: int | None) -> int:
+    inner = channels // config.head_dim(channels) * config.head_dim(channels)
+    return (2 * channels if groups is not None else 0) + 3 * _affine(channels, inner) + _affine(inner, channels)
+
+
+def _block_extras(config: UNet2DConfig, size: int, kind: str, layers: int, resample: str, resamples: bool) -> int:
+    attention = layers * _attention(config, size, config.norm_num_groups) if "Attn" in kind else 0
+    if not resamples:
+        return attention
+    by_resnet = "Attn" in kind and resample == "resnet"
+    return attention + (_resnet(config, size, size) if by_resnet else _affine(9 * size, size))

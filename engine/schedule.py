@@ -1,0 +1,263 @@
+"""Noise schedules: every coefficient of the DDPM paper, in float64, by its usual name.
+
+The forward process is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) for t = 0 .. T-1 (Ho et al. 2020, equation 2; here,
+as in most code, t counts from 0), so that q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (equation 4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stepfusion import _checks
+
+Array = NDArray[np.float64]
+
+MAX_TIMESTEPS = 1 << 20
+
+# What schedulers' configs of diffusers hold. The keys of the first set shape the schedule; the others are the sampler's.
+_SCHEDULE_KEYS = frozenset(
+    {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+)
+_SAMPLER_KEYS = frozenset(
+    {
+        "prediction_type", "clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset",
+        "set_alpha_to_one", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
+        "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "use_karras_sigmas",
+        "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "flow_shift", "final_sigmas_type",
+        "lambda_min_clipped", "interpolation_type", "sigma_min", "sigma_max", "timestep_type", "tensor_format",
+    }
+)  # fmt: skip
+
+
+class NoiseSchedule:
+    """A discrete noise schedule of T timesteps, immutable, float64.
+
+    Made by :meth:`linear`, :meth:`scaled_linear`, :meth:`quadratic`, :meth:`cosine`, :meth:`sigmoid`, :meth:`from_betas` or :meth:`from_config`.
+    Every table is a read-only float64 NumPy array [T].
+    """
+
+    def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
+        """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages."""
+        array = np.array(betas, dtype=np.float64)
+        if array.ndim != 1 or not 1 <= len(array) <= MAX_TIMESTEPS:
+            raise ValueError(f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}")
+        inside = (array > 0) & (array < 1)
+        inside[-1] |= array[-1] == 1
+        if not inside.all():
+            t = int(np.argmin(inside))
+            raise ValueError(f"betas must lie in (0, 1), the last one in (0, 1], got betas[{t}] = {array[t]}")
+        self.betas: Array = _frozen(array)
+        self.name = name
+
+    # -- how schedules are made ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def linear(
+        cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, scaled: bool = True
+    ) -> NoiseSchedule:
+        """Betas on a line (Ho et al. 2020, section 4).
+
+        ``scaled`` multiplies both end points by 1000 / T, as guided-diffusion does, which keeps the total noise when T is not
+        1000; diffusers uses them as they are (``scaled=False``). At T = 1000 the two are equal.
+        """
+        timesteps = _timesteps(timesteps)
+        start, end = _end_points(beta_start, beta_end)
+        factor = 1000 / timesteps if _checks.boolean("scaled", scaled) else 1.0
+        if end * factor >= 1:
+            raise ValueError(
+                f"timesteps = {timesteps} scales beta_end to {end * factor:g}, which must stay below 1: "
+                "use more timesteps or scaled=False"
+            )
+        return cls(np.linspace(start * factor, end * factor, timesteps), name="linear")
+
+    @classmethod
+    def scaled_linear(cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+        """Square roots of the betas on a line, with latent diffusion's end points (Rombach et al. 2022)."""
+        start, end = _end_points(beta_start, beta_end)
+        return cls(np.linspace(start**0.5, end**0.5, _timesteps(timesteps)) ** 2, name="scaled_linear")
+
+    @classmethod
+    def quadratic(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Square roots of the betas on a line, with DDPM's end points ("quad" in Ho et al.'s code)."""
+        start, end = _end_points(beta_start, beta_end)
+        return cls(np.linspace(start**0.5, end**0.5, _timesteps(timesteps)) ** 2, name="quadratic")
+
+    @classmethod
+    def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+        """abar_t follows a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
+        timesteps = _timesteps(timesteps)
+        s = _checks.number("s", s, 0.0, 1.0)
+        max_beta = _checks.number("max_beta", max_beta, 0.0, 0.9999999, open_low=True)
+        f = np.cos((np.arange(timesteps + 1) / timesteps + s) / (1 + s) * np.pi / 2) ** 2
+        return cls(np.minimum(1 - f[1:] / f[:-1], max_beta), name="cosine")
+
+    @classmethod
+    def sigmoid(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas on a sigmoid over [-6, 6] (GeoDiff, Xu et al. 2022)."""
+        start, end = _end_points(beta_start, beta_end)
+        return cls(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, _timesteps(timesteps)))), name="sigmoid")
+
+    @classmethod
+    def from_betas(cls, betas: ArrayLike) -> NoiseSchedule:
+        """A schedule with the given betas, [T]."""
+        return cls(betas)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that a diffusers scheduler config describes (``scheduler_config.json`` as a dict).
+
+        Keys that shape the sampler and not the schedule are passed over; an unknown key is a ValueError.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config must be a dict, got {type(config).__name__}")
+        unknown = [k for k in config if not (k in _SCHEDULE_KEYS or k in _SAMPLER_KEYS or str(k).startswith("_"))]
+        if unknown:
+            raise ValueError(f"scheduler config has unknown keys: {', '.join(map(repr, sorted(unknown)))}")
+        timesteps = _timesteps(config.get("num_train_timesteps", 1000))
+        kind = config.get("beta_schedule", "linear")
+        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+        trained = config.get("trained_betas")
+        if trained is not None:
+            schedule = cls.from_betas(trained)
+        elif kind == "linear":
+            schedule = cls.linear(timesteps, *ends, scaled=False)
+        elif kind == "scaled_linear":
+            schedule = cls.scaled_linear(timesteps, *ends)
+        elif kind == "squaredcos_cap_v2":
+            schedule = cls.cosine(timesteps)
+        elif kind == "sigmoid":
+            schedule = cls.sigmoid(timesteps, *ends)
+        else:
+            accepted = "'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid'"
+            raise ValueError(f"beta_schedule must be one of {accepted}, got {kind!r}")
+        if _checks.boolean("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False)):
+            schedule = schedule.rescale_zero_terminal_snr()
+        return schedule
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """Shift and scale sqrt(abar) so that the last one is exactly 0 (Lin et al. 2024, algorithm 1)."""
+        root = self.sqrt_alphas_cumprod
+        if len(root) < 2:
+            raise ValueError("rescale_zero_terminal_snr needs at least 2 timesteps, got 1")
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        cumprod = root**2
+        alphas = np.concatenate((cumprod[:1], cumprod[1:] / cumprod[:-1]))
+        return NoiseSchedule(1 - alphas, name=f"{self.name}, zero terminal SNR")
+
+    # -- the tables ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas(self) -> Array:
+        """1 - beta_t."""
+        return _frozen(1 - self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> Array:
+        """abar_t, the product of alpha_0 .. alpha_t."""
+        return _frozen(np.cumprod(self.alphas))
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Array:
+        """abar_{t-1}, 1 at t = 0."""
+        return _frozen(np.append(1.0, self.alphas_cumprod[:-1]))
+
+    @cached_property
+    def alphas_cumprod_next(self) -> Array:
+        """abar_{t+1}, 0 at t = T-1."""
+        return _frozen(np.append(self.alphas_cumprod[1:], 0.0))
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> Array:
+        """sqrt(abar_t), the weight of x_0 in x_t."""
+        return _frozen(np.sqrt(self.alphas_cumprod))
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> Array:
+        """sqrt(1 - abar_t), the weight of the noise in x_t."""
+        return _frozen(np.sqrt(1 - self.alphas_cumprod))
+
+    @cached_property
+    def log_one_minus_alphas_cumprod(self) -> Array:
+        """log(1 - abar_t), the log variance of q(x_t | x_0)."""
+        return _frozen(np.log(1 - self.alphas_cumprod))
+
+    @cached_property
+    def sqrt_recip_alphas_cumprod(self) -> Array:
+        """sqrt(1 / abar_t); inf where abar_t is 0."""
+        with np.errstate(divide="ignore"):
+            return _frozen(np.sqrt(1 / self.alphas_cumprod))
+
+    @cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> Array:
+        """sqrt(1 / abar_t - 1); inf where abar_t is 0."""
+        with np.errstate(divide="ignore"):
+            return _frozen(np.sqrt(1 / self.alphas_cumprod - 1))
+
+    @cached_property
+    def snr(self) -> Array:
+        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
+        return _frozen(self.alphas_cumprod / (1 - self.alphas_cumprod))
+
+    @cached_property
+    def posterior_variance(self) -> Array:
+        """beta-tilde_t, the variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7); 0 at t = 0."""
+        return _frozen(self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod))
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> Array:
+        """log beta-tilde_t, with the entry of t = 1 in place of the -inf at t = 0 (T = 1: log beta_0)."""
+        variance = self.posterior_variance
+        first = variance[1] if len(variance) > 1 else self.betas[0]
+        return _frozen(np.log(np.append(first, variance[1:])))
+
+    @cached_property
+    def posterior_mean_coef1(self) -> Array:
+        """The weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7)."""
+        return _frozen(self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod))
+
+    @cached_property
+    def posterior_mean_coef2(self) -> Array:
+        """The weight of x_t in the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7)."""
+        return _frozen((1 - self.alphas_cumprod_prev) * np.sqrt(self.alphas) / (1 - self.alphas_cumprod))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of the betas' bits: equal schedules have equal fingerprints."""
+        return hashlib.sha256(self.betas.tobytes()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.name}, {self.num_timesteps} timesteps, abar {self.alphas_cumprod[0]:.6f} to {self.alphas_cumprod[-1]:.3g})"
+
+
+def _frozen(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
+
+
+def _timesteps(value: int) -> int:
+    return _checks.integer("timesteps", value, 1, MAX_TIMESTEPS)
+
+
+def _end_points(beta_start: float, beta_end: float) -> tuple[float, float]:
+    start = _checks.number("beta_start", beta_start, 0.0, 0.9999999, open_low=True)
+    end = _checks.number("beta_end", beta_end, 0.0, 0.9999999, open_low=True)
+    if start > end:
+        raise ValueError(f"beta_start must not exceed beta_end, got {start:g} and {end:g}")
+    return start, end

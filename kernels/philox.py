@@ -1,0 +1,155 @@
+"""Counter-based normal noise: Philox-4x32-10 and Box-Muller, the same numbers in Triton and in PyTorch.
+
+Noise is a pure function of *what* is drawn, never of *when*:
+
+    key     = seed                                          64 bits
+    counter = (element // 4, timestep, index, stream)       4 x 32 bits
+
+``element`` counts the values of one image in C order ([C, H, W] flattened), ``index`` is the number of the image under its
+seed, and ``stream`` tells purposes apart (:data:`STREAM_STEP`, :data:`STREAM_INITIAL`, :data:`STREAM_FORWARD`). One Philox call
+yields four 32-bit words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), two Box-Muller pairs
+turn them into four normals, and all four are used. Word w becomes the uniform (w + 1) / 2**32 in (0, 1], which keeps the
+resolution of the tail: the largest radius is sqrt(64 ln 2) = 6.66 standard deviations.
+
+Logarithm, sine and cosine are the same polynomials on both sides, evaluated in float32 with every product and sum rounded on
+its own (kernels are compiled without FMA contraction), and the square root is correctly rounded. So a GPU, the interpreter
+and PyTorch on any device give the same bits, and the kernel needs no library call and no local memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from stepfusion.kernels.backend import tl, triton
+
+STREAM_STEP = 0  # the z of a sampling step, keyed by its training timestep
+STREAM_INITIAL = 1  # x_T, at timestep 0
+STREAM_FORWARD = 2  # the eps of q_sample
+
+_ROUNDS = 10
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x32 (Salmon et al. 2011, table 2)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+# Minimax fits (Lawson iteration), relative error in brackets: -2 ln(1 + f) = f (-2 + f (1 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
+# sin(a) = a + a^3 S(a^2) (3.8e-9) and cos(a) = 1 + a^2 (-1/2 + a^2 C(a^2)) (8.2e-8) for |a| <= pi/4.
+_LOG = (-0.6667312979698181, 0.5000932812690735, -0.39645007252693176, 0.32924914360046387, -0.33929765224456787)
+_LOG += (0.3035440146923065,)
+_SIN = (-0.16666655242443085, 0.00833216030150652, -0.0001951526792254299)
+_COS = (0.04166107252240181, -0.0013648702297359705)
+_MINUS_2_LN2 = -2.0 * math.log(2.0)
+_QUARTER_TURN = math.pi / 2 * 2.0**-32  # one unit of a 32-bit fraction of a quarter turn, in radians
+_SCALE = 32 << 23  # 2**32 in the exponent field of a float32
+_TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3: subtracting them leaves the exponent that puts the mantissa in [2/3, 4/3)
+
+LOG, SIN, COS = tl.constexpr(_LOG), tl.constexpr(_SIN), tl.constexpr(_COS)
+MINUS_2_LN2, QUARTER_TURN = tl.constexpr(_MINUS_2_LN2), tl.constexpr(_QUARTER_TURN)
+SCALE, TWO_THIRDS = tl.constexpr(_SCALE), tl.constexpr(_TWO_THIRDS)
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
+    """Two independent standard normals, float32, from two words of 32 random bits. Twin: :func:`_box_muller_reference`."""
+    bits = (radius_word.to(tl.float32) + 1.0).to(tl.int32, bitcast=True) - SCALE  # (w + 1) / 2**32
+    exponent = (bits - TWO_THIRDS) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = ((((LOG[5] * f + LOG[4]) * f + LOG[3]) * f + LOG[2]) * f + LOG[1]) * f + LOG[0]
+    p = ((p * f + 1.0) * f - 2.0) * f
+    radius = tl.sqrt_rn(exponent.to(tl.float32) * MINUS_2_LN2 + p)
+
+    nearest = (angle_word + 0x20000000) >> 30  # the nearest multiple of a quarter turn
+    a = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * QUARTER_TURN
+    a2 = a * a
+    sine = (((SIN[2] * a2 + SIN[1]) * a2 + SIN[0]) * a2 + 1.0) * a * radius
+    cosine = (((COS[1] * a2 + COS[0]) * a2 - 0.5) * a2 + 1.0) * radius
+    odd = (nearest & 1) != 0
+    x = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True) ^ (((nearest + 1) & 2) << 30)
+    y = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True) ^ ((nearest & 2) << 30)
+    return x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normal4(seed, quad, timestep, index, stream):  # type: ignore[no-untyped-def]
+    """Standard normals for the elements 4 quad .. 4 quad + 3. ``quad``: block [Q]; the rest scalars. Returns float32 [4 Q]."""
+    w0, w1, w2, w3 = tl.philox(seed, quad, timestep, index, stream)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+def philox_words(counter: tuple[torch.Tensor, ...], key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Philox-4x32-10 in PyTorch: four words in [0, 2**32), int64, for four counter words and a 64-bit ``key``, int64, broadcast together.
+
+    Source: Salmon et al. 2011, section 3.3. Equal bit for bit to Triton's ``tl.philox``.
+    """
+    c0, c1, c2, c3 = (c.to(torch.int64) & _MASK for c in counter)
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _M0, c2 * _M1  # 64-bit products; int64 wraps around, which keeps the bits
+        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of :func:`_box_muller`: words as int64, results float32, the same operations in the same order."""
+    bits = (radius_word.to(torch.float32) + 1.0).view(torch.int32) - _SCALE
+    exponent = (bits - _TWO_THIRDS) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    p = f * _LOG[5]
+    for c in (*_LOG[4::-1], 1.0, -2.0):
+        p = (p + c) * f
+    square = exponent.to(torch.float32) * _MINUS_2_LN2 + p
+    radius = square.to(torch.float64).sqrt().to(torch.float32)  # some float32 square roots are off by an ulp; this one is rounded correctly
+
+    nearest = ((angle_word + 0x20000000) >> 30) & 3
+    fraction = (angle_word << 2) & _MASK
+    a = (fraction - ((fraction >> 31) << 32)).to(torch.float32) * _QUARTER_TURN
+    a2 = a * a
+    sine = (((a2 * _SIN[2] + _SIN[1]) * a2 + _SIN[0]) * a2 + 1.0) * a * radius
+    cosine = (((a2 * _COS[1] + _COS[0]) * a2 - 0.5) * a2 + 1.0) * radius
+    odd = (nearest & 1) != 0
+    x, y = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+    return torch.where((nearest + 1) & 2 != 0, -x, x), torch.where(nearest & 2 != 0, -y, y)
+
+
+def _box_muller_exact(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Box-Muller in float64, with the library's functions: the truth that the float32 twins are measured against."""
+    uniform = (radius_word.to(torch.float32) + 1.0).to(torch.float64) * 2.0**-32
+    radius = (-2.0 * uniform.log()).sqrt()
+    angle = angle_word.to(torch.float64) * (2.0 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def normal(
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    timesteps: torch.Tensor,
+    shape: tuple[int, ...],
+    stream: int = STREAM_STEP,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Standard normal noise for B images, the same numbers that the kernels draw.
+
+    Args:
+        seeds: int64 [B], the 64 bits of each image's seed.
+        indices: int64 [B], the number of each image under its seed, in [0, 2**32).
+        timesteps: int64 [B], training timesteps, in [0, 2**32).
+        shape: the shape of one image, e.g. (C, H, W); its elements are counted in C order.
+        stream: what the noise is for, e.g. :data:`STREAM_STEP`.
+        dtype: float32, the kernels' bits; or float64, Box-Muller of the same words with exact functions.
+
+    Returns:
+        float32 or float64 [B, *shape] on the device of ``seeds``.
+    """
+    elements = math.prod(shape)
+    quads = torch.arange((elements + 3) // 4, device=seeds.device)
+    counter = (quads[None], timesteps[:, None], indices[:, None], torch.full_like(seeds, stream)[:, None])
+    w0, w1, w2, w3 = philox_words(counter, seeds[:, None])
+    transform = _box_muller_exact if dtype == torch.float64 else _box_muller_reference
+    pairs = (*transform(w0, w1), *transform(w2, w3))
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(len(seeds), *shape)

@@ -1,0 +1,43 @@
+"""Where kernels run, which tests a machine can run, and the seeds. pytest imports this before any test or kernel."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+SKIPS = {
+    "gpu": None if HAS_GPU and not INTERPRETING else "needs a GPU that torch sees, and TRITON_INTERPRET unset",
+    "interpreter": None if INTERPRETING else "kernels run on the GPU here, not in Triton's interpreter",
+}
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    for item in items:
+        for marker, reason in SKIPS.items():
+            if reason is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start every test from the same global random state, whatever ran before it on this worker."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """The device on which this session runs Triton kernels: the GPU, or the CPU through the interpreter."""
+    return torch.device("cpu" if INTERPRETING else "cuda")

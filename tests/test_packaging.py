@@ -1,0 +1,313 @@
+"""What ships, what an import does, and which folder may import which."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import stepfusion
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "engine": "stepfusion",
+    "kernels": "stepfusion.kernels",
+    "export": "stepfusion.export",
+    "bench": "stepfusion.bench",
+}
+DATA = ("engine/py.typed", "engine/models/*/**/*", "bench/classifier/**/*")
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "engine": {"engine", "kernels"},
+    "export": {"export", "engine", "kernels"},
+    "bench": {"bench", "export", "engine", "kernels"},
+}
+NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "tensorrt", "torch_tensorrt"}
+
+
+def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:
+    """Run this interpreter as a user would, not as pytest runs, and return what it prints."""
+    inherited = {k: v for k, v in os.environ.items() if k not in {"TRITON_INTERPRET", "PYTHONPATH", "PYTHONSAFEPATH"}}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env={**inherited, **env}, input=stdin, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package, by its import name."""
+    found = {}
+    for folder, package in PACKAGES.items():
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+# The wheel
+
+
+def shipped_path(path: Path, root: Path) -> str:
+    """Where a source file stands in the wheel."""
+    folder, *rest = path.relative_to(root).parts
+    return str(PurePosixPath(*PACKAGES[folder].split("."), *rest))
+
+
+def wheel_faults(wheel: Path, root: Path) -> dict[str, set[str]]:
+    """The files that should ship and do not, and those that do and should not."""
+    data = [path for pattern in DATA for path in root.glob(pattern) if path.is_file()]
+    expected = {shipped_path(path, root) for path in [*modules(root).values(), *data]}
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    return {"missing": expected - shipped, "stray": shipped - expected}
+
+
+def copy_sources(to: Path) -> Path:
+    """Copy what a build reads, so that it leaves nothing in the repository."""
+    skip = shutil.ignore_patterns("__pycache__")
+    for folder in [*PACKAGES, "tests"]:
+        shutil.copytree(ROOT / folder, to / folder, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to)
+    return to
+
+
+def build_wheel(root: Path) -> Path:
+    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".", cwd=root, PYTHONSAFEPATH="1")
+    (wheel,) = (root / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    root = copy_sources(tmp_path)
+    wheel = build_wheel(root)
+    assert wheel_faults(wheel, root) == {"missing": set(), "stray": set()}
+    with zipfile.ZipFile(wheel) as archive:
+        (top_level,) = (name for name in archive.namelist() if name.endswith(".dist-info/top_level.txt"))
+        assert archive.read(top_level).decode().split() == ["stepfusion"]
+    check_installed(wheel, tmp_path / "site", modules(root))
+
+
+def check_installed(wheel: Path, site: Path, names: dict[str, Path]) -> None:
+    """Import every module from an install of the wheel that has lost its data: importing must need none."""
+    run_python("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), str(wheel), cwd=ROOT)
+    for path in site.joinpath("stepfusion").rglob("*"):
+        if path.is_file() and path.suffix != ".py":
+            path.unlink()
+    script = "import importlib, sys; print(*(importlib.import_module(n).__file__ for n in sys.argv[1:]), sep='\\n')"
+    files = run_python("-c", script, *importable(names), cwd=site.parent, PYTHONSAFEPATH="1", PYTHONPATH=str(site))
+    assert all(Path(file).is_relative_to(site) for file in files.splitlines()), files
+
+
+@pytest.mark.slow
+def test_a_subpackage_that_pyproject_forgets_is_noticed(tmp_path: Path) -> None:
+    root = copy_sources(tmp_path)
+    (root / "engine/forgotten").mkdir()
+    (root / "engine/forgotten/__init__.py").write_text('"""Not listed in pyproject.toml."""\n')
+    assert wheel_faults(build_wheel(root), root)["missing"] == {"stepfusion/forgotten/__init__.py"}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert stepfusion.__version__ == project["version"] == importlib.metadata.version("stepfusion")
+
+
+# Names: other libraries own `kernels`, and ours must not stand in their way
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_folder_names_do_not_resolve_to_the_repository_under_pytest(folder: str) -> None:
+    spec = importlib.util.find_spec(folder)
+    assert spec is None or not Path(str(spec.origin)).is_relative_to(ROOT)
+
+
+@pytest.mark.parametrize(("safe_path", "finds_ours"), [("1", False), ("", True)], ids=["safe path", "control"])
+def test_safe_path_keeps_the_repository_off_the_path(safe_path: str, finds_ours: bool) -> None:
+    script = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else '')"
+    origin = run_python("-c", script, cwd=ROOT, PYTHONSAFEPATH=safe_path).strip()
+    assert (origin == str(ROOT / "kernels/__init__.py")) == finds_ours
+
+
+# What an import does
+
+LIST_DEPENDENCIES = """
+import importlib, json, sys
+
+names = json.load(sys.stdin)
+for name in names:
+    importlib.import_module(name)
+print(json.dumps([name for name in sys.modules if name not in names and name != "__main__"]))
+"""
+
+# The dependencies come first, so that everything after them is the doing of the modules under test.
+OBSERVE = """
+import contextlib, importlib, json, logging, os, random, signal, sys, threading, warnings
+
+dependencies, names = json.load(sys.stdin)
+for name in dependencies:
+    with contextlib.suppress(ImportError):  # some stand in sys.modules under names that cannot be imported
+        importlib.import_module(name)
+
+import torch
+
+TOUCHES = "open os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.system os.posix_spawn os.fork \
+subprocess.Popen socket.connect tempfile.mkstemp tempfile.mkdtemp".split()
+WRITES = os.O_WRONLY | os.O_RDWR
+touched = []
+
+
+def audit(event, args):
+    reads_code = event == "open" and not args[2] & WRITES and str(args[0]).endswith((".py", ".pyc"))
+    if event in TOUCHES and not reads_code:
+        touched.append(f"{event} {args}")
+
+
+def state():
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    facts = {
+        "CUDA context": torch.cuda.is_initialized(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "grad mode": torch.is_grad_enabled(),
+        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
+        "autotuning": torch.backends.cudnn.benchmark,
+        "matmul precision": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
+        "cudnn tf32": torch.backends.cudnn.allow_tf32,
+        "random state": (hash(random.getstate()), torch.get_rng_state().tolist()),
+        "signal handlers": [(s, signal.getsignal(s)) for s in sorted(signal.valid_signals())],
+        "warning filters": warnings.filters,
+        "log handlers": [(x.name, x.handlers) for x in loggers if x.handlers],
+        "root log level": logging.root.level,
+        "environment": dict(os.environ),
+        "sys.path": sys.path,
+        "exception hook": sys.excepthook,
+        "threads of Python": threading.active_count(),
+    }
+    return {key: repr(value) for key, value in facts.items()}
+
+
+before = state()
+sys.addaudithook(audit)
+for name in names:
+    importlib.import_module(name)
+after = state()
+print(json.dumps({"touched": touched, "changed": [k for k in before if before[k] != after[k]],
+                  "CUDA": torch.cuda.is_initialized()}))
+"""
+
+
+def importable(names: dict[str, Path]) -> list[str]:
+    """All but `__main__` modules, whose import is to run them."""
+    return [name for name in names if not name.endswith("__main__")]
+
+
+def observe_import(names: list[str], cwd: Path, **env: str) -> dict[str, Any]:
+    """Import modules in a fresh interpreter: what they pull in, which files they touch, what global state changes."""
+    env |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    dependencies = json.loads(run_python("-c", LIST_DEPENDENCIES, cwd=cwd, stdin=json.dumps(names), **env))
+    report = json.loads(run_python("-c", OBSERVE, cwd=cwd, stdin=json.dumps([dependencies, names]), **env))
+    return report | {"eager": sorted(NEVER_EAGER & set(dependencies))}
+
+
+def test_importing_has_no_side_effects(tmp_path: Path) -> None:
+    report = observe_import(importable(modules(ROOT)), tmp_path, PYTHONSAFEPATH="1")
+    assert report == {"touched": [], "changed": [], "CUDA": False, "eager": []}
+
+
+RUDE = """
+import logging, pathlib, signal, warnings
+import scipy, torch
+pathlib.Path("settings.json").read_text()
+pathlib.Path("cache").write_text("")
+torch.set_default_dtype(torch.float64)
+torch.rand(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+warnings.simplefilter("ignore", ResourceWarning)
+logging.basicConfig()
+"""
+
+
+def test_side_effects_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "rude.py").write_text(RUDE)
+    report = observe_import(["rude"], tmp_path, PYTHONPATH=str(tmp_path))
+    changed = ["default dtype", "random state", "signal handlers", "warning filters", "log handlers"]
+    assert report["changed"] == changed
+    assert report["eager"] == ["scipy"]
+    assert [name in " ".join(report["touched"]) for name in ("settings.json", "cache")] == [True, True]
+
+
+# Dependencies point one way: bench, export -> engine -> kernels
+
+
+def imported_names(source: str, package: str) -> Iterator[str]:
+    """The full dotted name of everything that a module of ``package`` imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def folder_of(name: str) -> str | None:
+    """The folder that an imported name comes from; None for another library's."""
+    first, *rest = name.split(".")
+    if first != "stepfusion":
+        return None
+    return rest[0] if rest and rest[0] in PACKAGES else "engine"
+
+
+def import_faults(source: str, package: str, folder: str) -> list[str]:
+    """The imports that go against the direction, or name a folder as if it were a library."""
+    return [
+        name
+        for name in imported_names(source, package)
+        if name.split(".")[0] in PACKAGES or folder_of(name) not in MAY_IMPORT[folder] | {None}
+    ]
+
+
+def test_dependencies_point_one_way() -> None:
+    faults = {}
+    for name, path in modules(ROOT).items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        faults[name] = import_faults(path.read_text(), package, path.relative_to(ROOT).parts[0])
+    assert {name: fault for name, fault in faults.items() if fault} == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "faulty"),
+    [
+        ("kernels", "import torch\nfrom stepfusion.kernels import step\nfrom . import philox", []),
+        ("kernels", "def f():\n    import stepfusion", ["stepfusion"]),
+        ("kernels", "from stepfusion.errors import ExportError", ["stepfusion.errors.ExportError"]),
+        ("kernels", "from ..schedule import NoiseSchedule", ["stepfusion.schedule.NoiseSchedule"]),
+        ("kernels", "from kernels import step", ["kernels.step"]),
+        ("engine", "from stepfusion import kernels\nfrom stepfusion.table import Table", []),
+        ("engine", "from stepfusion import export", ["stepfusion.export"]),
+        ("engine", "import stepfusion.bench.latency as latency", ["stepfusion.bench.latency"]),
+        ("export", "from stepfusion.bench import peers", ["stepfusion.bench.peers"]),
+        ("bench", "import stepfusion\nfrom stepfusion.export import onnx", []),
+    ],
+)
+def test_wrong_imports_are_noticed(folder: str, source: str, faulty: list[str]) -> None:
+    assert import_faults(source, PACKAGES[folder], folder) == faulty
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [name for name, path in modules(ROOT).items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
