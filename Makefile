@@ -30,12 +30,12 @@ lint: $(VENV)/.dev  ## ruff: rules and formatting
 # mypy does not see through an editable install, so it reads a plain one: what ships, py.typed included.
 types: $(VENV)/.dev  ## strict mypy over the package as it installs
 	@rm -rf build/lib build/bdist.* build/types
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation --target build/types .
 	@MYPYPATH=build/types $(BIN)/mypy --no-error-summary -p stepfusion
 
 wheel: $(VENV)/.dev  ## build the source archive, and from it the wheel, into dist/
 	@rm -rf build/lib build/bdist.* dist
-	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@log=$$($(BIN)/python -m build --no-isolation --outdir dist . 2>&1) || { echo "$$log"; exit 1; }
 	@ls dist/*
 
 clean:  ## remove everything that the targets made
@@ -47,5 +47,5 @@ $(VENV)/.dev: EXTRAS := [dev]
 $(VENV)/.runtime $(VENV)/.dev: pyproject.toml constraints.txt
 	@echo "installing stepfusion$(EXTRAS) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet -c constraints.txt -e ".$(EXTRAS)"
+	@$(BIN)/pip install -qq -c constraints.txt -e ".$(EXTRAS)"
 	@touch $@

@@ -33,50 +33,92 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Minimax fits (Lawson iteration), relative error in brackets: -2 ln(1 + f) = f (-2 + f (1 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
-# sin(a) = a + a^3 S(a^2) (3.8e-9) and cos(a) = 1 + a^2 (-1/2 + a^2 C(a^2)) (8.2e-8) for |a| <= pi/4.
-_LOG = (-0.6667312979698181, 0.5000932812690735, -0.39645007252693176, 0.32924914360046387, -0.33929765224456787)
-_LOG += (0.3035440146923065,)
+# Minimax fits (Lawson iteration), relative error in brackets: -ln(1 + f) = f (-1 + f (1/2 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
+# sin(b) = b + b^3 S(b^2) (3.8e-9) and cos(b) = 1 + b^2 (-1/2 + b^2 C(b^2)) (8.2e-8) for |b| <= pi/4.
+_LOG = (-0.33336564898490906, 0.25004664063453674, -0.1982250213623047, 0.16462457180023193, -0.16964882612228394)
+_LOG += (0.15177200734615326,)
 _SIN = (-0.16666655242443085, 0.00833216030150652, -0.0001951526792254299)
 _COS = (0.04166107252240181, -0.0013648702297359705)
-_MINUS_2_LN2 = -2.0 * math.log(2.0)
-_QUARTER_TURN = math.pi / 2 * 2.0**-32  # one unit of a 32-bit fraction of a quarter turn, in radians
+_MINUS_LN2 = -math.log(2.0)
+_ANGLE = math.pi / 4 * 2.0**-31  # a signed 32-bit word to an angle in [-pi/4, pi/4)
 _SCALE = 32 << 23  # 2**32 in the exponent field of a float32
 _TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3: subtracting them leaves the exponent that puts the mantissa in [2/3, 4/3)
 
+ROUNDS = tl.constexpr(_ROUNDS)
+M0, M1, W0, W1 = tl.constexpr(_M0), tl.constexpr(_M1), tl.constexpr(_W0), tl.constexpr(_W1)
 LOG, SIN, COS = tl.constexpr(_LOG), tl.constexpr(_SIN), tl.constexpr(_COS)
-MINUS_2_LN2, QUARTER_TURN = tl.constexpr(_MINUS_2_LN2), tl.constexpr(_QUARTER_TURN)
+MINUS_LN2, ANGLE = tl.constexpr(_MINUS_LN2), tl.constexpr(_ANGLE)
 SCALE, TWO_THIRDS = tl.constexpr(_SCALE), tl.constexpr(_TWO_THIRDS)
+
+
+@triton.jit
+def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication where that takes a high and a low one."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    c0 = c0.to(tl.uint32)
+    c1 = tl.full(c0.shape, 0, tl.uint32) + c1
+    c2 = tl.full(c0.shape, 0, tl.uint32) + c2
+    c3 = tl.full(c0.shape, 0, tl.uint32) + c3
+    for _ in tl.static_range(ROUNDS):
+        p0 = c0.to(tl.uint64) * M0
+        p1 = c2.to(tl.uint64) * M1
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 = (k0.to(tl.uint64) + W0).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + W1).to(tl.uint32)
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def _box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
     """Two independent standard normals, float32, from two words of 32 random bits. Twin: :func:`_box_muller_reference`."""
-    bits = (radius_word.to(tl.float32) + 1.0).to(tl.int32, bitcast=True) - SCALE  # (w + 1) / 2**32
+    bits = (radius_word.to(tl.float32) + 1.0).to(tl.int32, bitcast=True) - SCALE  # u = (w + 1) / 2**32
     exponent = (bits - TWO_THIRDS) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     p = ((((LOG[5] * f + LOG[4]) * f + LOG[3]) * f + LOG[2]) * f + LOG[1]) * f + LOG[0]
-    p = ((p * f + 1.0) * f - 2.0) * f
-    radius = tl.sqrt_rn(exponent.to(tl.float32) * MINUS_2_LN2 + p)
+    p = ((p * f + 0.5) * f - 1.0) * f
+    radius = tl.sqrt_rn(exponent.to(tl.float32) * MINUS_LN2 + p)  # sqrt(-ln u), the radius of Box-Muller over sqrt(2)
 
-    nearest = (angle_word + 0x20000000) >> 30  # the nearest multiple of a quarter turn
-    a = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * QUARTER_TURN
-    a2 = a * a
-    sine = (((SIN[2] * a2 + SIN[1]) * a2 + SIN[0]) * a2 + 1.0) * a * radius
-    cosine = (((COS[1] * a2 + COS[0]) * a2 - 0.5) * a2 + 1.0) * radius
-    odd = (nearest & 1) != 0
-    x = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True) ^ (((nearest + 1) & 2) << 30)
-    y = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True) ^ ((nearest & 2) << 30)
+    b = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * ANGLE
+    b2 = b * b
+    sine = (((SIN[2] * b2 + SIN[1]) * b2 + SIN[0]) * b2 + 1.0) * b
+    cosine = ((COS[1] * b2 + COS[0]) * b2 - 0.5) * b2 + 1.0
+    # cos(pi/4 + b) and sin(pi/4 + b), times sqrt(2); the two lowest bits of the word choose the quadrant
+    x = ((cosine - sine) * radius).to(tl.uint32, bitcast=True) ^ (angle_word << 31)
+    y = ((cosine + sine) * radius).to(tl.uint32, bitcast=True) ^ ((angle_word << 30) & 0x80000000)
     return x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def normal4(seed, quad, timestep, index, stream):  # type: ignore[no-untyped-def]
-    """Standard normals for the elements 4 quad .. 4 quad + 3. ``quad``: block [Q]; the rest scalars. Returns float32 [4 Q]."""
-    w0, w1, w2, w3 = tl.philox(seed, quad, timestep, index, stream)
+def _normal4(seed, quad, timestep, index, stream):  # type: ignore[no-untyped-def]
+    """The four normals of each element quad 4 quad .. 4 quad + 3. ``quad``: block [Q]; the rest scalars. Returns 4 float32 [Q]."""
+    w0, w1, w2, w3 = _philox(seed, quad, timestep, index, stream)
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def normal_block(seed, first_quad, timestep, index, stream, BLOCK: tl.constexpr, VEC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Standard normals for BLOCK consecutive elements from 4 first_quad on; all counters scalar. Returns float32 [BLOCK].
+
+    VEC, 4 or 8, is the number of consecutive elements that a thread holds in the caller's loads and stores: making the noise in that
+    layout spares an exchange through shared memory.
+    """
+    i = tl.arange(0, BLOCK // VEC)
+    if VEC == 4:
+        a0, a1, a2, a3 = _normal4(seed, first_quad + i, timestep, index, stream)
+        z = tl.interleave(tl.interleave(a0, a2), tl.interleave(a1, a3))
+    else:
+        a0, a1, a2, a3 = _normal4(seed, first_quad + 2 * i, timestep, index, stream)
+        b0, b1, b2, b3 = _normal4(seed, first_quad + 2 * i + 1, timestep, index, stream)
+        even = tl.interleave(tl.interleave(a0, b0), tl.interleave(a2, b2))
+        odd = tl.interleave(tl.interleave(a1, b1), tl.interleave(a3, b3))
+        z = tl.interleave(even, odd)
+    return z
 
 
 def philox_words(counter: tuple[torch.Tensor, ...], key: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -100,28 +142,34 @@ def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -
     exponent = (bits - _TWO_THIRDS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
     p = f * _LOG[5]
-    for c in (*_LOG[4::-1], 1.0, -2.0):
+    for c in (*_LOG[4::-1], 0.5, -1.0):
         p = (p + c) * f
-    square = exponent.to(torch.float32) * _MINUS_2_LN2 + p
-    radius = square.to(torch.float64).sqrt().to(torch.float32)  # some float32 square roots are off by an ulp; this one is rounded correctly
+    square = exponent.to(torch.float32) * _MINUS_LN2 + p
+    radius = square.to(torch.float64).sqrt().to(torch.float32)  # rounded correctly, which not every float32 square root is
 
-    nearest = ((angle_word + 0x20000000) >> 30) & 3
-    fraction = (angle_word << 2) & _MASK
-    a = (fraction - ((fraction >> 31) << 32)).to(torch.float32) * _QUARTER_TURN
-    a2 = a * a
-    sine = (((a2 * _SIN[2] + _SIN[1]) * a2 + _SIN[0]) * a2 + 1.0) * a * radius
-    cosine = (((a2 * _COS[1] + _COS[0]) * a2 - 0.5) * a2 + 1.0) * radius
-    odd = (nearest & 1) != 0
-    x, y = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
-    return torch.where((nearest + 1) & 2 != 0, -x, x), torch.where(nearest & 2 != 0, -y, y)
+    b = _signed(angle_word).to(torch.float32) * _ANGLE
+    b2 = b * b
+    sine = (((b2 * _SIN[2] + _SIN[1]) * b2 + _SIN[0]) * b2 + 1.0) * b
+    cosine = ((b2 * _COS[1] + _COS[0]) * b2 - 0.5) * b2 + 1.0
+    return _quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
 
 
 def _box_muller_exact(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Box-Muller in float64, with the library's functions: the truth that the float32 twins are measured against."""
+    """The same map in float64 with the library's functions: the truth that the float32 twins are measured against."""
     uniform = (radius_word.to(torch.float32) + 1.0).to(torch.float64) * 2.0**-32
     radius = (-2.0 * uniform.log()).sqrt()
-    angle = angle_word.to(torch.float64) * (2.0 * math.pi * 2.0**-32)
-    return radius * angle.cos(), radius * angle.sin()
+    angle = math.pi / 4 + _signed(angle_word).to(torch.float64) * _ANGLE
+    return _quadrant(radius * angle.cos(), radius * angle.sin(), angle_word)
+
+
+def _signed(word: torch.Tensor) -> torch.Tensor:
+    """A 32-bit word held in int64, read as a signed integer."""
+    return word - ((word >> 31) << 32)
+
+
+def _quadrant(x: torch.Tensor, y: torch.Tensor, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flip x and y by the two lowest bits of ``word``."""
+    return torch.where(word & 1 != 0, -x, x), torch.where(word & 2 != 0, -y, y)
 
 
 def normal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 SKIPS = {
     "gpu": None if HAS_GPU and not INTERPRETING else "needs a GPU that torch sees, and TRITON_INTERPRET unset",
-    "interpreter": None if INTERPRETING else "kernels run on the GPU here, not in Triton's interpreter",
+    "interpreter": None if INTERPRETING else "kernels do not run in Triton's interpreter here",
 }
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -40,4 +41,6 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """The device on which this session runs Triton kernels: the GPU, or the CPU through the interpreter."""
+    if not HAS_GPU and not INTERPRETING:
+        pytest.skip("there is neither a GPU nor Triton's interpreter")
     return torch.device("cpu" if INTERPRETING else "cuda")

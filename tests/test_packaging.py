@@ -163,8 +163,8 @@ for name in dependencies:
 
 import torch
 
-TOUCHES = "open os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.system os.posix_spawn os.fork \
-subprocess.Popen socket.connect tempfile.mkstemp tempfile.mkdtemp".split()
+TOUCHES = "open os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.system os.posix_spawn \
+os.fork subprocess.Popen socket.connect tempfile.mkstemp tempfile.mkdtemp".split()
 WRITES = os.O_WRONLY | os.O_RDWR
 touched = []
 
@@ -219,8 +219,8 @@ def observe_import(names: list[str], cwd: Path, **env: str) -> dict[str, Any]:
     """Import modules in a fresh interpreter: what they pull in, which files they touch, what global state changes."""
     env |= {"PYTHONDONTWRITEBYTECODE": "1"}
     dependencies = json.loads(run_python("-c", LIST_DEPENDENCIES, cwd=cwd, stdin=json.dumps(names), **env))
-    report = json.loads(run_python("-c", OBSERVE, cwd=cwd, stdin=json.dumps([dependencies, names]), **env))
-    return report | {"eager": sorted(NEVER_EAGER & set(dependencies))}
+    report: dict[str, Any] = {"eager": sorted(NEVER_EAGER & set(dependencies))}
+    return report | json.loads(run_python("-c", OBSERVE, cwd=cwd, stdin=json.dumps([dependencies, names]), **env))
 
 
 def test_importing_has_no_side_effects(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from stepfusion.networks.config import UNet2DConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+_INT32_MAX = 2**31 - 1
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -44,6 +46,17 @@ def sinusoid(timesteps: Tensor, channels: int, freq_shift: float, flip_sin_to_co
     phase = timesteps[:, None].to(torch.float32) * frequencies
     waves = (phase.cos(), phase.sin()) if flip_sin_to_cos else (phase.sin(), phase.cos())
     return functional.pad(torch.cat(waves, dim=1), (0, 1)) if channels % 2 else torch.cat(waves, dim=1)
+
+
+def double_size(x: Tensor) -> Tensor:
+    """Repeat every pixel in a 2 x 2 square: [B, C, H, W] -> [B, C, 2H, 2W].
+
+    CUDA's channels_last kernel silently leaves zeros past 2**31 outputs (pytorch#141831, which 256 images of 256x256
+    with 128 channels reach); its NCHW kernel does not. Compilers bring kernels of their own.
+    """
+    if not torch.compiler.is_compiling() and 4 * x.numel() > _INT32_MAX:
+        x = x.contiguous()
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class TimeMLP(nn.Module):
@@ -80,7 +93,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(double_size(x))
         return out
 
 
@@ -135,7 +148,7 @@ class ResnetBlock(nn.Module):
     def _resample(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return functional.avg_pool2d(x, 2)
-        return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        return double_size(x)
 
 
 class Attention(nn.Module):

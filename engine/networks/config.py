@@ -71,9 +71,8 @@ class UNet2DConfig:
         _check_embeddings(self)
         count = self.parameter_count
         if count > MAX_PARAMETERS:
-            raise CheckpointError(
-                f"the UNet config has {count:,} parameters; accepted are at most {MAX_PARAMETERS:,}"
-            )
+            limit = f"{MAX_PARAMETERS:,}"
+            raise CheckpointError(f"the UNet config describes {count:,} parameters; accepted are at most {limit}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNet2DConfig":
@@ -111,9 +110,9 @@ class UNet2DConfig:
         return len(self.block_out_channels)
 
     @property
-    def has_class_labels(self) -> bool:
-        """Whether the network takes class labels."""
-        return self.class_embed_type is not None or self.num_class_embeds is not None
+    def num_classes(self) -> int | None:
+        """Number of labels of the class embedding table; None without one (diffusers lets other types of it win)."""
+        return self.num_class_embeds if self.class_embed_type is None else None
 
     def head_dim(self, channels: int) -> int:
         """Channels of one attention head in a block of `channels`."""
@@ -152,7 +151,7 @@ def _number(words: str, holds: Callable[[float], bool]) -> _Rule:
     def check(value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return math.isfinite(value) and holds(value)
+        return (isinstance(value, int) or math.isfinite(value)) and holds(value)
 
     return _Rule(words, check)
 
@@ -268,8 +267,7 @@ def _count_parameters(config: UNet2DConfig) -> int:
         total += first * (config.num_train_timesteps or 0)
     if config.class_embed_type == "timestep":
         total += mlp
-    elif config.class_embed_type is None:
-        total += width * (config.num_class_embeds or 0)
+    total += width * (config.num_classes or 0)
     if config.mid_block_type is not None:
         total += 2 * _resnet(config, last, last)
         total += _attention(config, last, config.mid_attention_groups) if config.add_attention else 0

@@ -36,7 +36,7 @@ class UNet2D(nn.Module):
         self.in_channels = config.in_channels
         self.out_channels = config.out_channels
         self.sample_size = config.sample_size
-        self.num_classes = config.num_class_embeds if config.class_embed_type is None else None
+        self.num_classes = config.num_classes
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], kernel_size=3, padding=1)
         if config.time_embedding_type == "learned":
             self.time_proj = nn.Embedding(config.num_train_timesteps or 0, channels[0])
@@ -99,6 +99,9 @@ class UNet2D(nn.Module):
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `project`."""
         self._check_image(x)
+        if list(projections.shape) != [x.shape[0], self.projection_size]:
+            accepted = f"[{x.shape[0]}, {self.projection_size}]"
+            raise ValueError(f"projections is {_describe(projections)}; accepted is {accepted}, as x has")
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:
@@ -117,8 +120,8 @@ class UNet2D(nn.Module):
             return TimeMLP(config.block_out_channels[0], config.time_embed_dim)
         if config.class_embed_type == "identity":
             return nn.Identity()
-        if config.num_class_embeds is not None:
-            return nn.Embedding(config.num_class_embeds, config.time_embed_dim)
+        if config.num_classes is not None:
+            return nn.Embedding(config.num_classes, config.time_embed_dim)
         return None
 
     def _embed_position(self, timesteps: Tensor) -> Tensor:

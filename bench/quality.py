@@ -1,0 +1,222 @@
+"""How good are a model's samples? Two numbers, both read from a small classifier of the same images.
+
+- *asked-for accuracy*: the share of class-conditional samples that the classifier recognises as the class asked for;
+- *Frechet distance* between features of samples and of test images, next to the same distance between training and test
+  images, which is what a perfect model would reach (Heusel et al. 2017, equation 6, with this classifier's features).
+
+Commands::
+
+    python -m stepfusion.bench.quality train-classifier DATA
+    python -m stepfusion.bench.quality evaluate MODEL_DIR --data DATA --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from stepfusion.datasets import ImageDataset, load_dataset
+from torch import Tensor, nn
+from torch.nn import functional
+
+CLASSIFIER_DIRECTORY = Path(__file__).parent / "classifier"
+
+ACCURACY_GATE = 0.85
+FRECHET_RATIO_GATE = 5.0
+
+Draw = Callable[[Tensor, int, float | None], Tensor]
+"""Labels int64 [N], seed, guidance -> samples float32 [N, C, H, W] in [-1, 1]."""
+
+
+class Classifier(nn.Module):
+    """Five convolutions, a mean over positions, a linear layer. Its features are what goes into that layer.
+
+    Args:
+        in_channels: of the images.
+        num_classes: of the labels.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        widths, strides = (in_channels, 32, 64, 64, 128, 128), (1, 2, 1, 2, 1)
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images float32 [N, C, H, W] in [-1, 1] to features float32 [N, 128]."""
+        out: Tensor = self.body(x).mean(dim=(2, 3))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images float32 [N, C, H, W] in [-1, 1] to logits float32 [N, num_classes]."""
+        out: Tensor = self.head(self.features(x))
+        return out
+
+
+def train_classifier(dataset: ImageDataset, epochs: int = 6, batch_size: int = 128, seed: int = 0) -> Classifier:
+    """Train a classifier: AdamW, one-cycle learning rate, mirrored and shifted (by up to 2 pixels) copies.
+
+    Raises:
+        ValueError: `dataset` has no labels or fewer images than a batch.
+    """
+    if dataset.labels is None or len(dataset) < batch_size:
+        raise ValueError(f"a classifier needs labels and at least {batch_size} images, got {len(dataset)} images")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(dataset.images.shape[1], dataset.num_classes).train()
+        optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+        total = epochs * (len(dataset) // batch_size)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=total)
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(dataset)).split(batch_size)[: len(dataset) // batch_size]:
+                x = _augment(to_unit_range(dataset.images[chosen]))
+                loss = functional.cross_entropy(classifier(x), dataset.labels[chosen])
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                rate.step()
+    return classifier.eval()
+
+
+def save_classifier(classifier: Classifier, directory: Path, facts: dict[str, Any]) -> None:
+    """Write ``classifier.safetensors`` (float16) and ``classifier.json`` (`facts`) in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.to(torch.float16) if value.is_floating_point() else value
+        for name, value in classifier.state_dict().items()
+    }
+    save_file(state, directory / "classifier.safetensors")
+    (directory / "classifier.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def load_classifier(directory: Path = CLASSIFIER_DIRECTORY) -> Classifier:
+    """Read the classifier in `directory`, by default the one for Fashion-MNIST that ships with stepfusion."""
+    state = load_file(directory / "classifier.safetensors")
+    classifier = Classifier(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
+    classifier.load_state_dict(state)
+    return classifier.eval()
+
+
+@torch.no_grad()
+def read_images(classifier: Classifier, x: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features float32 [N, 128] and predicted labels int64 [N] of images float32 [N, C, H, W] in [-1, 1]."""
+    features = torch.cat([classifier.features(part) for part in x.split(batch_size)])
+    return features, classifier.head(features).argmax(dim=1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau 1982).
+
+    ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a^1/2 cov_b cov_a^1/2)^1/2)``, in float64.
+
+    Args:
+        a: [N, D], N >= 2.
+        b: [M, D], M >= 2.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be [N, D] and [M, D] with N, M >= 2, got {list(a.shape)} and {list(b.shape)}")
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a, cov_b = cov_a.reshape(a.shape[1], -1), cov_b.reshape(a.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return float(distance)
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Labels 0, 1, .., num_classes - 1, 0, 1, ..: int64 [count]."""
+    return torch.arange(count) % num_classes
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Map uint8 images to float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def evaluate(
+    draw: Draw,
+    train: ImageDataset,
+    test: ImageDataset,
+    classifier: Classifier,
+    *,
+    guidance: float | None,
+    other_guidance: float | None,
+    accuracy_samples: int = 1000,
+    frechet_samples: int = 5000,
+) -> dict[str, Any]:
+    """Measure samples of a class-conditional model.
+
+    Args:
+        draw: the sampler.
+        train: as many of its first images as there are samples give the Frechet distance to beat.
+        test: what samples and training images are compared with.
+        classifier: of these classes.
+        guidance: the setting that is judged: accuracy and Frechet distance are both of it.
+        other_guidance: another setting, whose accuracy is reported beside.
+        accuracy_samples: samples for the accuracy, seed 0, labels balanced.
+        frechet_samples: samples for the Frechet distance, seed 1, labels balanced.
+
+    Returns:
+        The numbers, the settings, and whether each gate is passed.
+    """
+    classes = test.num_classes
+    labels = balanced_labels(accuracy_samples, classes)
+    accuracy = {
+        str(scale): asked_for_accuracy(classifier, draw(labels, 0, scale), labels)
+        for scale in (guidance, other_guidance)
+    }
+    test_features, _ = read_images(classifier, to_unit_range(test.images))
+    train_features, _ = read_images(classifier, to_unit_range(train.images[:frechet_samples]))
+    samples = draw(balanced_labels(frechet_samples, classes), 1, guidance)
+    sample_features, _ = read_images(classifier, samples)
+    of_train = frechet_distance(train_features, test_features)
+    of_samples = frechet_distance(sample_features, test_features)
+    judged = accuracy[str(guidance)]
+    return {
+        "guidance": guidance,
+        "accuracy_samples": accuracy_samples,
+        "asked_for_accuracy": judged,
+        "asked_for_accuracy_by_guidance": accuracy,
+        "frechet_samples": len(samples),
+        "test_images": len(test),
+        "frechet_samples_to_test": of_samples,
+        "frechet_train_to_test": of_train,
+        "frechet_ratio": of_samples / of_train,
+        "accuracy_gate": {"at_least": ACCURACY_GATE, "passed": judged >= ACCURACY_GATE},
+        "frechet_gate": {"at_most": FRECHET_RATIO_GATE, "passed": of_samples <= FRECHET_RATIO_GATE * of_train},
+    }
+
+
+def asked_for_accuracy(classifier: Classifier, samples: Tensor, labels: Tensor) -> float:
+    """Share of `samples` [N, C, H, W] that the classifier recognises as `labels` [N]."""
+    return float((read_images(classifier, samples)[1] == labels).float().mean())
+
+
+def test_accuracy(classifier: Classifier, dataset: ImageDataset) -> float:
+    """Share of the images of `dataset` that the classifier recognises."""
+    assert dataset.labels is not None
+    return asked_for_accuracy(classifier, to_unit_range(dataset.images), dataset.labels)
+
+
+def _augment(x: Tensor) -> Tensor:
+    """Mirror half of the images and shift the batch by up to 2 pixels."""
+    mirrored = torch.rand(len(x)) < 0.5
+    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    down, right = (int(value) for value in torch.randint(-2, 3, (2,)))
+    padded = functional.pad(x, (2, 2, 2, 2), value=-1.0)
+    return padded[:, :, 2 + down : 2 + down + x.shape[2], 2 + right : 2 + right + x.shape[3]]

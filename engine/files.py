@@ -1,0 +1,94 @@
+"""Files that are there whole or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_synced(path: str | os.PathLike[str], data: bytes) -> None:
+    """Create `path`, which must not exist, with `data`, and wait until it and its directory entry are on disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(Path(path).parent)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, replacing what is there; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: the file cannot be written; `path` is unchanged and no temporary file is left.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new empty directory that becomes `path` when the block ends, and is removed if anything fails.
+
+    Args:
+        path: where the directory will be; its parent exists. An empty directory there is replaced.
+        overwrite: replace a directory with content too; it stays untouched until the new one is complete.
+
+    Raises:
+        FileExistsError: `path` is something that may not be replaced.
+        OSError: the directory cannot be written; `path` is unchanged and no temporary directory is left.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is not a directory")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{path} is not empty; give another directory, or overwrite=True")
+    temporary = _sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_directory(temporary)
+        _move_into_place(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; a directory already there steps aside, and comes back if the rename fails."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    previous = _sibling(path)
+    os.rename(path, previous)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(previous, path)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sibling(path: Path) -> Path:
+    """Return an unused hidden name beside `path`, so that a rename between the two stays on one file system."""
+    return path.parent / f".{path.name[:100]}.{uuid.uuid4().hex}.tmp"
+
+
+def _sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk (POSIX only: elsewhere a directory cannot be opened)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

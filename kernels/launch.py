@@ -1,0 +1,98 @@
+"""What every launcher shares: argument checks, the shape of a launch, and lanes.
+
+A batch is [B, ...]: B lanes of E elements each, contiguous. A program of a kernel handles BLOCK consecutive elements of one lane.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_ELEMENTS = 2**31 - 2**16  # offsets within a lane are 32-bit; offsets between lanes are 64-bit
+
+
+class Geometry(NamedTuple):
+    """How one batch is cut into programs."""
+
+    grid: tuple[int, int]
+    block: int
+    vec: int
+    even: bool
+    num_warps: int
+
+
+def geometry(lanes: int, elements: int, *dtypes: torch.dtype) -> Geometry:
+    """Programs of 4 warps: 32 elements a thread for large lanes, which spreads the fixed cost thin, 8 for small ones.
+
+    ``vec`` is how many consecutive elements make 128 bits in the narrowest of ``dtypes``, at most 8: the layout that all loads share.
+    """
+    block = 4096 if elements >= 4096 else 1024
+    vec = 8 if any(d.itemsize <= 2 for d in dtypes) else 4
+    return Geometry((lanes, -(-elements // block)), block, vec, elements % block == 0, 4)
+
+
+def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
+    """The number of elements of a lane of ``x`` [B, ...]; TypeError or ValueError where it cannot be a batch."""
+    check_dtype(name, x, dtypes)
+    if x.ndim < 1:
+        raise ValueError(f"{name} must have a batch dimension, got a 0-dimensional tensor")
+    elements = math.prod(x.shape[1:])
+    if elements > _MAX_ELEMENTS:
+        raise ValueError(f"{name} must have at most {_MAX_ELEMENTS} elements an image, got {elements}")
+    return elements
+
+
+def check_dtype(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """TypeError unless ``x`` is a tensor of one of ``dtypes``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {accepted}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def check_like(
+    name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """TypeError or ValueError unless ``x`` has this shape, device and one of ``dtypes``."""
+    check_dtype(name, x, dtypes)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_output(name: str, x: torch.Tensor) -> None:
+    """ValueError unless the output buffer ``x`` is contiguous."""
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())} for shape {list(x.shape)}")
+
+
+def check_source(
+    noise: torch.Tensor | None, seeds: torch.Tensor | None, indices: torch.Tensor | None, x: torch.Tensor
+) -> None:
+    """Noise is either given ([B, ...] like ``x``) or drawn (``seeds`` and ``indices``, int64 [B]), or neither."""
+    if noise is not None:
+        if seeds is not None or indices is not None:
+            raise ValueError("noise must be given or drawn, got both noise and seeds or indices")
+        check_like("noise", noise, tuple(x.shape), x.device, (*FLOATS, torch.float64))
+    elif (seeds is None) != (indices is None):
+        raise ValueError("seeds and indices must be given together, got one of them")
+    elif seeds is not None and indices is not None:
+        check_like("seeds", seeds, (len(x),), x.device, (torch.int64,))
+        check_like("indices", indices, (len(x),), x.device, (torch.int64,))
+
+
+def per_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] as [B, 1, ...], to broadcast over ``like`` [B, ...]."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``table[rows]``, NaN where a row lies outside the table: what the kernels do, without a device-side assertion."""
+    inside = (rows >= 0) & (rows < len(table))
+    values = table[rows.clamp(0, len(table) - 1)]
+    return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)

@@ -1,0 +1,337 @@
+"""The table walker: one kernel that executes any row of any first-order sampler, for every lane of a batch.
+
+    out    = uncond + guidance * (out - uncond)                                           where guidance is given
+    x0     = clip(x0_x * x + x0_out * out, -clip, clip)
+    x_next = next_x0 * x0 + next_x * x + next_out * out + sigma * z
+    sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)                      where the network returns v as well
+
+A lane is one image: its ``row`` says which line of the table applies to it (-1: the lane is parked and nothing of it is read or written).
+The next state and the network-dtype copy of it that the next network call wants leave in the same pass.
+
+Cost, no noise: 4 B (x) + s (out) + 4 B (x_next) + s (network copy) an element, s the size of the network's dtype: 12 B in bfloat16. Eager
+schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise.
+
+Kernels are compiled without FMA contraction, so that the fused step and the reference agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.backend import require_triton, tl, triton
+from stepfusion.kernels.coefficients import COLUMNS
+from stepfusion.kernels.philox import STREAM_STEP, normal, normal_block
+
+PARKED = -1  #: the ``row`` of a lane that has nothing to do
+FINITE = -1  #: the ``flag`` of a lane that never met a non-finite value
+
+_WIDTH = len(COLUMNS)
+WIDTH = tl.constexpr(_WIDTH)
+STREAM = tl.constexpr(STREAM_STEP)
+
+
+@triton.jit
+def diffusion_step_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [B, E] float32
+    out_ptr,  # [B, E] or [B, 2 E] with LEARNED
+    uncond_ptr,  # like out, or None
+    noise_ptr,  # [B, E], or None: draw it
+    next_ptr,  # [B, E] float32
+    net_ptr,  # [COPIES * B, E] in the network's dtype, or None
+    x0_ptr,  # [B, E] float32, or None
+    flag_ptr,  # [B] int64, or None
+    row_ptr,  # [B] int64
+    table_ptr,  # [R, WIDTH] float32
+    timestep_ptr,  # [R] int64
+    seed_ptr,  # [B] int64, or None with noise given
+    index_ptr,  # [B] int64, or None with noise given
+    guidance_ptr,  # [B] float32, or None
+    E,
+    B,
+    R,
+    LEARNED: tl.constexpr,
+    COPIES: tl.constexpr,
+    EVEN: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(0)
+    block = tl.program_id(1)
+    row = tl.load(row_ptr + lane)
+    if row < 0:
+        return
+    start = lane.to(tl.int64) * E
+    out_start = 2 * start if LEARNED else start
+    offs = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = None if EVEN else offs < E
+
+    inside = row < R  # a row beyond the table gives NaN, and no access outside it
+    coefficient_ptr = table_ptr + row * WIDTH
+    x0_x = tl.load(coefficient_ptr, mask=inside, other=float("nan"))
+    x0_out = tl.load(coefficient_ptr + 1, mask=inside, other=0.0)
+    clip = tl.load(coefficient_ptr + 2, mask=inside, other=0.0)
+    next_x0 = tl.load(coefficient_ptr + 3, mask=inside, other=0.0)
+    next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
+    next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
+    sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
+
+    x = tl.load(x_ptr + start + offs, mask=mask)
+    out = tl.load(out_ptr + out_start + offs, mask=mask).to(tl.float32)
+    if uncond_ptr is not None:
+        uncond = tl.load(uncond_ptr + out_start + offs, mask=mask).to(tl.float32)
+        guidance = tl.load(guidance_ptr + lane)
+        out = tl.where(guidance == 1.0, out, uncond + guidance * (out - uncond))
+
+    x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip)
+    x_next = next_x0 * x0 + next_x * x + next_out * out
+    if sigma != 0.0 and (noise_ptr is not None or seed_ptr is not None):
+        std = sigma
+        if LEARNED:
+            half_log_min = tl.load(coefficient_ptr + 7)
+            half_log_span = tl.load(coefficient_ptr + 8)
+            v = tl.load(out_ptr + out_start + E + offs, mask=mask).to(tl.float32)
+            std = sigma * tl.exp(half_log_min + (v * 0.5 + 0.5) * half_log_span)
+        if noise_ptr is not None:
+            z = tl.load(noise_ptr + start + offs, mask=mask).to(tl.float32)
+        else:
+            timestep = tl.load(timestep_ptr + row).to(tl.uint32)
+            index = tl.load(index_ptr + lane).to(tl.uint32)
+            z = normal_block(tl.load(seed_ptr + lane), block * (BLOCK // 4), timestep, index, STREAM, BLOCK, VEC)
+        x_next += std * z
+
+    tl.store(next_ptr + start + offs, x_next, mask=mask)
+    if net_ptr is not None:
+        copy = x_next.to(net_ptr.dtype.element_ty)
+        for i in tl.static_range(COPIES):
+            tl.store(net_ptr + i * B.to(tl.int64) * E + start + offs, copy, mask=mask)
+    if x0_ptr is not None:
+        tl.store(x0_ptr + start + offs, x0, mask=mask)
+    if flag_ptr is not None:
+        # a sum is finite where every term is; thread by thread first, which costs an addition an element
+        total = tl.sum(tl.reshape(x_next if EVEN else tl.where(mask, x_next, 0.0), (BLOCK // VEC, VEC)), axis=1)
+        broken = (total - total != 0.0) & (tl.load(flag_ptr + lane) < 0)  # inf - inf and NaN - NaN are NaN
+        zeros = tl.full((BLOCK // VEC,), 0, tl.int64)
+        tl.store(flag_ptr + lane + zeros, row + zeros, mask=broken)
+
+
+@torch.library.custom_op("stepfusion::diffusion_step_", mutates_args=("x_next", "x_net", "x0", "flags"))
+def _diffusion_step(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    coefficients: torch.Tensor,
+    timesteps: torch.Tensor,
+    seeds: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    out_uncond: torch.Tensor | None,
+    guidance: torch.Tensor | None,
+    x_next: torch.Tensor,
+    x_net: torch.Tensor | None,
+    x0: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> None:
+    require_triton(x.device)
+    lanes, elements = len(x), x[:1].numel()
+    if x.numel() == 0:
+        return
+    shape = launch.geometry(lanes, elements, out.dtype, x.dtype if x_net is None else x_net.dtype)
+    diffusion_step_kernel[shape.grid](
+        x.contiguous(),
+        out.contiguous(),
+        None if out_uncond is None else out_uncond.contiguous(),
+        None if noise is None else noise.to(torch.float32).contiguous(),
+        x_next,
+        x_net,
+        x0,
+        flags,
+        rows.contiguous(),
+        coefficients.contiguous(),
+        timesteps.contiguous(),
+        None if seeds is None else seeds.contiguous(),
+        None if indices is None else indices.contiguous(),
+        None if guidance is None else guidance.contiguous(),
+        elements,
+        lanes,
+        len(coefficients),
+        LEARNED=out.numel() != x.numel(),
+        COPIES=0 if x_net is None else len(x_net) // lanes,
+        EVEN=shape.even,
+        VEC=shape.vec,
+        BLOCK=shape.block,
+        num_warps=shape.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+@_diffusion_step.register_fake
+def _diffusion_step_fake(*_: object, **__: object) -> None:
+    return None
+
+
+def diffusion_step(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    coefficients: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    seeds: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    out_uncond: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+    x_next: torch.Tensor | None = None,
+    x_net: torch.Tensor | None = None,
+    x0: torch.Tensor | None = None,
+    flags: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Move every lane one row on, in one pass.
+
+    Args:
+        x: float32 [B, ...], the state of B lanes.
+        out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels [B, 2 C, ...] for a network
+            that learned its variance (its second half is v).
+        rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone.
+        coefficients: float32 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`.
+        timesteps: int64 [R], the training timestep that keys a row's noise.
+        seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or
+        noise: [B, ...] like x, the z to use. With neither, every row in use must have sigma = 0: no noise is added.
+        out_uncond: like out, the network's output without the condition; with
+        guidance: float32 [B], out becomes out_uncond + guidance * (out - out_uncond) (Ho & Salimans 2022); exactly out where it is 1.
+        x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
+        x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
+        x0: float32 like x, receives the predicted (clipped) x0.
+        flags: int64 [B], receives the row at which a lane first became non-finite, where it is still :data:`FINITE`.
+
+    Returns:
+        x_next. Rows beyond the table give NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
+    """
+    x_next = _check(
+        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+    )
+    _diffusion_step(
+        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+    )
+    return x_next
+
+
+def diffusion_step_reference(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    coefficients: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    seeds: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    out_uncond: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+    x_next: torch.Tensor | None = None,
+    x_net: torch.Tensor | None = None,
+    x0: torch.Tensor | None = None,
+    flags: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The twin of :func:`diffusion_step` in eager PyTorch: same arguments, same result. Also in float64 (x, out and coefficients float64)."""
+    x_next = _check(
+        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+    )
+    active = launch.per_lane(rows >= 0, x)
+    safe = rows.clamp(min=0)
+    columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)
+    x0_x, x0_out, clip, next_x0, next_x, next_out, sigma, half_log_min, half_log_span = (
+        launch.per_lane(column, x) for column in columns
+    )
+
+    eps = out.to(x.dtype)
+    v: torch.Tensor | None = None
+    if out.numel() != x.numel():
+        eps, v = eps.chunk(2, dim=1)
+    if out_uncond is not None and guidance is not None:
+        uncond = out_uncond.to(x.dtype)
+        uncond = uncond if v is None else uncond.chunk(2, dim=1)[0]
+        scale = launch.per_lane(guidance.to(x.dtype), x)
+        eps = torch.where(scale == 1.0, eps, uncond + scale * (eps - uncond))
+
+    start = torch.minimum(torch.maximum(x0_x * x + x0_out * eps, -clip), clip)
+    result = next_x0 * start + next_x * x + next_out * eps
+    if noise is not None or (seeds is not None and bool((sigma * active).any())):
+        z = noise.to(x.dtype) if noise is not None else _draw(seeds, indices, timesteps, safe, x)
+        std = sigma if v is None else sigma * (half_log_min + (v * 0.5 + 0.5) * half_log_span).exp()
+        result = torch.where(sigma != 0, result + std * z, result)
+
+    if flags is not None:
+        broken = (~result.flatten(1).isfinite().all(1)) & (flags < 0) & (rows >= 0)
+        flags.copy_(torch.where(broken, rows, flags))
+    if x_net is not None:
+        for copy in x_net.split(len(x)) if len(x) else ():
+            copy.copy_(torch.where(active, result.to(copy.dtype), copy))
+    if x0 is not None:
+        x0.copy_(torch.where(active, start, x0))
+    return x_next.copy_(torch.where(active, result, x_next))
+
+
+def _draw(
+    seeds: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    timesteps: torch.Tensor,
+    rows: torch.Tensor,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    assert seeds is not None and indices is not None
+    keys = timesteps[rows.clamp(max=len(timesteps) - 1)]
+    return normal(seeds, indices, keys, tuple(x.shape[1:]), dtype=x.dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    coefficients: torch.Tensor,
+    timesteps: torch.Tensor,
+    seeds: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    out_uncond: torch.Tensor | None,
+    guidance: torch.Tensor | None,
+    x_next: torch.Tensor | None,
+    x_net: torch.Tensor | None,
+    x0: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check every argument of a step; returns the tensor that receives the next state."""
+    states = (torch.float32, torch.float64)
+    launch.check_lanes("x", x, states)
+    lanes, shape = len(x), tuple(x.shape)
+    doubled = (lanes, 2 * shape[1], *shape[2:]) if x.ndim > 1 else shape
+    launch.check_dtype("out", out, (*launch.FLOATS, torch.float64))
+    if tuple(out.shape) not in (shape, doubled):
+        raise ValueError(f"out must have shape {list(shape)}, or {list(doubled)} with learned variance, got {list(out.shape)}")
+    launch.check_like("out", out, tuple(out.shape), x.device, (*launch.FLOATS, torch.float64))
+    launch.check_like("rows", rows, (lanes,), x.device, (torch.int64,))
+    launch.check_like("coefficients", coefficients, (len(coefficients), _WIDTH), x.device, states)
+    launch.check_like("timesteps", timesteps, (len(coefficients),), x.device, (torch.int64,))
+    launch.check_source(noise, seeds, indices, x)
+    if (out_uncond is None) != (guidance is None):
+        raise ValueError("out_uncond and guidance must be given together, got one of them")
+    if out_uncond is not None and guidance is not None:
+        launch.check_like("out_uncond", out_uncond, tuple(out.shape), x.device, (out.dtype,))
+        launch.check_like("guidance", guidance, (lanes,), x.device, (torch.float32, torch.float64))
+    if x_net is not None:
+        launch.check_dtype("x_net", x_net, (*launch.FLOATS, torch.float64))
+        if tuple(x_net.shape) not in (shape, (2 * lanes, *shape[1:])) or x_net.device != x.device:
+            raise ValueError(f"x_net must hold {lanes} or {2 * lanes} images like x on {x.device}, got {list(x_net.shape)}")
+        launch.check_output("x_net", x_net)
+    for name, buffer in (("x_next", x_next), ("x0", x0)):
+        if buffer is not None:
+            launch.check_like(name, buffer, shape, x.device, (x.dtype,))
+            launch.check_output(name, buffer)
+    if flags is not None:
+        launch.check_like("flags", flags, (lanes,), x.device, (torch.int64,))
+        launch.check_output("flags", flags)
+    return x.clone(memory_format=torch.contiguous_format) if x_next is None else x_next
