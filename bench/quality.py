@@ -1,8 +1,8 @@
 """How good are a model's samples? Two numbers, both read from a small classifier of the same images.
 
 - *asked-for accuracy*: the share of class-conditional samples that the classifier recognises as the class asked for;
-- *Frechet distance* between features of samples and of test images, next to the same distance between training and test
-  images, which is what a perfect model would reach (Heusel et al. 2017, equation 6, with this classifier's features).
+- *Frechet distance* between features of samples and of test images, next to the same distance between training and
+  test images, which is what a perfect model would reach (Heusel et al. 2017, eq. 6, with this classifier's features).
 
 Commands::
 
@@ -16,13 +16,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.files import atomic_write
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,7 +79,7 @@ def train_classifier(dataset: ImageDataset, epochs: int = 6, batch_size: int = 1
         total = epochs * (len(dataset) // batch_size)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=total)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(dataset)).split(batch_size)[: len(dataset) // batch_size]:
+            for chosen in torch.split(torch.randperm(len(dataset)), batch_size)[: len(dataset) // batch_size]:
                 x = _augment(to_unit_range(dataset.images[chosen]))
                 loss = functional.cross_entropy(classifier(x), dataset.labels[chosen])
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -110,7 +111,7 @@ def load_classifier(directory: Path = CLASSIFIER_DIRECTORY) -> Classifier:
 @torch.no_grad()
 def read_images(classifier: Classifier, x: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Features float32 [N, 128] and predicted labels int64 [N] of images float32 [N, C, H, W] in [-1, 1]."""
-    features = torch.cat([classifier.features(part) for part in x.split(batch_size)])
+    features = torch.cat([classifier.features(part) for part in torch.split(x, batch_size)])
     return features, classifier.head(features).argmax(dim=1)
 
 
@@ -127,7 +128,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         ValueError: shapes do not fit.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be [N, D] and [M, D] with N, M >= 2, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(
+            f"features must be [N, D] and [M, D] with N, M >= 2, got {list(a.shape)} and {list(b.shape)}"
+        )
     a, b = a.to(torch.float64), b.to(torch.float64)
     cov_a, cov_b = a.T.cov(), b.T.cov()
     cov_a, cov_b = cov_a.reshape(a.shape[1], -1), cov_b.reshape(a.shape[1], -1)
@@ -220,3 +223,101 @@ def _augment(x: Tensor) -> Tensor:
     down, right = (int(value) for value in torch.randint(-2, 3, (2,)))
     padded = functional.pad(x, (2, 2, 2, 2), value=-1.0)
     return padded[:, :, 2 + down : 2 + down + x.shape[2], 2 + right : 2 + right + x.shape[3]]
+
+
+def _engine_draw(model: str, steps: int, batch_size: int) -> Draw:
+    """Sample a model directory with DDIM, eta 0."""
+    from stepfusion import Engine
+
+    engine = Engine.from_pretrained(model)
+
+    def draw(labels: Tensor, seed: int, guidance: float | None) -> Tensor:
+        def part(indices: Tensor) -> Tensor:
+            chosen = {"indices": indices.tolist(), "labels": labels[indices]}
+            x: Tensor = engine.sample(**chosen, steps=steps, eta=0.0, seed=seed, guidance=guidance)
+            return x.cpu()
+
+        return torch.cat([part(indices) for indices in torch.split(torch.arange(len(labels)), batch_size)])
+
+    return draw
+
+
+def _run_train_classifier(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    classifier = train_classifier(load_dataset(args.data), epochs=args.epochs, seed=args.seed)
+    seconds = time.monotonic() - started
+    facts = {
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
+        "training_s": round(seconds, 1),
+    }
+    save_classifier(classifier, args.out, facts)
+    test = load_dataset(args.data, "test")
+    facts["test_accuracy"] = test_accuracy(load_classifier(args.out), test)
+    save_classifier(classifier, args.out, facts)
+    print(json.dumps(facts))
+    return 0
+
+
+def _run_evaluate(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    classifier = load_classifier(args.classifier)
+    train, test = load_dataset(args.data), load_dataset(args.data, "test")
+    row = {
+        "sampler": f"DDIM, {args.steps} steps, eta 0",
+        "classifier_test_accuracy": test_accuracy(classifier, test),
+        **evaluate(
+            _engine_draw(args.model, args.steps, args.batch_size),
+            train,
+            test,
+            classifier,
+            guidance=args.guidance,
+            other_guidance=args.other_guidance,
+            frechet_samples=args.frechet_samples,
+        ),
+        "evaluation_s": round(time.monotonic() - started, 1),
+    }
+    text = json.dumps(row, indent=2) + "\n"
+    print(text, end="")
+    if args.json is not None:
+        atomic_write(args.json, text.encode())
+    return 0 if row["accuracy_gate"]["passed"] and row["frechet_gate"]["passed"] else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the commands; evaluate returns 1 when a gate is missed."""
+    parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.quality", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("train-classifier", help="train the classifier that judges")
+    command.add_argument("data", type=Path, help="directory of idx files")
+    command.add_argument("--out", type=Path, default=CLASSIFIER_DIRECTORY, help="(default: the package's own folder)")
+    command.add_argument("--epochs", type=int, default=6)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_run_train_classifier)
+    command = commands.add_parser("evaluate", help="judge a model directory")
+    command.add_argument("model", help="diffusers directory, or the name of a bundled model")
+    command.add_argument("--data", type=Path, required=True, help="directory of idx files")
+    command.add_argument("--classifier", type=Path, default=CLASSIFIER_DIRECTORY)
+    command.add_argument("--json", type=Path, help="where the numbers go")
+    command.add_argument("--steps", type=int, default=50)
+    command.add_argument("--batch-size", type=int, default=250)
+    command.add_argument("--guidance", type=_guidance, default=None, help="judged setting: a number, or none")
+    command.add_argument("--other-guidance", type=_guidance, default=2.0, help="reported beside: a number, or none")
+    command.add_argument("--frechet-samples", type=int, default=5000)
+    command.set_defaults(run=_run_evaluate)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _guidance(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

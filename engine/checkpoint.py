@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -109,9 +110,7 @@ def save_pretrained(
     if not isinstance(network, UNet2D):
         raise CheckpointError(f"network is a {type(network).__name__}; accepted is a UNet2D")
     facts = _check_facts({"class_names": class_names, "null_label": null_label}, network.config, "the arguments")
-    if not isinstance(scheduler_config, Mapping):
-        raise CheckpointError(f"scheduler_config is a {type(scheduler_config).__name__}; accepted is a dict")
-    scheduler_class = scheduler_config.get("_class_name", "DDPMScheduler")
+    scheduler_class = _scheduler_class(scheduler_config)
     pipeline = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"
     parts = {"scheduler": ["diffusers", scheduler_class], "unet": ["diffusers", "UNet2DModel"]}
     contents = {
@@ -199,7 +198,7 @@ def _read_facts(path: Path, config: UNet2DConfig) -> _Facts:
     given = {key: value for key, value in _read_json(path).items() if not key.startswith("_")}
     for key in given:
         if key not in ("class_names", "null_label"):
-            raise CheckpointError(f"{path} has the unknown key {key!r}; accepted are class_names, null_label")
+            raise CheckpointError(f"{path} has the unknown key {short(key)}; accepted are class_names, null_label")
     return _check_facts(given, config, str(path))
 
 
@@ -213,7 +212,9 @@ def _check_facts(given: Mapping[str, Any], config: UNet2DConfig, where: str) -> 
         raise CheckpointError(f"{where}: class_names or null_label is given, but the network has no class embedding")
     is_label = isinstance(null_label, int) and not isinstance(null_label, bool) and 0 <= null_label < classes
     if null_label is not None and not is_label:
-        raise CheckpointError(f"{where}: null_label is {null_label!r}; accepted are integers from 0 to {classes - 1}")
+        raise CheckpointError(
+            f"{where}: null_label is {short(null_label)}; accepted are integers from 0 to {classes - 1}"
+        )
     if names is None:
         return _Facts(None, null_label)
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
@@ -282,7 +283,9 @@ def _stored_in_bin(path: Path) -> dict[str, _Stored]:
     for key, value in state.items():
         is_plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not isinstance(key, str) or not is_plain:
-            raise CheckpointError(f"{path}: {key!r} is not a name with a dense tensor, but {type(value).__name__}")
+            raise CheckpointError(
+                f"{path}: {short(key)} is not a name with a dense tensor, but {type(value).__name__}"
+            )
         stored[key] = _Stored(tuple(value.shape), codes.get(value.dtype, str(value.dtype)), value.detach)
     return stored
 
@@ -316,8 +319,9 @@ def _problem(what: str, entries: list[str], shown: int = 3) -> str:
     """Say how many keys are `what`, and the first few of them; nothing if there are none."""
     if not entries:
         return ""
+    safe = [entry if entry.isprintable() and len(entry) <= 200 else short(entry) for entry in entries[:shown]]
     rest = ", ..." if len(entries) > shown else ""
-    return f"{len(entries)} {what} ({', '.join(entries[:shown])}{rest})"
+    return f"{len(entries)} {what} ({', '.join(safe)}{rest})"
 
 
 def _modern_names(stored: Mapping[str, _Stored], path: Path) -> dict[str, _Stored]:
@@ -338,6 +342,15 @@ def _finite_float32(key: str, tensor: Tensor, path: Path) -> Tensor:
     if not weights.isfinite().all():
         raise CheckpointError(f"{path}: {key} has values that are not finite")
     return weights
+
+
+def _scheduler_class(config: Mapping[str, Any]) -> str:
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"scheduler_config is a {type(config).__name__}; accepted is a dict")
+    name = config.get("_class_name", "DDPMScheduler")
+    if not isinstance(name, str):
+        raise CheckpointError(f"scheduler_config: _class_name is {short(name)}; accepted is a string")
+    return name
 
 
 def _storable_state(network: UNet2D, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Reading labelled images for training: idx files, a folder of class folders, or an .npz. Everything is checked first.
+"""Reading labelled images for training: idx files, a folder of class folders, or an .npz, each checked strictly.
 
-The idx format is that of MNIST (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist) and Fashion-MNIST: a big-endian
-int32 magic (0x0801 for labels, 0x0803 for images), one int32 for each dimension, then uint8 values. Nothing is unpickled.
+The idx format is that of MNIST (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist) and Fashion-MNIST: a
+big-endian int32 magic (0x0801 for labels, 0x0803 for images), one int32 for each dimension, then uint8 values.
+Nothing is unpickled.
 """
 
 import gzip
@@ -10,7 +11,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ class ImageDataset:
 def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     """Load images from a directory of idx files, a folder of class folders of PNG or JPEG images, or an .npz file.
 
-    - idx: ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, plain or ``.gz`` (for the test split ``t10k-``).
+    - idx: ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, plain or ``.gz`` (the test split: ``t10k-``).
     - folders: each sub-folder is a class, in the order of the sorted names; all images must be of one size and mode.
-    - npz: ``arr_0`` uint8 [N, H, W, C] (the layout of guided-diffusion's sample files) and optionally ``arr_1``, labels.
+    - npz: ``arr_0`` uint8 [N, H, W, C] (as in guided-diffusion's sample files) and optionally ``arr_1``, labels.
 
     Args:
         path: the directory or file.
@@ -77,7 +78,7 @@ def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     if any(child.is_dir() for child in path.iterdir()):
         return _load_folders(path)
     raise ValueError(
-        f"{path} holds neither {_IDX_PREFIXES[split]}-images-idx3-ubyte(.gz) nor folders of images, one for each class"
+        f"{path} holds neither {_IDX_PREFIXES[split]}-images-idx3-ubyte(.gz) nor class folders of images"
     )
 
 
@@ -93,21 +94,23 @@ def read_idx(path: str | Path) -> Tensor:
     """
     path = Path(path)
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as stream:
-            return _parse_idx(path, cast(IO[bytes], stream))
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as unpacked:
+                return _parse_idx(path, unpacked)
+        with path.open("rb") as stream:
+            return _parse_idx(path, stream)
     except EOFError:
         raise ValueError(f"{path} is truncated: the gzip stream ends too early") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a sound gzip file: {error}") from None
 
 
-def _parse_idx(path: Path, stream: IO[bytes]) -> Tensor:
+def _parse_idx(path: Path, stream: gzip.GzipFile | IO[bytes]) -> Tensor:
     head = stream.read(4)
     magic = struct.unpack(">i", head)[0] if len(head) == 4 else -1
     if magic not in (_IDX_UINT8_LABELS, _IDX_UINT8_IMAGES):
         raise ValueError(
-            f"{path} begins with {head.hex() or 'nothing'}; an idx file begins with 00000801 (labels) or 00000803 (images)"
+            f"{path} begins with {head.hex() or 'nothing'}; an idx file begins with 00000801 (labels) or 00000803"
         )
     dimensions = magic & 0xFF
     sizes = stream.read(4 * dimensions)
@@ -116,7 +119,7 @@ def _parse_idx(path: Path, stream: IO[bytes]) -> Tensor:
     shape = struct.unpack(f">{dimensions}i", sizes)
     if min(shape) < 1 or _product(shape) > MAX_DATASET_BYTES:
         raise ValueError(
-            f"{path} declares the shape {list(shape)}; accepted are positive sizes of {MAX_DATASET_BYTES} bytes in all"
+            f"{path} declares the shape {list(shape)}; accepted are positive sizes, {MAX_DATASET_BYTES} bytes at most"
         )
     expected = _product(shape)
     payload = stream.read(expected + 1)
@@ -156,16 +159,8 @@ def _load_idx(images_path: Path, labels_path: Path | None) -> ImageDataset:
 
 def _load_npz(path: Path) -> ImageDataset:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "arr_0" not in archive.files:
-                raise ValueError(f"{path} has no arr_0; it holds {sorted(archive.files)}")
-            images = np.asarray(archive["arr_0"])
-            labels = np.asarray(archive["arr_1"]) if "arr_1" in archive.files else None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a sound .npz file: {error}") from None
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
+        images, labels = _read_npz(path)
+    except (EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is not a sound .npz file: {error}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise ValueError(
@@ -173,6 +168,18 @@ def _load_npz(path: Path) -> ImageDataset:
         )
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return ImageDataset(pixels, None if labels is None else _check_npz_labels(path, labels, len(images)))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read ``arr_0`` and, if it is there, ``arr_1``; the file is checked to be a zip, as ``np.load`` also reads others."""
+    with path.open("rb") as stream, zipfile.ZipFile(stream) as members:
+        size = sum(member.file_size for member in members.infolist())
+    if size > MAX_DATASET_BYTES:
+        raise ValueError(f"it holds {size} bytes; accepted are {MAX_DATASET_BYTES} at most")
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        if "arr_0" not in archive.files:
+            raise ValueError(f"it has no arr_0; it holds {sorted(archive.files)}")
+        return archive["arr_0"], archive["arr_1"] if "arr_1" in archive.files else None
 
 
 def _check_npz_labels(path: Path, labels: np.ndarray, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -15,9 +16,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-
 from stepfusion.checkpoint import save_pretrained
 from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.files import atomic_write
 from stepfusion.training import PRECISIONS, PREDICTIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
@@ -54,7 +55,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         default = _DEFAULTS[name]
         parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     for name, choices in (("prediction", PREDICTIONS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
-        parser.add_argument(_flag(name), choices=tuple(choices), default=_DEFAULTS[name], help="(default: %(default)s)")
+        parser.add_argument(
+            _flag(name), choices=tuple(choices), default=_DEFAULTS[name], help="(default: %(default)s)"
+        )
     parser.add_argument("--channels", type=int, nargs="+", default=_DEFAULTS["channels"], help="of each level")
     parser.add_argument("--attention-levels", type=int, nargs="*", default=(), help="levels with attention, from 0")
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
@@ -122,9 +125,9 @@ def plot_loss(directory: Path) -> None:
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.grid(alpha=0.3)
-    temporary = directory / ".loss.png"
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(directory / "loss.png")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    atomic_write(directory / "loss.png", png.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

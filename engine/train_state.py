@@ -1,26 +1,24 @@
 """The state of a training run on disk: a folder ``state-00001000/`` of tensors (safetensors) and facts (JSON).
 
-A state is written under a temporary name, flushed to disk and renamed, so it is there whole or not at all. The last two
-are kept.
+A state is there whole or not at all. The last two are kept.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from stepfusion.files import atomic_directory, write_synced
 from torch import Tensor
 
 KEPT_STATES = 2
 
 _PREFIX = "state-"
-_TEMPORARY = ".writing-"
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
 
@@ -38,24 +36,14 @@ def save_state(directory: Path, state: TrainState) -> Path:
 
     When writing fails, nothing of it is left behind and the states before it stay.
     """
-    name = f"{_PREFIX}{state.facts['step']:08d}"
-    temporary, final = directory / f"{_TEMPORARY}{name}", directory / name
-    temporary.mkdir(parents=True)
-    try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}, temporary / _TENSORS)
-        (temporary / _FACTS).write_text(json.dumps(state.facts, indent=1) + "\n", encoding="utf-8")
-        for path in (temporary / _TENSORS, temporary / _FACTS, temporary):
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush(directory)
+    folder = directory / f"{_PREFIX}{state.facts['step']:08d}"
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}
+    with atomic_directory(folder, overwrite=True) as temporary:
+        write_synced(temporary / _TENSORS, save(tensors))
+        write_synced(temporary / _FACTS, (json.dumps(state.facts, indent=1) + "\n").encode())
     for old in _states(directory)[:-KEPT_STATES]:
         shutil.rmtree(old)
-    return final
+    return folder
 
 
 def latest_state(directory: Path) -> Path | None:
@@ -82,28 +70,9 @@ def load_state(folder: Path) -> TrainState:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what a killed process was writing."""
-    for path in directory.glob(f"{_TEMPORARY}*"):
+    for path in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it and rename it to `path`."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _states(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

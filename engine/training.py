@@ -1,11 +1,11 @@
-"""Training a small diffusion model: one network, one loss, an exponential moving average, and a state that resumes exactly.
+"""Training a small diffusion model: one network, one loss, a moving average, and a state that resumes exactly.
 
-The objective is the mean squared error in eps (Ho et al. 2020, equation 14), x0 or v (Salimans & Ho 2022, appendix D) of
+The objective is the mean squared error in eps (Ho et al. 2020, eq. 14), x0 or v (Salimans & Ho 2022, appendix D) of
 
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,    v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
 
-Everything random in step k (which images, which timesteps, which noise, which labels are dropped) is a function of (seed, k)
-alone: no generator state is stored, and a resumed run has the bits of an uninterrupted one.
+Everything random in step k (which images, which timesteps, which noise, which labels are dropped) is a function of
+(seed, k) alone: no generator state is stored, and a resumed run has the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,23 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from stepfusion import _checks
 from stepfusion.datasets import ImageDataset
+from stepfusion.files import atomic_write
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.schedule import NoiseSchedule
-from stepfusion.train_state import TrainState, latest_state, load_state, remove_leftovers, replace_text, save_state
+from stepfusion.train_state import TrainState, latest_state, load_state, remove_leftovers, save_state
+from torch import Tensor, nn
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-SCHEDULES = {"linear": ("linear", NoiseSchedule.linear), "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine)}
+SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {
+    "linear": ("linear", NoiseSchedule.linear),
+    "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine),
+}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # May differ between a run and its continuation; everything else must be equal.
 _RESUMABLE = frozenset(
     {"steps", "microbatch", "learning_rate", "warmup_steps", "ema_decay", "precision", "save_every", "log_every"}
 )
-_POSITIVE = ("steps", "batch_size", "microbatch", "layers_per_block", "head_dim", "norm_groups", "save_every", "log_every")
+_POSITIVE = (
+    "steps",
+    "batch_size",
+    "microbatch",
+    "layers_per_block",
+    "head_dim",
+    "norm_groups",
+    "save_every",
+    "log_every",
+)
 _METRICS = "metrics.jsonl"
 
 
@@ -61,7 +73,7 @@ class TrainConfig:
         weight_decay: of AdamW, on weights of two and more dimensions.
         grad_clip: largest norm of the gradient.
         ema_decay: of the moving average that is exported; it warms up as ``min(ema_decay, (1 + k) / (10 + k))``.
-        label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022); labelled data only.
+        label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022).
         flip: mirror half of the images.
         seed: of weights, data order, timesteps, noise and label dropout.
         precision: of the network's arithmetic; weights, moments, loss and moving average are always float32.
@@ -129,10 +141,11 @@ class TrainConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"the training configuration has unknown fields {sorted(unknown)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0: linear warm-up, then a cosine that ends at zero at `steps`."""
+        """Learning rate of step `step`, counted from 0: linear warm-up, then a cosine to zero at `steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = min((step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1), 1.0)
@@ -198,16 +211,20 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Split into parts of `size` images, the last one possibly smaller."""
-        labels = [None] * -(-len(self) // size) if self.labels is None else self.labels.split(size)
-        parts = zip(self.x0.split(size), self.noise.split(size), self.timesteps.split(size), labels, strict=True)
-        return [Batch(*part) for part in parts]
+
+        def part(start: int) -> Batch:
+            labels = None if self.labels is None else self.labels[start : start + size]
+            x0, noise, timesteps = (t[start : start + size] for t in (self.x0, self.noise, self.timesteps))
+            return Batch(x0, noise, timesteps, labels)
+
+        return [part(start) for start in range(0, len(self), size)]
 
 
 def make_batch(config: TrainConfig, dataset: ImageDataset, step: int) -> Batch:
     """Draw the batch of step `step`, a function of ``(config.seed, step)`` and the data set alone.
 
     Every epoch is a new permutation, whose last incomplete batch is left out. Timesteps are stratified: image i of B
-    draws from the i-th of B equal parts of [0, T), which lowers the variance of the loss (Kingma et al. 2021, appendix I).
+    draws from the i-th of B equal parts of [0, T), which lowers the variance of the loss (Kingma et al. 2021).
     """
     size = config.batch_size
     epoch, place = divmod(step, len(dataset) // size)
@@ -242,8 +259,8 @@ class Trainer:
         config: how to train.
         dataset: on what.
         device: where.
-        workers: threads, each of which takes the next microbatch when it is free; on a busy machine that is faster than
-            splitting every operation. Each computes with PyTorch's threads, of which there should be one then.
+        workers: threads, each of which takes the next microbatch when it is free; on a busy machine that is faster
+            than splitting every operation. Each computes with PyTorch's threads, of which there should be one then.
 
     Raises:
         ValueError: the batch is larger than the data set, or the network does not fit the images.
@@ -254,7 +271,9 @@ class Trainer:
     ) -> None:
         _checks.integer("workers", workers, 1, 1024)
         if config.batch_size > len(dataset):
-            raise ValueError(f"batch_size must be at most the {len(dataset)} images of the data set, got {config.batch_size}")
+            raise ValueError(
+                f"batch_size must be at most the {len(dataset)} images of the data set, got {config.batch_size}"
+            )
         self.config = config
         self.dataset = dataset
         self.device = torch.device(device)
@@ -316,7 +335,8 @@ class Trainer:
         low = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, low, enabled=low != torch.float32, cache_enabled=False):
             out = self.network(x_t, t, labels)
-        return (out.float() - target).square().mean()
+        error: Tensor = out.float() - target
+        return error.square().mean()
 
     def state(self) -> TrainState:
         """Return what is needed to go on, tensors by reference."""
@@ -494,4 +514,4 @@ def _forget_metrics_after(path: Path, step: int) -> None:
     rows = read_metrics(path)
     kept = [row for row in rows if row.get("step", 0) <= step]
     if len(kept) < len(rows):
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

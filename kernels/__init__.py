@@ -1,1 +1,32 @@
-"""Triton kernels, their launchers, and the eager PyTorch reference of each."""
+"""Triton kernels, their launchers, and the eager PyTorch reference of each.
+
+The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch. This package knows tensors only.
+"""
+
+from stepfusion.kernels import reference
+from stepfusion.kernels.backend import BackendError
+from stepfusion.kernels.coefficients import COLUMNS
+from stepfusion.kernels.philox import STREAM_FORWARD, STREAM_INITIAL, STREAM_STEP, normal
+from stepfusion.kernels.posterior import q_posterior_mean_variance
+from stepfusion.kernels.q_sample import q_sample
+from stepfusion.kernels.single_step import ddim_step, ddpm_step
+from stepfusion.kernels.step import FINITE, PARKED, diffusion_step
+from stepfusion.kernels.to_uint8 import to_uint8
+
+__all__ = [
+    "COLUMNS",
+    "FINITE",
+    "PARKED",
+    "STREAM_FORWARD",
+    "STREAM_INITIAL",
+    "STREAM_STEP",
+    "BackendError",
+    "ddim_step",
+    "ddpm_step",
+    "diffusion_step",
+    "normal",
+    "q_posterior_mean_variance",
+    "q_sample",
+    "reference",
+    "to_uint8",
+]

@@ -22,7 +22,8 @@ import math
 
 import torch
 
-from stepfusion.kernels.backend import tl, triton
+from stepfusion.kernels import launch
+from stepfusion.kernels.backend import require_triton, tl, triton
 
 STREAM_STEP = 0  # the z of a sampling step, keyed by its training timestep
 STREAM_INITIAL = 1  # x_T, at timestep 0
@@ -35,8 +36,14 @@ _MASK = 0xFFFFFFFF
 
 # Minimax fits (Lawson iteration), relative error in brackets: -ln(1 + f) = f (-1 + f (1/2 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
 # sin(b) = b + b^3 S(b^2) (3.8e-9) and cos(b) = 1 + b^2 (-1/2 + b^2 C(b^2)) (8.2e-8) for |b| <= pi/4.
-_LOG = (-0.33336564898490906, 0.25004664063453674, -0.1982250213623047, 0.16462457180023193, -0.16964882612228394)
-_LOG += (0.15177200734615326,)
+_LOG = (
+    -0.33336564898490906,
+    0.25004664063453674,
+    -0.1982250213623047,
+    0.16462457180023193,
+    -0.16964882612228394,
+    0.15177200734615326,
+)
 _SIN = (-0.16666655242443085, 0.00833216030150652, -0.0001951526792254299)
 _COS = (0.04166107252240181, -0.0013648702297359705)
 _MINUS_LN2 = -math.log(2.0)
@@ -172,7 +179,7 @@ def _quadrant(x: torch.Tensor, y: torch.Tensor, word: torch.Tensor) -> tuple[tor
     return torch.where(word & 1 != 0, -x, x), torch.where(word & 2 != 0, -y, y)
 
 
-def normal(
+def normal_reference(
     seeds: torch.Tensor,
     indices: torch.Tensor,
     timesteps: torch.Tensor,
@@ -181,19 +188,11 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Standard normal noise for B images, the same numbers that the kernels draw.
+    """The twin of :func:`normal` in eager PyTorch, on any device: the same bits.
 
-    Args:
-        seeds: int64 [B], the 64 bits of each image's seed.
-        indices: int64 [B], the number of each image under its seed, in [0, 2**32).
-        timesteps: int64 [B], training timesteps, in [0, 2**32).
-        shape: the shape of one image, e.g. (C, H, W); its elements are counted in C order.
-        stream: what the noise is for, e.g. :data:`STREAM_STEP`.
-        dtype: float32, the kernels' bits; or float64, Box-Muller of the same words with exact functions.
-
-    Returns:
-        float32 or float64 [B, *shape] on the device of ``seeds``.
+    With ``dtype=torch.float64`` the same words go through Box-Muller with exact functions, in float64.
     """
+    _check(seeds, indices, timesteps)
     elements = math.prod(shape)
     quads = torch.arange((elements + 3) // 4, device=seeds.device)
     counter = (quads[None], timesteps[:, None], indices[:, None], torch.full_like(seeds, stream)[:, None])
@@ -201,3 +200,84 @@ def normal(
     transform = _box_muller_exact if dtype == torch.float64 else _box_muller_reference
     pairs = (*transform(w0, w1), *transform(w2, w3))
     return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(len(seeds), *shape)
+
+
+@triton.jit
+def normal_kernel(  # type: ignore[no-untyped-def]
+    z_ptr,  # [B, E] float32
+    seed_ptr,  # [B] int64
+    index_ptr,  # [B] int64
+    timestep_ptr,  # [B] int64
+    stream,
+    E,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(0)
+    block = tl.program_id(1)
+    offs = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    timestep = tl.load(timestep_ptr + lane).to(tl.uint32)
+    index = tl.load(index_ptr + lane).to(tl.uint32)
+    z = normal_block(tl.load(seed_ptr + lane), block * (BLOCK // 4), timestep, index, stream, BLOCK, 4)
+    tl.store(z_ptr + lane.to(tl.int64) * E + offs, z, mask=None if EVEN else offs < E)
+
+
+@torch.library.custom_op("stepfusion::normal_", mutates_args=("z",))
+def _normal(
+    seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor, stream: int, z: torch.Tensor
+) -> None:
+    require_triton(seeds.device)
+    if z.numel() == 0:
+        return
+    elements = z[:1].numel()
+    shape = launch.geometry(len(z), elements, torch.float32)
+    normal_kernel[shape.grid](
+        z,
+        seeds.contiguous(),
+        indices.contiguous(),
+        timesteps.contiguous(),
+        stream,
+        elements,
+        EVEN=shape.even,
+        BLOCK=shape.block,
+        num_warps=shape.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+@_normal.register_fake
+def _normal_fake(*_: object, **__: object) -> None:
+    return None
+
+
+def normal(
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    timesteps: torch.Tensor,
+    shape: tuple[int, ...],
+    stream: int = STREAM_STEP,
+) -> torch.Tensor:
+    """Standard normal noise for B images, the same numbers that the other kernels draw.
+
+    Args:
+        seeds: int64 [B], the 64 bits of each image's seed.
+        indices: int64 [B], the number of each image under its seed, in [0, 2**32).
+        timesteps: int64 [B], training timesteps, in [0, 2**32).
+        shape: the shape of one image, e.g. (C, H, W); its elements are counted in C order.
+        stream: what the noise is for, e.g. :data:`STREAM_STEP`.
+
+    Returns:
+        float32 [B, *shape] on the device of ``seeds``.
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
+    """
+    _check(seeds, indices, timesteps)
+    z = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
+    _normal(seeds, indices, timesteps, stream, z)
+    return z
+
+
+def _check(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+    for name, tensor in (("seeds", seeds), ("indices", indices), ("timesteps", timesteps)):
+        launch.check_like(name, tensor, (seeds.numel(),), seeds.device, (torch.int64,))

@@ -21,7 +21,7 @@ import torch
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
 from stepfusion.kernels.coefficients import COLUMNS
-from stepfusion.kernels.philox import STREAM_STEP, normal, normal_block
+from stepfusion.kernels.philox import STREAM_STEP, normal_block, normal_reference
 
 PARKED = -1  #: the ``row`` of a lane that has nothing to do
 FINITE = -1  #: the ``flag`` of a lane that never met a non-finite value
@@ -211,6 +211,9 @@ def diffusion_step(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
+    for name, tensor in (("x", x), ("coefficients", coefficients)):
+        launch.check_dtype(name, tensor, (torch.float32,))
+    launch.check_dtype("out", out, launch.FLOATS)
     x_next = _check(
         x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
     )
@@ -285,7 +288,7 @@ def _draw(
 ) -> torch.Tensor:
     assert seeds is not None and indices is not None
     keys = timesteps[rows.clamp(max=len(timesteps) - 1)]
-    return normal(seeds, indices, keys, tuple(x.shape[1:]), dtype=x.dtype)
+    return normal_reference(seeds, indices, keys, tuple(x.shape[1:]), dtype=x.dtype)
 
 
 def _check(

@@ -333,6 +333,10 @@ def add_keys(state: dict[str, torch.Tensor]) -> None:
     state.update({f"extra.{index}": torch.zeros(1) for index in range(5)})
 
 
+def add_hostile_key(state: dict[str, torch.Tensor]) -> None:
+    state["a\nb" + "c" * 1000] = torch.zeros(1)
+
+
 def reshape(state: dict[str, torch.Tensor]) -> None:
     state[FIRST_KEY] = torch.zeros(16, 27)
 
@@ -357,6 +361,7 @@ def overflow_float32(state: dict[str, torch.Tensor]) -> None:
 BAD_WEIGHTS = [
     (drop_key, "does not fit its config: 1 missing (conv_in.weight)"),
     (add_keys, "does not fit its config: 5 unexpected (extra.0, extra.1, extra.2, ...)"),
+    (add_hostile_key, "does not fit its config: 1 unexpected ('a\\nbcccccccc...ccccccccccccc')"),
     (reshape, "does not fit its config: 1 misshapen (conv_in.weight [16, 27] instead of [16, 3, 3, 3])"),
     (
         drop_and_reshape,
@@ -558,6 +563,8 @@ def test_save_checks_its_arguments(network: UNet2D, tmp_path: Path) -> None:
 
     assert message(UNet2DModel(**SMALL), SCHEDULER) == "network is a UNet2DModel; accepted is a UNet2D"
     assert message(network, None) == "scheduler_config is a NoneType; accepted is a dict"
+    named = {"_class_name": 5}
+    assert message(network, named) == "scheduler_config: _class_name is 5; accepted is a string"
     assert message(network, {"beta_start": float("nan")}).startswith("scheduler_config is not JSON: ")
     assert message(network, {"betas": torch.zeros(2)}).startswith("scheduler_config is not JSON: ")
     accepted = "torch.float64, torch.float32, torch.float16, torch.bfloat16"

@@ -258,7 +258,7 @@ def test_compiles_as_one_graph(name: str) -> None:
 @torch.no_grad()
 def test_exports_with_a_dynamic_batch() -> None:
     _, ours = make_twins({**SMALL, "num_class_embeds": 11})
-    batch = torch.export.Dim("batch", min=1, max=64)
+    batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns of here depends on its version
         program = torch.export.export(ours, make_inputs(ours), dynamic_shapes=({0: batch},) * 3)

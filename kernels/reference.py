@@ -1,0 +1,14 @@
+"""The kernels' twins in eager PyTorch, under the kernels' names: the path of CPUs, and the oracle of every test and benchmark.
+
+Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
+"""
+
+from stepfusion.kernels.philox import normal_reference as normal
+from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
+from stepfusion.kernels.q_sample import q_sample_reference as q_sample
+from stepfusion.kernels.single_step import ddim_step_reference as ddim_step
+from stepfusion.kernels.single_step import ddpm_step_reference as ddpm_step
+from stepfusion.kernels.step import diffusion_step_reference as diffusion_step
+from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
+
+__all__ = ["ddim_step", "ddpm_step", "diffusion_step", "normal", "q_posterior_mean_variance", "q_sample", "to_uint8"]
