@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from stepfusion.datasets import ImageDataset, load_dataset
-from stepfusion.files import atomic_write
 from torch import Tensor, nn
 from torch.nn import functional
+
+from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.files import atomic_write
 
 CLASSIFIER_DIRECTORY = Path(__file__).parent / "classifier"
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
+
 from stepfusion.errors import CheckpointError
 from stepfusion.files import atomic_directory, write_synced
 from stepfusion.networks import UNet2D, UNet2DConfig
-from torch import Tensor
 
 MAX_JSON_BYTES = 1 << 20
 

@@ -46,7 +46,9 @@ class NoiseSchedule:
         """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages."""
         array = np.array(betas, dtype=np.float64)
         if array.ndim != 1 or not 1 <= len(array) <= MAX_TIMESTEPS:
-            raise ValueError(f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}")
+            raise ValueError(
+                f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}"
+            )
         inside = (array > 0) & (array < 1)
         inside[-1] |= array[-1] == 1
         if not inside.all():
@@ -77,7 +79,9 @@ class NoiseSchedule:
         return cls(np.linspace(start * factor, end * factor, timesteps), name="linear")
 
     @classmethod
-    def scaled_linear(cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+    def scaled_linear(
+        cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
         """Square roots of the betas on a line, with latent diffusion's end points (Rombach et al. 2022)."""
         start, end = _end_points(beta_start, beta_end)
         return cls(np.linspace(start**0.5, end**0.5, _timesteps(timesteps)) ** 2, name="scaled_linear")

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+
 from stepfusion.checkpoint import save_pretrained
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.files import atomic_write

@@ -13,8 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from stepfusion.files import atomic_directory, write_synced
 from torch import Tensor
+
+from stepfusion.files import atomic_directory, write_synced
 
 KEPT_STATES = 2
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from stepfusion import _checks
 from stepfusion.datasets import ImageDataset
 from stepfusion.files import atomic_write
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.train_state import TrainState, latest_state, load_state, remove_leftovers, save_state
-from torch import Tensor, nn
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {

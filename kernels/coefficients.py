@@ -73,9 +73,7 @@ def ddpm(abar: Levels, abar_prev: Levels, *, prediction: str, variance: str) -> 
     return {**columns, "sigma": (small if variance == "fixed_small" else large) ** 0.5}
 
 
-def ddim(
-    abar: Levels, abar_prev: Levels, *, eta: float, prediction: str, rederive_eps: bool
-) -> dict[str, Levels]:
+def ddim(abar: Levels, abar_prev: Levels, *, eta: float, prediction: str, rederive_eps: bool) -> dict[str, Levels]:
     """One DDIM step (Song et al. 2021, equation 12), without ``clip``.
 
     sigma = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev)               (equation 16)
@@ -94,7 +92,14 @@ def ddim(
     else:
         eps_x, eps_out = predict_eps(abar, prediction)
         next_x, next_out = direction * eps_x, direction * eps_out
-    return {"x0_x": x0_x, "x0_out": x0_out, "next_x0": next_x0, "next_x": next_x, "next_out": next_out, "sigma": sigma}
+    return {
+        "x0_x": x0_x,
+        "x0_out": x0_out,
+        "next_x0": next_x0,
+        "next_x": next_x,
+        "next_out": next_out,
+        "sigma": sigma,
+    }
 
 
 def ddim_inversion(abar: Levels, abar_next: Levels, abar_network: Levels, *, prediction: str) -> dict[str, Levels]:

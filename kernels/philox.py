@@ -152,7 +152,9 @@ def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -
     for c in (*_LOG[4::-1], 0.5, -1.0):
         p = (p + c) * f
     square = exponent.to(torch.float32) * _MINUS_LN2 + p
-    radius = square.to(torch.float64).sqrt().to(torch.float32)  # rounded correctly, which not every float32 square root is
+    radius = (
+        square.to(torch.float64).sqrt().to(torch.float32)
+    )  # rounded correctly, which not every float32 square root is
 
     b = _signed(angle_word).to(torch.float32) * _ANGLE
     b2 = b * b

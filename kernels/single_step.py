@@ -51,7 +51,18 @@ def ddim_step(
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     return _ddim(
-        diffusion_step, x, out, t, t_prev, alphas_cumprod, eta, prediction, clip, rederive_eps, final_alpha_cumprod, step
+        diffusion_step,
+        x,
+        out,
+        t,
+        t_prev,
+        alphas_cumprod,
+        eta,
+        prediction,
+        clip,
+        rederive_eps,
+        final_alpha_cumprod,
+        step,
     )
 
 
@@ -72,7 +83,18 @@ def ddim_step_reference(
     """The twin of :func:`ddim_step` in eager PyTorch: same arguments, same result. Also in float64."""
     step_function = diffusion_step_reference
     return _ddim(
-        step_function, x, out, t, t_prev, alphas_cumprod, eta, prediction, clip, rederive_eps, final_alpha_cumprod, step
+        step_function,
+        x,
+        out,
+        t,
+        t_prev,
+        alphas_cumprod,
+        eta,
+        prediction,
+        clip,
+        rederive_eps,
+        final_alpha_cumprod,
+        step,
     )
 
 

@@ -314,7 +314,9 @@ def _check(
     doubled = (lanes, 2 * shape[1], *shape[2:]) if x.ndim > 1 else shape
     launch.check_dtype("out", out, (*launch.FLOATS, torch.float64))
     if tuple(out.shape) not in (shape, doubled):
-        raise ValueError(f"out must have shape {list(shape)}, or {list(doubled)} with learned variance, got {list(out.shape)}")
+        raise ValueError(
+            f"out must have shape {list(shape)}, or {list(doubled)} with learned variance, got {list(out.shape)}"
+        )
     launch.check_like("out", out, tuple(out.shape), x.device, (*launch.FLOATS, torch.float64))
     launch.check_like("rows", rows, (lanes,), x.device, (torch.int64,))
     launch.check_like("coefficients", coefficients, (len(coefficients), _WIDTH), x.device, states)
@@ -328,7 +330,9 @@ def _check(
     if x_net is not None:
         launch.check_dtype("x_net", x_net, (*launch.FLOATS, torch.float64))
         if tuple(x_net.shape) not in (shape, (2 * lanes, *shape[1:])) or x_net.device != x.device:
-            raise ValueError(f"x_net must hold {lanes} or {2 * lanes} images like x on {x.device}, got {list(x_net.shape)}")
+            raise ValueError(
+                f"x_net must hold {lanes} or {2 * lanes} images like x on {x.device}, got {list(x_net.shape)}"
+            )
         launch.check_output("x_net", x_net)
     for name, buffer in (("x_next", x_next), ("x0", x0)):
         if buffer is not None:

@@ -31,7 +31,9 @@ def to_uint8_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + start + source, mask=mask).to(tl.float32)
     level = tl.where(x == x, x * 0.5 + 0.5, 0.0)
     level = tl.minimum(tl.maximum(level, 0.0), 1.0) * 255.0
-    level = (level + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits, so it rounds, halves to even
+    level = (
+        level + 12582912.0
+    ) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits, so it rounds, halves to even
     tl.store(pixel_ptr + start + offs, level.to(tl.uint8), mask=mask)
 
 

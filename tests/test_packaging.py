@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+
 import stepfusion
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,10 @@ Sub-module names are those of diffusers' ``UNet2DModel``, so that its state dict
 from typing import Literal
 
 import torch
-from stepfusion.networks.config import UNet2DConfig
 from torch import Tensor, nn
 from torch.nn import functional
+
+from stepfusion.networks.config import UNet2DConfig
 
 _INT32_MAX = 2**31 - 1
 

@@ -10,10 +10,11 @@ so a sampler can compute the first two once for each row of its table and gather
 """
 
 import torch
-from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
-from stepfusion.networks.config import UNet2DConfig
 from torch import Tensor, nn
 from torch.nn import functional
+
+from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
+from stepfusion.networks.config import UNet2DConfig
 
 
 class UNet2D(nn.Module):

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import stepfusion.checkpoint
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+
+import stepfusion.checkpoint
 from stepfusion.checkpoint import Pretrained, bundled_models, load_pretrained, save_pretrained
 from stepfusion.errors import CheckpointError
 from stepfusion.files import atomic_directory, atomic_write

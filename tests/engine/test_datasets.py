@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from stepfusion.datasets import MAX_DATASET_BYTES, load_dataset, read_idx
 
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"

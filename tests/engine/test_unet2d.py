@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import UNet2DModel
+
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig, blocks
 from stepfusion.networks.blocks import double_size

@@ -1,0 +1,142 @@
+"""A sampler as a table: one row of coefficients a step, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The rows that a lane walks, first to last, and what they were made for.
+
+    ``coefficients`` float64 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the network is told and what keys the noise;
+    ``next_row`` int64 [R], the row after each, or -1; ``starts``, the first row of each of the samplers in it. Made by :func:`stepfusion.ddpm`,
+    :func:`stepfusion.ddim` and :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several.
+    """
+
+    name: str
+    prediction: str
+    schedule: NoiseSchedule
+    coefficients: NDArray[np.float64]
+    timesteps: NDArray[np.int64]
+    next_row: NDArray[np.int64]
+    starts: tuple[int, ...] = (0,)
+    learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        if self.coefficients.shape != (rows, len(COLUMNS)) or self.next_row.shape != (rows,):
+            raise ValueError(
+                f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}], got {self.coefficients.shape}"
+            )
+        finite = np.isfinite(self.coefficients)
+        finite[:, COLUMNS.index("clip")] |= np.isposinf(self.coefficients[:, COLUMNS.index("clip")])
+        if not finite.all():
+            row, column = (int(i) for i in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"coefficient {COLUMNS[column]} of row {row} (timestep {self.timesteps[row]}) is "
+                f"{self.coefficients[row, column]}, which no network output can be multiplied with"
+            )
+        for array in (self.coefficients, self.timesteps, self.next_row):
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        """The number of rows, of all its samplers together."""
+        return len(self.timesteps)
+
+    def steps(self, part: int = 0) -> int:
+        """How many steps a lane takes from ``starts[part]``."""
+        return (*self.starts[1:], len(self))[part] - self.starts[part]
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One column of the coefficients by its name, [R]."""
+        return self.coefficients[:, COLUMNS.index(name)]
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """True where some row adds noise."""
+        return bool((self.column("sigma") != 0).any())
+
+    @classmethod
+    def from_columns(
+        cls,
+        name: str,
+        prediction: str,
+        schedule: NoiseSchedule,
+        timesteps: NDArray[np.int64],
+        columns: Mapping[str, NDArray[np.floating]],
+        *,
+        learned_variance: bool = False,
+    ) -> StepTable:
+        """One sampler's table; columns that are not given are 0."""
+        rows = len(timesteps)
+        zero = np.zeros(rows)
+        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
+            np.float64
+        )
+        next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
+        return cls(
+            name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
+        """Several samplers in one table, so that lanes of one batch may walk different ones: part i starts at ``starts[i]``.
+
+        ValueError unless all have one prediction type and one schedule.
+        """
+        if not tables:
+            raise ValueError("concatenate needs at least one table, got none")
+        first = tables[0]
+        starts: list[int] = []
+        offset = 0
+        next_rows = []
+        for table in tables:
+            if table.prediction != first.prediction:
+                raise ValueError(
+                    f"tables must share a prediction type, got {first.prediction!r} and {table.prediction!r}"
+                )
+            if table.schedule != first.schedule:
+                raise ValueError(f"tables must share a schedule, got {first.schedule} and {table.schedule}")
+            starts.extend(start + offset for start in table.starts)
+            next_rows.append(np.where(table.next_row == PARKED, PARKED, table.next_row + offset))
+            offset += len(table)
+        return cls(
+            " + ".join(table.name for table in tables),
+            first.prediction,
+            first.schedule,
+            np.concatenate([table.coefficients for table in tables]),
+            np.concatenate([table.timesteps for table in tables]),
+            np.concatenate(next_rows),
+            tuple(starts),
+            any(table.learned_variance for table in tables),
+        )
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DeviceTable:
+        """The table as tensors on a device, coefficients rounded to ``dtype``."""
+        return DeviceTable(
+            torch.from_numpy(self.coefficients.copy()).to(device, dtype),
+            torch.from_numpy(self.timesteps.copy()).to(device),
+            torch.from_numpy(self.next_row.copy()).to(device),
+        )
+
+    def __repr__(self) -> str:
+        return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
+
+
+@dataclass(frozen=True)
+class DeviceTable:
+    """A :class:`StepTable` on a device: coefficients float32 [R, 9], timesteps int64 [R], next_row int64 [R]."""
+
+    coefficients: torch.Tensor
+    timesteps: torch.Tensor
+    next_row: torch.Tensor

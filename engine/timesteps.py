@@ -1,0 +1,82 @@
+"""Which training timesteps a sampler visits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepfusion import _checks
+
+Timesteps = NDArray[np.int64]
+
+SPACINGS = ("leading", "trailing", "linspace")
+COMPATS = (None, "diffusers", "guided-diffusion")
+
+
+def spaced(
+    num_train_timesteps: int,
+    steps: int,
+    spacing: str = "leading",
+    *,
+    steps_offset: int = 0,
+    compat: str | None = None,
+) -> Timesteps:
+    """``steps`` timesteps out of [0, T), strictly decreasing, int64.
+
+    leading: multiples of T // steps, plus ``steps_offset`` (Ho et al.'s and Song et al.'s code). linspace: evenly from T-1 to 0, ends included. trailing:
+    T-1 and then every T / steps down, so that the first step starts from pure noise (Lin et al. 2024, table 2). Names as in diffusers.
+
+    ``compat="guided-diffusion"`` rounds "linspace" as that library's sections do, ``compat="diffusers"`` keeps the timesteps of that library, and
+    refuses the step counts for which its "trailing" ends in t = -1.
+    """
+    total = _checks.integer("num_train_timesteps", num_train_timesteps, 1, 1 << 20)
+    steps = _checks.integer("steps", steps, 1, total)
+    offset = _checks.integer("steps_offset", steps_offset, 0, total - 1)
+    _checks.choice("spacing", spacing, SPACINGS)
+    if spacing == "leading":
+        ascending = np.arange(steps, dtype=np.int64) * (total // steps) + offset
+    elif spacing == "linspace":
+        ascending = (
+            _sections(total, steps) if compat == "guided-diffusion" else np.round(np.linspace(0, total - 1, steps))
+        )
+    else:
+        if compat == "diffusers" and len(np.arange(total, 0, -total / steps)) != steps:
+            raise ValueError(
+                f"steps = {steps} with spacing 'trailing' is a count for which diffusers makes {steps + 1} timesteps, "
+                "the last one -1: use another count, or compat=None"
+            )
+        ascending = np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
+    result = ascending.astype(np.int64)[::-1].copy()
+    if result[0] >= total:
+        raise ValueError(
+            f"steps_offset = {offset} with steps = {steps} reaches timestep {result[0]}, beyond T - 1 = {total - 1}"
+        )
+    return result
+
+
+def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any]) -> Timesteps:
+    """``timesteps`` checked: a non-empty, strictly decreasing list of integers in [0, T)."""
+    array = np.asarray(timesteps)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"timesteps must be a non-empty list of integers, got shape {list(array.shape)}")
+    if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"timesteps must be integers, got {array.dtype}")
+    if array.min() < 0 or array.max() >= num_train_timesteps:
+        raise ValueError(f"timesteps must lie in [0, {num_train_timesteps - 1}], got {array.min()} to {array.max()}")
+    if len(array) > 1 and (np.diff(array) >= 0).any():
+        i = int(np.argmax(np.diff(array) >= 0))
+        raise ValueError(f"timesteps must be strictly decreasing, got {array[i]} followed by {array[i + 1]}")
+    return array.astype(np.int64)
+
+
+def _sections(total: int, steps: int) -> NDArray[np.float64]:
+    """guided-diffusion's even section: Python's rounding of a running sum of a fractional stride."""
+    stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
+    position, result = 0.0, []
+    for _ in range(steps):
+        result.append(round(position))
+        position += stride
+    return np.array(result, dtype=np.float64)
