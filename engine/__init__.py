@@ -1,1 +1,40 @@
-"""stepfusion."""
+"""stepfusion: fast, exact, reproducible sampling of diffusion models.
+
+Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`::
+
+    import stepfusion as sf
+
+    engine = sf.Engine.from_pretrained("fashion-mnist")
+    images = engine.sample(64, steps=50, labels=[i % 10 for i in range(64)])
+"""
+
+from stepfusion import kernels, networks
+from stepfusion.checkpoint import load_pretrained, save_pretrained
+from stepfusion.diffusion import GaussianDiffusion
+from stepfusion.engine import Engine, Event
+from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.samplers import ddim, ddim_inversion, ddpm
+from stepfusion.schedule import NoiseSchedule
+from stepfusion.table import StepTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "Engine",
+    "Event",
+    "ExportError",
+    "GaussianDiffusion",
+    "NoiseSchedule",
+    "NonFiniteError",
+    "SamplingCancelled",
+    "StepTable",
+    "ddim",
+    "ddim_inversion",
+    "ddpm",
+    "kernels",
+    "load_pretrained",
+    "networks",
+    "save_pretrained",
+]

@@ -9,12 +9,13 @@ from typing import Any
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
-    """``value`` as an int in [low, high]; a bool, a float or anything else is a TypeError, another size a ValueError."""
+    """``value`` as an int in [low, high]; a bool or a float is a TypeError, another size a ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return int(value)
+    result = int(value)
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {result}")
+    return result
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> float:

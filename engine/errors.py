@@ -11,4 +11,12 @@ class ExportError(RuntimeError):
     """A network cannot be exported, or an exported artefact cannot be used here."""
 
 
-__all__ = ["BackendError", "CheckpointError", "ExportError"]
+class NonFiniteError(ArithmeticError):
+    """An image became NaN or infinite; the message names it and the step."""
+
+
+class SamplingCancelled(RuntimeError):
+    """Sampling was stopped by a callback before it was done."""
+
+
+__all__ = ["BackendError", "CheckpointError", "ExportError", "NonFiniteError", "SamplingCancelled"]

@@ -2,12 +2,15 @@
 
 The algebra of a row stands in :mod:`stepfusion.kernels.coefficients`; here it is decided which levels a row joins.
 
-A row starts at timestep t with abar_t and ends at the next timestep of the list, the last one at abar = ``final_alpha_cumprod``; the last row adds no noise.
-``compat`` reproduces another library's step, quirks included:
+A row starts at timestep t with abar_t and ends at the next timestep of the list, the last one at
+abar = ``final_alpha_cumprod``; the last row adds no noise. ``compat`` reproduces another library's step, quirks
+included:
 
-- ``"diffusers"``: float32 tables with beta re-derived from them; the network's raw eps in DDIM; DDIM's previous timestep is t - T // N whatever the list says;
-  noise wherever t > 0, also on a last row; the variance clamped at 1e-20 (fixed_small, learned_range).
-- ``"guided-diffusion"``: eps re-derived from the clipped x0; learned_range with log variance[1] in place of [0]; its rounding of evenly spaced timesteps.
+- ``"diffusers"``: float32 tables with beta re-derived from them; the network's raw eps in DDIM; DDIM's previous
+  timestep is t - T // N whatever the list says; noise wherever t > 0, also on a last row; the variance clamped at
+  1e-20 (fixed_small, learned_range).
+- ``"guided-diffusion"``: eps re-derived from the clipped x0; learned_range with log variance[1] in place of [0]; its
+  rounding of evenly spaced timesteps.
 """
 
 from __future__ import annotations
@@ -40,15 +43,19 @@ def ddpm(
     variance: str = "fixed_small",
     compat: str | None = None,
 ) -> StepTable:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), over all timesteps or a subsequence (Nichol & Dhariwal 2021, section 4).
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), over all timesteps or a subsequence.
+
+    (The subsequence: Nichol & Dhariwal 2021, section 4.)
 
     Args:
         schedule: T timesteps.
-        steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset`` (:func:`stepfusion.timesteps.spaced`).
+        steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset``
+            (:func:`stepfusion.timesteps.spaced`).
         timesteps: or the very list, strictly decreasing.
         prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
         clip: the bound of the predicted |x0|, or None.
-        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (the network returns twice the channels).
+        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (the network returns twice the
+            channels).
         compat: None, "diffusers" or "guided-diffusion" (module docstring).
 
     Raises:
@@ -90,9 +97,11 @@ def ddim(
 
     Args:
         eta: 0 is deterministic, 1 has the variance of DDPM's fixed_small.
-        rederive_eps: move along the eps that belongs to the clipped x0 (the default: without a clip it makes no difference, and with one it keeps
-            x0 and eps consistent, so that eta = 1 is DDPM); False takes the network's own eps, as ``compat="diffusers"`` does by default.
-        final_alpha_cumprod: abar where the last row ends, 1 by default; latent diffusion uses ``schedule.alphas_cumprod[0]``.
+        rederive_eps: move along the eps that belongs to the clipped x0 (the default: without a clip it makes no
+            difference, and with one it keeps x0 and eps consistent, so that eta = 1 is DDPM); False takes the
+            network's own eps, as ``compat="diffusers"`` does by default.
+        final_alpha_cumprod: abar where the last row ends, 1 by default; latent diffusion uses
+            ``schedule.alphas_cumprod[0]``.
         Others: as in :func:`ddpm`.
 
     Raises:
@@ -130,13 +139,15 @@ def ddim_inversion(
     evaluate_at: str = "source",
     final_alpha_cumprod: float | None = None,
 ) -> StepTable:
-    """From an image to the noise that :func:`ddim` with eta = 0 and the same timesteps turns back into it (Song et al. 2021, section 4.3).
+    """From an image to the noise that :func:`ddim` turns back into it, with eta = 0 and the same timesteps.
 
-    The rows climb from abar = ``final_alpha_cumprod`` through the levels of :func:`ddim`'s list. There is no clip: it would break the round trip.
+    (Song et al. 2021, section 4.3.) The rows climb from abar = ``final_alpha_cumprod`` through the levels of
+    :func:`ddim`'s list. There is no clip: it would break the round trip.
 
     Args:
-        evaluate_at: the timestep that the network is told: that of the level where the row starts ("source", as guided-diffusion does; the first row, which starts at a
-            clean image, takes its target), or where it ends ("target", as diffusers does).
+        evaluate_at: the timestep that the network is told: that of the level where the row starts ("source", as
+            guided-diffusion does; the first row, which starts at a clean image, takes its target), or where it ends
+            ("target", as diffusers does).
         Others: as in :func:`ddim`; ``timesteps`` is the decreasing list of :func:`ddim`.
 
     Raises:
@@ -181,8 +192,8 @@ def _levels(
     abar: Floats = (_float32_levels(schedule) if compat == "diffusers" else schedule.alphas_cumprod)[visits]
     if prediction == "epsilon" and abar[0] == 0:
         raise ValueError(
-            f"prediction 'epsilon' cannot start at timestep {visits[0]}, where the signal is zero (zero terminal SNR): "
-            "use a network with prediction 'v_prediction' or 'sample'"
+            f"prediction 'epsilon' cannot start at timestep {visits[0]}, where the signal is zero "
+            "(zero terminal SNR): use a network with prediction 'v_prediction' or 'sample'"
         )
     return visits, abar
 
@@ -194,7 +205,7 @@ def _float32_levels(schedule: NoiseSchedule) -> NDArray[np.float32]:
 
 
 def _log_range(small: Floats, large: Floats, compat: str | None) -> dict[str, Floats]:
-    """Half the log of the smallest variance, and half the span to the largest (Nichol & Dhariwal 2021, equation 15)."""
+    """Half the log of the smallest variance, half the span to the largest (Nichol & Dhariwal 2021, equation 15)."""
     small = np.maximum(small, small.dtype.type(1e-20))
     if compat == "guided-diffusion" and len(small) > 1:
         small[-1] = small[-2]
@@ -208,4 +219,5 @@ def _clip(clip: float | None) -> float:
 
 def _final(schedule: NoiseSchedule, final_alpha_cumprod: float | None, dtype: np.dtype[Any]) -> Any:
     value = 1.0 if final_alpha_cumprod is None else final_alpha_cumprod
-    return dtype.type(_checks.number("final_alpha_cumprod", value, schedule.alphas_cumprod[0], 1.0))
+    low = schedule.alphas_cumprod[0] - 2.0**-23  # a float32 table holds its first entry rounded, perhaps down
+    return dtype.type(_checks.number("final_alpha_cumprod", value, low, 1.0))

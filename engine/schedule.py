@@ -1,7 +1,8 @@
 """Noise schedules: every coefficient of the DDPM paper, in float64, by its usual name.
 
-The forward process is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) for t = 0 .. T-1 (Ho et al. 2020, equation 2; here,
-as in most code, t counts from 0), so that q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (equation 4).
+The forward process is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) for t = 0 .. T-1 (Ho et al. 2020,
+equation 2; here, as in most code, t counts from 0), so that q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+(equation 4).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Array = NDArray[np.float64]
 
 MAX_TIMESTEPS = 1 << 20
 
-# What schedulers' configs of diffusers hold. The keys of the first set shape the schedule; the others are the sampler's.
+# What diffusers' scheduler configs hold: the keys of the first set shape the schedule, the others are the sampler's.
 _SCHEDULE_KEYS = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
 )
@@ -29,8 +30,9 @@ _SAMPLER_KEYS = frozenset(
         "prediction_type", "clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset",
         "set_alpha_to_one", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
         "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "use_karras_sigmas",
-        "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "flow_shift", "final_sigmas_type",
-        "lambda_min_clipped", "interpolation_type", "sigma_min", "sigma_max", "timestep_type", "tensor_format",
+        "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "flow_shift",
+        "final_sigmas_type", "lambda_min_clipped", "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
+        "tensor_format",
     }
 )  # fmt: skip
 
@@ -38,8 +40,8 @@ _SAMPLER_KEYS = frozenset(
 class NoiseSchedule:
     """A discrete noise schedule of T timesteps, immutable, float64.
 
-    Made by :meth:`linear`, :meth:`scaled_linear`, :meth:`quadratic`, :meth:`cosine`, :meth:`sigmoid`, :meth:`from_betas` or :meth:`from_config`.
-    Every table is a read-only float64 NumPy array [T].
+    Made by :meth:`linear`, :meth:`scaled_linear`, :meth:`quadratic`, :meth:`cosine`, :meth:`sigmoid`,
+    :meth:`from_betas` or :meth:`from_config`. Every table is a read-only float64 NumPy array [T].
     """
 
     def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
@@ -57,16 +59,14 @@ class NoiseSchedule:
         self.betas: Array = _frozen(array)
         self.name = name
 
-    # -- how schedules are made ---------------------------------------------------------------------------------------
-
     @classmethod
     def linear(
         cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, scaled: bool = True
     ) -> NoiseSchedule:
         """Betas on a line (Ho et al. 2020, section 4).
 
-        ``scaled`` multiplies both end points by 1000 / T, as guided-diffusion does, which keeps the total noise when T is not
-        1000; diffusers uses them as they are (``scaled=False``). At T = 1000 the two are equal.
+        ``scaled`` multiplies both end points by 1000 / T, as guided-diffusion does, which keeps the total noise when
+        T is not 1000; diffusers uses them as they are (``scaled=False``). At T = 1000 the two are equal.
         """
         timesteps = _timesteps(timesteps)
         start, end = _end_points(beta_start, beta_end)
@@ -154,8 +154,6 @@ class NoiseSchedule:
         alphas = np.concatenate((cumprod[:1], cumprod[1:] / cumprod[:-1]))
         return NoiseSchedule(1 - alphas, name=f"{self.name}, zero terminal SNR")
 
-    # -- the tables ---------------------------------------------------------------------------------------------------
-
     @property
     def num_timesteps(self) -> int:
         """T."""
@@ -169,7 +167,7 @@ class NoiseSchedule:
     @cached_property
     def alphas_cumprod(self) -> Array:
         """abar_t, the product of alpha_0 .. alpha_t."""
-        return _frozen(np.cumprod(self.alphas))
+        return _frozen(np.cumprod(self.alphas, dtype=np.float64))
 
     @cached_property
     def alphas_cumprod_prev(self) -> Array:
@@ -247,7 +245,8 @@ class NoiseSchedule:
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f"NoiseSchedule({self.name}, {self.num_timesteps} timesteps, abar {self.alphas_cumprod[0]:.6f} to {self.alphas_cumprod[-1]:.3g})"
+        first, last = self.alphas_cumprod[[0, -1]]
+        return f"NoiseSchedule({self.name}, {self.num_timesteps} timesteps, abar {first:.6f} to {last:.3g})"
 
 
 def _frozen(array: Array) -> Array:

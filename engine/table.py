@@ -18,9 +18,10 @@ from stepfusion.schedule import NoiseSchedule
 class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
-    ``coefficients`` float64 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the network is told and what keys the noise;
-    ``next_row`` int64 [R], the row after each, or -1; ``starts``, the first row of each of the samplers in it. Made by :func:`stepfusion.ddpm`,
-    :func:`stepfusion.ddim` and :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several.
+    ``coefficients`` float64 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the
+    network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the first
+    row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim` and
+    :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several.
     """
 
     name: str
@@ -36,7 +37,8 @@ class StepTable:
         rows = len(self.timesteps)
         if self.coefficients.shape != (rows, len(COLUMNS)) or self.next_row.shape != (rows,):
             raise ValueError(
-                f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}], got {self.coefficients.shape}"
+                f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}] and next_row [{rows}], "
+                f"got {list(self.coefficients.shape)} and {list(self.next_row.shape)}"
             )
         finite = np.isfinite(self.coefficients)
         finite[:, COLUMNS.index("clip")] |= np.isposinf(self.coefficients[:, COLUMNS.index("clip")])
@@ -90,9 +92,9 @@ class StepTable:
 
     @classmethod
     def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
-        """Several samplers in one table, so that lanes of one batch may walk different ones: part i starts at ``starts[i]``.
+        """Several samplers in one table, so that lanes of one batch may walk different ones.
 
-        ValueError unless all have one prediction type and one schedule.
+        Part i starts at ``starts[i]``. ValueError unless all have one prediction type and one schedule.
         """
         if not tables:
             raise ValueError("concatenate needs at least one table, got none")

@@ -26,30 +26,24 @@ def spaced(
 ) -> Timesteps:
     """``steps`` timesteps out of [0, T), strictly decreasing, int64.
 
-    leading: multiples of T // steps, plus ``steps_offset`` (Ho et al.'s and Song et al.'s code). linspace: evenly from T-1 to 0, ends included. trailing:
-    T-1 and then every T / steps down, so that the first step starts from pure noise (Lin et al. 2024, table 2). Names as in diffusers.
+    - leading: multiples of T // steps, plus ``steps_offset`` (Ho et al.'s and Song et al.'s code);
+    - linspace: evenly from T-1 to 0, ends included;
+    - trailing: T-1 and then every T / steps down, so that the first step starts from pure noise (Lin et al. 2024,
+      table 2).
 
-    ``compat="guided-diffusion"`` rounds "linspace" as that library's sections do, ``compat="diffusers"`` keeps the timesteps of that library, and
-    refuses the step counts for which its "trailing" ends in t = -1.
+    The names are diffusers'. ``compat="guided-diffusion"`` rounds "linspace" as that library's sections do;
+    ``compat="diffusers"`` refuses the step counts for which that library's "trailing" ends in t = -1.
     """
     total = _checks.integer("num_train_timesteps", num_train_timesteps, 1, 1 << 20)
     steps = _checks.integer("steps", steps, 1, total)
     offset = _checks.integer("steps_offset", steps_offset, 0, total - 1)
     _checks.choice("spacing", spacing, SPACINGS)
-    if spacing == "leading":
-        ascending = np.arange(steps, dtype=np.int64) * (total // steps) + offset
-    elif spacing == "linspace":
-        ascending = (
-            _sections(total, steps) if compat == "guided-diffusion" else np.round(np.linspace(0, total - 1, steps))
+    if compat == "diffusers" and spacing == "trailing" and len(np.arange(total, 0, -total / steps)) != steps:
+        raise ValueError(
+            f"steps = {steps} with spacing 'trailing' is a count for which diffusers makes {steps + 1} timesteps, "
+            "the last one -1: use another count, or compat=None"
         )
-    else:
-        if compat == "diffusers" and len(np.arange(total, 0, -total / steps)) != steps:
-            raise ValueError(
-                f"steps = {steps} with spacing 'trailing' is a count for which diffusers makes {steps + 1} timesteps, "
-                "the last one -1: use another count, or compat=None"
-            )
-        ascending = np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
-    result = ascending.astype(np.int64)[::-1].copy()
+    result = _ascending(total, steps, spacing, offset, compat)[::-1].astype(np.int64)
     if result[0] >= total:
         raise ValueError(
             f"steps_offset = {offset} with steps = {steps} reaches timestep {result[0]}, beyond T - 1 = {total - 1}"
@@ -66,10 +60,23 @@ def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any]) -> 
         raise TypeError(f"timesteps must be integers, got {array.dtype}")
     if array.min() < 0 or array.max() >= num_train_timesteps:
         raise ValueError(f"timesteps must lie in [0, {num_train_timesteps - 1}], got {array.min()} to {array.max()}")
-    if len(array) > 1 and (np.diff(array) >= 0).any():
-        i = int(np.argmax(np.diff(array) >= 0))
-        raise ValueError(f"timesteps must be strictly decreasing, got {array[i]} followed by {array[i + 1]}")
-    return array.astype(np.int64)
+    visits = array.astype(np.int64)  # before the differences: those of an unsigned type would wrap around
+    rises = np.flatnonzero(np.diff(visits) >= 0)
+    if len(rises):
+        i = int(rises[0])
+        raise ValueError(f"timesteps must be strictly decreasing, got {visits[i]} followed by {visits[i + 1]}")
+    return visits
+
+
+def _ascending(total: int, steps: int, spacing: str, offset: int, compat: str | None) -> NDArray[np.floating[Any]]:
+    """The timesteps of :func:`spaced`, integers still held as floats, first to last."""
+    if spacing == "leading":
+        return np.arange(steps) * float(total // steps) + offset
+    if spacing == "trailing":
+        return np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
+    if compat == "guided-diffusion":
+        return _sections(total, steps)
+    return np.round(np.linspace(0, total - 1, steps))
 
 
 def _sections(total: int, steps: int) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """Triton kernels, their launchers, and the eager PyTorch reference of each.
 
-The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch. This package knows tensors only.
+The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch.
+This package knows tensors only.
 """
 
 from stepfusion.kernels import reference

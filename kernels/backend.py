@@ -7,6 +7,17 @@ from typing import Any
 
 import torch
 
+__all__ = [
+    "HAS_TRITON",
+    "BackendError",
+    "backend_from_environment",
+    "interpreting",
+    "require_triton",
+    "tl",
+    "triton",
+    "why_not_triton",
+]
+
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run here; the message says what is missing."""

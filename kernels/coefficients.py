@@ -5,8 +5,9 @@ Every first-order step is (see :mod:`stepfusion.kernels.step`)
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
     x_next = next_x0 * x0 + next_x * x + next_out * out + sigma * z
 
-The functions here take the levels abar (``alphas_cumprod`` where the step starts) and abar_prev (where it ends) and return the coefficients.
-They use arithmetic operators only, so that one formula serves NumPy arrays and PyTorch tensors of any float dtype, whole tables at a time.
+The functions here take the levels abar (``alphas_cumprod`` where the step starts) and abar_prev (where it ends) and
+return the coefficients. They use arithmetic operators only, so that one formula serves NumPy arrays and PyTorch
+tensors of any float dtype, whole tables at a time.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def predict_eps(abar: Levels, prediction: str) -> tuple[Levels, Levels]:
 
 
 def posterior(abar: Levels, abar_prev: Levels) -> tuple[Levels, Levels, Levels, Levels]:
-    """Mean weights of x0 and x, variance beta-tilde and beta of q(x_prev | x, x0) (Ho et al. 2020, equation 7, respaced).
+    """Mean weights of x0 and x, variance beta-tilde and beta of q(x_prev | x, x0) (Ho et al. 2020, equation 7).
 
-    beta is the one of the jump, 1 - abar / abar_prev.
+    beta is the one of the (respaced) jump, 1 - abar / abar_prev.
     """
     alpha = abar / abar_prev
     beta = 1 - alpha
@@ -61,9 +62,10 @@ def posterior(abar: Levels, abar_prev: Levels) -> tuple[Levels, Levels, Levels, 
 def ddpm(abar: Levels, abar_prev: Levels, *, prediction: str, variance: str) -> dict[str, Levels]:
     """One ancestral DDPM step, without ``clip`` and with noise everywhere (the caller silences the last row).
 
-    The network's eps, x0 or v becomes x0, and x_next ~ q(x_prev | x, x0) with the variance beta-tilde (``fixed_small``), beta (``fixed_large``), or
-    interpolated between the two in the log domain by the network (``learned_range``, Nichol & Dhariwal 2021, equation 15: sigma is then 1 and
-    the kernel multiplies by exp(half_log_min + frac * half_log_span)).
+    The network's eps, x0 or v becomes x0, and x_next ~ q(x_prev | x, x0) with the variance beta-tilde
+    (``fixed_small``), beta (``fixed_large``), or interpolated between the two in the log domain by the network
+    (``learned_range``, Nichol & Dhariwal 2021, equation 15: sigma is then 1 and the kernel multiplies by
+    exp(half_log_min + frac * half_log_span)).
     """
     mean_x0, mean_x, small, large = posterior(abar, abar_prev)
     x0_x, x0_out = predict_x0(abar, prediction)
@@ -79,8 +81,9 @@ def ddim(abar: Levels, abar_prev: Levels, *, eta: float, prediction: str, rederi
     sigma = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev)               (equation 16)
     x_next = sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma^2) eps + sigma z
 
-    eps is the network's own, or with ``rederive_eps`` the one that belongs to the clipped x0: (x - sqrt(abar) x0) / sqrt(1 - abar).
-    The radicand is clamped at 0, where rounding (or a zero terminal SNR with eta = 1) leaves it negative.
+    eps is the network's own, or with ``rederive_eps`` the one that belongs to the clipped x0,
+    (x - sqrt(abar) x0) / sqrt(1 - abar). The radicand is clamped at 0, where rounding (or a zero terminal SNR with
+    eta = 1) leaves it negative.
     """
     sigma = eta * ((1 - abar_prev) / (1 - abar) * _positive(1 - abar / abar_prev)) ** 0.5
     direction = _positive(1 - abar_prev - sigma**2) ** 0.5
@@ -105,9 +108,10 @@ def ddim(abar: Levels, abar_prev: Levels, *, eta: float, prediction: str, rederi
 def ddim_inversion(abar: Levels, abar_next: Levels, abar_network: Levels, *, prediction: str) -> dict[str, Levels]:
     """One step of the DDIM equation run from data towards noise (Song et al. 2021, section 4.3), without ``clip``.
 
-    x stands at the level abar and goes to abar_next < abar; the network was evaluated at the timestep of abar_network (the source
-    or the target). Its output becomes eps at its own level, and x0 follows from x and eps at the level of x, so that every prediction
-    type stays finite at abar = 1. With abar_network = abar this is :func:`ddim` with eta = 0.
+    x stands at the level abar and goes to abar_next < abar; the network was evaluated at the timestep of abar_network
+    (the source or the target). Its output becomes eps at its own level, and x0 follows from x and eps at the level of
+    x, so that every prediction type stays finite at abar = 1. With abar_network = abar this is :func:`ddim` with
+    eta = 0.
     """
     eps_x, eps_out = predict_eps(abar_network, prediction)
     signal, noise = abar**0.5, (1 - abar) ** 0.5
@@ -124,4 +128,5 @@ def ddim_inversion(abar: Levels, abar_next: Levels, abar_network: Levels, *, pre
 
 def _positive(value: Levels) -> Levels:
     """max(value, 0) with operators that NumPy and PyTorch share."""
-    return (value + abs(value)) / 2
+    result: Levels = (value + abs(value)) / 2
+    return result

@@ -1,17 +1,19 @@
 """What every launcher shares: argument checks, the shape of a launch, and lanes.
 
-A batch is [B, ...]: B lanes of E elements each, contiguous. A program of a kernel handles BLOCK consecutive elements of one lane.
+A batch is [B, ...]: B lanes of E elements each, contiguous. A program of a kernel handles BLOCK consecutive elements
+of one lane.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_ELEMENTS = 2**31 - 2**16  # offsets within a lane are 32-bit; offsets between lanes are 64-bit
+_MAX_ELEMENTS = 65535 * 2048  # of a lane: CUDA's limit along a grid's second axis times the least block
 
 
 class Geometry(NamedTuple):
@@ -27,11 +29,22 @@ class Geometry(NamedTuple):
 def geometry(lanes: int, elements: int, *dtypes: torch.dtype) -> Geometry:
     """Programs of 4 warps: 32 elements a thread for large lanes, which spreads the fixed cost thin, 8 for small ones.
 
-    ``vec`` is how many consecutive elements make 128 bits in the narrowest of ``dtypes``, at most 8: the layout that all loads share.
+    ``vec`` is how many consecutive elements make 128 bits in the narrowest of ``dtypes``, at most 8: the layout that
+    all loads share.
     """
     block = 4096 if elements >= 4096 else 1024
     vec = 8 if any(d.itemsize <= 2 for d in dtypes) else 4
     return Geometry((lanes, -(-elements // block)), block, vec, elements % block == 0, 4)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current one: Triton launches there, on its current stream, wherever the tensors are."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional input as kernels read it."""
+    return None if x is None else x.contiguous()
 
 
 def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
@@ -39,7 +52,11 @@ def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FL
     check_dtype(name, x, dtypes)
     if x.ndim < 1:
         raise ValueError(f"{name} must have a batch dimension, got a 0-dimensional tensor")
-    elements = math.prod(x.shape[1:])
+    return check_elements(name, math.prod(x.shape[1:]))
+
+
+def check_elements(name: str, elements: int) -> int:
+    """``elements``; ValueError where one image has more of them than a launch can cover."""
     if elements > _MAX_ELEMENTS:
         raise ValueError(f"{name} must have at most {_MAX_ELEMENTS} elements an image, got {elements}")
     return elements
@@ -63,6 +80,13 @@ def check_like(
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_table(name: str, table: torch.Tensor, device: torch.device, entries: int | None = None) -> int:
+    """The number of entries of a table [T] of a schedule; TypeError or ValueError unless it is one of ``entries``."""
+    check_dtype(name, table, (torch.float32, torch.float64))
+    check_like(name, table, (table.numel() if entries is None else entries,), device, (table.dtype,))
+    return len(table)
 
 
 def check_output(name: str, x: torch.Tensor) -> None:
@@ -92,7 +116,7 @@ def per_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``table[rows]``, NaN where a row lies outside the table: what the kernels do, without a device-side assertion."""
+    """``table[rows]``, NaN where a row lies outside the table, as in the kernels: no device-side assertion."""
     inside = (rows >= 0) & (rows < len(table))
     values = table[rows.clamp(0, len(table) - 1)]
     return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)

@@ -5,15 +5,16 @@ Noise is a pure function of *what* is drawn, never of *when*:
     key     = seed                                          64 bits
     counter = (element // 4, timestep, index, stream)       4 x 32 bits
 
-``element`` counts the values of one image in C order ([C, H, W] flattened), ``index`` is the number of the image under its
-seed, and ``stream`` tells purposes apart (:data:`STREAM_STEP`, :data:`STREAM_INITIAL`, :data:`STREAM_FORWARD`). One Philox call
-yields four 32-bit words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), two Box-Muller pairs
-turn them into four normals, and all four are used. Word w becomes the uniform (w + 1) / 2**32 in (0, 1], which keeps the
-resolution of the tail: the largest radius is sqrt(64 ln 2) = 6.66 standard deviations.
+``element`` counts the values of one image in C order ([C, H, W] flattened), ``index`` is the number of the image
+under its seed, and ``stream`` tells purposes apart (:data:`STREAM_STEP`, :data:`STREAM_INITIAL`,
+:data:`STREAM_FORWARD`). One Philox call yields four 32-bit words (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3", section 3.3), two Box-Muller pairs turn them into four normals, and all four are used. Word w
+becomes the uniform (w + 1) / 2**32 in (0, 1], which keeps the resolution of the tail: the largest radius is
+sqrt(64 ln 2) = 6.66 standard deviations.
 
-Logarithm, sine and cosine are the same polynomials on both sides, evaluated in float32 with every product and sum rounded on
-its own (kernels are compiled without FMA contraction), and the square root is correctly rounded. So a GPU, the interpreter
-and PyTorch on any device give the same bits, and the kernel needs no library call and no local memory.
+Logarithm, sine and cosine are the same polynomials on both sides, evaluated in float32 with every product and sum
+rounded on its own (kernels are compiled without FMA contraction), and the square root is correctly rounded. So a GPU,
+the interpreter and PyTorch on any device give the same bits, and the kernel needs neither library nor local memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Minimax fits (Lawson iteration), relative error in brackets: -ln(1 + f) = f (-1 + f (1/2 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
+# Minimax fits (Lawson iteration), relative error in brackets:
+# -ln(1 + f) = f (-1 + f (1/2 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
 # sin(b) = b + b^3 S(b^2) (3.8e-9) and cos(b) = 1 + b^2 (-1/2 + b^2 C(b^2)) (8.2e-8) for |b| <= pi/4.
 _LOG = (
     -0.33336564898490906,
@@ -60,7 +62,7 @@ SCALE, TWO_THIRDS = tl.constexpr(_SCALE), tl.constexpr(_TWO_THIRDS)
 
 @triton.jit
 def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
-    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication where that takes a high and a low one."""
+    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication where that takes two narrow ones."""
     k0 = seed.to(tl.uint32)
     k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
     c0 = c0.to(tl.uint32)
@@ -81,7 +83,10 @@ def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
-    """Two independent standard normals, float32, from two words of 32 random bits. Twin: :func:`_box_muller_reference`."""
+    """Two independent standard normals, float32, from two words of 32 random bits.
+
+    Its twin is :func:`_box_muller_reference`.
+    """
     bits = (radius_word.to(tl.float32) + 1.0).to(tl.int32, bitcast=True) - SCALE  # u = (w + 1) / 2**32
     exponent = (bits - TWO_THIRDS) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -101,19 +106,21 @@ def _box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _normal4(seed, quad, timestep, index, stream):  # type: ignore[no-untyped-def]
-    """The four normals of each element quad 4 quad .. 4 quad + 3. ``quad``: block [Q]; the rest scalars. Returns 4 float32 [Q]."""
+    """The normals of elements 4 quad .. 4 quad + 3. ``quad``: block [Q]; the rest scalars. Returns 4 float32 [Q]."""
     w0, w1, w2, w3 = _philox(seed, quad, timestep, index, stream)
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
     return z0, z1, z2, z3
 
 
-@triton.jit
-def normal_block(seed, first_quad, timestep, index, stream, BLOCK: tl.constexpr, VEC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Standard normals for BLOCK consecutive elements from 4 first_quad on; all counters scalar. Returns float32 [BLOCK].
+@triton.jit  # type: ignore[untyped-decorator]
+def normal_block(  # type: ignore[no-untyped-def]
+    seed, first_quad, timestep, index, stream, BLOCK: tl.constexpr, VEC: tl.constexpr
+):
+    """Normals of BLOCK consecutive elements from 4 first_quad on; all counters scalar. Returns float32 [BLOCK].
 
-    VEC, 4 or 8, is the number of consecutive elements that a thread holds in the caller's loads and stores: making the noise in that
-    layout spares an exchange through shared memory.
+    VEC, 4 or 8, is the number of consecutive elements that a thread holds in the caller's loads and stores: making
+    the noise in that layout spares an exchange through shared memory.
     """
     i = tl.arange(0, BLOCK // VEC)
     if VEC == 4:
@@ -129,9 +136,10 @@ def normal_block(seed, first_quad, timestep, index, stream, BLOCK: tl.constexpr,
 
 
 def philox_words(counter: tuple[torch.Tensor, ...], key: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Philox-4x32-10 in PyTorch: four words in [0, 2**32), int64, for four counter words and a 64-bit ``key``, int64, broadcast together.
+    """Philox-4x32-10 in PyTorch: four words in [0, 2**32), int64.
 
-    Source: Salmon et al. 2011, section 3.3. Equal bit for bit to Triton's ``tl.philox``.
+    ``counter`` has four words and ``key`` 64 bits, all int64, broadcast together. Source: Salmon et al. 2011, section
+    3.3. Equal bit for bit to Triton's ``tl.philox``.
     """
     c0, c1, c2, c3 = (c.to(torch.int64) & _MASK for c in counter)
     k0, k1 = key & _MASK, (key >> 32) & _MASK
@@ -152,9 +160,7 @@ def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -
     for c in (*_LOG[4::-1], 0.5, -1.0):
         p = (p + c) * f
     square = exponent.to(torch.float32) * _MINUS_LN2 + p
-    radius = (
-        square.to(torch.float64).sqrt().to(torch.float32)
-    )  # rounded correctly, which not every float32 square root is
+    radius = square.to(torch.float64).sqrt().to(torch.float32)  # correctly rounded, as not every float32 sqrt is
 
     b = _signed(angle_word).to(torch.float32) * _ANGLE
     b2 = b * b
@@ -204,7 +210,7 @@ def normal_reference(
     return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(len(seeds), *shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])  # type: ignore[untyped-decorator]
 def normal_kernel(  # type: ignore[no-untyped-def]
     z_ptr,  # [B, E] float32
     seed_ptr,  # [B] int64
@@ -233,18 +239,19 @@ def _normal(
         return
     elements = z[:1].numel()
     shape = launch.geometry(len(z), elements, torch.float32)
-    normal_kernel[shape.grid](
-        z,
-        seeds.contiguous(),
-        indices.contiguous(),
-        timesteps.contiguous(),
-        stream,
-        elements,
-        EVEN=shape.even,
-        BLOCK=shape.block,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=False,
-    )
+    with launch.on(z.device):
+        normal_kernel[shape.grid](
+            z,
+            seeds.contiguous(),
+            indices.contiguous(),
+            timesteps.contiguous(),
+            stream,
+            elements,
+            EVEN=shape.even,
+            BLOCK=shape.block,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
 
 
 @_normal.register_fake
@@ -275,11 +282,13 @@ def normal(
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     _check(seeds, indices, timesteps)
+    launch.check_elements("shape", math.prod(shape))
     z = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
     _normal(seeds, indices, timesteps, stream, z)
     return z
 
 
 def _check(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+    launch.check_dtype("seeds", seeds, (torch.int64,))
     for name, tensor in (("seeds", seeds), ("indices", indices), ("timesteps", timesteps)):
         launch.check_like(name, tensor, (seeds.numel(),), seeds.device, (torch.int64,))

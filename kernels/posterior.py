@@ -13,7 +13,7 @@ from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # type: ignore[untyped-decorator]
 def q_posterior_mean_kernel(  # type: ignore[no-untyped-def]
     x_start_ptr,  # [B, E]
     x_t_ptr,  # [B, E]
@@ -33,8 +33,8 @@ def q_posterior_mean_kernel(  # type: ignore[no-untyped-def]
 
     t = tl.load(t_ptr + lane)
     inside = (t >= 0) & (t < T)  # a t outside the schedule gives NaN, and no access outside the tables
-    coef1 = tl.load(coef1_ptr + t, mask=inside, other=float("nan"))
-    coef2 = tl.load(coef2_ptr + t, mask=inside, other=float("nan"))
+    coef1 = tl.load(coef1_ptr + t, mask=inside, other=float("nan")).to(tl.float32)
+    coef2 = tl.load(coef2_ptr + t, mask=inside, other=float("nan")).to(tl.float32)
 
     x_start = tl.load(x_start_ptr + start + offs, mask=mask).to(tl.float32)
     x_t = tl.load(x_t_ptr + start + offs, mask=mask).to(tl.float32)
@@ -52,20 +52,21 @@ def _q_posterior_mean(
         return mean
     elements = x_start[:1].numel()
     shape = launch.geometry(len(x_start), elements, x_start.dtype)
-    q_posterior_mean_kernel[shape.grid](
-        x_start.contiguous(),
-        x_t.contiguous(),
-        mean,
-        t.contiguous(),
-        coef1.contiguous(),
-        coef2.contiguous(),
-        elements,
-        len(coef1),
-        EVEN=shape.even,
-        BLOCK=shape.block,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=False,
-    )
+    with launch.on(x_start.device):
+        q_posterior_mean_kernel[shape.grid](
+            x_start.contiguous(),
+            x_t.contiguous(),
+            mean,
+            t.contiguous(),
+            coef1.contiguous(),
+            coef2.contiguous(),
+            elements,
+            len(coef1),
+            EVEN=shape.even,
+            BLOCK=shape.block,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
     return mean
 
 
@@ -88,8 +89,8 @@ def q_posterior_mean_variance(
     Args:
         x_start, x_t: float16, bfloat16 or float32 [B, ...], one dtype.
         t: int64 [B], timesteps in [0, T); one outside gives NaN.
-        posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped: float32 [T], as
-            :class:`stepfusion.NoiseSchedule` names them.
+        posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped: float32 [T],
+            the tables that :class:`stepfusion.NoiseSchedule` calls so.
 
     Returns:
         The mean [B, ...] in the dtype of x_start; variance and log variance, float32 [B, 1, ...].
@@ -113,7 +114,7 @@ def q_posterior_mean_variance_reference(
     posterior_variance: torch.Tensor,
     posterior_log_variance_clipped: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The twin of :func:`q_posterior_mean_variance` in eager PyTorch: same arguments, same result. Also in float64."""
+    """The twin of :func:`q_posterior_mean_variance` in eager PyTorch: same arguments and result. Also in float64."""
     tables = (posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped)
     _check(x_start, x_t, t, tables, (*launch.FLOATS, torch.float64))
     compute = torch.promote_types(x_start.dtype, torch.float32)
@@ -133,5 +134,6 @@ def _check(
     launch.check_like("x_t", x_t, tuple(x_start.shape), x_start.device, (x_start.dtype,))
     launch.check_like("t", t, (len(x_start),), x_start.device, (torch.int64,))
     names = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "posterior_log_variance_clipped")
+    entries: int | None = None
     for name, table in zip(names, tables, strict=True):
-        launch.check_like(name, table, (tables[0].numel(),), x_start.device, (torch.float32, torch.float64))
+        entries = launch.check_table(name, table, x_start.device, entries)

@@ -1,4 +1,4 @@
-"""The kernels' twins in eager PyTorch, under the kernels' names: the path of CPUs, and the oracle of every test and benchmark.
+"""The kernels' twins in eager PyTorch, under the kernels' names: the path of CPUs, the oracle of tests.
 
 Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
 """

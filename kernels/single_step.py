@@ -1,12 +1,11 @@
 """One DDIM or DDPM step between two timesteps, without a table: coefficients on the fly, then the fused step.
 
-For a loop, build a table once (:func:`stepfusion.ddim`, :func:`stepfusion.ddpm`) and walk it: the coefficients here cost some twenty small
-tensor operations a call.
+For a loop, build a table once (:func:`stepfusion.ddim`, :func:`stepfusion.ddpm`) and walk it: the coefficients here
+cost some twenty small tensor operations a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ import torch
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import launch
 from stepfusion.kernels.step import diffusion_step, diffusion_step_reference
-
-_Step = Callable[..., torch.Tensor]
 
 
 def ddim_step(
@@ -42,7 +39,8 @@ def ddim_step(
         prediction: "epsilon", "sample" or "v_prediction". clip: bound of |x0|, or None.
         rederive_eps: use the eps that belongs to the clipped x0 instead of the network's.
         final_alpha_cumprod: abar where t_prev is -1.
-        step: noise, seeds and indices, out_uncond and guidance, x_next, x_net, x0, flags of :func:`stepfusion.kernels.diffusion_step`.
+        step: noise, seeds and indices, out_uncond and guidance, x_next, x_net, x0, flags of
+            :func:`stepfusion.kernels.diffusion_step`.
 
     Returns:
         float32 like x, the state at t_prev. A t or t_prev outside the schedule gives NaN.
@@ -50,20 +48,9 @@ def ddim_step(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    return _ddim(
-        diffusion_step,
-        x,
-        out,
-        t,
-        t_prev,
-        alphas_cumprod,
-        eta,
-        prediction,
-        clip,
-        rederive_eps,
-        final_alpha_cumprod,
-        step,
-    )
+    levels = _levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
+    table = _ddim_table(*levels, eta, prediction, clip, rederive_eps)
+    return diffusion_step(x, out, _own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddim_step_reference(
@@ -81,21 +68,9 @@ def ddim_step_reference(
     **step: Any,
 ) -> torch.Tensor:
     """The twin of :func:`ddim_step` in eager PyTorch: same arguments, same result. Also in float64."""
-    step_function = diffusion_step_reference
-    return _ddim(
-        step_function,
-        x,
-        out,
-        t,
-        t_prev,
-        alphas_cumprod,
-        eta,
-        prediction,
-        clip,
-        rederive_eps,
-        final_alpha_cumprod,
-        step,
-    )
+    levels = _levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
+    table = _ddim_table(*levels, eta, prediction, clip, rederive_eps)
+    return diffusion_step_reference(x, out, _own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddpm_step(
@@ -110,19 +85,21 @@ def ddpm_step(
     clip: float | None = 1.0,
     **step: Any,
 ) -> torch.Tensor:
-    """One ancestral DDPM step (Ho et al. 2020, algorithm 2), every lane between timesteps of its own; no noise where t_prev is -1.
+    """One ancestral DDPM step (Ho et al. 2020, algorithm 2), every lane between timesteps of its own.
 
     Args:
         x, out, t, t_prev, alphas_cumprod, prediction, clip, step: as in :func:`ddim_step`.
-        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (out has twice the channels of x).
+        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (out has twice x's channels).
 
     Returns:
-        float32 like x, the state at t_prev.
+        float32 like x, the state at t_prev; no noise is added where t_prev is -1.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    return _ddpm(diffusion_step, x, out, t, t_prev, alphas_cumprod, variance, prediction, clip, step)
+    levels = _levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
+    table = _ddpm_table(*levels, t_prev < 0, variance, prediction, clip)
+    return diffusion_step(x, out, _own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddpm_step_reference(
@@ -138,51 +115,9 @@ def ddpm_step_reference(
     **step: Any,
 ) -> torch.Tensor:
     """The twin of :func:`ddpm_step` in eager PyTorch: same arguments, same result. Also in float64."""
-    return _ddpm(diffusion_step_reference, x, out, t, t_prev, alphas_cumprod, variance, prediction, clip, step)
-
-
-def _ddim(
-    function: _Step,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    t: torch.Tensor,
-    t_prev: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    eta: float,
-    prediction: str,
-    clip: float | None,
-    rederive_eps: bool,
-    final_alpha_cumprod: float,
-    step: dict[str, Any],
-) -> torch.Tensor:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    abar, abar_prev = _levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
-    columns = algebra.ddim(abar, abar_prev, eta=eta, prediction=prediction, rederive_eps=rederive_eps)
-    return _walk(function, x, out, t, columns, clip, step)
-
-
-def _ddpm(
-    function: _Step,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    t: torch.Tensor,
-    t_prev: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    variance: str,
-    prediction: str,
-    clip: float | None,
-    step: dict[str, Any],
-) -> torch.Tensor:
-    if variance not in algebra.VARIANCES:
-        raise ValueError(f"variance must be one of {', '.join(map(repr, algebra.VARIANCES))}, got {variance!r}")
-    abar, abar_prev = _levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
-    columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
-    columns["sigma"] = torch.where(t_prev < 0, 0.0, columns["sigma"])
-    if variance == "learned_range":
-        small, large = columns.pop("small").clamp(min=1e-20).log(), columns.pop("large").log()
-        columns["half_log_min"], columns["half_log_span"] = small / 2, (large - small) / 2
-    return _walk(function, x, out, t, columns, clip, step)
+    levels = _levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
+    table = _ddpm_table(*levels, t_prev < 0, variance, prediction, clip)
+    return diffusion_step_reference(x, out, _own_rows(x), table.to(x.dtype), t, **step)
 
 
 def _levels(
@@ -193,29 +128,53 @@ def _levels(
     final: float,
     prediction: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """abar where each lane's step starts and where it ends, float64 [B]."""
     if prediction not in algebra.PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(map(repr, algebra.PREDICTIONS))}, got {prediction!r}")
+    launch.check_lanes("x", x, (*launch.FLOATS, torch.float64))
     for name, tensor in (("t", t), ("t_prev", t_prev)):
         launch.check_like(name, tensor, (len(x),), x.device, (torch.int64,))
-    tables = (torch.float32, torch.float64)
-    launch.check_like("alphas_cumprod", alphas_cumprod, (alphas_cumprod.numel(),), x.device, tables)
+    launch.check_table("alphas_cumprod", alphas_cumprod, x.device)
     abar = alphas_cumprod.to(torch.float64)
     return launch.gather(abar, t), torch.where(t_prev == -1, final, launch.gather(abar, t_prev))
 
 
-def _walk(
-    function: _Step,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    t: torch.Tensor,
-    columns: dict[str, torch.Tensor],
-    clip: float | None,
-    step: dict[str, Any],
+def _ddim_table(
+    abar: torch.Tensor, abar_prev: torch.Tensor, eta: float, prediction: str, clip: float | None, rederive_eps: bool
 ) -> torch.Tensor:
-    """A table with one row a lane, and one walk over it."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    columns = algebra.ddim(abar, abar_prev, eta=eta, prediction=prediction, rederive_eps=rederive_eps)
+    return _table(columns, clip)
+
+
+def _ddpm_table(
+    abar: torch.Tensor,
+    abar_prev: torch.Tensor,
+    last: torch.Tensor,
+    variance: str,
+    prediction: str,
+    clip: float | None,
+) -> torch.Tensor:
+    if variance not in algebra.VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(map(repr, algebra.VARIANCES))}, got {variance!r}")
+    columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
+    columns["sigma"] = torch.where(last, 0.0, columns["sigma"])
+    if variance == "learned_range":
+        small, large = columns.pop("small").clamp(min=1e-20).log(), columns.pop("large").log()
+        columns["half_log_min"], columns["half_log_span"] = small / 2, (large - small) / 2
+    return _table(columns, clip)
+
+
+def _table(columns: dict[str, torch.Tensor], clip: float | None) -> torch.Tensor:
+    """A table with one row a lane, float64 [B, 9]."""
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
     columns["clip"] = torch.full_like(columns["sigma"], float("inf") if clip is None else clip)
     zero = torch.zeros_like(columns["sigma"])
-    table = torch.stack([columns.get(name, zero) for name in algebra.COLUMNS], dim=1).to(x.dtype)
-    return function(x, out, torch.arange(len(x), device=x.device), table, t, **step)
+    return torch.stack([columns.get(name, zero) for name in algebra.COLUMNS], dim=1)
+
+
+def _own_rows(x: torch.Tensor) -> torch.Tensor:
+    """Lane i walks row i."""
+    return torch.arange(len(x), device=x.device)

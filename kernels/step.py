@@ -1,15 +1,16 @@
 """The table walker: one kernel that executes any row of any first-order sampler, for every lane of a batch.
 
-    out    = uncond + guidance * (out - uncond)                                           where guidance is given
+    out    = uncond + guidance * (out - uncond)                                    where guidance is given
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
     x_next = next_x0 * x0 + next_x * x + next_out * out + sigma * z
-    sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)                      where the network returns v as well
+    sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               where the network returns v as well
 
-A lane is one image: its ``row`` says which line of the table applies to it (-1: the lane is parked and nothing of it is read or written).
-The next state and the network-dtype copy of it that the next network call wants leave in the same pass.
+A lane is one image: its ``row`` says which line of the table applies to it (-1: the lane is parked and nothing of it
+is read or written). The next state and the network-dtype copy of it that the next network call wants leave in the
+same pass.
 
-Cost, no noise: 4 B (x) + s (out) + 4 B (x_next) + s (network copy) an element, s the size of the network's dtype: 12 B in bfloat16. Eager
-schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise.
+Cost, no noise: 4 B (x) + s (out) + 4 B (x_next) + s (network copy) an element, s the size of the network's dtype: 12
+B in bfloat16. Eager schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise.
 
 Kernels are compiled without FMA contraction, so that the fused step and the reference agree bit for bit.
 """
@@ -31,7 +32,8 @@ WIDTH = tl.constexpr(_WIDTH)
 STREAM = tl.constexpr(STREAM_STEP)
 
 
-@triton.jit
+# B must stay a tensor for a batch of one too, and neither size may recompile.
+@triton.jit(do_not_specialize=["B", "R"])  # type: ignore[untyped-decorator]
 def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, E] float32
     out_ptr,  # [B, E] or [B, 2 E] with LEARNED
@@ -80,10 +82,10 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     out = tl.load(out_ptr + out_start + offs, mask=mask).to(tl.float32)
     if uncond_ptr is not None:
         uncond = tl.load(uncond_ptr + out_start + offs, mask=mask).to(tl.float32)
-        guidance = tl.load(guidance_ptr + lane)
+        guidance = tl.load(guidance_ptr + lane).to(tl.float32)
         out = tl.where(guidance == 1.0, out, uncond + guidance * (out - uncond))
 
-    x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip)
+    x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     x_next = next_x0 * x0 + next_x * x + next_out * out
     if sigma != 0.0 and (noise_ptr is not None or seed_ptr is not None):
         std = sigma
@@ -108,7 +110,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     if x0_ptr is not None:
         tl.store(x0_ptr + start + offs, x0, mask=mask)
     if flag_ptr is not None:
-        # a sum is finite where every term is; thread by thread first, which costs an addition an element
+        # a sum of terms below 2**125 is finite; thread by thread first, which costs an addition an element
         total = tl.sum(tl.reshape(x_next if EVEN else tl.where(mask, x_next, 0.0), (BLOCK // VEC, VEC)), axis=1)
         broken = (total - total != 0.0) & (tl.load(flag_ptr + lane) < 0)  # inf - inf and NaN - NaN are NaN
         zeros = tl.full((BLOCK // VEC,), 0, tl.int64)
@@ -137,32 +139,33 @@ def _diffusion_step(
     if x.numel() == 0:
         return
     shape = launch.geometry(lanes, elements, out.dtype, x.dtype if x_net is None else x_net.dtype)
-    diffusion_step_kernel[shape.grid](
-        x.contiguous(),
-        out.contiguous(),
-        None if out_uncond is None else out_uncond.contiguous(),
-        None if noise is None else noise.to(torch.float32).contiguous(),
-        x_next,
-        x_net,
-        x0,
-        flags,
-        rows.contiguous(),
-        coefficients.contiguous(),
-        timesteps.contiguous(),
-        None if seeds is None else seeds.contiguous(),
-        None if indices is None else indices.contiguous(),
-        None if guidance is None else guidance.contiguous(),
-        elements,
-        lanes,
-        len(coefficients),
-        LEARNED=out.numel() != x.numel(),
-        COPIES=0 if x_net is None else len(x_net) // lanes,
-        EVEN=shape.even,
-        VEC=shape.vec,
-        BLOCK=shape.block,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=False,
-    )
+    with launch.on(x.device):
+        diffusion_step_kernel[shape.grid](
+            x.contiguous(),
+            out.contiguous(),
+            launch.contiguous(out_uncond),
+            None if noise is None else noise.to(torch.float32).contiguous(),
+            x_next,
+            x_net,
+            x0,
+            flags,
+            rows.contiguous(),
+            coefficients.contiguous(),
+            timesteps.contiguous(),
+            launch.contiguous(seeds),
+            launch.contiguous(indices),
+            launch.contiguous(guidance),
+            elements,
+            lanes,
+            len(coefficients),
+            LEARNED=out.numel() != x.numel(),
+            COPIES=0 if x_net is None else len(x_net) // lanes,
+            EVEN=shape.even,
+            VEC=shape.vec,
+            BLOCK=shape.block,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
 
 
 @_diffusion_step.register_fake
@@ -191,15 +194,15 @@ def diffusion_step(
 
     Args:
         x: float32 [B, ...], the state of B lanes.
-        out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels [B, 2 C, ...] for a network
-            that learned its variance (its second half is v).
-        rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone.
-        coefficients: float32 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`.
-        timesteps: int64 [R], the training timestep that keys a row's noise.
-        seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or
-        noise: [B, ...] like x, the z to use. With neither, every row in use must have sigma = 0: no noise is added.
-        out_uncond: like out, the network's output without the condition; with
-        guidance: float32 [B], out becomes out_uncond + guidance * (out - out_uncond) (Ho & Salimans 2022); exactly out where it is 1.
+        out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels
+            [B, 2 C, ...] for a network that learned its variance (its second half is v).
+        rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone. coefficients: float32 [R,
+        9], the columns :data:`stepfusion.kernels.COLUMNS`. timesteps: int64 [R], the training timestep that keys a
+        row's noise. seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or noise: [B, ...] like x,
+        the z to use. With neither, every row in use must have sigma = 0: no noise is added. out_uncond: like out, the
+        network's output without the condition; with guidance: float32 [B], out becomes out_uncond + guidance * (out -
+        out_uncond) (Ho & Salimans 2022); exactly out
+            where it is 1.
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
         x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
         x0: float32 like x, receives the predicted (clipped) x0.
@@ -240,7 +243,10 @@ def diffusion_step_reference(
     x0: torch.Tensor | None = None,
     flags: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The twin of :func:`diffusion_step` in eager PyTorch: same arguments, same result. Also in float64 (x, out and coefficients float64)."""
+    """The twin of :func:`diffusion_step` in eager PyTorch: same arguments, same result.
+
+    Also in float64, with float64 x, out and coefficients.
+    """
     x_next = _check(
         x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
     )
@@ -269,11 +275,11 @@ def diffusion_step_reference(
         result = torch.where(sigma != 0, result + std * z, result)
 
     if flags is not None:
-        broken = (~result.flatten(1).isfinite().all(1)) & (flags < 0) & (rows >= 0)
+        broken = ~result.isfinite().reshape(len(x), x[:1].numel()).all(1) & (flags < 0) & (rows >= 0)
         flags.copy_(torch.where(broken, rows, flags))
-    if x_net is not None:
-        for copy in x_net.split(len(x)) if len(x) else ():
-            copy.copy_(torch.where(active, result.to(copy.dtype), copy))
+    if x_net is not None and x.numel():
+        copies = x_net.view(-1, *x.shape)
+        copies.copy_(torch.where(active, result.to(x_net.dtype), copies))
     if x0 is not None:
         x0.copy_(torch.where(active, start, x0))
     return x_next.copy_(torch.where(active, result, x_next))
@@ -286,7 +292,8 @@ def _draw(
     rows: torch.Tensor,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    assert seeds is not None and indices is not None
+    assert seeds is not None
+    assert indices is not None
     keys = timesteps[rows.clamp(max=len(timesteps) - 1)]
     return normal_reference(seeds, indices, keys, tuple(x.shape[1:]), dtype=x.dtype)
 
@@ -319,6 +326,7 @@ def _check(
         )
     launch.check_like("out", out, tuple(out.shape), x.device, (*launch.FLOATS, torch.float64))
     launch.check_like("rows", rows, (lanes,), x.device, (torch.int64,))
+    launch.check_dtype("coefficients", coefficients, states)
     launch.check_like("coefficients", coefficients, (len(coefficients), _WIDTH), x.device, states)
     launch.check_like("timesteps", timesteps, (len(coefficients),), x.device, (torch.int64,))
     launch.check_source(noise, seeds, indices, x)

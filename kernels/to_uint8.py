@@ -1,7 +1,7 @@
 """The last step of sampling: float images in [-1, 1], NCHW, to uint8 pixels, NHWC, in one pass on the device.
 
-pixel = round(255 clamp(x / 2 + 1 / 2, 0, 1)), halves to even; NaN becomes 0. Cost: 4 B read and 1 B written an element, so that 4 times fewer bytes
-cross to the host.
+pixel = round(255 clamp(x / 2 + 1 / 2, 0, 1)), halves to even; NaN becomes 0. Cost: 4 B read and 1 B written an
+element, so that 4 times fewer bytes cross to the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stepfusion.kernels.backend import require_triton, tl, triton
 _BLOCK = 2048
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def to_uint8_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, C, P] float32, P = H W
     pixel_ptr,  # [B, P, C] uint8
@@ -31,9 +31,7 @@ def to_uint8_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + start + source, mask=mask).to(tl.float32)
     level = tl.where(x == x, x * 0.5 + 0.5, 0.0)
     level = tl.minimum(tl.maximum(level, 0.0), 1.0) * 255.0
-    level = (
-        level + 12582912.0
-    ) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits, so it rounds, halves to even
+    level = (level + 12582912.0) - 12582912.0  # 1.5 * 2**23 leaves no fraction bits: rounds halves to even
     tl.store(pixel_ptr + start + offs, level.to(tl.uint8), mask=mask)
 
 
@@ -45,17 +43,18 @@ def _to_uint8(x: torch.Tensor) -> torch.Tensor:
     elements = x[:1].numel()
     if pixels.numel() == 0:
         return pixels
-    to_uint8_kernel[(lanes, -(-elements // _BLOCK))](
-        x.contiguous(),
-        pixels,
-        elements,
-        height * width,
-        C=channels,
-        EVEN=elements % _BLOCK == 0,
-        BLOCK=_BLOCK,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    with launch.on(x.device):
+        to_uint8_kernel[(lanes, -(-elements // _BLOCK))](
+            x.contiguous(),
+            pixels,
+            elements,
+            height * width,
+            C=channels,
+            EVEN=elements % _BLOCK == 0,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
     return pixels
 
 
@@ -72,7 +71,8 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     _check(x, launch.FLOATS)
-    return _to_uint8(x)
+    pixels: torch.Tensor = _to_uint8(x)
+    return pixels
 
 
 def to_uint8_reference(x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,17 @@
 """The one table of tolerances: what rounding alone can explain, derived, for tests, benchmarks and self-tests.
 
-Nothing here is tuned to make a comparison pass. Kernels compute in float32 whatever the dtype of their tensors, so an error has two parts: the roundings
-of the computation, each at most one unit in the last place of float32 at the magnitude of the largest term, and one rounding to the dtype of the result.
-A fused operation and its reference perform the same float32 operations in the same order, so they are held to equality where no exp is involved.
+Nothing here is tuned to make a comparison pass. Kernels compute in float32 whatever the dtype of their tensors, so an
+error has two parts: the roundings of the computation, each at most one unit in the last place of float32 at the
+magnitude of the largest term, and one rounding to the dtype of the result. A fused operation and its reference
+perform the same float32 operations in the same order, so they are held to equality where no exp is involved.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: One unit in the last place relative to the magnitude. The interpreter of Triton truncates to bfloat16 where GPUs round to nearest, hence a whole unit.
+#: One unit in the last place relative to the magnitude: a whole one, for Triton's interpreter truncates to bfloat16
+#: where GPUs round to nearest.
 UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 #: Roundings of one fused operation: products, sums, and the table entries' own.
@@ -17,9 +19,10 @@ ROUNDINGS = {"diffusion_step": 12, "q_sample": 5, "q_posterior_mean_variance": 5
 
 
 def tolerance(dtype: torch.dtype, magnitude: float, roundings: int) -> float:
-    """The largest absolute error that ``roundings`` in float32 (float64 for float64) and a final one to ``dtype`` can make.
+    """The largest absolute error that ``roundings`` in float32 (float64 for float64) and one to ``dtype`` can make.
 
-    ``magnitude`` is the largest absolute value of any term of the sum, not only of the result: cancellation keeps the error of its terms.
+    ``magnitude`` is the largest absolute value of any term of the sum, not only of the result: cancellation keeps the
+    error of its terms.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     final = 0.0 if dtype == compute else UNIT[dtype]

@@ -1,0 +1,66 @@
+"""The command ``stepfusion``: sample images, look at what runs here, train a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import stepfusion
+from stepfusion.env_cli import add_env_arguments, run_env
+from stepfusion.sample_cli import add_sample_arguments, run_sample
+from stepfusion.train_cli import add_train_arguments, run_train
+
+_EPILOG = """exit status: 0 done; 1 it could not be done, with one line that says why; 2 the command line is wrong;
+130 interrupted, and what was finished is kept"""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Errors are one line on stderr, without a traceback."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    command: Command = args.command
+    try:
+        return command(args)
+    except KeyboardInterrupt:
+        print("stepfusion: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"stepfusion: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stepfusion",
+        description="Fast, exact, reproducible sampling of diffusion models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"stepfusion {stepfusion.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text, declare, run in (
+        ("sample", "make images with a model", add_sample_arguments, run_sample),
+        ("env", "versions, devices, which path runs here and why, and a self-test", add_env_arguments, run_env),
+        ("train", "train a small model on a folder of images", add_train_arguments, run_train),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        declare(command)
+        command.set_defaults(command=run)
+    return parser
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

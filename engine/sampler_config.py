@@ -1,0 +1,53 @@
+"""What a diffusers scheduler config says about the sampler (and not the schedule)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepfusion import _checks
+from stepfusion.errors import CheckpointError
+from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.schedule import NoiseSchedule
+from stepfusion.timesteps import SPACINGS
+
+_VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large",
+    "learned_range": "learned_range",
+}
+
+
+def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The prediction type, and options for :func:`stepfusion.ddpm` and :func:`stepfusion.ddim` by their names there.
+
+    The options that were left out of the config have diffusers' defaults. Only the names of diffusers' settings are taken over, not its quirks: ask for those with
+    ``compat="diffusers"``.
+
+    Raises:
+        CheckpointError: a setting that is unknown or not supported, named.
+    """
+    try:
+        prediction = _checks.choice("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)
+        variance = _checks.choice("variance_type", config.get("variance_type", "fixed_small"), _VARIANCES)
+        spacing = _checks.choice("timestep_spacing", config.get("timestep_spacing", "leading"), SPACINGS)
+        offset = _checks.integer("steps_offset", config.get("steps_offset", 0), 0, 1 << 20)
+        clipped = _checks.boolean("clip_sample", config.get("clip_sample", True))
+        bound = _checks.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0.0, open_low=True)
+        whole = _checks.boolean("set_alpha_to_one", config.get("set_alpha_to_one", True))
+        if _checks.boolean("thresholding", config.get("thresholding", False)):
+            raise ValueError("thresholding (dynamic thresholding) is not supported")
+        schedule = NoiseSchedule.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"scheduler config: {error}") from error
+    options: dict[str, Any] = {
+        "variance": _VARIANCES[variance],
+        "spacing": spacing,
+        "steps_offset": offset,
+        "clip": bound if clipped else None,
+    }
+    if not whole:
+        options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
+    return prediction, options
