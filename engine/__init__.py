@@ -11,11 +11,12 @@ Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`:
 from stepfusion import kernels, networks
 from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
-from stepfusion.engine import Engine, Event
+from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
+from stepfusion.walk import Event
 
 __version__ = "0.1.0"
 

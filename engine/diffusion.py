@@ -1,7 +1,8 @@
 """Gaussian diffusion under the literature's names, for code written against them.
 
-The names and shapes are those of Ho et al. 2020 and the code that followed it: every method takes batched timesteps t, int64 [B], and tensors [B, ...] in float16,
-bfloat16 or float32. Whole loops over a table are :class:`stepfusion.Engine`'s; the loops here are for research code that wants a method a step.
+The names and shapes are those of Ho et al. 2020 and the code that followed it: every method takes batched timesteps
+t, int64 [B], and tensors [B, ...] in float16, bfloat16 or float32. Whole loops over a table are
+:class:`stepfusion.Engine`'s; the loops here are for research code that wants a method a step.
 """
 
 from __future__ import annotations
@@ -68,8 +69,13 @@ class GaussianDiffusion:
 
     # The forward process
 
-    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean [B, ...], variance and log variance [B, 1, ...], float32, of q(x_t | x_0) (Ho et al. 2020, equation 4)."""
+    def q_mean_variance(
+        self, x_start: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean [B, ...], variance and log variance [B, 1, ...], float32, of q(x_t | x_0) (Ho et al.
+
+        2020, equation 4).
+        """
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start.to(torch.float32)
         scale = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
         return mean, scale**2, self._at("log_one_minus_alphas_cumprod", t, x_start)
@@ -83,15 +89,26 @@ class GaussianDiffusion:
         seeds: torch.Tensor | None = None,
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x_t ~ q(x_t | x_0), in the dtype of x_start: from the given noise [B, ...], or the counter-based noise of (seeds, t, indices)."""
+        """x_t ~ q(x_t | x_0), in the dtype of x_start.
+
+        From the given noise [B, ...], or the counter-based noise of (seeds, t, indices).
+        """
         return self._q_sample(x_start, t, noise, seeds, indices)[0]
 
     def q_posterior_mean_variance(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean [B, ...], variance and clipped log variance [B, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equations 6 and 7)."""
+        """Mean [B, ...], variance and clipped log variance [B, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al.
+
+        2020, equations 6 and 7).
+        """
         self._check_t(t, x_t)
-        names = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "posterior_log_variance_clipped")
+        names = (
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+        )
         tables = [self._table(name, x_t.device) for name in names]
         return self._ops(x_t.device).q_posterior_mean_variance(x_start, x_t, t, *tables)  # type: ignore[no-any-return]
 
@@ -117,7 +134,8 @@ class GaussianDiffusion:
     # The reverse process
 
     def p_mean_variance(self, model: Model, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any) -> Step:
-        """One look at the model: ``mean``, ``variance``, ``log_variance`` of p(x_{t-1} | x_t), ``pred_xstart``, each [B, ...].
+        """One look at the model: ``mean``, ``variance``, ``log_variance`` of p(x_{t-1} | x_t), ``pred_xstart``, each
+        [B, ...].
 
         At t = 0 the log variance is that of t = 1, as in Ho et al.'s code, where fixed_small's variance is 0.
         """
@@ -135,7 +153,9 @@ class GaussianDiffusion:
         **model_kwargs: Any,
     ) -> Step:
         """One ancestral step from t to t - 1: ``sample`` and ``pred_xstart``, float32 [B, ...]; no noise at t = 0."""
-        table = self._step_table("ddpm", lambda: samplers.ddpm(self.schedule, **self._options(), variance=self.variance))
+        table = self._step_table(
+            "ddpm", lambda: samplers.ddpm(self.schedule, **self._options(), variance=self.variance)
+        )
         rows = self.num_timesteps - 1 - t
         return self._step(table, rows, model, x, t, noise, seeds, indices, model_kwargs)
 
@@ -151,13 +171,19 @@ class GaussianDiffusion:
         indices: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Step:
-        """One DDIM step from t to t - 1 (Song et al. 2021, equation 12): ``sample`` and ``pred_xstart``, float32 [B, ...]."""
+        """One DDIM step from t to t - 1 (Song et al.
+
+        2021, equation 12): ``sample`` and ``pred_xstart``, float32 [B, ...].
+        """
         table = self._step_table(f"ddim {eta}", lambda: samplers.ddim(self.schedule, eta=eta, **self._options()))
         rows = self.num_timesteps - 1 - t
         return self._step(table, rows, model, x, t, noise, seeds, indices, model_kwargs)
 
     def ddim_reverse_sample(self, model: Model, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any) -> Step:
-        """One DDIM step from t to t + 1, the model evaluated at t, for t < T - 1: ``sample`` and ``pred_xstart``, float32 [B, ...]."""
+        """One DDIM step from t to t + 1, the model evaluated at t, for t < T - 1.
+
+        ``sample`` and ``pred_xstart``, float32 [B, ...].
+        """
         self._check_t(t, x, last=self.num_timesteps - 2)
         table = self._step_table("ddim reverse", self._reverse_table)
         return self._step(table, t, model, x, t, None, None, None, model_kwargs)
@@ -182,7 +208,8 @@ class GaussianDiffusion:
 
         Args:
             shape: [B, ...]. steps: a leading subsequence of so many timesteps; all by default.
-            start: [B, ...], the state to start from. noise: [steps, B, ...], the z of every step. By default both are drawn from ``seed``.
+            start: [B, ...], the state to start from. noise: [steps, B, ...], the z of every step. By default both are
+                drawn from ``seed``.
         """
         table = samplers.ddpm(self.schedule, steps, **self._options(), variance=self.variance)
         return self._loop(table, model, shape, start, noise, seed, device, model_kwargs)
@@ -227,8 +254,10 @@ class GaussianDiffusion:
 
         Args:
             x_start: [B, ...] in [-1, 1]. t: int64 [B].
-            loss: "l1", "l2" (Ho et al. 2020, equation 14) or "huber", against the target that the prediction type says: eps, x0 or v.
-            min_snr_gamma: weight by min(snr, gamma) over the weight that the target implies (Hang et al. 2023); None for equal weights.
+            loss: "l1", "l2" (Ho et al. 2020, equation 14) or "huber", against the target that the prediction type
+                says: eps, x0 or v.
+            min_snr_gamma: weight by min(snr, gamma) over the weight that the target implies (Hang et al. 2023); None
+                for equal weights.
             noise, or seeds and indices: as for :meth:`q_sample`.
         """
         function = LOSSES[_checks.choice("loss", loss, LOSSES)]
@@ -293,10 +322,13 @@ class GaussianDiffusion:
         return launch.per_lane(launch.gather(self._table(name, like.device), t), like)
 
     def _check_t(self, t: torch.Tensor, like: torch.Tensor, last: int | None = None) -> None:
-        """TypeError or ValueError unless t is int64 [B] in range; on a device the range is not looked at (a t outside it gives NaN)."""
+        """TypeError or ValueError unless t is int64 [B] in range.
+
+        On a device the range is not looked at (a t outside it gives NaN).
+        """
         launch.check_like("t", t, (len(like),), like.device, (torch.int64,))
         last = self.num_timesteps - 1 if last is None else last
-        if t.device.type == "cpu" and len(t) and not (0 <= int(t.min()) and int(t.max()) <= last):
+        if t.device.type == "cpu" and len(t) and not (int(t.min()) >= 0 and int(t.max()) <= last):
             raise ValueError(f"t must lie in [0, {last}], got {int(t.min())} to {int(t.max())}")
 
     def _q_sample(

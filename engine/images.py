@@ -15,16 +15,30 @@ from stepfusion.files import atomic_write
 
 Pixels = NDArray[np.uint8]
 
+CHANNELS = (1, 3, 4)
+
 _BACKGROUND = 24
 
 
-def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Pixels:
-    """Images uint8 [n, H, W, C] side by side in one, uint8 [.., .., C], each enlarged ``scale`` times, ``gap`` pixels apart."""
-    n, height, width, channels = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
+def grid_size(
+    n: int, height: int, width: int, *, columns: int | None = None, scale: int = 1, gap: int = 2
+) -> tuple[int, int]:
+    """Height and width of the :func:`grid` of ``n`` images, in pixels."""
+    columns = _columns(n, columns)
     rows = math.ceil(n / columns)
+    return rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap
+
+
+def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Pixels:
+    """Images uint8 [n, H, W, C] side by side in one, uint8 [.., .., C].
+
+    Each is enlarged ``scale`` times, and they stand ``gap`` pixels apart: row by row, in a square without ``columns``.
+    """
+    n, height, width, channels = pixels.shape
+    size = grid_size(n, height, width, columns=columns, scale=scale, gap=gap)
+    columns = _columns(n, columns)
     cell_h, cell_w = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * cell_h + gap, columns * cell_w + gap, channels), _BACKGROUND, dtype=np.uint8)
+    sheet = np.full((*size, channels), _BACKGROUND, dtype=np.uint8)
     for i, image in enumerate(pixels):
         top, left = gap + i // columns * cell_h, gap + i % columns * cell_w
         sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
@@ -32,10 +46,10 @@ def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int
 
 
 def save_png(path: str | Path, pixels: Pixels) -> None:
-    """One image, uint8 [H, W, 1] (grey), [H, W, 3] or [H, W, 4], as a PNG, under a temporary name first."""
+    """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG."""
     buffer = io.BytesIO()
     _picture(pixels).save(buffer, format="PNG", optimize=True)
-    atomic_write(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
 
 
 def save_gif(path: str | Path, frames: Sequence[Pixels], *, milliseconds: int = 60, hold: int = 1500) -> None:
@@ -44,11 +58,25 @@ def save_gif(path: str | Path, frames: Sequence[Pixels], *, milliseconds: int = 
     pictures = [_picture(frame) for frame in frames]
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    atomic_write(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
+
+
+def _columns(n: int, columns: int | None) -> int:
+    if n < 1:
+        raise ValueError("a grid needs at least one image, got none")
+    return math.ceil(math.sqrt(n)) if columns is None else min(columns, n)
+
+
+def _write(path: str | Path, data: bytes) -> None:
+    """An error names ``path`` and not the temporary file beside it."""
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _picture(pixels: Pixels) -> Image.Image:
     channels = pixels.shape[-1]
-    if channels not in (1, 3, 4):
+    if channels not in CHANNELS:
         raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, got {channels}")
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)

@@ -33,40 +33,35 @@ class Plan:
     backend: Choice
     network: Choice
 
+    def choices(self) -> dict[str, Choice]:
+        """The decisions by the name of what was decided."""
+        return {
+            "device": self.device_choice,
+            "network dtype": self.dtype_choice,
+            "step": self.backend,
+            "network": self.network,
+        }
+
     def lines(self) -> list[str]:
         """One line for each decision."""
-        rows = (
-            ("device", self.device_choice),
-            ("network dtype", self.dtype_choice),
-            ("step", self.backend),
-            ("network", self.network),
-        )
-        return [f"{name:<14} {choice.value:<11} {choice.reason}" for name, choice in rows]
+        return [f"{name:<14} {choice.value:<11} {choice.reason}" for name, choice in self.choices().items()]
 
 
-def make_plan(
-    device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str
-) -> Plan:
+def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str) -> Plan:
     """Decide. ``"auto"`` anywhere leaves the decision to what is found here; anything else is done, or is an error.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
     """
-    where, device_choice = _device(device)
+    where, device_choice = choose_device(device)
     kind, dtype_choice = _dtype(dtype, where)
     return Plan(where, kind, device_choice, dtype_choice, _backend(backend, where), _network(network))
 
 
-def _device(device: str | torch.device) -> tuple[torch.device, Choice]:
+def choose_device(device: str | torch.device) -> tuple[torch.device, Choice]:
+    """The device of this name, or the fastest one here for "auto"; ValueError where PyTorch finds none such."""
     if device != "auto":
-        try:
-            where = torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device must be 'auto' or a device that PyTorch knows, got {device!r}") from error
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {str(device)!r} was asked for, and PyTorch finds no CUDA device here")
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
+        where = _usable(device)
         return where, Choice(str(where), "asked for")
     if torch.cuda.is_available():
         where = torch.device("cuda", torch.cuda.current_device())
@@ -74,6 +69,29 @@ def _device(device: str | torch.device) -> tuple[torch.device, Choice]:
     if torch.xpu.is_available():
         return torch.device("xpu", 0), Choice("xpu:0", "auto: an Intel GPU is here, and no CUDA device")
     return torch.device("cpu"), Choice("cpu", "auto: PyTorch finds no GPU")
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device of this name, with its index; ValueError unless PyTorch can compute on it here."""
+    try:
+        where = torch.device(device)
+        if where.type == "cpu" and where.index in (None, 0):
+            return torch.device("cpu")
+        if where.type == "cuda" and (where.index or 0) < torch.cuda.device_count():
+            return where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
+        if where.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=where).item()
+            return where
+    except (AssertionError, RuntimeError, TypeError):  # PyTorch has one for each way of not having a device
+        pass
+    raise ValueError(f"device must be 'auto' or one that PyTorch finds here ({_found()}), got {str(device)!r}")
+
+
+def _found() -> str:
+    """The devices that PyTorch finds, by name."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    return ", ".join(("cpu", *(f"{accelerator}:{i}" for i in range(count))))
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, Choice]:
@@ -90,7 +108,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype,
 def _backend(backend: str, device: torch.device) -> Choice:
     _checks.choice("backend", backend, BACKENDS)
     source = "asked for"
-    if backend == "auto" and (asked := backend_from_environment()) != "auto":
+    if backend == "auto" and (asked := backend_from_environment()) not in ("", "auto"):
         backend = _checks.choice("STEPFUSION_BACKEND", asked, BACKENDS)
         source = "asked for by STEPFUSION_BACKEND"
     if backend == "triton":

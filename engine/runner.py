@@ -1,7 +1,8 @@
 """Lanes and ticks: the loop that walks a table.
 
-A lane is one image on its way. Everything about it lives on the device: its state x (float32), its row of the table, its seed, index, label, guidance
-scale, and a flag that remembers the row at which it first became non-finite. A tick moves every lane one row on: network, step, row. The
+A lane is one image on its way. Everything about it lives on the device: its state x (float32), its row of the table,
+its seed, index, label, guidance scale, and a flag that remembers the row at which it first became non-finite. A tick
+moves every lane one row on: network, step, row. The
 host never asks the device anything in between: it knows by counting when a lane is done.
 """
 
@@ -33,8 +34,10 @@ class Ticket:
 class Runner:
     """``lanes`` lanes of images of one shape, walking one table on one device.
 
-    ``network(x, timesteps[, labels])`` is called with x [lanes, ...] in ``dtype``; with ``null_label`` given, lanes are guided, and it is called for the
-    labels and for the null label: at once on [2 lanes, ...], or one after the other with ``separate``, which keeps the batch size.
+    ``network(x, timesteps[, labels])`` is called with x [lanes, ...] in ``dtype``; with ``null_label`` given, lanes
+        are guided, and it is called for the
+    labels and for the null label: at once on [2 lanes, ...], or one after the other with ``separate``, which keeps
+        the batch size.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class Runner:
         labelled: bool = False,
         null_label: int | None = None,
         separate: bool = False,
+        learned_variance: bool = False,
     ) -> None:
         self._network, self._table = network, table
         self._labelled, self._null_label, self._separate = labelled, null_label, separate
+        self._learned = learned_variance
         self._step = kernels.diffusion_step if backend == "triton" else reference.diffusion_step
         self._normal = kernels.normal if backend == "triton" else reference.normal
         self._shape = tuple(shape)
@@ -66,6 +71,11 @@ class Runner:
         self._labels = torch.zeros_like(self._seeds)
         self._guidance = torch.ones(lanes, device=device)
         self._flags = torch.full((lanes,), FINITE, device=device)
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes there are."""
+        return len(self.x)
 
     def admit(self, lanes: Sequence[int], tickets: Sequence[Ticket], start: torch.Tensor | None = None) -> None:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own."""
@@ -93,7 +103,10 @@ class Runner:
         self._rows[torch.tensor(list(lanes), device=self.x.device)] = PARKED
 
     def tick(self, noise: torch.Tensor | None = None, *, keep_x0: bool = False) -> None:
-        """Move every lane one row on. ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``."""
+        """Move every lane one row on.
+
+        ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``.
+        """
         timesteps = self._table.timesteps[self._rows.clamp(min=0)]
         out, out_uncond = self._evaluate(timesteps)
         self._step(
@@ -116,7 +129,10 @@ class Runner:
         torch.where(self._rows < 0, self._rows, following, out=self._rows)
 
     def broken_rows(self) -> list[int]:
-        """For each lane, the row at which it first became non-finite, or :data:`stepfusion.kernels.FINITE`. Waits for the device."""
+        """For each lane, the row at which it first became non-finite, or :data:`stepfusion.kernels.FINITE`.
+
+        Waits for the device.
+        """
         return [int(row) for row in self._flags.tolist()]
 
     def _evaluate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -132,10 +148,16 @@ class Runner:
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         out = self._network(x, timesteps, labels) if self._labelled else self._network(x, timesteps)
-        sample = getattr(out, "sample", out)  # diffusers models return an object
-        if not isinstance(sample, torch.Tensor):
+        out = getattr(out, "sample", out)  # diffusers models return an object
+        if not isinstance(out, torch.Tensor):
             raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
-        return sample
+        doubled = (len(x), 2 * x.shape[1], *x.shape[2:])
+        accepted = (doubled,) if self._learned else (tuple(x.shape), doubled)
+        if tuple(out.shape) not in accepted:
+            wanted = " or ".join(str(list(shape)) for shape in accepted)
+            reason = "the sampler's learned variance needs" if self._learned else "this shape of x needs"
+            raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
+        return out
 
 
 def _as_int64(seed: int) -> int:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from stepfusion.checkpoint import bundled_models
-from stepfusion.engine import SAMPLERS, Engine, Event
+from stepfusion.engine import SAMPLERS, Engine
 from stepfusion.images import Pixels, grid, save_gif, save_png
 from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.walk import Event
 
 _FRAMES = 40
 

@@ -46,7 +46,7 @@ class NoiseSchedule:
 
     def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
         """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages."""
-        array = np.array(betas, dtype=np.float64)
+        array = np.asarray(betas, dtype=np.float64).copy()
         if array.ndim != 1 or not 1 <= len(array) <= MAX_TIMESTEPS:
             raise ValueError(
                 f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}"

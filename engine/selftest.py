@@ -29,7 +29,10 @@ class Check:
 
 
 def self_test(device: torch.device) -> list[Check]:
-    """Walk a stochastic table over random images on ``device``: reference against float64, and fused against reference where Triton runs."""
+    """Walk a stochastic table over random images on ``device``.
+
+    Reference against float64, and fused against reference where Triton runs.
+    """
     table = ddpm(NoiseSchedule.linear(), 10)
     rows = torch.arange(10, device=device)
     generator = torch.Generator().manual_seed(0)

@@ -73,7 +73,7 @@ def _ascending(total: int, steps: int, spacing: str, offset: int, compat: str | 
     if spacing == "leading":
         return np.arange(steps) * float(total // steps) + offset
     if spacing == "trailing":
-        return np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
+        return np.round(np.arange(total, 0, -total / steps))[:steps][::-1] - 1  # arange may run one entry on, to 0
     if compat == "guided-diffusion":
         return _sections(total, steps)
     return np.round(np.linspace(0, total - 1, steps))

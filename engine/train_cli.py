@@ -20,6 +20,7 @@ import torch
 from stepfusion.checkpoint import save_pretrained
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.files import atomic_write
+from stepfusion.train_state import latest_state, load_state
 from stepfusion.training import PRECISIONS, PREDICTIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
@@ -72,6 +73,9 @@ def run_train(args: argparse.Namespace) -> int:
     """
     config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
     dataset = _named(load_dataset(args.data), args.class_names)
+    if args.export_only:
+        export(_newest(config, dataset, args), args.export or args.out / "model")
+        return 0
     workers = args.workers
     if args.device == "cpu":
         workers = workers or os.cpu_count() or 1
@@ -83,7 +87,7 @@ def run_train(args: argparse.Namespace) -> int:
             args.out,
             device=args.device,
             workers=workers or 1,
-            should_stop=lambda: args.export_only or bool(stopped),
+            should_stop=lambda: bool(stopped),
             report=_print_row,
         )
     plot_loss(args.out)
@@ -141,6 +145,16 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, TypeError, ValueError, FloatingPointError) as error:
         print(f"stepfusion train: {error}", file=sys.stderr)
         return 2
+
+
+def _newest(config: TrainConfig, dataset: ImageDataset, args: argparse.Namespace) -> Trainer:
+    """Restore the newest state of a run, which may be going on elsewhere: nothing in its directory is touched."""
+    newest = latest_state(args.out)
+    if newest is None:
+        raise ValueError(f"{args.out} has no saved state to export")
+    trainer = Trainer(config, dataset, args.device)
+    trainer.restore(load_state(newest))
+    return trainer
 
 
 def _flag(name: str) -> str:

@@ -5,28 +5,48 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
 from stepfusion import train_cli, train_state, training
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.training import TrainConfig, Trainer, make_batch, read_metrics, train
 
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 TINY = TrainConfig(
-    steps=6, batch_size=8, microbatch=4, channels=(8, 16), norm_groups=4, warmup_steps=2, save_every=2, log_every=2
+    steps=6,
+    batch_size=8,
+    microbatch=4,
+    channels=(8, 16),
+    head_dim=16,
+    norm_groups=4,
+    warmup_steps=2,
+    save_every=2,
+    log_every=2,
 )
-TINY_ARGUMENTS = (
-    "--steps 4 --batch-size 8 --microbatch 4 --channels 8 16 --norm-groups 4 --save-every 2 --log-every 2".split()
-)
+TINY_ARGUMENTS = [
+    *("--steps", "4", "--batch-size", "8", "--microbatch", "4", "--channels", "8", "16", "--head-dim", "16"),
+    *("--norm-groups", "4", "--save-every", "2", "--log-every", "2"),
+]
 
 
 @pytest.fixture(scope="module")
 def dataset() -> ImageDataset:
     return load_dataset(SLICE)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two threads, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def same_tensors(a: Trainer, b: Trainer) -> bool:
@@ -35,12 +55,11 @@ def same_tensors(a: Trainer, b: Trainer) -> bool:
 
 
 def test_the_loss_falls(dataset: ImageDataset, tmp_path: Path) -> None:
-    config = replace(TINY, steps=120, batch_size=16, channels=(16, 32), learning_rate=4e-3, save_every=1000)
+    config = replace(TINY, steps=120, batch_size=16, microbatch=16, learning_rate=4e-3, save_every=1000)
     assert train(config, dataset, tmp_path).done
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    first, last = np.mean(losses[:5]), np.mean(losses[-20:])
-    assert first > 0.7
-    assert last < 0.5 * first
+    assert losses[0] > 0.8  # a fresh network returns about 0, and v has variance 1 in noise and less in images
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -73,16 +92,11 @@ def test_resuming_needs_the_optimisers_moments(dataset: ImageDataset, tmp_path: 
 
 
 def test_workers_change_no_bit(dataset: ImageDataset) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone, pair = Trainer(TINY, dataset), Trainer(TINY, dataset, workers=2)
-        for _ in range(3):
-            alone.train_step()
-            pair.train_step()
-        assert same_tensors(alone, pair)
-    finally:
-        torch.set_num_threads(threads)
+    alone, pair = Trainer(TINY, dataset), Trainer(TINY, dataset, workers=2)
+    for _ in range(3):
+        alone.train_step()
+        pair.train_step()
+    assert same_tensors(alone, pair)
 
 
 def test_microbatches_sum_to_the_gradient_of_the_batch(dataset: ImageDataset) -> None:
@@ -157,7 +171,9 @@ def test_the_loss_is_zero_for_the_right_answer(dataset: ImageDataset, prediction
     config = replace(TINY, prediction=prediction, precision="float32")
     trainer = Trainer(config, dataset)
     batch = make_batch(config, dataset, 0)
-    abar = torch.from_numpy(config.make_schedule().alphas_cumprod.copy())[batch.timesteps].float()[:, None, None, None]
+    abar = torch.from_numpy(config.make_schedule().alphas_cumprod.copy())[batch.timesteps].float()[
+        :, None, None, None
+    ]
 
     def oracle(x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         eps = (x_t - abar.sqrt() * batch.x0) / (1 - abar).sqrt()
@@ -220,7 +236,7 @@ def test_another_run_is_not_resumed(dataset: ImageDataset, tmp_path: Path) -> No
     train(replace(TINY, steps=2), dataset, tmp_path)
     with pytest.raises(ValueError, match=r"batch_size is 4, but the saved run has 8; it cannot change on resume"):
         train(replace(TINY, batch_size=4), dataset, tmp_path)
-    with pytest.raises(ValueError, match="the data set is .* but the saved run was trained on"):
+    with pytest.raises(ValueError, match=r"the data set is .* but the saved run was trained on"):
         train(TINY, ImageDataset(dataset.images.flip(0)[:150], dataset.labels[:150]), tmp_path)
     assert train(replace(TINY, steps=3, learning_rate=1e-4), dataset, tmp_path).step == 3
 
@@ -303,8 +319,10 @@ def test_command_trains_exports_and_plots(tmp_path: Path, capsys: pytest.Capture
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     exported = weights.read_bytes()
     weights.unlink()
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
     assert train_cli.main([*arguments, "--export-only"]) == 0
     assert weights.read_bytes() == exported
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_diffusers_reads_the_export(dataset: ImageDataset, tmp_path: Path) -> None:
@@ -326,6 +344,7 @@ def test_diffusers_reads_the_export(dataset: ImageDataset, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (["--export-only"], "run has no saved state to export"),
         (["--class-names", "a,b"], "--class-names must give 10 names, got 2"),
         (["--batch-size", "500"], "batch_size must be at most the 200 images"),
         (["--channels", "8", "15"], "norm_num_groups"),
@@ -359,10 +378,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stepfusion.train_cli", str(SLICE), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not read_metrics(tmp_path / "metrics.jsonl") and time.monotonic() < deadline:
+        metrics = tmp_path / "metrics.jsonl"
+        while not read_metrics(metrics) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "the state is saved, the same command goes on" in output
     newest = train_state.latest_state(tmp_path)

@@ -1,0 +1,158 @@
+"""The quality gate: its arithmetic against closed forms, its classifier, and the bundled model's card."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepfusion import Engine
+from stepfusion.bench import quality
+from stepfusion.datasets import ImageDataset, load_dataset
+
+SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
+MODEL = "fashion-mnist"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> quality.Classifier:
+    return quality.load_classifier()
+
+
+def exact_sample(mean: torch.Tensor, covariance: torch.Tensor, count: int = 400) -> torch.Tensor:
+    """Points whose sample mean and covariance are exactly the given ones: [count, D], float64."""
+    raw = torch.randn(count, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    raw -= raw.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(raw.T.cov()), raw.T, upper=False).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_with_diagonal_covariance() -> None:
+    mean_a, mean_b = torch.tensor([0.0, 1.0, -2.0]).double(), torch.tensor([1.0, 1.0, 3.0]).double()
+    var_a, var_b = torch.tensor([1.0, 4.0, 0.25]).double(), torch.tensor([9.0, 1.0, 0.25]).double()
+    closed = 26.0 + (var_a.sqrt() - var_b.sqrt()).square().sum().item()
+    a, b = exact_sample(mean_a, var_a.diag()), exact_sample(mean_b, var_b.diag())
+    assert quality.frechet_distance(a, b) == pytest.approx(closed, rel=1e-10)
+
+
+def test_frechet_distance_of_gaussians_that_do_not_commute() -> None:
+    """For 2x2 matrices, ``tr (A B)^1/2 = sqrt(tr AB + 2 sqrt(det AB))``."""
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    b = torch.tensor([[1.0, -0.5], [-0.5, 4.0]]).double()
+    product = a @ b
+    cross = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    closed = (a.trace() + b.trace()).item() - 2 * cross
+    zero = torch.zeros(2).double()
+    measured = quality.frechet_distance(exact_sample(zero, a), exact_sample(zero, b))
+    assert measured == pytest.approx(closed, rel=1e-10)
+    assert measured != pytest.approx((a.diag().sqrt() - b.diag().sqrt()).square().sum().item(), rel=1e-2)
+
+
+def test_frechet_distance_of_singular_features() -> None:
+    x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, 3] = 0
+    assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert quality.frechet_distance(x, x + 2) == pytest.approx(16, abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [((3,), (3, 1)), ((4, 2), (4, 3)), ((1, 2), (4, 2))])
+def test_frechet_distance_refuses(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"got {list(a)} and {list(b)}")):
+        quality.frechet_distance(torch.zeros(a), torch.zeros(b))
+
+
+def test_balanced_labels() -> None:
+    assert quality.balanced_labels(25, 10).bincount().tolist() == [3] * 5 + [2] * 5
+
+
+def test_the_bundled_classifier_knows_the_test_images(classifier: quality.Classifier) -> None:
+    facts = json.loads((quality.CLASSIFIER_DIRECTORY / "classifier.json").read_text())
+    assert facts["test_accuracy"] >= 0.92
+    assert sum(path.stat().st_size for path in quality.CLASSIFIER_DIRECTORY.iterdir()) < 2**20
+    assert quality.test_accuracy(classifier, load_dataset(SLICE, "test")) >= 0.85
+
+
+def test_a_classifier_learns_and_survives_its_file(tmp_path: Path) -> None:
+    dataset = load_dataset(SLICE)
+    trained = quality.train_classifier(dataset, epochs=6, batch_size=20)
+    quality.save_classifier(trained, tmp_path, {"epochs": 6})
+    loaded = quality.load_classifier(tmp_path)
+    x = quality.to_unit_range(dataset.images)
+    torch.testing.assert_close(loaded(x), trained(x), rtol=0.05, atol=0.05)
+    assert quality.test_accuracy(loaded, dataset) > 0.5
+
+
+def test_a_classifier_needs_labels() -> None:
+    dataset = load_dataset(SLICE)
+    with pytest.raises(ValueError, match="a classifier needs labels and at least 128 images, got 200 images"):
+        quality.train_classifier(ImageDataset(dataset.images))
+
+
+def test_evaluate_tells_real_images_from_noise(classifier: quality.Classifier) -> None:
+    train, test = load_dataset(SLICE), load_dataset(SLICE, "test")
+    pool = quality.to_unit_range(train.images)
+
+    def real(labels: torch.Tensor, seed: int, guidance: float | None) -> torch.Tensor:
+        return torch.stack([pool[(train.labels == label).nonzero()[i // 10, 0]] for i, label in enumerate(labels)])
+
+    def noise(labels: torch.Tensor, seed: int, guidance: float | None) -> torch.Tensor:
+        return torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+
+    sizes = {"accuracy_samples": 100, "frechet_samples": 200}
+    settings = {"guidance": None, "other_guidance": 2.0, **sizes}
+    good = quality.evaluate(real, train, test, classifier, **settings)
+    assert good["accuracy_gate"]["passed"]
+    assert good["frechet_gate"]["passed"]
+    assert good["frechet_ratio"] == pytest.approx(1, rel=0.01)
+    assert set(good["asked_for_accuracy_by_guidance"]) == {"None", "2.0"}
+    bad = quality.evaluate(noise, train, test, classifier, **settings)
+    assert not bad["accuracy_gate"]["passed"]
+    assert not bad["frechet_gate"]["passed"]
+
+
+def bundled_directory() -> Path:
+    import stepfusion
+
+    return Path(stepfusion.__file__).parent / "models" / MODEL
+
+
+def recorded() -> dict:
+    return json.loads((bundled_directory() / "quality.json").read_text())
+
+
+def test_the_bundled_model_passed_its_gate() -> None:
+    facts = recorded()
+    assert facts["asked_for_accuracy"] >= quality.ACCURACY_GATE
+    assert facts["frechet_samples_to_test"] <= quality.FRECHET_RATIO_GATE * facts["frechet_train_to_test"]
+    assert facts["accuracy_samples"] == 1000
+    assert facts["frechet_samples"] == 5000
+    assert facts["test_images"] == 10_000
+    size = sum(path.stat().st_size for path in bundled_directory().rglob("*") if path.is_file())
+    assert size <= 6_000_000
+
+
+def test_the_model_card_says_what_was_measured() -> None:
+    card, facts = (bundled_directory() / "README.md").read_text(), recorded()
+    assert f"{facts['asked_for_accuracy']:.1%}".replace("%", " %") in card
+    for key in ("frechet_samples_to_test", "frechet_train_to_test", "frechet_ratio"):
+        assert f"{facts[key]:.3f}" in card, key
+
+
+@pytest.mark.slow
+def test_the_bundled_model_draws_what_is_asked_for(classifier: quality.Classifier) -> None:
+    labels = quality.balanced_labels(100, 10)
+    engine = Engine.from_pretrained(MODEL, device="cpu")
+    samples = engine.sample(100, steps=20, eta=0.0, seed=0, labels=labels, guidance=recorded()["guidance"])
+    assert quality.asked_for_accuracy(classifier, samples, labels) >= 0.8
+    assert quality.asked_for_accuracy(classifier, samples, labels.roll(1)) < 0.2

@@ -1,0 +1,193 @@
+"""The machine code of every kernel, compiled with no GPU: a slow or a non-reproducible kernel fails on a laptop."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stepfusion.kernels
+from stepfusion.bench import machine_code
+
+pytest.importorskip("triton")
+
+SUPPORT = Path(__file__).parents[1] / "support"
+NO_NOISE, GIVEN_NOISE, DRAWN_NOISE = 20, 24, 66  # SASS instructions an element of the step kernel, large lanes
+
+SASS = """
+        Function : add_kernel
+ Function add_kernel:
+  REG:24 STACK:0 SHARED:1024 LOCAL:0
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
+                                                                          /* 0x000e300000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x00 */
+        /*0020*/                   LDG.E R5, desc[UR4][R2.64] ;           /* 0x00 */
+        /*0030*/              @UP1 LDG.E.U16 R6, desc[UR4][R2.64] ;       /* 0x00 */
+        /*0040*/                   LDG.E.64 R8, desc[UR4][R2.64] ;        /* 0x00 */
+        /*0050*/                   MUFU.RSQ R0, R4 ;                      /* 0x00 */
+        /*0060*/                   FFMA R0, R0, R1, R2 ;                  /* 0x00 */
+        /*0070*/                   STL.64 [R1], R4 ;                      /* 0x00 */
+        /*0080*/                   LDL R4, [R1] ;                         /* 0x00 */
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R4 ;       /* 0x00 */
+        /*00a0*/                   EXIT ;                                 /* 0x00 */
+        /*00b0*/                   BRA 0xb0;                              /* 0x00 */
+       /*10000*/                   NOP;                                   /* 0x00 */
+"""
+
+
+def _run(*command: str, cache: Path) -> Any:
+    """The JSON that a process prints which has Triton's compiler and an empty compile cache."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every variant of every kernel for every target."""
+    codes: list[dict[str, Any]] = _run(
+        "-m", "stepfusion.bench.machine_code", "--json", cache=tmp_path_factory.mktemp("cache")
+    )
+    return codes
+
+
+@pytest.fixture(scope="session")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Kernels that must fail the checks below."""
+    codes: dict[str, dict[str, Any]] = _run(str(SUPPORT / "slow_kernels.py"), cache=tmp_path_factory.mktemp("cache"))
+    return codes
+
+
+def _entry_kernels() -> set[str]:
+    modules = [
+        importlib.import_module(m.name)
+        for m in pkgutil.iter_modules(stepfusion.kernels.__path__, "stepfusion.kernels.")
+    ]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def _narrow(code: dict[str, Any]) -> bool:
+    return code["narrow_loads"] != 0 or code["narrow_stores"] != 0
+
+
+def _contracted(code: dict[str, Any]) -> bool:
+    """Fused multiply-adds beyond those that refine square roots: two a root in line, three in the one slow path."""
+    sass = code["sass"]
+    allowed = 2 * sass["rsqrt"] + 1 if sass["rsqrt"] else 0
+    return code["contractions"] != 0 or sass["ffma"] > allowed
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target(report: list[dict[str, Any]]) -> None:
+    compiled = {(code["kernel"], code["target"]) for code in report}
+    assert compiled == {(kernel, target) for kernel in _entry_kernels() for target in machine_code.TARGETS}
+
+
+@pytest.mark.slow
+def test_tensor_accesses_are_128_bits_wide(report: list[dict[str, Any]]) -> None:
+    """Exempt: a lane of one element, and the loads of to_uint8 for several channels, which gather from C planes."""
+    nvidia = [code for code in report if code["sass"] is not None and "1x1x1x1" not in code["variant"]]
+    planes = [c for c in nvidia if c["kernel"] == "to_uint8_kernel" and "x1x" not in c["variant"]]
+    assert not [(c["kernel"], c["variant"], c["target"]) for c in nvidia if _narrow(c) and c not in planes]
+    assert len(planes) >= 3
+    assert all(code["narrow_stores"] == 0 for code in planes)
+
+
+@pytest.mark.slow
+def test_no_local_memory(report: list[dict[str, Any]]) -> None:
+    assert not [c["variant"] for c in report if c["scratch"] or (c["sass"] and c["sass"]["local"])]
+
+
+@pytest.mark.slow
+def test_no_contraction(report: list[dict[str, Any]]) -> None:
+    assert not [c["variant"] for c in report if c["target"] != "gfx942" and c["contractions"]]
+    assert not [(c["kernel"], c["variant"]) for c in report if c["target"] == "sm_90" and _contracted(c)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "limit"), [("none", NO_NOISE), ("given", GIVEN_NOISE), ("drawn", DRAWN_NOISE)])
+def test_step_instructions(report: list[dict[str, Any]], noise: str, limit: int) -> None:
+    costs = {
+        code["variant"]: code["instructions_per_element"]
+        for code in report
+        if code["kernel"] == "diffusion_step_kernel" and code["target"] == "sm_90" and code["elements"] == 32
+        if f"noise {noise}" in code["variant"]
+        and "learned" not in code["variant"]
+        and "guided" not in code["variant"]
+    }
+    assert len(costs) >= 4
+    assert max(costs.values()) <= limit, costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["q_sample_kernel", "normal_kernel"])
+def test_noise_instructions(report: list[dict[str, Any]], kernel: str) -> None:
+    costs = [
+        code["instructions_per_element"]
+        for code in report
+        if code["kernel"] == kernel and code["target"] == "sm_90" and code["elements"] == 32
+    ]
+    assert 0 < max(costs) <= DRAWN_NOISE
+
+
+@pytest.mark.slow
+def test_controls_are_caught(controls: dict[str, dict[str, Any]]) -> None:
+    """Each check above finds the kernel that breaks it, and leaves a plain one alone."""
+    noise = controls["library noise"]
+    assert noise["instructions_per_element"] > DRAWN_NOISE
+    assert noise["sass"]["local"] > 0
+    assert controls["few registers"]["sass"]["local"] > 0
+    assert _contracted(controls["contracted"])
+    odd = controls["odd lanes"]
+    assert _narrow(odd)
+    assert odd["instructions_per_element"] > NO_NOISE
+    plain = controls["plain"]
+    assert not (_narrow(plain) or _contracted(plain) or plain["sass"]["local"])
+    assert plain["instructions_per_element"] < NO_NOISE
+
+
+def test_parse_sass() -> None:
+    sass = machine_code.parse_sass(SASS)
+    assert sass == machine_code.Sass(
+        instructions=12,
+        loads={128: 1, 64: 1, 32: 1, 16: 1},
+        stores={128: 1},
+        local=2,
+        ffma=1,
+        rsqrt=1,
+        registers=24,
+    )
+
+
+def test_parse_sass_of_nothing() -> None:
+    assert machine_code.parse_sass("") == machine_code.Sass(0, {}, {}, 0, 0, 0, 0)
+
+
+def test_narrow_leaves_out_bookkeeping() -> None:
+    assert machine_code.narrow({128: 12, 64: 2, 32: 10}, bookkeeping=12) == 0
+    assert machine_code.narrow({128: 12, 64: 2, 32: 42}, bookkeeping=12) == 32
+
+
+def test_instructions_per_element() -> None:
+    code = machine_code.MachineCode("k", "v", "sm_90", elements=8, shared=0, sass=machine_code.parse_sass(SASS))
+    assert code.instructions_per_element == 1.5
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_has_no_machine_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        machine_code.main(["--target", "sm_90"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m stepfusion.bench.machine_code: machine code needs Triton's compiler, "
+        "but TRITON_INTERPRET=1 is set in this process\n"
+    )
