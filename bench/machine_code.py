@@ -100,11 +100,11 @@ class MachineCode:
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch to look at. Those with ``every_target`` False are compiled for sm_90 alone."""
+    """A launch to look at: for sm_90, or for every target."""
 
     name: str
     launch: Callable[[], object]
-    every_target: bool = True
+    every_target: bool = False
 
 
 def parse_sass(text: str) -> Sass:
@@ -233,7 +233,6 @@ def step(
     guidance: bool = False,
     copies: int = 1,
     x0: bool = False,
-    every_target: bool = False,
 ) -> Variant:
     """A launch of the table walker, in place and with flags, as the engine makes it."""
 
@@ -253,7 +252,7 @@ def step(
 
     words = [_shape(shape), _name(dtype), f"noise {noise}"]
     words += [word for word, on in (("learned", learned), ("guided", guidance), ("x0", x0)) if on]
-    return Variant(", ".join([*words, f"{copies} copies"]), launch, every_target)
+    return Variant(", ".join([*words, f"{copies} copies"]), launch)
 
 
 def _forward(dtype: torch.dtype, noise: str, shape: tuple[int, ...] = (2, 1, 64, 64)) -> Variant:
@@ -261,7 +260,7 @@ def _forward(dtype: torch.dtype, noise: str, shape: tuple[int, ...] = (2, 1, 64,
         x, table = torch.zeros(shape, dtype=dtype), torch.zeros(1000)
         kernels.q_sample(x, _int64(len(x)), table, table, **_noise(noise, x))
 
-    return Variant(f"{_shape(shape)}, {_name(dtype)}, noise {noise}", launch, dtype == torch.bfloat16)
+    return Variant(f"{_shape(shape)}, {_name(dtype)}, noise {noise}", launch)
 
 
 def _posterior(dtype: torch.dtype, shape: tuple[int, ...] = (2, 1, 64, 64)) -> Variant:
@@ -269,7 +268,7 @@ def _posterior(dtype: torch.dtype, shape: tuple[int, ...] = (2, 1, 64, 64)) -> V
         x, table = torch.zeros(shape, dtype=dtype), torch.zeros(1000)
         kernels.q_posterior_mean_variance(x, x, _int64(len(x)), table, table, table, table)
 
-    return Variant(f"{_shape(shape)}, {_name(dtype)}", launch, dtype == torch.bfloat16)
+    return Variant(f"{_shape(shape)}, {_name(dtype)}", launch)
 
 
 def _normal(shape: tuple[int, ...], stream: int) -> Variant:
@@ -295,28 +294,37 @@ def variants() -> list[Variant]:
     """Every kind of launch: dtypes, sources of noise, optional arguments, large, small, ragged and single lanes."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     noises = ("none", "given", "drawn")
-    fashion, cifar, ragged = (2, 1, 28, 28), (2, 3, 32, 32), (2, 1, 65, 80)
-    return [
-        *(step(d, n, every_target=d == brain) for d in (brain, half, single) for n in noises),
-        *(step(brain, n, shape=fashion, every_target=n == "drawn") for n in noises),
-        *(step(brain, n, shape=ragged) for n in noises),
+    large, fashion, cifar, ragged = (2, 1, 64, 64), (2, 1, 28, 28), (2, 3, 32, 32), (2, 1, 65, 80)
+    everywhere = [
+        step(brain, "none"),
+        step(brain, "drawn"),
+        step(brain, "drawn", shape=fashion),
+        step(brain, "drawn", learned=True),
+        _forward(brain, "drawn"),
+        _posterior(brain),
+        _normal(large, kernels.STREAM_INITIAL),
+        _pixels(single, (2, 3, 64, 64)),
+    ]
+    return [replace(variant, every_target=True) for variant in everywhere] + [
+        step(brain, "given"),
+        *(step(dtype, noise) for dtype in (half, single) for noise in noises),
+        *(step(brain, noise, shape=fashion) for noise in noises[:2]),
+        *(step(brain, noise, shape=ragged) for noise in noises),
         step(brain, "drawn", shape=cifar),
-        step(brain, "drawn", shape=(1, 3, 64, 64), every_target=True),
+        step(brain, "drawn", shape=(1, 3, 64, 64)),
         step(half, "none", shape=(1, 1, 1, 1)),
-        step(brain, "drawn", learned=True, every_target=True),
         step(brain, "given", learned=True, guidance=True, copies=2, x0=True),
-        step(brain, "drawn", guidance=True, copies=2, every_target=True),
+        step(brain, "drawn", guidance=True, copies=2),
         step(brain, "none", copies=0),
         step(single, "none", copies=0, x0=True),
-        *(_forward(d, n) for d in (brain, half, single) for n in noises[1:]),
+        _forward(brain, "given"),
+        *(_forward(dtype, noise) for dtype in (half, single) for noise in noises[1:]),
         _forward(brain, "drawn", fashion),
-        *(_posterior(d) for d in (brain, half, single)),
+        *(_posterior(dtype) for dtype in (half, single)),
         _posterior(brain, fashion),
-        _normal((2, 1, 64, 64), kernels.STREAM_INITIAL),
         _normal(fashion, kernels.STREAM_STEP),
-        _pixels(single, (2, 1, 64, 64)),
-        _pixels(brain, (2, 1, 64, 64)),
-        _pixels(single, (2, 3, 64, 64)),
+        _pixels(single, large),
+        _pixels(brain, large),
         _pixels(single, (2, 4, 64, 64)),
         _pixels(single, cifar),
     ]

@@ -229,11 +229,11 @@ def _augment(x: Tensor) -> Tensor:
     return padded[:, :, 2 + down : 2 + down + x.shape[2], 2 + right : 2 + right + x.shape[3]]
 
 
-def _engine_draw(model: str, steps: int) -> Draw:
+def _engine_draw(model: str, steps: int, dtype: str) -> Draw:
     """Sample a model directory with DDIM, eta 0."""
     from stepfusion import Engine
 
-    engine = Engine.from_pretrained(model)
+    engine = Engine.from_pretrained(model, dtype=dtype)
 
     def draw(labels: Tensor, seed: int, guidance: float | None) -> Tensor:
         x = engine.sample(len(labels), labels=labels, steps=steps, eta=0.0, seed=seed, guidance=guidance)
@@ -266,9 +266,10 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     train, test = load_dataset(args.data), load_dataset(args.data, "test")
     row = {
         "sampler": f"DDIM, {args.steps} steps, eta 0",
+        "network_dtype": args.dtype,
         "classifier_test_accuracy": test_accuracy(classifier, test),
         **evaluate(
-            _engine_draw(args.model, args.steps),
+            _engine_draw(args.model, args.steps, args.dtype),
             train,
             test,
             classifier,
@@ -301,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--classifier", type=Path, default=CLASSIFIER_DIRECTORY)
     command.add_argument("--json", type=Path, help="where the numbers go")
     command.add_argument("--steps", type=int, default=50)
+    command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
     command.add_argument("--guidance", type=_guidance, default=None, help="judged setting: a number, or none")
     command.add_argument("--other-guidance", type=_guidance, default=2.0, help="reported beside: a number, or none")
     command.add_argument("--frechet-samples", type=int, default=5000)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import stepfusion
 from stepfusion.env_cli import add_env_arguments, run_env
 from stepfusion.sample_cli import add_sample_arguments, run_sample
 from stepfusion.train_cli import add_train_arguments, run_train
 
-_EPILOG = """exit status: 0 done; 1 it could not be done, with one line that says why; 2 the command line is wrong;
-130 interrupted, and what was finished is kept"""
+_EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why; 2 the command line is wrong;
+130 (Ctrl-C) or 143 (SIGTERM) stopped, and what was finished is kept"""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -23,19 +28,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     command: Command = args.command
     try:
-        return command(args)
+        with _terminable():
+            return command(args)
     except KeyboardInterrupt:
         print("stepfusion: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as error:
         if args.traceback:
             raise
         print(f"stepfusion: {_one_line(error)}", file=sys.stderr)
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that no half-written file stays behind."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        print("stepfusion: terminated", file=sys.stderr)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stepfusion",
         description="Fast, exact, reproducible sampling of diffusion models.",
         epilog=_EPILOG,

@@ -171,7 +171,7 @@ def _load_npz(path: Path) -> ImageDataset:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read ``arr_0`` and, if it is there, ``arr_1``, of what must be a zip: ``np.load`` alone reads other files too."""
+    """Read ``arr_0`` and, if it is there, ``arr_1``, of what must be a zip: ``np.load`` alone reads more."""
     with path.open("rb") as stream, zipfile.ZipFile(stream) as members:
         size = sum(member.file_size for member in members.infolist())
     if size > MAX_DATASET_BYTES:

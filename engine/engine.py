@@ -183,11 +183,14 @@ class Engine:
         result = torch.empty((len(request), *self.shape), device=self.plan.device)
         shown = sys.stderr.isatty() if progress is None else _checks.boolean("progress", progress)
         total = sum(request.table.steps(part) for part in request.parts)
+        done = 0
         with tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True) as bar:
             for events in self._walk(request, result, nonfinite == "raise", callback is not None):
-                bar.update(sum(len(event.images) for event in events))
+                moved = sum(len(event.images) for event in events)
+                done += moved
+                bar.update(moved)
                 if callback is not None and False in [callback(event) for event in events]:
-                    raise SamplingCancelled(f"the callback cancelled sampling after {bar.n} of {total} steps")
+                    raise SamplingCancelled(f"the callback cancelled sampling after {done} of {total} steps")
         return result
 
     def stream(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -20,7 +22,7 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "
 
 def add_env_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion env``."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
@@ -36,21 +38,30 @@ def run_env(args: argparse.Namespace) -> int:
             "versions": versions,
             "platform": platform.platform(),
             "devices": _devices(),
-            "plan": plan.lines(),
+            "plan": {name: vars(choice) for name, choice in plan.choices().items()},
             "fused": fused,
             "models": bundled_models(),
-            "self_test": [{**vars(check), "passed": check.passed} for check in checks],
+            "self_test": [_facts(check) for check in checks],
         }
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print("\n".join(f"{name:<14} {text}" for name, text in versions.items()))
         print(f"{'platform':<14} {platform.platform()}")
         print("\n".join(f"{'device':<14} {name}" for name in _devices()))
-        print(f"{'models':<14} {', '.join(bundled_models())}\n")
+        print(f"{'models':<14} {', '.join(bundled_models()) or 'none'}\n")
         print("\n".join(plan.lines()))
         print(f"{'fused kernels':<14} {fused}\n")
         print("\n".join(_line(check) for check in checks))
-    return 0 if all(check.passed for check in checks) else 1
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        print(f"stepfusion: the self-test failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _facts(check: Check) -> dict[str, object]:
+    """A check for JSON, which has no NaN."""
+    error = check.error if math.isfinite(check.error) else None
+    return {"name": check.name, "passed": check.passed, "error": error, "allowed": check.allowed}
 
 
 def _line(check: Check) -> str:

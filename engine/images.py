@@ -32,7 +32,7 @@ def grid_size(
 def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Pixels:
     """Images uint8 [n, H, W, C] side by side in one, uint8 [.., .., C].
 
-    Each is enlarged ``scale`` times, and they stand ``gap`` pixels apart: row by row, in a square without ``columns``.
+    Each is enlarged ``scale`` times. They stand row by row, ``gap`` pixels apart, in a square without ``columns``.
     """
     n, height, width, channels = pixels.shape
     size = grid_size(n, height, width, columns=columns, scale=scale, gap=gap)

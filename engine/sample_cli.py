@@ -3,51 +3,86 @@
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from stepfusion.checkpoint import bundled_models
 from stepfusion.engine import SAMPLERS, Engine
-from stepfusion.images import Pixels, grid, save_gif, save_png
+from stepfusion.images import CHANNELS, Pixels, grid, grid_size, save_gif, save_png
 from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
 from stepfusion.walk import Event
 
+_EXAMPLES = """examples:
+  stepfusion sample fashion-mnist --labels sneaker,bag --guidance 2
+  stepfusion sample fashion-mnist --animate samples.gif
+  stepfusion sample path/to/model -n 1000 --single --out images"""
 _FRAMES = 40
+_MAX_COUNT = 1 << 20
+_MAX_PIXELS = 1 << 30  # of a grid, or of all frames of an animation
+_MAX_GIF_SIDE = (1 << 16) - 1
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion sample``."""
-    names = ", ".join(bundled_models()) or "none"
-    parser.add_argument("model", help=f"a bundled model ({names}) or a diffusers directory")
-    parser.add_argument("-n", "--num", type=int, default=64, help="how many images (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid, or with --single a directory")
-    parser.add_argument("--single", action="store_true", help="one PNG an image, OUT/SEED-INDEX.png, instead of a grid")
-    parser.add_argument("--animate", type=Path, metavar="GIF", help="also write how the grid is denoised")
-    parser.add_argument("--sampler", choices=[name for name in SAMPLERS if name != "ddim_inversion"], default="ddim")
-    parser.add_argument("--steps", type=int, help="default: 50, and all timesteps for ddpm")
-    parser.add_argument("--eta", type=float, help="0 is deterministic DDIM (the default), 1 has DDPM's noise")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--first-index", type=int, default=0, help="number of the first image under its seed (default: 0)")
-    parser.add_argument(
-        "--labels", help="numbers or names, separated by commas and repeated as needed; 'none' for no label (default: all classes in turn)"
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    names = ", ".join(bundled_models()) or "none in this installation"
+    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+
+    add = parser.add_argument_group("what to make").add_argument
+    add("-n", "--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
+    add(
+        "--labels",
+        metavar="LIST",
+        help="names or numbers of classes, separated by commas and repeated as needed; 'none' stands for no label "
+        "(default: all classes in turn)",
     )
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none (the default)")
-    parser.add_argument("--batch", type=int, help="most images at a time")
-    parser.add_argument("--columns", type=int, help="of the grid (default: the number of classes, else a square)")
-    parser.add_argument("--scale", type=int, default=2, help="enlarge every pixel in the grid (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: auto)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the step (default: auto)")
-    parser.add_argument("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: auto)")
-    parser.add_argument("--invariant", action="store_true", help="bits independent of batch size and neighbours")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
+    add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
+    add(
+        "--first-index",
+        type=int,
+        default=0,
+        metavar="I",
+        help="make the images I, I+1, ... of the seed (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("how to sample").add_argument
+    samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
+    add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
+    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add("--eta", type=float, help="noise of ddim, from 0, none (the default), to 1, as much as ddpm's")
+
+    add = parser.add_argument_group("what to write").add_argument
+    add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
+    add("--single", action="store_true", help="no grid, but OUT/SEED-INDEX.png for each image, as soon as it is done")
+    add("--animate", type=Path, metavar="GIF", help="also write an animation of the grid, from noise to images")
+    add("--columns", type=int, help="of the grid (default: the number of classes, else a square)")
+    add("--scale", type=int, default=2, help="enlarge every pixel of the grid so many times (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no report")
+
+    add = parser.add_argument_group("where and how to run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
+    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, 256 on a GPU)")
+    add(
+        "--invariant",
+        action="store_true",
+        help="one batch size for everything: an image's bits depend on neither --num nor its neighbours",
+    )
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """Sample as ``args`` say; returns 0. Everything is checked, the output path included, before any work is done."""
+    """Sample as ``args`` say; returns 0. Everything is checked, the output paths included, before any work."""
+    if args.out is None:
+        args.out = Path("samples" if args.single else "samples.png")
+    _check_numbers(args)
     _check_outputs(args)
     engine = Engine.from_pretrained(
         args.model,
@@ -59,66 +94,133 @@ def run_sample(args: argparse.Namespace) -> int:
         invariant=args.invariant,
     )
     table = engine.table(args.sampler, args.steps, **({} if args.eta is None else {"eta": args.eta}))
-    frames = _Frames(engine, args, len(table)) if args.animate else None
+    labels = _labels(engine, args.labels, args.num)
+    shown = _shown_steps(len(table)) if args.animate else []
+    _check_picture(engine, args, len(shown))
+    frames = _Frames(engine, args, shown) if args.animate else None
+    watchers: list[Callable[[Event], None]] = [frames] if frames else []
+    if args.single:
+        watchers.append(_SingleFiles(engine, args))
     started = time.perf_counter()
     images = engine.sample(
         args.num,
         table,
         seed=args.seed,
         indices=range(args.first_index, args.first_index + args.num),
-        labels=_labels(engine, args.labels, args.num),
+        labels=labels,
         guidance=args.guidance,
         progress=False if args.quiet else None,
-        callback=frames,
+        callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
     )
     pixels: Pixels = engine.to_uint8(images).cpu().numpy()
     seconds = time.perf_counter() - started
-    written = _write(args, engine, pixels, frames)
+    if not args.single:
+        save_png(args.out, _grid(args, engine, pixels))
+    if frames:
+        save_gif(args.animate, frames.grids())
     if not args.quiet:
-        print(f"{args.num} images, {table.name}, {len(table)} steps, {seconds:.1f} s: {', '.join(map(str, written))}")
+        written = ", ".join(map(str, [args.out, args.animate] if frames else [args.out]))
+        print(f"{_count(args.num, 'image')}, {table.name}, {_count(len(table), 'step')}, {seconds:.1f} s: {written}")
     return 0
 
 
 class _Frames:
-    """The callback that collects an animation: the grid of all images at evenly chosen steps."""
+    """The callback that collects an animation: the pixels of all images after the steps ``shown``."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace, steps: int) -> None:
-        self._engine, self._args = engine, args
-        self._kept = sorted({round(i * (steps - 1) / (_FRAMES - 1)) for i in range(_FRAMES)})
-        self._states = torch.zeros((len(self._kept), args.num, *engine.shape), dtype=torch.float16)
+    def __init__(self, engine: Engine, args: argparse.Namespace, shown: list[int]) -> None:
+        self._engine, self._args, self._shown = engine, args, shown
+        channels, height, width = engine.shape
+        self._pixels = torch.zeros((len(shown), args.num, height, width, channels), dtype=torch.uint8)
 
     def __call__(self, event: Event) -> None:
-        if event.step in self._kept:
-            self._states[self._kept.index(event.step), list(event.images)] = event.x.cpu().to(torch.float16)
+        if event.step in self._shown:
+            self._pixels[self._shown.index(event.step), list(event.images)] = self._engine.to_uint8(event.x).cpu()
 
     def grids(self) -> list[Pixels]:
         """One grid a frame."""
-        frames = self._states.to(torch.float32).to(self._engine.plan.device)
-        return [_grid(self._args, self._engine, self._engine.to_uint8(frame).cpu().numpy()) for frame in frames]
+        return [_grid(self._args, self._engine, frame.numpy()) for frame in self._pixels]
+
+
+class _SingleFiles:
+    """The callback that writes every image as soon as it is done, so that those are kept when sampling stops."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+        self._engine, self._args = engine, args
+
+    def __call__(self, event: Event) -> None:
+        if event.step + 1 < event.steps:
+            return
+        folder, first = self._args.out, self._args.first_index
+        folder.mkdir(exist_ok=True)
+        try:
+            for image, pixels in zip(event.images, self._engine.to_uint8(event.x).cpu(), strict=True):
+                save_png(folder / f"{self._args.seed}-{first + image}.png", pixels.numpy())
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # where it is empty: not even one image could be written
+            raise
+
+
+def _shown_steps(steps: int) -> list[int]:
+    """Up to :data:`_FRAMES` steps, evenly chosen, the first and the last among them."""
+    return sorted({round(i * (steps - 1) / (_FRAMES - 1)) for i in range(_FRAMES)})
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("num", "scale", "columns"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= _MAX_COUNT:
+            raise ValueError(f"--{name} must be in [1, {_MAX_COUNT}], got {value}")
+    if not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed must be in [0, 2**64 - 1], got {args.seed}")
+    if not 0 <= args.first_index <= (1 << 32) - args.num:
+        raise ValueError(
+            f"--first-index must be in [0, {(1 << 32) - args.num}] for {_count(args.num, 'image')}, "
+            f"got {args.first_index}"
+        )
+    if args.eta is not None and args.sampler != "ddim":
+        raise ValueError(f"--eta is an option of --sampler ddim, got --sampler {args.sampler}")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written at the end."""
-    for name, low in (("num", 1), ("scale", 1), ("columns", 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= 1 << 20:
-            raise ValueError(f"--{name} must be in [{low}, {1 << 20}], got {value}")
-    if args.seed < 0 or args.seed >= 1 << 64:
-        raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
-    if args.eta is not None and args.sampler != "ddim":
-        raise ValueError(f"--eta is an option of the sampler ddim, got --sampler {args.sampler}")
-    for path in [args.out] + ([args.animate] if args.animate else []):
-        folder = path.parent
-        if not folder.is_dir():
-            raise ValueError(f"cannot write {path}: {folder} is not a directory")
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"cannot write {path}: {folder} is not writable")
-    if args.single and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file, and --single needs a directory")
     if not args.single and args.out.is_dir():
         raise ValueError(f"--out {args.out} is a directory: name a PNG file, or use --single")
     if not args.single and args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {args.out}")
+    if args.single and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, and --single needs a directory")
+    _check_folder("--out", args.out, args.out if args.out.is_dir() else args.out.parent)
+    if args.animate is not None:
+        if args.animate.suffix.lower() != ".gif" or args.animate.is_dir():
+            raise ValueError(f"--animate must be a file that ends in .gif, got {args.animate}")
+        _check_folder("--animate", args.animate, args.animate.parent)
+
+
+def _check_folder(name: str, path: Path, folder: Path) -> None:
+    """Try to make a file, which vanishes at once: a directory's permissions say too little."""
+    if not folder.is_dir():
+        raise ValueError(f"{name} {path} cannot be written: {folder} is not a directory")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {path} cannot be written: {error.strerror}") from error
+
+
+def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> None:
+    """Refuse images that have no picture, and pictures or animations that are too large."""
+    channels, *sizes = engine.shape
+    if channels not in CHANNELS:
+        raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, and this model's have {channels}")
+    if args.single and not frames:
+        return
+    height, width = grid_size(args.num, *sizes, columns=_columns(args, engine), scale=args.scale)
+    if frames and max(height, width) > _MAX_GIF_SIDE:
+        raise ValueError(f"a GIF is at most {_MAX_GIF_SIDE} pixels wide and high, got a grid of {width} x {height}")
+    if height * width * max(1, frames) > _MAX_PIXELS:
+        given = f"{width} x {height}" + (f" in {_count(frames, 'frame')}" if frames else "")
+        raise ValueError(f"the grid must have at most {_MAX_PIXELS} pixels, got {given}: lower --scale or --num")
 
 
 def _labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
@@ -126,8 +228,6 @@ def _labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
     if engine.num_classes is None:
         if text is not None:
             raise ValueError("--labels was given, and this model takes none")
-        return None
-    if text == "none":
         return None
     if text is None:
         classes = [label for label in range(engine.num_classes) if label != engine.null_label]
@@ -137,29 +237,33 @@ def _labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
 
 
 def _label(engine: Engine, text: str) -> int:
-    if text.isdecimal():
-        return int(text)
+    """The number of the class that ``text`` names, in any case, or is."""
     names = [name.lower() for name in engine.class_names or ()]
-    if text.lower() not in names:
-        known = ", ".join(engine.class_names or ()) or "this model names none"
-        raise ValueError(f"--labels: {text!r} is neither a number nor the name of a class ({known})")
-    return names.index(text.lower())
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.lower() == "none" and engine.null_label is not None:
+        return engine.null_label
+    last = (engine.num_classes or 0) - 1
+    if text.isascii() and text.isdecimal() and int(text) <= last:
+        return int(text)
+    accepted = [f"numbers from 0 to {last}"]
+    accepted += [", ".join(engine.class_names)] if engine.class_names else []
+    accepted += ["none"] if engine.null_label is not None else []
+    raise ValueError(f"--labels must be among {'; '.join(accepted)}, got {text!r}")
+
+
+def _columns(args: argparse.Namespace, engine: Engine) -> int | None:
+    """The columns of the grid: as asked for, or one for each class where the labels are all classes in turn."""
+    if args.columns is not None or args.labels is not None or engine.num_classes is None:
+        columns: int | None = args.columns
+        return columns
+    classes = engine.num_classes - (engine.null_label is not None)
+    return classes if args.num > classes else None
 
 
 def _grid(args: argparse.Namespace, engine: Engine, pixels: Pixels) -> Pixels:
-    columns = args.columns
-    if columns is None and args.labels is None and engine.num_classes is not None and args.num > engine.num_classes:
-        columns = engine.num_classes - (engine.null_label is not None)
-    return grid(pixels, columns=columns, scale=args.scale)
+    return grid(pixels, columns=_columns(args, engine), scale=args.scale)
 
 
-def _write(args: argparse.Namespace, engine: Engine, pixels: Pixels, frames: _Frames | None) -> list[Path]:
-    if args.single:
-        args.out.mkdir(exist_ok=True)
-        for i, image in enumerate(pixels):
-            save_png(args.out / f"{args.seed}-{args.first_index + i}.png", image)
-    else:
-        save_png(args.out, _grid(args, engine, pixels))
-    if frames is not None:
-        save_gif(args.animate, frames.grids())
-    return [args.out] + ([args.animate] if frames is not None else [])
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -23,8 +23,8 @@ _VARIANCES = {
 def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The prediction type, and options for :func:`stepfusion.ddpm` and :func:`stepfusion.ddim` by their names there.
 
-    Options that the config leaves out have diffusers' defaults. Only the meaning of diffusers' settings is taken over,
-    not its quirks: ask for those with ``compat="diffusers"``.
+    Options that the config leaves out have diffusers' defaults. What diffusers' settings mean is taken over, its quirks
+    are not: ask for those with ``compat="diffusers"``.
 
     Raises:
         CheckpointError: a setting that is unknown or not supported, named.

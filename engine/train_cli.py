@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from stepfusion import _checks
 from stepfusion.checkpoint import save_pretrained
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.files import atomic_write
+from stepfusion.plan import choose_device
 from stepfusion.train_state import latest_state, load_state
 from stepfusion.training import PRECISIONS, PREDICTIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
 
@@ -33,7 +35,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
     parser.add_argument("--class-names", help="names of the classes, separated by commas")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="CPU threads, one microbatch each (default: one for each core)")
     numbers = {
         "steps": "optimiser steps in all",
@@ -56,12 +58,19 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in numbers.items():
         default = _DEFAULTS[name]
         parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} (default: %(default)s)")
-    for name, choices in (("prediction", PREDICTIONS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
-        parser.add_argument(
-            _flag(name), choices=tuple(choices), default=_DEFAULTS[name], help="(default: %(default)s)"
-        )
-    parser.add_argument("--channels", type=int, nargs="+", default=_DEFAULTS["channels"], help="of each level")
-    parser.add_argument("--attention-levels", type=int, nargs="*", default=(), help="levels with attention, from 0")
+    chosen = {
+        "prediction": (PREDICTIONS, "what the network learns to return"),
+        "schedule": (SCHEDULES, "noise schedule"),
+        "precision": (PRECISIONS, "of the network's arithmetic"),
+    }
+    for name, (choices, text) in chosen.items():
+        default = _DEFAULTS[name]
+        parser.add_argument(_flag(name), choices=tuple(choices), default=default, help=f"{text} (default: {default})")
+    channels = _DEFAULTS["channels"]
+    text = f"channels of each level of the network (default: {' '.join(map(str, channels))})"
+    parser.add_argument("--channels", type=int, nargs="+", default=channels, help=text)
+    text = "levels with attention, counted from 0 (default: none)"
+    parser.add_argument("--attention-levels", type=int, nargs="*", default=(), help=text)
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
 
 
@@ -72,6 +81,7 @@ def run_train(args: argparse.Namespace) -> int:
         ValueError: what `args` name cannot be used.
     """
     config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
+    _check_arguments(args)
     dataset = _named(load_dataset(args.data), args.class_names)
     if args.export_only:
         export(_newest(config, dataset, args), args.export or args.out / "model")
@@ -155,6 +165,20 @@ def _newest(config: TrainConfig, dataset: ImageDataset, args: argparse.Namespace
     trainer = Trainer(config, dataset, args.device)
     trainer.restore(load_state(newest))
     return trainer
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before the training what would fail after it."""
+    args.device = str(choose_device(args.device)[0])
+    if args.workers is not None:
+        _checks.integer("--workers", args.workers, 1, 1024)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; it must be a directory")
+    if args.export is not None:
+        if args.export.exists() and not args.export.is_dir():
+            raise ValueError(f"--export {args.export} is a file; it must be a directory")
+        if not args.export.absolute().parent.is_dir():
+            raise ValueError(f"--export {args.export} cannot be written: {args.export.parent} is not a directory")
 
 
 def _flag(name: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.datasets import ImageDataset
+from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.files import atomic_write
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.schedule import NoiseSchedule
@@ -286,11 +287,9 @@ class Trainer:
         self.network.to(self.device)
         self.ema = {name: value.detach().clone() for name, value in self.network.named_parameters()}
         self.optimizer = _make_optimizer(self.network, config)
-        abar = torch.from_numpy(config.make_schedule().alphas_cumprod.copy())
         self._parameters = list(self.network.parameters())
         self._workers = ThreadPoolExecutor(workers) if workers > 1 else None
-        self._signal = abar.sqrt().to(self.device, torch.float32)
-        self._noise = (1 - abar).sqrt().to(self.device, torch.float32)
+        self.diffusion = GaussianDiffusion(config.make_schedule(), prediction=config.prediction)
 
     @property
     def done(self) -> bool:
@@ -330,14 +329,13 @@ class Trainer:
         """Mean squared error of the network's prediction for `batch`, float32 []."""
         x0, noise, t = batch.x0.to(self.device), batch.noise.to(self.device), batch.timesteps.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
-        signal, sigma = (table[t][:, None, None, None] for table in (self._signal, self._noise))
-        x_t = signal * x0 + sigma * noise
-        target = {"epsilon": noise, "sample": x0, "v_prediction": signal * noise - sigma * x0}[self.config.prediction]
+        return self.diffusion.training_losses(self._predict, x0, t, noise=noise, labels=labels).mean()
+
+    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         low = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, low, enabled=low != torch.float32, cache_enabled=False):
-            out = self.network(x_t, t, labels)
-        error: Tensor = out.float() - target
-        return error.square().mean()
+            out: Tensor = self.network(x_t, t, labels)
+        return out
 
     def state(self) -> TrainState:
         """Return what is needed to go on, tensors by reference."""

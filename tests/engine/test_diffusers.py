@@ -1,7 +1,7 @@
 """Whole loops against diffusers' schedulers and guided-diffusion's formulas, noise injected; and where we differ.
 
-``compat`` gives back a library's images within float32 rounding. Without it each of its quirks is gone, and every test
-of a trap (numbered as in the notes on peers) shows the difference: it would fail if the default adopted the quirk.
+``compat`` gives back a library's images within float32 rounding. Without it each of its quirks is gone, and every
+test of a trap (numbered as in FACTS.md) shows the difference: it would fail if the default adopted the quirk.
 """
 
 from __future__ import annotations

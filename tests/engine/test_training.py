@@ -55,10 +55,10 @@ def same_tensors(a: Trainer, b: Trainer) -> bool:
 
 
 def test_the_loss_falls(dataset: ImageDataset, tmp_path: Path) -> None:
-    config = replace(TINY, steps=120, batch_size=16, microbatch=16, learning_rate=4e-3, save_every=1000)
+    config = replace(TINY, steps=80, batch_size=16, microbatch=16, learning_rate=4e-3, save_every=1000)
     assert train(config, dataset, tmp_path).done
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    assert losses[0] > 0.8  # a fresh network returns about 0, and v has variance 1 in noise and less in images
+    assert losses[0] > 0.7  # a fresh network returns about 0, and the mean square of v is about 0.8 for these images
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 

@@ -31,7 +31,8 @@ def out_of(x0: float, x: float, abar: float, prediction: str) -> float:
 def posterior(x: float, x0: float, abar: float, prev: float) -> tuple[float, float]:
     """Mean and variance of q(x_prev | x, x0), by Bayes' rule, which Ho et al.'s equation 7 solves.
 
-    The prior N(sqrt(prev) x0, 1 - prev) meets the likelihood x ~ N(sqrt(alpha) x_prev, 1 - alpha), alpha = abar / prev.
+    The prior N(sqrt(prev) x0, 1 - prev) meets the likelihood x ~ N(sqrt(alpha) x_prev, 1 - alpha), with
+    alpha = abar / prev.
     """
     if prev == 1:
         return x0, 0.0

@@ -7,34 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from stepfusion.kernels import STREAM_INITIAL, reference
+from stepfusion.kernels import reference
 from stepfusion.table import StepTable
 
 Network = Callable[[torch.Tensor, int], torch.Tensor]
-CPU = torch.device("cpu")
 
 
 def walk(table: StepTable, network: Network, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """x after every row of a table, in the dtype of x; with given noise [rows, B, ...], or without any."""
-    return _walk(table, network, x, noise, None)
-
-
-def draw(table: StepTable, network: Network, count: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Images 0 .. count-1 of a seed, float32, all noise counter-based."""
-    seeds, indices = torch.full((count,), seed), torch.arange(count)
-    x = reference.normal(seeds, indices, torch.zeros_like(indices), shape, STREAM_INITIAL)
-    return _walk(table, network, x, None, (seeds, indices))
-
-
-def _walk(
-    table: StepTable,
-    network: Network,
-    x: torch.Tensor,
-    noise: torch.Tensor | None,
-    keys: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    device = table.on(CPU, x.dtype)
-    seeds, indices = keys if keys is not None else (None, None)
+    device = table.on(x.device, x.dtype)
     for i, t in enumerate(table.timesteps):
         x = reference.diffusion_step(
             x,
@@ -43,8 +24,6 @@ def _walk(
             device.coefficients,
             device.timesteps,
             noise=None if noise is None else noise[i],
-            seeds=seeds,
-            indices=indices,
         )
     return x
 
@@ -55,13 +34,13 @@ class Gaussian:
 
     alphas_cumprod: torch.Tensor  # float64 [T]
     prediction: str
-    mean: float | torch.Tensor
+    mean: float
     std: float
 
-    def __call__(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        abar = self.alphas_cumprod[t].to(x.dtype)
-        spread = abar * self.std**2 + 1 - abar
-        residual = (x - abar.sqrt() * self.mean) / spread
+    def __call__(self, x: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W]; t: one timestep, or int64 [B]."""
+        abar = self.alphas_cumprod[t].to(x.dtype).reshape(-1, 1, 1, 1)
+        residual = (x - abar.sqrt() * self.mean) / (abar * self.std**2 + 1 - abar)
         if self.prediction == "epsilon":
             return (1 - abar).sqrt() * residual
         x0 = self.mean + abar.sqrt() * self.std**2 * residual
