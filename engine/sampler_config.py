@@ -23,7 +23,7 @@ _VARIANCES = {
 def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The prediction type, and options for :func:`stepfusion.ddpm` and :func:`stepfusion.ddim` by their names there.
 
-    Options that the config leaves out have diffusers' defaults. What diffusers' settings mean is taken over, its quirks
+    Options that the config leaves out have diffusers' defaults. What its settings mean is taken over, its quirks
     are not: ask for those with ``compat="diffusers"``.
 
     Raises:
@@ -41,7 +41,7 @@ def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             raise ValueError("thresholding (dynamic thresholding) is not supported")
         schedule = NoiseSchedule.from_config(config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"scheduler config: {error}") from error
+        raise CheckpointError(f"scheduler config: {str(error).removeprefix('scheduler config has ')}") from error
     options: dict[str, Any] = {
         "variance": _VARIANCES[variance],
         "spacing": spacing,

@@ -366,7 +366,7 @@ class Trainer:
             self.ema[name].copy_(_stored(state, f"ema.{name}", parameter))
             if step:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=parameter.device),
                     **{
                         key: torch.empty_like(parameter).copy_(_stored(state, f"{key}.{name}", parameter))
                         for key in ("exp_avg", "exp_avg_sq")
@@ -467,7 +467,10 @@ def train(
 
 
 def _run(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Make steps; yields after each a row of metrics, or an empty one between two rows."""
+    """Make steps; yields after each a row of metrics, or an empty one between two rows.
+
+    The loss is looked at when a row or a state is due, so that no state of a run that went astray is saved.
+    """
     config, start, before = trainer.config, time.monotonic(), trainer.elapsed
     total, count, since = torch.zeros((), device=trainer.device), 0, start
     while not trainer.done and not should_stop():
@@ -475,12 +478,16 @@ def _run(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[dict[str
         count += 1
         now = time.monotonic()
         trainer.elapsed = before + now - start
-        if trainer.step % config.log_every and not trainer.done:
+        logs = trainer.done or trainer.step % config.log_every == 0
+        if not logs and trainer.step % config.save_every:
             yield {}
             continue
         loss = total.item() / count
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {trainer.step}; a lower learning_rate may help")
+        if not logs:
+            yield {}
+            continue
         yield {
             "step": trainer.step,
             "loss": loss,

@@ -52,6 +52,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     E,
     B,
     R,
+    FILL: tl.constexpr,  # next is fresh memory: parked lanes are copied to it
     LEARNED: tl.constexpr,
     COPIES: tl.constexpr,
     EVEN: tl.constexpr,
@@ -60,13 +61,15 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 ):
     lane = tl.program_id(0)
     block = tl.program_id(1)
-    row = tl.load(row_ptr + lane)
-    if row < 0:
-        return
     start = lane.to(tl.int64) * E
     out_start = 2 * start if LEARNED else start
     offs = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = None if EVEN else offs < E
+    row = tl.load(row_ptr + lane)
+    if row < 0:
+        if FILL:
+            tl.store(next_ptr + start + offs, tl.load(x_ptr + start + offs, mask=mask), mask=mask)
+        return
 
     inside = row < R  # a row beyond the table gives NaN, and no access outside it
     coefficient_ptr = table_ptr + row * WIDTH
@@ -133,6 +136,7 @@ def _diffusion_step(
     x_net: torch.Tensor | None,
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
+    fill: bool,
 ) -> None:
     require_triton(x.device)
     lanes, elements = len(x), x[:1].numel()
@@ -158,7 +162,8 @@ def _diffusion_step(
             elements,
             lanes,
             len(coefficients),
-            LEARNED=out.numel() != x.numel(),
+            FILL=fill,
+        LEARNED=out.numel() != x.numel(),
             COPIES=0 if x_net is None else len(x_net) // lanes,
             EVEN=shape.even,
             VEC=shape.vec,
@@ -217,13 +222,26 @@ def diffusion_step(
     for name, tensor in (("x", x), ("coefficients", coefficients)):
         launch.check_dtype(name, tensor, (torch.float32,))
     launch.check_dtype("out", out, launch.FLOATS)
-    x_next = _check(
-        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
-    )
+    _check(x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags)
+    into = torch.empty_like(x, memory_format=torch.contiguous_format) if x_next is None else x_next
     _diffusion_step(
-        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+        x,
+        out,
+        rows,
+        coefficients,
+        timesteps,
+        seeds,
+        indices,
+        noise,
+        out_uncond,
+        guidance,
+        into,
+        x_net,
+        x0,
+        flags,
+        fill=x_next is None,
     )
-    return x_next
+    return into
 
 
 def diffusion_step_reference(
@@ -247,9 +265,7 @@ def diffusion_step_reference(
 
     Also in float64, with float64 x, out and coefficients.
     """
-    x_next = _check(
-        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
-    )
+    _check(x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags)
     active = launch.per_lane(rows >= 0, x)
     safe = rows.clamp(min=0)
     columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)
@@ -267,22 +283,34 @@ def diffusion_step_reference(
         scale = launch.per_lane(guidance.to(x.dtype), x)
         eps = torch.where(scale == 1.0, eps, uncond + scale * (eps - uncond))
 
-    start = torch.minimum(torch.maximum(x0_x * x + x0_out * eps, -clip), clip)
-    result = next_x0 * start + next_x * x + next_out * eps
-    if noise is not None or (seeds is not None and bool((sigma * active).any())):
+    # In place wherever it can be: on a CPU fresh memory costs more than arithmetic.
+    start = x0_x * x
+    term = x0_out * eps
+    start += term
+    torch.minimum(torch.maximum(start, -clip, out=start), clip, out=start)
+    result = next_x0 * start
+    result += torch.mul(next_x, x, out=term)
+    result += torch.mul(next_out, eps, out=term)
+    noisy = (sigma != 0) & active
+    if (noise is not None or seeds is not None) and bool(noisy.any()):
         z = noise.to(x.dtype) if noise is not None else _draw(seeds, indices, timesteps, safe, x)
         std = sigma if v is None else sigma * (half_log_min + (v * 0.5 + 0.5) * half_log_span).exp()
-        result = torch.where(sigma != 0, result + std * z, result)
+        torch.mul(std, z, out=term)
+        result = result.add_(term) if bool(noisy.all()) else torch.where(noisy, result + term, result)
 
-    if flags is not None:
-        broken = ~result.isfinite().reshape(len(x), x[:1].numel()).all(1) & (flags < 0) & (rows >= 0)
+    if flags is not None and x.numel():
+        total = result.flatten(1).sum(1)  # finite where every term is
+        broken = ~total.isfinite() & (flags < 0) & (rows >= 0)
         flags.copy_(torch.where(broken, rows, flags))
+    everywhere = bool(active.all())
     if x_net is not None and x.numel():
         copies = x_net.view(-1, *x.shape)
-        copies.copy_(torch.where(active, result.to(x_net.dtype), copies))
+        copies.copy_(result if everywhere else torch.where(active, result.to(x_net.dtype), copies))
     if x0 is not None:
-        x0.copy_(torch.where(active, start, x0))
-    return x_next.copy_(torch.where(active, result, x_next))
+        x0.copy_(start if everywhere else torch.where(active, start, x0))
+    if x_next is None:
+        return result if everywhere else torch.where(active, result, x)
+    return x_next.copy_(result if everywhere else torch.where(active, result, x_next))
 
 
 def _draw(
@@ -313,8 +341,8 @@ def _check(
     x_net: torch.Tensor | None,
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
-) -> torch.Tensor:
-    """Check every argument of a step; returns the tensor that receives the next state."""
+) -> None:
+    """Check every argument of a step."""
     states = (torch.float32, torch.float64)
     launch.check_lanes("x", x, states)
     lanes, shape = len(x), tuple(x.shape)
@@ -349,4 +377,3 @@ def _check(
     if flags is not None:
         launch.check_like("flags", flags, (lanes,), x.device, (torch.int64,))
         launch.check_output("flags", flags)
-    return x.clone(memory_format=torch.contiguous_format) if x_next is None else x_next

@@ -1,7 +1,7 @@
 """Sampling loops against theory, with no weights: for Gaussian data the ideal network is known, and so is every law.
 
-Data is N(MEAN, STD^2) in each pixel. The ideal network is affine in x, so is every unclipped step, and a state that starts
-as N(0, 1) stays Gaussian: its mean and variance follow from the papers' equations, in float64, without the package.
+Data is N(MEAN, STD^2) in each pixel. The ideal network is affine in x, so is every unclipped step, and a state that
+starts as N(0, 1) stays Gaussian: its mean and variance follow from the papers' equations, without the package.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def theory(name: str, timesteps: Any) -> tuple[float, float]:
     for abar, prev in paper.levels(SCHEDULE.alphas_cumprod, timesteps):
 
         def move(x: float, z: float, abar: float = abar, prev: float = prev) -> float:
-            x0 = (MEAN * (1 - abar) + STD**2 * abar**0.5 * x) / (abar * STD**2 + 1 - abar)  # E[x0 | x], by Bayes' rule
-            return step(x, paper.out_of(x0, x, abar, "epsilon"), z, abar, prev)
+            expected_x0 = (MEAN * (1 - abar) + STD**2 * abar**0.5 * x) / (abar * STD**2 + 1 - abar)  # Bayes' rule
+            return step(x, paper.out_of(expected_x0, x, abar, "epsilon"), z, abar, prev)
 
         offset = move(0, 0)
         slope, sigma = move(1, 0) - offset, move(0, 1) - offset

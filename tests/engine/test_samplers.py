@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 CLIPS = (1.0, 0.3, None)
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine(300)
 ZERO_SNR = NoiseSchedule.linear().rescale_zero_terminal_snr()
-CLOSE = {"rel": 1e-9, "abs": 1e-9}  # float64: 1 - abar cancels to 1e-12 at abar = 1 - 1e-4, and 1 / sqrt(abar) is 160
+close = partial(pytest.approx, rel=1e-9, abs=1e-9)  # float64, but 1 - abar cancels, and 1 / sqrt(abar) is 160
 
 
 def row_step(row: np.ndarray[Any, Any], x: float, out: float, z: float, v: float = 0.0) -> float:
@@ -57,7 +58,7 @@ def test_ddpm_rows(schedule: NoiseSchedule, variance: str, prediction: str, clip
                 expected = paper.ddpm_step(
                     x, out, z, abar, prev, prediction=prediction, clip=clip, variance=variance, v=v
                 )
-                assert row_step(row, x, out, z, v) == pytest.approx(expected, **CLOSE)
+                assert row_step(row, x, out, z, v) == close(expected)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -72,7 +73,7 @@ def test_ddim_rows(schedule: NoiseSchedule, eta: float, rederive: bool, predicti
         for row, (abar, prev) in zip(table.coefficients, levels(schedule, table), strict=True):
             for x, out, z, _ in draws(abar, prediction):
                 expected = paper.ddim_step(x, out, z, abar, prev, **options)
-                assert row_step(row, x, out, z) == pytest.approx(expected, **CLOSE)
+                assert row_step(row, x, out, z) == close(expected)
 
 
 def test_final_alpha_cumprod_ends_the_last_row() -> None:
@@ -106,7 +107,7 @@ def test_raw_and_rederived_eps_agree_without_a_clip(prediction: str) -> None:
     rederived = ddim(LINEAR, 20, eta=0.5, prediction=prediction, clip=None)
     for a, b, t in zip(raw.coefficients, rederived.coefficients, raw.timesteps, strict=True):
         for x, out, z, _ in draws(float(LINEAR.alphas_cumprod[t]), prediction):
-            assert row_step(a, x, out, z) == pytest.approx(row_step(b, x, out, z), **CLOSE)
+            assert row_step(a, x, out, z) == close(row_step(b, x, out, z))
 
 
 @pytest.mark.parametrize("evaluate_at", ["source", "target"])
@@ -126,7 +127,7 @@ def test_inversion_rows(prediction: str, evaluate_at: str) -> None:
             eps = (x - at**0.5 * paper.x0_of(x, out, at, prediction, None)) / (1 - at) ** 0.5
             x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
             expected = after**0.5 * x0 + (1 - after) ** 0.5 * eps
-            assert row_step(row, x, out, z) == pytest.approx(expected, **CLOSE)
+            assert row_step(row, x, out, z) == close(expected)
         abar = after
 
 
@@ -284,21 +285,20 @@ def test_a_table_on_a_device(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sampler", ["fixed_small", "fixed_large", "learned_range", "raw", "eta 0", "eta 1"])
 def test_single_steps_equal_rows(sampler: str, prediction: str, clip: float | None) -> None:
     """kernels.ddim_step and ddpm_step make their coefficients on the fly: every lane another row of the table."""
-    shared: dict[str, Any] = {"prediction": prediction, "clip": clip}
-    step: Callable[..., torch.Tensor] = reference.ddpm_step
+    options: dict[str, Any] = {"prediction": prediction, "clip": clip}
     if sampler in ("fixed_small", "fixed_large", "learned_range"):
-        options = {"variance": sampler}
-        table = ddpm(LINEAR, 9, **options, **shared)
+        options["variance"] = sampler
+        table, step = ddpm(LINEAR, 9, **options), reference.ddpm_step
     else:
-        options = {"eta": float(sampler == "eta 1"), "rederive_eps": sampler != "raw"}
-        table, step = ddim(LINEAR, 9, **options, **shared), reference.ddim_step
+        options |= {"eta": float(sampler == "eta 1"), "rederive_eps": sampler != "raw"}
+        table, step = ddim(LINEAR, 9, **options), reference.ddim_step
     x, noise = torch.randn(2, 9, 2, 4, 4, dtype=torch.float64)
     out = torch.randn(9, 4 if table.learned_variance else 2, 4, 4, dtype=torch.float64)
     t = torch.from_numpy(table.timesteps.copy())
     device = table.on(torch.device("cpu"), torch.float64)
     expected = reference.diffusion_step(x, out, torch.arange(9), device.coefficients, t, noise=noise)
     abar = torch.from_numpy(LINEAR.alphas_cumprod.copy())
-    actual = step(x, out, t, torch.cat([t[1:], torch.tensor([-1])]), abar, noise=noise, **options, **shared)
+    actual = step(x, out, t, torch.cat([t[1:], torch.tensor([-1])]), abar, noise=noise, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 

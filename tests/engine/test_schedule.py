@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,28 +103,28 @@ def test_betas_equal_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_tables_equal_scalar_recurrences(name: str) -> None:
     schedule, betas = SCHEDULES[name]
+    close = partial(pytest.approx, rel=1e-10)  # 1 - abar cancels at small t
     abar, after = 1.0, [*betas[1:], 1.0]
     for t, beta in enumerate(betas):
         prev, abar = abar, abar * (1 - beta)
-        close = {"rel": 1e-10}  # 1 - abar cancels at small t
         # q(x_{t-1} | x_t, x_0) by completing the square: precisions add up
         precision = (1 - beta) / beta + (1 / (1 - prev) if prev < 1 else math.inf)
         assert schedule.alphas[t] == 1 - schedule.betas[t]
-        assert schedule.alphas_cumprod[t] == pytest.approx(abar, **close)
-        assert schedule.alphas_cumprod_prev[t] == pytest.approx(prev, **close)
-        assert schedule.alphas_cumprod_next[t] == pytest.approx(abar * (1 - after[t]), **close)
-        assert schedule.sqrt_alphas_cumprod[t] == pytest.approx(math.sqrt(abar), **close)
-        assert schedule.sqrt_one_minus_alphas_cumprod[t] == pytest.approx(math.sqrt(1 - abar), **close)
-        assert schedule.log_one_minus_alphas_cumprod[t] == pytest.approx(math.log(1 - abar), **close)
-        assert schedule.sqrt_recip_alphas_cumprod[t] == pytest.approx(1 / math.sqrt(abar), **close)
-        assert schedule.sqrt_recipm1_alphas_cumprod[t] == pytest.approx(math.sqrt((1 - abar) / abar), **close)
-        assert schedule.snr[t] == pytest.approx(abar / (1 - abar), **close)
-        assert schedule.posterior_variance[t] == pytest.approx(1 / precision, **close)
+        assert schedule.alphas_cumprod[t] == close(abar)
+        assert schedule.alphas_cumprod_prev[t] == close(prev)
+        assert schedule.alphas_cumprod_next[t] == close(abar * (1 - after[t]))
+        assert schedule.sqrt_alphas_cumprod[t] == close(math.sqrt(abar))
+        assert schedule.sqrt_one_minus_alphas_cumprod[t] == close(math.sqrt(1 - abar))
+        assert schedule.log_one_minus_alphas_cumprod[t] == close(math.log(1 - abar))
+        assert schedule.sqrt_recip_alphas_cumprod[t] == close(1 / math.sqrt(abar))
+        assert schedule.sqrt_recipm1_alphas_cumprod[t] == close(math.sqrt((1 - abar) / abar))
+        assert schedule.snr[t] == close(abar / (1 - abar))
+        assert schedule.posterior_variance[t] == close(1 / precision)
         if t > 0:
-            assert schedule.posterior_log_variance_clipped[t] == pytest.approx(-math.log(precision), **close)
+            assert schedule.posterior_log_variance_clipped[t] == close(-math.log(precision))
             coef1 = math.sqrt(prev) / (1 - prev) / precision
-            assert schedule.posterior_mean_coef1[t] == pytest.approx(coef1, **close)
-            assert schedule.posterior_mean_coef2[t] == pytest.approx(math.sqrt(1 - beta) / beta / precision, **close)
+            assert schedule.posterior_mean_coef1[t] == close(coef1)
+            assert schedule.posterior_mean_coef2[t] == close(math.sqrt(1 - beta) / beta / precision)
 
 
 def test_the_first_step_ends_at_x0() -> None:

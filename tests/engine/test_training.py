@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(Trainer, "loss", lambda self, batch: self.network.conv_in.weight.sum() * torch.nan)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, parameters: [torch.zeros_like(p) for p in parameters])
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
-        train(TINY, dataset, tmp_path)
+        train(replace(TINY, save_every=2, log_every=3), dataset, tmp_path)
     assert not list(tmp_path.glob("state-*"))
 
 

@@ -1,4 +1,4 @@
-"""What guided-diffusion computes, in NumPy, from the papers and FACTS.md: there is no package to compare with.
+"""What guided-diffusion computes, in NumPy and in our own words: there is no package to compare with.
 
 Tables are float64 over the *respaced* process, rounded to float32 where a step gathers them; states are float32.
 """
@@ -6,11 +6,12 @@ Tables are float64 over the *respaced* process, rounded to float32 where a step 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.float32]
+Image = NDArray[Any]  # float32
 
 
 def sections(total: int, count: int) -> list[int]:
@@ -50,14 +51,13 @@ class GuidedDiffusion:
         recip, recipm1 = np.float32(np.sqrt(1 / self.abar[i])), np.float32(np.sqrt(1 / self.abar[i] - 1))
         return (recip * x - x0) / recipm1
 
-    def log_variance(self, i: int, v: Image | None) -> Image | np.float32:
+    def log_variance(self, i: int, v: Image | None) -> Image:
         """Entry 1 stands in for the log of entry 0, whose variance is 0; fixed_large does so with the variance."""
-        small = np.float32(np.log(self.small[max(i, 1)]))
-        large = np.float32(np.log(self.betas[i]))
-        if self.variance == "fixed_small":
-            return small
+        small, large = np.log(np.array([self.small[max(i, 1)], self.betas[i]])).astype(np.float32)
+        if self.variance == "fixed_small" or (self.variance == "fixed_large" and i == 0):
+            return np.array(small)
         if self.variance == "fixed_large":
-            return large if i > 0 else np.float32(np.log(self.small[1]))
+            return np.array(large)
         assert v is not None
         fraction = (v + 1) / 2
         return fraction * large + (1 - fraction) * small
