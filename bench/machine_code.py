@@ -40,6 +40,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+\S.*?;", re.MULTILINE)
+_JUMP = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+\s+BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", re.MULTILINE)
 _REGISTERS = re.compile(r"REG:(\d+)")
 _SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<")
 _STORE_INT64 = re.compile(r"st\.global\.[bsu]64\s")
@@ -57,6 +59,7 @@ class Sass:
         local: accesses to local memory, which is where spilled registers and indexed arrays live.
         ffma: fused multiply-adds. rsqrt: approximate roots, each refined to a correctly rounded square root by FFMAs.
         registers: of a thread; 0 where the text has no resource usage.
+        skipped: instructions that the longest conditional jump leaves out: what a silent row does not execute.
     """
 
     instructions: int
@@ -66,6 +69,7 @@ class Sass:
     ffma: int
     rsqrt: int
     registers: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,14 @@ def parse_sass(text: str) -> Sass:
         ffma=names["FFMA"] + names["FFMA2"],
         rsqrt=sum(operation.startswith("MUFU.RSQ") for operation in operations),
         registers=int(registers[1]) if registers else 0,
+        skipped=_longest_jump(text),
     )
+
+
+def _longest_jump(text: str) -> int:
+    addresses = [int(address, 16) for address in _ADDRESS.findall(text)]
+    spans = ((int(source, 16), int(target, 16)) for source, target in _JUMP.findall(text))
+    return max((sum(source < a < target for a in addresses) for source, target in spans), default=0)
 
 
 def _widths(operations: Sequence[str], name: str) -> dict[int, int]:

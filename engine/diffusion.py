@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from stepfusion import _checks, kernels, samplers
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import launch, reference
-from stepfusion.plan import make_plan
+from stepfusion.plan import choose_device, make_plan
+from stepfusion.runner import as_int64
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import DeviceTable, StepTable
 
@@ -72,9 +73,9 @@ class GaussianDiffusion:
     def q_mean_variance(
         self, x_start: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean [B, ...], variance and log variance [B, 1, ...], float32, of q(x_t | x_0) (Ho et al.
+        """Mean [B, ...], variance and log variance [B, 1, ...], float32, of q(x_t | x_0).
 
-        2020, equation 4).
+        Source: Ho et al. 2020, equation 4.
         """
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start.to(torch.float32)
         scale = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
@@ -98,11 +99,11 @@ class GaussianDiffusion:
     def q_posterior_mean_variance(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean [B, ...], variance and clipped log variance [B, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al.
+        """Mean [B, ...], variance and clipped log variance [B, 1, ...] of q(x_{t-1} | x_t, x_0).
 
-        2020, equations 6 and 7).
+        Source: Ho et al. 2020, equations 6 and 7.
         """
-        self._check_t(t, x_t)
+        self._check_t(t, x_t, "x_t")
         names = (
             "posterior_mean_coef1",
             "posterior_mean_coef2",
@@ -134,11 +135,12 @@ class GaussianDiffusion:
     # The reverse process
 
     def p_mean_variance(self, model: Model, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any) -> Step:
-        """One look at the model: ``mean``, ``variance``, ``log_variance`` of p(x_{t-1} | x_t), ``pred_xstart``, each
-        [B, ...].
+        """One look at the model: ``mean``, ``variance``, ``log_variance`` and ``pred_xstart``, each float32 [B, ...].
 
+        The first three are those of p(x_{t-1} | x_t).
         At t = 0 the log variance is that of t = 1, as in Ho et al.'s code, where fixed_small's variance is 0.
         """
+        self._check_t(t, x)
         return self._mean_variance(model(x, t, **model_kwargs), x, t)
 
     def p_sample(
@@ -171,18 +173,18 @@ class GaussianDiffusion:
         indices: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Step:
-        """One DDIM step from t to t - 1 (Song et al.
+        """One DDIM step from t to t - 1: ``sample`` and ``pred_xstart``, float32 [B, ...].
 
-        2021, equation 12): ``sample`` and ``pred_xstart``, float32 [B, ...].
+        Source: Song et al. 2021, equation 12.
         """
         table = self._step_table(f"ddim {eta}", lambda: samplers.ddim(self.schedule, eta=eta, **self._options()))
         rows = self.num_timesteps - 1 - t
         return self._step(table, rows, model, x, t, noise, seeds, indices, model_kwargs)
 
     def ddim_reverse_sample(self, model: Model, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any) -> Step:
-        """One DDIM step from t to t + 1, the model evaluated at t, for t < T - 1.
+        """One DDIM step up, from t to t + 1 for t < T - 1: ``sample`` and ``pred_xstart``, float32 [B, ...].
 
-        ``sample`` and ``pred_xstart``, float32 [B, ...].
+        The model is evaluated at t.
         """
         self._check_t(t, x, last=self.num_timesteps - 2)
         table = self._step_table("ddim reverse", self._reverse_table)
@@ -207,9 +209,11 @@ class GaussianDiffusion:
         """Ancestral sampling: yields ``sample`` and ``pred_xstart``, float32 ``shape``, after every step.
 
         Args:
-            shape: [B, ...]. steps: a leading subsequence of so many timesteps; all by default.
-            start: [B, ...], the state to start from. noise: [steps, B, ...], the z of every step. By default both are
-                drawn from ``seed``.
+            shape: [B, ...].
+            steps: visit a leading subsequence of so many timesteps; all by default.
+            start: [B, ...], the state to start from; by default drawn from ``seed``, in [0, 2**64).
+            noise: [steps, B, ...], the z of every step; by default drawn from ``seed``.
+            device: where the loop runs.
         """
         table = samplers.ddpm(self.schedule, steps, **self._options(), variance=self.variance)
         return self._loop(table, model, shape, start, noise, seed, device, model_kwargs)
@@ -261,6 +265,8 @@ class GaussianDiffusion:
             noise, or seeds and indices: as for :meth:`q_sample`.
         """
         function = LOSSES[_checks.choice("loss", loss, LOSSES)]
+        if min_snr_gamma is not None:
+            min_snr_gamma = _checks.number("min_snr_gamma", min_snr_gamma, 0.0, open_low=True)
         x_t, noise = self._q_sample(x_start, t, noise, seeds, indices)
         out = model(x_t, t, **model_kwargs)
         if self.variance == "learned_range":
@@ -271,12 +277,15 @@ class GaussianDiffusion:
         losses = function(out.to(torch.float32), target, reduction="none").flatten(1).mean(1)
         if min_snr_gamma is None:
             return losses
-        gamma = _checks.number("min_snr_gamma", min_snr_gamma, 0.0, open_low=True)
-        snr = launch.gather(self._table("snr", t.device), t)
-        implied = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.prediction]
-        return losses * snr.clamp(max=gamma) / implied
+        return losses * self._min_snr_weight(launch.gather(self._table("snr", t.device), t), min_snr_gamma)
 
     # Inside
+
+    def _min_snr_weight(self, snr: torch.Tensor, gamma: float) -> torch.Tensor:
+        """min(snr, gamma) over the weight of x0's error that the target implies: snr, 1 or snr + 1."""
+        if self.prediction == "epsilon":
+            return (gamma / snr).clamp(max=1.0)
+        return snr.clamp(max=gamma) / (1.0 if self.prediction == "sample" else snr + 1.0)
 
     def _options(self) -> dict[str, Any]:
         return {"prediction": self.prediction, "clip": self.clip}
@@ -321,11 +330,12 @@ class GaussianDiffusion:
         self._check_t(t, like)
         return launch.per_lane(launch.gather(self._table(name, like.device), t), like)
 
-    def _check_t(self, t: torch.Tensor, like: torch.Tensor, last: int | None = None) -> None:
+    def _check_t(self, t: torch.Tensor, like: torch.Tensor, name: str = "x", *, last: int | None = None) -> None:
         """TypeError or ValueError unless t is int64 [B] in range.
 
         On a device the range is not looked at (a t outside it gives NaN).
         """
+        launch.check_lanes(name, like, (*launch.FLOATS, torch.float64))
         launch.check_like("t", t, (len(like),), like.device, (torch.int64,))
         last = self.num_timesteps - 1 if last is None else last
         if t.device.type == "cpu" and len(t) and not (int(t.min()) >= 0 and int(t.max()) <= last):
@@ -339,7 +349,7 @@ class GaussianDiffusion:
         seeds: torch.Tensor | None,
         indices: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_t(t, x_start)
+        self._check_t(t, x_start, "x_start")
         tables = [self._table(name, t.device) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")]
         function = self._ops(t.device).q_sample
         return function(x_start, t, *tables, noise=noise, seeds=seeds, indices=indices)  # type: ignore[no-any-return]
@@ -397,6 +407,7 @@ class GaussianDiffusion:
         self._check_t(t, x)
         if noise is None and seeds is None and table.stochastic:
             raise ValueError("this step adds noise: give noise, or seeds and indices")
+        launch.check_source(noise, seeds, indices, x)
         state = x.to(torch.float32)
         x0 = torch.empty_like(state, memory_format=torch.contiguous_format)
         on_device = self._on(table, x.device)
@@ -425,10 +436,12 @@ class GaussianDiffusion:
         device: str | torch.device,
         model_kwargs: dict[str, Any],
     ) -> Iterator[Step]:
-        where = torch.device(device)
-        batch = _checks.integer("shape[0]", shape[0], 0, 1 << 31)
-        seed = _checks.integer("seed", seed, 0, (1 << 63) - 1)
-        seeds = torch.full((batch,), seed, dtype=torch.int64, device=where)
+        where = choose_device(device)[0]
+        if not isinstance(shape, (tuple, list, torch.Size)) or not shape:
+            raise TypeError(f"shape must be a tuple of sizes, e.g. (4, 3, 32, 32), got {shape!r}")
+        batch, *_ = (_checks.integer("shape", size, 0, 1 << 31) for size in shape)
+        seed = _checks.integer("seed", seed, 0, (1 << 64) - 1)
+        seeds = torch.full((batch,), as_int64(seed), dtype=torch.int64, device=where)
         indices = torch.arange(batch, device=where)
         ops = self._ops(where)
         if start is None:

@@ -18,7 +18,7 @@ from stepfusion.errors import SamplingCancelled
 from stepfusion.kernels import reference
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.plan import make_plan
-from stepfusion.request import Model, Request, make_request
+from stepfusion.request import Model, Request, check_images, make_request
 from stepfusion.runner import Network, Runner
 from stepfusion.sampler_config import sampler_options
 from stepfusion.schedule import NoiseSchedule
@@ -42,7 +42,7 @@ class Engine:
     Args:
         model: any callable ``model(x, timesteps)`` or ``model(x, timesteps, labels)`` that returns what
             ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]. A
-                ``torch.nn.Module`` is moved to the device and dtype (a copy of it, where that changes it).
+            ``torch.nn.Module`` is moved to the device and dtype (a copy of it, where that changes it).
         schedule: the noise schedule it was trained with.
         prediction: "epsilon", "sample" or "v_prediction".
         shape: of one image, (C, H, W); by default the model's ``in_channels`` and ``sample_size``.
@@ -87,14 +87,12 @@ class Engine:
         self.shape = _image_shape(model, shape)
         classes = getattr(model, "num_classes", None) if num_classes is None else num_classes
         self.num_classes = None if classes is None else _checks.integer("num_classes", classes, 1, 1 << 31)
-        if null_label is not None:
-            null_label = _checks.integer("null_label", null_label, 0, (self.num_classes or 0) - 1)
-        self.null_label = null_label
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.null_label = self._check_null_label(null_label)
+        self.class_names = self._check_names(class_names)
         self.plan = make_plan(device, dtype, backend, network)
         self.invariant = _checks.boolean("invariant", invariant)
         self.batch = self._largest_batch(batch)
-        self.options = dict(options or {})
+        self.options = _check_options(options)
         self._model = self._prepare(model)
 
     @classmethod
@@ -142,7 +140,7 @@ class Engine:
         *,
         steps: int | None = None,
         eta: float | None = None,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
@@ -178,6 +176,8 @@ class Engine:
             SamplingCancelled: by the callback.
         """
         _checks.choice("nonfinite", nonfinite, ("raise", "keep"))
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
         table = self._table(table, sampler, steps, eta)
         request = make_request(self._facts, n, table, seed, indices, labels, guidance, start, noise)
         result = torch.empty((len(request), *self.shape), device=self.plan.device)
@@ -201,7 +201,7 @@ class Engine:
         every: int = 1,
         steps: int | None = None,
         eta: float | None = None,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
@@ -237,8 +237,18 @@ class Engine:
         Returns:
             float32 [n, C, H, W].
         """
+        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
+        if table is not None and steps is not None:
+            raise ValueError("table and steps exclude each other, got both")
         table = self.table("ddim_inversion", steps) if table is None else table
+        if isinstance(table, StepTable) and table.timesteps[0] > table.timesteps[-1]:
+            raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
         return self.sample(table=table, start=x, labels=labels, progress=progress)
+
+    @property
+    def network(self) -> Network:
+        """The model as this engine runs it: on its device, in its dtype, compiled where that was asked for."""
+        return self._model
 
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
         """Images [n, C, H, W] in [-1, 1] to pixels, uint8 [n, H, W, C], on their device, by this engine's backend."""
@@ -274,13 +284,14 @@ class Engine:
         return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label)
 
     def _table(
-        self, table: StepTable | Sequence[StepTable] | None, sampler: str, steps: int | None, eta: float | None
+        self, table: StepTable | Sequence[StepTable] | None, sampler: str | None, steps: int | None, eta: float | None
     ) -> StepTable | Sequence[StepTable]:
         """The table as given, or the one that sampler, steps and eta describe."""
         if table is None:
-            return self.table(sampler, steps, **({} if eta is None else {"eta": eta}))
-        if steps is not None or eta is not None:
-            raise ValueError("table excludes steps and eta, got both")
+            return self.table(sampler or "ddim", steps, **({} if eta is None else {"eta": eta}))
+        for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta)):
+            if value is not None:
+                raise ValueError(f"table and {name} exclude each other, got both")
         return table
 
     def _stream(self, request: Request, every: int) -> Iterator[Event]:
@@ -325,6 +336,24 @@ class Engine:
 
     # How it is set up
 
+    def _check_null_label(self, null_label: int | None) -> int | None:
+        if null_label is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError(f"null_label is {null_label!r}, and the model takes no labels")
+        return _checks.integer("null_label", null_label, 0, self.num_classes - 1)
+
+    def _check_names(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """One name a class; the null label needs none."""
+        if names is None:
+            return None
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"class_names must be a sequence of names, got {names!r}")
+        classes = self.num_classes or 0
+        if len(names) not in ((classes, classes - 1) if self.null_label is not None else (classes,)):
+            raise ValueError(f"class_names must name each of the {classes} classes, got {len(names)} names")
+        return tuple(names)
+
     def _largest_batch(self, batch: int | None) -> int:
         if batch is not None:
             return _checks.integer("batch", batch, 1, 1 << 20)
@@ -350,6 +379,19 @@ class Engine:
         if self.plan.network.value == "compile":
             return torch.compile(model, fullgraph=True, dynamic=False)
         return model
+
+
+def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options that some sampler takes."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dict, got {type(options).__name__}")
+    known = sorted({name for function in SAMPLERS.values() for name in function.__kwdefaults__ or {}})
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options must be options of the samplers ({', '.join(known)}), got {name!r}")
+    return dict(options)
 
 
 def _image_shape(model: Network, shape: Sequence[int] | None) -> tuple[int, ...]:

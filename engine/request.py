@@ -62,6 +62,8 @@ def make_request(
     count = _count(n, table, seed, indices, labels, guidance, start)
     joined, parts = _tables(model, count, table)
     seeds = [_checks.integer("seed", value, 0, (1 << 64) - 1) for value in _each("seed", seed, count)]
+    if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
+        raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
     numbers = _each("indices", range(count) if indices is None else indices, count)
     numbers = [_checks.integer("indices", value, 0, (1 << 32) - 1) for value in numbers]
     scales = _each("guidance", 1.0 if guidance is None else guidance, count)
@@ -72,10 +74,12 @@ def make_request(
     identities = zip(seeds, numbers, _labels(model, labels, count), scales, strict=True)
     tickets = [Ticket(joined.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
     if start is not None:
-        _check_images("start", start, (count, *model.shape))
+        check_images("start", start, (count, *model.shape))
+        if not bool(start.isfinite().all()):
+            raise ValueError("start must be finite, got NaN or infinite values")
     if noise is not None:
         longest = max((joined.steps(part) for part in parts), default=0)
-        _check_images("noise", noise, (longest, count, *model.shape))
+        check_images("noise", noise, (longest, count, *model.shape))
     return Request(joined, parts, tickets, start, noise, guided)
 
 
@@ -142,10 +146,12 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless ``value`` is a floating-point tensor of this shape."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value).__name__)}"
-        )
+        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {given}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")

@@ -85,7 +85,7 @@ class Runner:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         where = column(list(lanes))
-        seeds = column([_as_int64(ticket.seed) for ticket in tickets])
+        seeds = column([as_int64(ticket.seed) for ticket in tickets])
         indices = column([ticket.index for ticket in tickets])
         if start is None:
             start = self._normal(seeds, indices, torch.zeros_like(seeds), self._shape, kernels.STREAM_INITIAL)
@@ -160,6 +160,6 @@ class Runner:
         return out
 
 
-def _as_int64(seed: int) -> int:
+def as_int64(seed: int) -> int:
     """A 64-bit unsigned seed as the int64 with the same bits."""
     return seed - (1 << 64) if seed >> 63 else seed

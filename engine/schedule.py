@@ -46,7 +46,10 @@ class NoiseSchedule:
 
     def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
         """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages."""
-        array = np.asarray(betas, dtype=np.float64).copy()
+        try:
+            array = np.asarray(betas, dtype=np.float64).copy()
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"betas must be numbers: {error}") from error
         if array.ndim != 1 or not 1 <= len(array) <= MAX_TIMESTEPS:
             raise ValueError(
                 f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}"
@@ -123,7 +126,7 @@ class NoiseSchedule:
         unknown = [k for k in config if not (k in _SCHEDULE_KEYS or k in _SAMPLER_KEYS or str(k).startswith("_"))]
         if unknown:
             raise ValueError(f"scheduler config has unknown keys: {', '.join(map(repr, sorted(unknown)))}")
-        timesteps = _timesteps(config.get("num_train_timesteps", 1000))
+        timesteps = _checks.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TIMESTEPS)
         kind = config.get("beta_schedule", "linear")
         ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
         trained = config.get("trained_betas")

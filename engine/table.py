@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepfusion import _checks
 from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.schedule import NoiseSchedule
 
 
@@ -40,6 +42,14 @@ class StepTable:
                 f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}] and next_row [{rows}], "
                 f"got {list(self.coefficients.shape)} and {list(self.next_row.shape)}"
             )
+        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        last = self.schedule.num_timesteps - 1
+        if rows == 0 or self.timesteps.min() < 0 or self.timesteps.max() > last:
+            raise ValueError(
+                f"a table must have rows with timesteps in [0, {last}], got {self.timesteps.tolist()[:8]}"
+            )
+        if self.next_row.min() < PARKED or self.next_row.max() >= rows:
+            raise ValueError(f"next_row must lie in [{PARKED}, {rows - 1}], got {self.next_row.tolist()[:8]}")
         finite = np.isfinite(self.coefficients)
         finite[:, COLUMNS.index("clip")] |= np.isposinf(self.coefficients[:, COLUMNS.index("clip")])
         if not finite.all():
@@ -61,6 +71,7 @@ class StepTable:
 
     def column(self, name: str) -> NDArray[np.float64]:
         """One column of the coefficients by its name, [R]."""
+        _checks.choice("column", name, COLUMNS)
         return self.coefficients[:, COLUMNS.index(name)]
 
     @cached_property
@@ -103,6 +114,8 @@ class StepTable:
         offset = 0
         next_rows = []
         for table in tables:
+            if not isinstance(table, StepTable):
+                raise TypeError(f"concatenate takes StepTables, got {type(table).__name__}")
             if table.prediction != first.prediction:
                 raise ValueError(
                     f"tables must share a prediction type, got {first.prediction!r} and {table.prediction!r}"

@@ -53,7 +53,10 @@ def spaced(
 
 def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any]) -> Timesteps:
     """``timesteps`` checked: a non-empty, strictly decreasing list of integers in [0, T)."""
-    array = np.asarray(timesteps)
+    try:
+        array = np.asarray(timesteps)
+    except ValueError as error:
+        raise TypeError(f"timesteps must be a list of integers: {error}") from error
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"timesteps must be a non-empty list of integers, got shape {list(array.shape)}")
     if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):

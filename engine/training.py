@@ -101,7 +101,7 @@ class TrainConfig:
     warmup_steps: int = 500
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    ema_decay: float = 0.9995
+    ema_decay: float = 0.999
     label_dropout: float = 0.1
     flip: bool = False
     seed: int = 0

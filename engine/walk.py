@@ -18,9 +18,8 @@ class Event:
     """One step of some images, seen by :meth:`stepfusion.Engine.stream` and by callbacks.
 
     ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from.
-        ``images``
-    are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the predictions it
-    used, float32.
+    ``images`` are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the
+    predictions it used, float32.
     """
 
     step: int

@@ -299,7 +299,7 @@ def diffusion_step_reference(
         result = result.add_(term) if bool(noisy.all()) else torch.where(noisy, result + term, result)
 
     if flags is not None and x.numel():
-        total = result.flatten(1).sum(1)  # finite where every term is
+        total = result.reshape(len(x), -1).sum(1)  # finite where every term is
         broken = ~total.isfinite() & (flags < 0) & (rows >= 0)
         flags.copy_(torch.where(broken, rows, flags))
     everywhere = bool(active.all())

@@ -209,7 +209,7 @@ def test_a_table_says_what_it_is() -> None:
 
 def test_arrays_are_read_only_and_the_callers_stay_writable() -> None:
     mine = np.array([9, 5])
-    table = ddim(LINEAR, timesteps=mine)
+    table = StepTable.from_columns("mine", "epsilon", LINEAR, mine, {"sigma": np.ones(2)})
     for array in (table.coefficients, table.timesteps, table.next_row, table.column("sigma")):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0

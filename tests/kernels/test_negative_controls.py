@@ -49,6 +49,7 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     "x0 left out": (SILENT, "tl.store(x0_ptr + start + offs, x0, mask=mask)", "pass"),
     "x0 not the clipped one": (SILENT, "tl.store(x0_ptr + start + offs, x0,", "tl.store(x0_ptr + start + offs, x,"),
     "a parked lane": (SILENT, "if row < 0:", "if row < -1:"),
+    "a parked lane filled": (SILENT, "if FILL:", "if not FILL:"),
     "the next quad": (PLAIN, "block * (BLOCK // 4), timestep", "block * (BLOCK // 4) + 1, timestep"),
     "one block's quads": (PLAIN, "block * (BLOCK // 4), timestep", "0, timestep"),
     "another lane's seed": (PLAIN, "tl.load(seed_ptr + lane)", "tl.load(seed_ptr)"),

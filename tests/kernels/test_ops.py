@@ -15,11 +15,6 @@ from stepfusion.kernels import backend, launch, reference
 
 Call = Callable[[], object]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # PyTorch's own, inside opcheck
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-]
-
 STEPS = [
     StepCase((3, 4, 5), torch.float16, "drawn", copies=2),
     StepCase((3, 4, 5), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 2.0)),

@@ -117,9 +117,7 @@ def _bounds(arguments: Tensors) -> dict[str, float]:
     """The tolerance of every output, from the largest term that any lane adds up."""
     a = in_float64(arguments)
     rows = a["rows"].clamp(min=0, max=len(a["coefficients"]) - 1)
-    columns = {
-        n: c.abs().max().item() for n, c in zip(kernels.COLUMNS, a["coefficients"][rows].unbind(1), strict=True)
-    }
+    columns = {n: _largest(c) for n, c in zip(kernels.COLUMNS, a["coefficients"][rows].unbind(1), strict=True)}
     x, out = (_largest(a[name]) for name in ("x", "out"))
     if "guidance" in a:
         out = max(out, _largest(a["guidance"]) * (out + _largest(a["out_uncond"])))
