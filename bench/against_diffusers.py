@@ -1,6 +1,8 @@
-"""Sampling beside diffusers, on the same weights, in one interleaved run: ``python -m stepfusion.bench.against_diffusers``.
+"""Sampling beside diffusers, on the same weights, in one interleaved run: ``python -m
+stepfusion.bench.against_diffusers``.
 
-Both sides make the same images from the same start and the same noise; the outputs are compared before anything is timed.
+Both sides make the same images from the same start and the same noise; the outputs are compared before anything is
+timed.
 The rows are ratios of medians: machines are shared and noisy, and a ratio of interleaved runs is what carries over.
 """
 

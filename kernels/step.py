@@ -163,7 +163,7 @@ def _diffusion_step(
             lanes,
             len(coefficients),
             FILL=fill,
-        LEARNED=out.numel() != x.numel(),
+            LEARNED=out.numel() != x.numel(),
             COPIES=0 if x_net is None else len(x_net) // lanes,
             EVEN=shape.even,
             VEC=shape.vec,
@@ -222,7 +222,9 @@ def diffusion_step(
     for name, tensor in (("x", x), ("coefficients", coefficients)):
         launch.check_dtype(name, tensor, (torch.float32,))
     launch.check_dtype("out", out, launch.FLOATS)
-    _check(x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags)
+    _check(
+        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+    )
     into = torch.empty_like(x, memory_format=torch.contiguous_format) if x_next is None else x_next
     _diffusion_step(
         x,
@@ -265,7 +267,9 @@ def diffusion_step_reference(
 
     Also in float64, with float64 x, out and coefficients.
     """
-    _check(x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags)
+    _check(
+        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
+    )
     active = launch.per_lane(rows >= 0, x)
     safe = rows.clamp(min=0)
     columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)

@@ -198,7 +198,9 @@ class TestLosses:
         both = learned.training_losses(lambda x, t: torch.cat((smooth(x, t), x), 1), images, T, noise=noise)
         assert torch.equal(both, fixed.training_losses(smooth, images, T, noise=noise))
 
-    def test_a_model_of_the_wrong_shape_is_refused(self, diffusion: sf.GaussianDiffusion, images: torch.Tensor) -> None:
+    def test_a_model_of_the_wrong_shape_is_refused(
+        self, diffusion: sf.GaussianDiffusion, images: torch.Tensor
+    ) -> None:
         with pytest.raises(ValueError, match=r"^the model must return shape \[4, 3, 5, 6\], got \[4, 1, 5, 6\]$"):
             diffusion.training_losses(lambda x, t: x[:, :1], images, T, noise=images)
 
@@ -222,7 +224,9 @@ def test_the_fused_path_is_the_reference_path(images: torch.Tensor, noise: torch
     identity: dict[str, Any] = {"seeds": torch.arange(4), "indices": torch.arange(4)}
     assert torch.equal(fused.q_sample(images, T, **identity), plain.q_sample(images, T, **identity))
     for left, right in zip(
-        fused.q_posterior_mean_variance(images, noise, T), plain.q_posterior_mean_variance(images, noise, T), strict=True
+        fused.q_posterior_mean_variance(images, noise, T),
+        plain.q_posterior_mean_variance(images, noise, T),
+        strict=True,
     ):
         assert torch.equal(left, right)
     for step in ("p_sample", "ddim_sample"):

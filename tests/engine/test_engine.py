@@ -99,14 +99,18 @@ class TestInvariance:
 
     @staticmethod
     def variants(engine: sf.Engine) -> list[torch.Tensor]:
-        """The image (seed 11, index 6, label 2), alone, at either end of batches, beside other samplers and guided lanes."""
+        """The image (seed 11, index 6, label 2): alone, at either end of batches, beside other samplers, guided lanes."""
         table = engine.table(steps=6, eta=1.0)
         others = [engine.table("ddpm", 9), engine.table(steps=3)]
         alone = engine.sample(1, table, seed=11, indices=[6], labels=2)
         many = engine.sample(13, table, seed=11, labels=[i % 4 for i in range(13)])
         last = engine.sample(3, table, seed=[1, 2, 11], indices=[5, 5, 6], labels=[0, 4, 2])
         mixed = engine.sample(
-            4, [others[0], table, others[1], others[1]], seed=[7, 11, 11, 0], indices=[0, 6, 6, 1], labels=[1, 2, 2, 3]
+            4,
+            [others[0], table, others[1], others[1]],
+            seed=[7, 11, 11, 0],
+            indices=[0, 6, 6, 1],
+            labels=[1, 2, 2, 3],
         )
         guided = engine.sample(
             3, [others[1], others[0], table], seed=11, indices=[1, 2, 6], labels=[0, 1, 2], guidance=[3.0, 1.5, 1.0]

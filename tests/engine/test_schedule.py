@@ -287,7 +287,7 @@ def test_equality_hash_and_repr() -> None:
         (lambda: NoiseSchedule.from_config({"rescale_betas_zero_snr": "yes"}), TypeError,
          "rescale_betas_zero_snr must be True or False, got 'yes'"),
         (lambda: NoiseSchedule.from_config({"num_train_timesteps": None}), TypeError,
-         "timesteps must be an integer, got None"),
+         "num_train_timesteps must be an integer, got None"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(make: Any, error: type[Exception], message: str) -> None:

@@ -19,6 +19,7 @@ from twins import (
 )
 
 from stepfusion import kernels
+from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import philox, posterior, reference
 from stepfusion.kernels import step as walker
 from stepfusion.kernels.q_sample import q_sample_kernel
@@ -286,6 +287,22 @@ def test_ddim_step(
     # the largest terms: x and out over sqrt(abar), and the weights of x that cancel at the last step
     largest = 10 * float(1 / level[level > 0].min().sqrt() + 1 / (1 - level).min().sqrt())
     assert_within("x_prev", got.cpu(), want.cpu(), 12 * 2.0**-23 * largest)
+
+
+@pytest.mark.parametrize("column", ["x0_x", "x0_out", "next_x0", "next_x", "next_out", "sigma"])
+def test_one_percent_off_in_a_coefficient_is_caught(
+    column: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the comparison above: fused and reference share the algebra, only the formulas see its errors."""
+    right = algebra.ddim
+
+    def wrong(*levels: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+        columns = right(*levels, **options)
+        return {**columns, column: columns[column] * 1.01}
+
+    monkeypatch.setattr(algebra, "ddim", wrong)
+    with pytest.raises(AssertionError, match="beyond"):
+        test_ddim_step(0.7, False, 1.0, "epsilon", False, device)
 
 
 @pytest.mark.parametrize(("prediction", "zero_snr"), SINGLE)
