@@ -77,7 +77,7 @@ class MachineCode:
     """One kernel, as one launch compiles it for one target. ``sass`` is None for AMD targets.
 
     Attributes:
-        elements: of a thread.
+        elements: of a thread; where a kernel's block counts pixels, pixels.
         shared: bytes of shared memory of a program.
         scratch: bytes of private memory of a thread, for AMD targets; NVIDIA's is ``sass.local``.
         narrow_loads, narrow_stores: accesses to tensor data of fewer than 128 bits. Not counted is the bookkeeping:
@@ -314,7 +314,7 @@ def variants() -> list[Variant]:
         _forward(brain, "drawn"),
         _posterior(brain),
         _normal(large, kernels.STREAM_INITIAL),
-        _pixels(single, (2, 3, 64, 64)),
+        *(_pixels(single, (2, channels, 64, 64)) for channels in (1, 3, 4)),
     ]
     return [replace(variant, every_target=True) for variant in everywhere] + [
         step(brain, "given"),
@@ -334,9 +334,8 @@ def variants() -> list[Variant]:
         *(_posterior(dtype) for dtype in (half, single)),
         _posterior(brain, fashion),
         _normal(fashion, kernels.STREAM_STEP),
-        _pixels(single, large),
         _pixels(brain, large),
-        _pixels(single, (2, 4, 64, 64)),
+        _pixels(single, (2, 2, 64, 64)),
         _pixels(single, cifar),
     ]
 

@@ -293,7 +293,7 @@ def test_ddim_step(
 def test_one_percent_off_in_a_coefficient_is_caught(
     column: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control of the comparison above: fused and reference share the algebra, only the formulas see its errors."""
+    """The control of the comparison above: fused and reference share the algebra, so only formulas see its errors."""
     right = algebra.ddim
 
     def wrong(*levels: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
@@ -302,7 +302,7 @@ def test_one_percent_off_in_a_coefficient_is_caught(
 
     monkeypatch.setattr(algebra, "ddim", wrong)
     with pytest.raises(AssertionError, match="beyond"):
-        test_ddim_step(0.7, False, 1.0, "epsilon", False, device)
+        test_ddim_step(0.7, column == "next_x", 1.0, "epsilon", False, device)
 
 
 @pytest.mark.parametrize(("prediction", "zero_snr"), SINGLE)
