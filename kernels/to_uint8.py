@@ -19,12 +19,11 @@ def _level(x):  # type: ignore[no-untyped-def]
     """Values in [-1, 1] to whole numbers 0 .. 255, still float32."""
     level = tl.where(x == x, x * 0.5 + 0.5, 0.0)
     level = tl.minimum(tl.maximum(level, 0.0), 1.0) * 255.0
-    return (
-        level + 12582912.0
-    ) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits, so it rounds, halves to even
+    # 1.5 * 2**23: the sum has no fraction bits, so it rounds, halves to even
+    return (level + 12582912.0) - 12582912.0
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def to_uint8_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, C, P], P = H W
     pixel_ptr,  # [B, P, C] uint8
@@ -52,14 +51,14 @@ def _columns(x):  # type: ignore[no-untyped-def]
     return first, second, third, fourth
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _plane(x_ptr, offs, P, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """One channel of the pixels at ``offs``, as integers."""
     x = tl.load(x_ptr + offs, mask=None if EVEN else offs < P)
     return _level(x.to(tl.float32)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def to_uint8_rgb_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, 3, P]
     word_ptr,  # [B, 3 P / 4] int32: the bytes of [B, P, 3]
@@ -87,7 +86,7 @@ def to_uint8_rgb_kernel(  # type: ignore[no-untyped-def]
     tl.store(target + 8, tl.interleave(tl.interleave(w2, v3), tl.interleave(u3, w3)), mask=mask)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def to_uint8_rgba_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, 4, P]
     word_ptr,  # [B, P] int32: the bytes of [B, P, 4]

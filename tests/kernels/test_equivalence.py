@@ -23,7 +23,7 @@ from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import philox, posterior, reference
 from stepfusion.kernels import step as walker
 from stepfusion.kernels.q_sample import q_sample_kernel
-from stepfusion.kernels.to_uint8 import to_uint8_kernel
+from stepfusion.kernels.to_uint8 import to_uint8_kernel, to_uint8_rgb_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, for inf * 0
 
@@ -582,3 +582,19 @@ def test_other_kernels_beyond_two_to_the_31_elements(tmp_path: Path) -> None:
     assert torch.equal(pixels[far], reference.to_uint8(x[far].view(1, 1, 1, -1)).flatten())
     philox.normal_kernel[grid](y, t, t, t, 0, WIDE, **common)
     assert torch.equal(y[far], reference.normal(t[:1], t[:1], t[:1], (BLOCK,))[0])
+
+
+@pytest.mark.interpreter
+def test_pixels_beyond_two_to_the_31_elements(tmp_path: Path) -> None:
+    plane = 2**28
+    x, words = (
+        _reserve(tmp_path, torch.float32, (3 * FAR + 2) * plane + BLOCK),
+        _reserve(tmp_path, torch.int32, plane * 4),
+    )
+    colours = torch.randn(1, 3, 1, BLOCK)
+    for c in range(3):
+        start = (3 * FAR + c) * plane
+        x[start : start + BLOCK] = colours[0, c, 0]
+    to_uint8_rgb_kernel[(FAR + 1, 1)](x, words, plane, EVEN=True, BLOCK=BLOCK)
+    far = words[FAR * 3 * plane // 4 :][: 3 * BLOCK // 4]
+    assert torch.equal(far.view(torch.uint8), reference.to_uint8(colours).flatten())
