@@ -158,6 +158,11 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
+def as_stored(x: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the 256 values that a file, and the data set, hold."""
+    return to_unit_range(((x.clamp(-1, 1) + 1) * 127.5).round())
+
+
 def evaluate(
     draw: Draw,
     train: ImageDataset,
@@ -169,7 +174,7 @@ def evaluate(
     accuracy_samples: int = 1000,
     frechet_samples: int = 5000,
 ) -> dict[str, Any]:
-    """Measure samples of a class-conditional model.
+    """Measure samples of a class-conditional model, rounded to the 256 values that the data set holds.
 
     Args:
         draw: the sampler.
@@ -186,11 +191,11 @@ def evaluate(
     """
     classes = test.num_classes
     labels = balanced_labels(frechet_samples, classes)
-    samples = draw(labels, 0, guidance)
+    samples = as_stored(draw(labels, 0, guidance))
     labels = labels[:accuracy_samples]
     accuracy = {
         str(guidance): asked_for_accuracy(classifier, samples[:accuracy_samples], labels),
-        str(other_guidance): asked_for_accuracy(classifier, draw(labels, 0, other_guidance), labels),
+        str(other_guidance): asked_for_accuracy(classifier, as_stored(draw(labels, 0, other_guidance)), labels),
     }
     test_features, _ = read_images(classifier, to_unit_range(test.images))
     train_features, _ = read_images(classifier, to_unit_range(train.images[:frechet_samples]))

@@ -174,7 +174,7 @@ class TrainConfig:
             "variance_type": "fixed_small",
             "clip_sample": True,
             "clip_sample_range": 1.0,
-            "timestep_spacing": "leading",
+            "timestep_spacing": "trailing",
         }
 
     def network_config(self, dataset: ImageDataset) -> UNet2DConfig:

@@ -76,6 +76,13 @@ def test_balanced_labels() -> None:
     assert quality.balanced_labels(25, 10).bincount().tolist() == [3] * 5 + [2] * 5
 
 
+def test_samples_are_rounded_as_files_hold_them() -> None:
+    stored = quality.to_unit_range(torch.arange(256))
+    assert torch.equal(quality.as_stored(stored), stored)
+    assert torch.equal(quality.as_stored(stored + 0.003), stored)
+    assert quality.as_stored(torch.tensor([-1.5, 2.0])).tolist() == [-1.0, 1.0]
+
+
 def test_the_bundled_classifier_knows_the_test_images(classifier: quality.Classifier) -> None:
     facts = json.loads((quality.CLASSIFIER_DIRECTORY / "classifier.json").read_text())
     assert facts["test_accuracy"] >= 0.92
