@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -103,15 +104,24 @@ def save_classifier(classifier: Classifier, directory: Path, facts: dict[str, An
         name: value.to(torch.float16).contiguous() if value.is_floating_point() else value
         for name, value in classifier.state_dict().items()
     }
-    save_file(state, directory / "classifier.safetensors")
-    (directory / "classifier.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    atomic_write(directory / "classifier.safetensors", save(state))
+    atomic_write(directory / "classifier.json", (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def load_classifier(directory: Path = CLASSIFIER_DIRECTORY) -> Classifier:
-    """Read the classifier in `directory`, by default the one for Fashion-MNIST that ships with stepfusion."""
-    state = load_file(directory / "classifier.safetensors")
-    classifier = Classifier(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
-    classifier.load_state_dict(state)
+    """Read the classifier in `directory`, by default the one for Fashion-MNIST that ships with stepfusion.
+
+    Raises:
+        ValueError: what is there is not such a classifier.
+        OSError: it cannot be read.
+    """
+    path = directory / "classifier.safetensors"
+    try:
+        state = load_file(path)
+        classifier = Classifier(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
+        classifier.load_state_dict(state)
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a classifier that train-classifier wrote: {error}") from None
     return classifier.eval()
 
 
@@ -320,8 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
-    command.add_argument("--guidance", type=_guidance, default=None, help="judged setting: a number, or none")
-    command.add_argument("--other-guidance", type=_guidance, default=2.0, help="reported beside: a number, or none")
+    command.add_argument("--guidance", type=_guidance, default=1.25, help="judged setting (default: %(default)s)")
+    command.add_argument("--other-guidance", type=_guidance, default=None, help="reported beside: a number, or none")
     command.add_argument("--frechet-samples", type=int, default=5000)
     command.set_defaults(run=_run_evaluate)
     args = parser.parse_args(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +19,10 @@ SKIPS = {
     "gpu": None if HAS_GPU and not INTERPRETING else "needs a GPU that torch sees, and TRITON_INTERPRET unset",
     "interpreter": None if INTERPRETING else "kernels do not run in Triton's interpreter here",
 }
+
+# A shell that starts the tests in the background has them ignore SIGINT, and every process they start; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

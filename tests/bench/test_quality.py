@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stepfusion import Engine
 from stepfusion.bench import quality
@@ -98,6 +99,16 @@ def test_a_classifier_learns_and_survives_its_file(tmp_path: Path) -> None:
     x = quality.to_unit_range(dataset.images)
     torch.testing.assert_close(loaded(x), trained(x), rtol=0.05, atol=0.05)
     assert quality.test_accuracy(loaded, dataset) > 0.5
+
+
+def test_a_damaged_classifier_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "classifier.safetensors"
+    path.write_bytes((quality.CLASSIFIER_DIRECTORY / path.name).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a classifier")):
+        quality.load_classifier(tmp_path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a classifier")):
+        quality.load_classifier(tmp_path)
 
 
 def test_a_classifier_needs_labels() -> None:

@@ -379,7 +379,10 @@ def test_ctrl_c_leaves_what_is_finished() -> None:
         while not Path("many/0-7.png").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        try:
+            output, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or a process that goes on would hold the test for ever
     assert (process.returncode, output, errors) == (130, "", "stepfusion: interrupted\n")
     assert names() == {"model", "many"}
     written = sorted(Path("many").iterdir())

@@ -382,7 +382,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         while not read_metrics(metrics) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
+        try:
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or a process that goes on would hold the test for ever
     assert process.returncode == 130
     assert "the state is saved, the same command goes on" in output
     newest = train_state.latest_state(tmp_path)
