@@ -18,7 +18,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.png
-	@$(BIN)/stepfusion sample fashion-mnist --out samples.png
+	@$(BIN)/stepfusion sample fashion-mnist --guidance 1.5 --out samples.png
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)

@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
-    command.add_argument("--guidance", type=_guidance, default=1.25, help="judged setting (default: %(default)s)")
+    command.add_argument("--guidance", type=_guidance, default=1.5, help="judged setting (default: %(default)s)")
     command.add_argument("--other-guidance", type=_guidance, default=None, help="reported beside: a number, or none")
     command.add_argument("--frechet-samples", type=int, default=5000)
     command.set_defaults(run=_run_evaluate)

@@ -99,7 +99,7 @@ class TestInvariance:
 
     @staticmethod
     def variants(engine: sf.Engine) -> list[torch.Tensor]:
-        """The image (seed 11, index 6, label 2): alone, at either end of batches, beside other samplers, guided lanes."""
+        """Image (11, 6, label 2): alone, at either end of batches, beside other samplers, beside guided lanes."""
         table = engine.table(steps=6, eta=1.0)
         others = [engine.table("ddpm", 9), engine.table(steps=3)]
         alone = engine.sample(1, table, seed=11, indices=[6], labels=2)
