@@ -13,9 +13,9 @@ import torch
 
 import stepfusion
 from stepfusion.checkpoint import bundled_models
-from stepfusion.kernels.backend import why_not_triton
+from stepfusion.kernels.backend import HAS_TRITON, why_not_triton
 from stepfusion.plan import make_plan
-from stepfusion.selftest import Check, self_test
+from stepfusion.selftest import Check, self_test, self_test_in_interpreter
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
 
@@ -32,7 +32,10 @@ def run_env(args: argparse.Namespace) -> int:
     versions = {"stepfusion": stepfusion.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
     checks = self_test(plan.device)
-    fused = why_not_triton(plan.device) or "the fused kernels run here"
+    reason = why_not_triton(plan.device)
+    if reason is not None and HAS_TRITON:
+        checks.append(self_test_in_interpreter())
+    fused = reason or "the fused kernels run here"
     if args.json:
         report = {
             "versions": versions,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -51,3 +56,22 @@ def self_test(device: torch.device) -> list[Check]:
         fused = kernels.diffusion_step(x, out, rows, single.coefficients, single.timesteps, **identity)
         checks.append(Check("fused step against reference", float((fused - plain).abs().max()), 0.0))
     return checks
+
+
+def self_test_in_interpreter() -> Check:
+    """Fused against reference where Triton drives nothing: on the CPU, in Triton's interpreter.
+
+    In a process of its own, because the interpreter is chosen when Triton is imported.
+    """
+    command = [sys.executable, "-P", "-m", "stepfusion.selftest"]
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    name = "fused step against reference, in Triton's interpreter"
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return Check(f"{name}: it did not run ({reason[0]})", math.nan, 0.0)
+    return Check(**{**json.loads(done.stdout)[-1], "name": name})
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(check) for check in self_test(torch.device("cpu"))]))

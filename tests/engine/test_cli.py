@@ -353,6 +353,7 @@ def test_env_fails_with_its_self_test(
 ) -> None:
     checks = [Check("good step", 0.0, 0.1), Check("bad step", error, 0.1)]
     monkeypatch.setattr(env_cli, "self_test", lambda device: checks)
+    monkeypatch.setattr(env_cli, "why_not_triton", lambda device: None)
     assert cli.main(["env", *option]) == 1
     output = capsys.readouterr()
     assert output.err == "stepfusion: the self-test failed: bad step\n"
