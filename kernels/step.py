@@ -313,7 +313,7 @@ def diffusion_step_reference(
     if x0 is not None:
         x0.copy_(start if everywhere else torch.where(active, start, x0))
     if x_next is None:
-        return result if everywhere else torch.where(active, result, x)
+        return (result if everywhere else torch.where(active, result, x)).contiguous()
     return x_next.copy_(result if everywhere else torch.where(active, result, x_next))
 
 

@@ -107,6 +107,9 @@ def test_step_without_a_buffer_makes_one(step: Any, device: torch.device) -> Non
     assert torch.equal(given["x"], before)
     assert_same_bits("x_next", result[0].cpu(), in_buffer[0])
     assert torch.equal(result[1], before[1])  # parked: the state stays
+    given = StepCase((3, 4, 4)).arguments(device)
+    given["x"] = _relayout(given["x"], "channels_last")
+    assert step(**{name: t for name, t in given.items() if name != "x_next"}).is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(7,), (4101,)])
