@@ -21,9 +21,10 @@ from stepfusion import _checks
 from stepfusion.checkpoint import save_pretrained
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.files import atomic_write
+from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.plan import choose_device
 from stepfusion.train_state import latest_state, load_state
-from stepfusion.training import PRECISIONS, PREDICTIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
+from stepfusion.training import PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 

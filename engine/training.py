@@ -26,11 +26,11 @@ from stepfusion import _checks
 from stepfusion.datasets import ImageDataset
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.files import atomic_write
+from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.train_state import TrainState, latest_state, load_state, remove_leftovers, save_state
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {
     "linear": ("linear", NoiseSchedule.linear),
     "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine),
