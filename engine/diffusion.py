@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from stepfusion import _checks, kernels, samplers
 from stepfusion.kernels import coefficients as algebra
-from stepfusion.kernels import launch, reference
+from stepfusion.kernels import launch
 from stepfusion.plan import choose_device, make_plan
 from stepfusion.runner import as_int64
 from stepfusion.schedule import NoiseSchedule
@@ -314,8 +314,7 @@ class GaussianDiffusion:
     def _ops(self, device: torch.device) -> ModuleType:
         """The module whose functions run on this device: the fused ones or the reference."""
         if device not in self._backends:
-            fused = make_plan(device, "float32", self.backend, "eager").backend.value == "triton"
-            self._backends[device] = kernels if fused else reference
+            self._backends[device] = make_plan(device, "float32", self.backend, "eager").ops
         return self._backends[device]
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:

@@ -12,15 +12,14 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from stepfusion import _checks, kernels, samplers
+from stepfusion import _checks, samplers
 from stepfusion.checkpoint import load_pretrained
 from stepfusion.errors import SamplingCancelled
-from stepfusion.kernels import reference
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.plan import make_plan
 from stepfusion.request import Model, Request, check_images, make_request
 from stepfusion.runner import Network, Runner
-from stepfusion.sampler_config import sampler_options
+from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 from stepfusion.walk import Event, Walk
@@ -103,14 +102,13 @@ class Engine:
             CheckpointError: what is missing or wrong in the directory.
         """
         loaded = load_pretrained(source)
-        prediction, options = sampler_options(loaded.scheduler_config)
+        schedule, prediction, options = read_config(loaded.scheduler_config)
         found = {
             "prediction": prediction,
             "null_label": loaded.null_label,
             "class_names": loaded.class_names,
             "options": options,
         }
-        schedule = NoiseSchedule.from_config(loaded.scheduler_config)
         return cls(loaded.network, schedule, **{**found, **arguments})
 
     # What it does
@@ -252,7 +250,8 @@ class Engine:
 
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
         """Images [n, C, H, W] in [-1, 1] to pixels, uint8 [n, H, W, C], on their device, by this engine's backend."""
-        return kernels.to_uint8(x) if self.plan.backend.value == "triton" else reference.to_uint8(x)
+        pixels: torch.Tensor = self.plan.ops.to_uint8(x)
+        return pixels
 
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
@@ -327,7 +326,7 @@ class Engine:
             self.shape,
             lanes,
             dtype=self.plan.dtype,
-            backend=self.plan.backend.value,
+            ops=self.plan.ops,
             labelled=self.num_classes is not None,
             null_label=self.null_label if request.guided else None,
             separate=self.invariant,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
-from stepfusion import _checks
+from stepfusion import _checks, kernels
+from stepfusion.kernels import reference
 from stepfusion.kernels.backend import backend_from_environment, interpreting, require_triton, why_not_triton
 
 BACKENDS = ("auto", "triton", "reference")
@@ -41,6 +43,11 @@ class Plan:
             "step": self.backend,
             "network": self.network,
         }
+
+    @property
+    def ops(self) -> ModuleType:
+        """The module whose functions run the step: the fused ones, or the reference under the same names."""
+        return kernels if self.backend.value == "triton" else reference
 
     def lines(self) -> list[str]:
         """One line for each decision."""

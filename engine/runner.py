@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from stepfusion import kernels
-from stepfusion.kernels import FINITE, PARKED, reference
+from stepfusion.kernels import FINITE, PARKED
 from stepfusion.table import DeviceTable
 
 Network = Callable[..., torch.Tensor]
@@ -48,7 +49,7 @@ class Runner:
         lanes: int,
         *,
         dtype: torch.dtype,
-        backend: str,
+        ops: ModuleType,
         labelled: bool = False,
         null_label: int | None = None,
         separate: bool = False,
@@ -57,8 +58,7 @@ class Runner:
         self._network, self._table = network, table
         self._labelled, self._null_label, self._separate = labelled, null_label, separate
         self._learned = learned_variance
-        self._step = kernels.diffusion_step if backend == "triton" else reference.diffusion_step
-        self._normal = kernels.normal if backend == "triton" else reference.normal
+        self._ops = ops
         self._shape = tuple(shape)
         device = table.timesteps.device
         copies = 2 if null_label is not None and not separate else 1
@@ -88,7 +88,7 @@ class Runner:
         seeds = column([as_int64(ticket.seed) for ticket in tickets])
         indices = column([ticket.index for ticket in tickets])
         if start is None:
-            start = self._normal(seeds, indices, torch.zeros_like(seeds), self._shape, kernels.STREAM_INITIAL)
+            start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), self._shape, kernels.STREAM_INITIAL)
         self.x[where] = start.to(device, torch.float32)
         for i in range(len(self._x_net) // len(self.x)):
             self._x_net[where + i * len(self.x)] = self.x[where].to(self._x_net.dtype)
@@ -98,10 +98,6 @@ class Runner:
         self._guidance[where] = torch.tensor([ticket.guidance for ticket in tickets], device=device)
         self._flags[where] = FINITE
 
-    def park(self, lanes: Sequence[int]) -> None:
-        """Free lanes before they are done."""
-        self._rows[torch.tensor(list(lanes), device=self.x.device)] = PARKED
-
     def tick(self, noise: torch.Tensor | None = None, *, keep_x0: bool = False) -> None:
         """Move every lane one row on.
 
@@ -109,7 +105,7 @@ class Runner:
         """
         timesteps = self._table.timesteps[self._rows.clamp(min=0)]
         out, out_uncond = self._evaluate(timesteps)
-        self._step(
+        self._ops.diffusion_step(
             self.x,
             out,
             self._rows,
@@ -133,7 +129,8 @@ class Runner:
 
         Waits for the device.
         """
-        return [int(row) for row in self._flags.tolist()]
+        rows: list[int] = self._flags.tolist()
+        return rows
 
     def _evaluate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's output with the condition, and without it where lanes are guided."""

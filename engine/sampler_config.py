@@ -1,4 +1,4 @@
-"""What a diffusers scheduler config says about the sampler (and not the schedule)."""
+"""What a diffusers scheduler config says: the schedule, and how to sample with it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _VARIANCES = {
 }
 
 
-def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The prediction type, and options for :func:`stepfusion.ddpm` and :func:`stepfusion.ddim` by their names there.
+def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str, Any]]:
+    """The schedule, the prediction type, and the samplers' options, by their names in :mod:`stepfusion.samplers`.
 
     Options that the config leaves out have diffusers' defaults. What its settings mean is taken over, its quirks
     are not: ask for those with ``compat="diffusers"``.
@@ -50,4 +50,4 @@ def sampler_options(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     }
     if not whole:
         options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
-    return prediction, options
+    return schedule, prediction, options

@@ -95,9 +95,10 @@ class Walk:
     def _event(self, part: int, step: int, lanes: list[int]) -> Event:
         table, runner = self._request.table, self._runner
         timestep = int(table.timesteps[table.starts[part] + step])
-        shown = lanes if self._watched else []
+        # unwatched, a slice: an index would copy to the device in every tick
+        x, x0 = (runner.x[lanes], runner.x0[lanes]) if self._watched else (runner.x[:0], runner.x0[:0])
         images = tuple(self._image[lane] for lane in lanes)
-        return Event(step, table.steps(part), timestep, images, runner.x[shown], runner.x0[shown])
+        return Event(step, table.steps(part), timestep, images, x, x0)
 
     def _leave(self) -> None:
         """Count the step, and take out what is finished."""
