@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -44,6 +45,7 @@ _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+\S.*?;", re.MULTILINE)
 _JUMP = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+\s+BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", re.MULTILINE)
 _REGISTERS = re.compile(r"REG:(\d+)")
 _SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<")
+_TENSOR_ACCESS = re.compile(r"tt\.(load|store) .* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>")
 _STORE_INT64 = re.compile(r"st\.global\.[bsu]64\s")
 _SCRATCH = re.compile(r"\.private_segment_fixed_size:\s*(\d+)")
 _FMA = re.compile(r"\bfma\.rn")
@@ -81,7 +83,8 @@ class MachineCode:
         shared: bytes of shared memory of a program.
         scratch: bytes of private memory of a thread, for AMD targets; NVIDIA's is ``sass.local``.
         narrow_loads, narrow_stores: accesses to tensor data of fewer than 128 bits. Not counted is the bookkeeping:
-            scalar loads of tables and lanes, stores of int64 flags.
+            scalar loads of tables and lanes, stores of int64 flags, and accesses to tensors of less than 16 bytes a
+            thread (parameters of channels, statistics), each taken for one instruction an element of a thread.
         contractions: ``fma.rn`` in the PTX; more than 0 would let fused and reference differ.
     """
 
@@ -145,9 +148,23 @@ def _widths(operations: Sequence[str], name: str) -> dict[int, int]:
     return dict(sorted(widths.items(), reverse=True))
 
 
-def narrow(accesses: dict[int, int], bookkeeping: int) -> int:
-    """Accesses of fewer than 128 bits that are not bookkeeping."""
-    return sum(count for width, count in accesses.items() if width < 128) - bookkeeping
+def narrow(accesses: dict[int, int], bookkeeping: int, small: int = 0) -> int:
+    """Accesses of fewer than 128 bits that are not bookkeeping, of which ``small`` may be as narrow or wide."""
+    below = sum(count for width, count in accesses.items() if width < 128) - bookkeeping
+    return max(below - small, min(below, 0))
+
+
+def small_accesses(ttgir: str, operation: str, threads: int) -> int:
+    """At most how many instructions of a thread are a ``"load"`` or ``"store"`` of less than 16 bytes a thread.
+
+    int64 is left out, which is what flags are.
+    """
+    count = 0
+    for name, shape, bits in _TENSOR_ACCESS.findall(ttgir):
+        elements = math.prod(map(int, shape.split("x")))
+        if name == operation and bits != "64" and elements * int(bits) < 128 * threads:
+            count += -(-elements // threads)
+    return count
 
 
 def compile_launch(variant: Variant, target: str) -> list[MachineCode]:
@@ -203,12 +220,13 @@ def _inspect(variant: str, target: str, name: str, kernel: Any, options: dict[st
     code = MachineCode(name, variant, target, options["BLOCK"] // threads, kernel.metadata.shared)
     if "amdgcn" in kernel.asm:
         return replace(code, scratch=sum(map(int, _SCRATCH.findall(kernel.asm["amdgcn"]))))
-    sass, ptx = parse_sass(disassemble(kernel.asm["cubin"])), kernel.asm["ptx"]
+    sass, ptx, ttgir = parse_sass(disassemble(kernel.asm["cubin"])), kernel.asm["ptx"], kernel.asm["ttgir"]
+    small = {operation: small_accesses(ttgir, operation, threads) for operation in ("load", "store")}
     return replace(
         code,
         sass=sass,
-        narrow_loads=narrow(sass.loads, len(_SCALAR_LOAD.findall(kernel.asm["ttgir"]))),
-        narrow_stores=narrow(sass.stores, len(_STORE_INT64.findall(ptx))),
+        narrow_loads=narrow(sass.loads, len(_SCALAR_LOAD.findall(ttgir)), small["load"]),
+        narrow_stores=narrow(sass.stores, len(_STORE_INT64.findall(ptx)), small["store"]),
         contractions=len(_FMA.findall(ptx)),
     )
 
@@ -293,6 +311,35 @@ def _pixels(dtype: torch.dtype, shape: tuple[int, ...]) -> Variant:
     return Variant(f"{_shape(shape)}, {_name(dtype)}", lambda: kernels.to_uint8(torch.zeros(shape, dtype=dtype)))
 
 
+def _group_norm(
+    dtype: torch.dtype,
+    size: int,
+    channels: int,
+    skip: int = 0,
+    groups: int = 32,
+    *,
+    modulated: bool = False,
+    silu: bool = True,
+) -> Variant:
+    """A launch as in a residual block, on images of size x size; modulated: with time, scale and shift."""
+
+    def launch() -> None:
+        x, other = (
+            torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for c in (channels, skip)
+        )
+        parameters = torch.zeros(channels + skip, dtype=dtype)
+        projections = torch.zeros(2, 4 * len(parameters), dtype=dtype).chunk(4, dim=1)
+        extra = dict(zip(("time", "scale", "shift"), projections, strict=False)) if modulated else {}
+        kernels.group_norm_silu(
+            x, parameters, parameters, groups, 1e-6, skip=other if skip else None, silu=silu, **extra
+        )
+
+    words = [f"{size}x{size}", f"{channels}+{skip} channels" if skip else f"{channels} channels", _name(dtype)]
+    words += [word for word, on in (("modulated", modulated), ("no silu", not silu)) if on]
+    return Variant(", ".join(words), launch)
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -315,6 +362,9 @@ def variants() -> list[Variant]:
         _posterior(brain),
         _normal(large, kernels.STREAM_INITIAL),
         *(_pixels(single, (2, channels, 64, 64)) for channels in (1, 3, 4)),
+        _group_norm(brain, 256, 128),
+        _group_norm(brain, 128, 256, 128),
+        _group_norm(brain, 16, 256, modulated=True),
     ]
     return [replace(variant, every_target=True) for variant in everywhere] + [
         step(brain, "given"),
@@ -337,6 +387,15 @@ def variants() -> list[Variant]:
         _pixels(brain, large),
         _pixels(single, (2, 2, 64, 64)),
         _pixels(single, cifar),
+        *(_group_norm(dtype, 32, 128) for dtype in (half, brain, single)),
+        _group_norm(brain, 64, 512, 512),
+        _group_norm(brain, 64, 512, 256),
+        _group_norm(single, 128, 256, 128),
+        _group_norm(half, 16, 512, 256),
+        _group_norm(brain, 32, 256, modulated=True),
+        _group_norm(brain, 4, 256, silu=False),
+        _group_norm(brain, 14, 256, 128),
+        _group_norm(brain, 256, 500, groups=125),
     ]
 
 

@@ -7,6 +7,7 @@ This package knows tensors only.
 from stepfusion.kernels import reference
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.coefficients import COLUMNS
+from stepfusion.kernels.group_norm import group_norm_silu
 from stepfusion.kernels.philox import STREAM_FORWARD, STREAM_INITIAL, STREAM_STEP, normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample
@@ -25,6 +26,7 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "diffusion_step",
+    "group_norm_silu",
     "normal",
     "q_posterior_mean_variance",
     "q_sample",

@@ -3,6 +3,7 @@
 Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
 """
 
+from stepfusion.kernels.group_norm import group_norm_silu_reference as group_norm_silu
 from stepfusion.kernels.philox import normal_reference as normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample_reference as q_sample
@@ -11,4 +12,13 @@ from stepfusion.kernels.single_step import ddpm_step_reference as ddpm_step
 from stepfusion.kernels.step import diffusion_step_reference as diffusion_step
 from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
 
-__all__ = ["ddim_step", "ddpm_step", "diffusion_step", "normal", "q_posterior_mean_variance", "q_sample", "to_uint8"]
+__all__ = [
+    "ddim_step",
+    "ddpm_step",
+    "diffusion_step",
+    "group_norm_silu",
+    "normal",
+    "q_posterior_mean_variance",
+    "q_sample",
+    "to_uint8",
+]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from twins import StepCase, assert_same_bits, assert_step_equivalent, outputs
+from twins import StepCase, assert_same_bits, assert_step_equivalent, assert_within, outputs
 
 from stepfusion import kernels
 from stepfusion.kernels import reference
+from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 
 pytestmark = pytest.mark.gpu
 
@@ -146,3 +147,95 @@ def test_the_step_runs_on_the_device_of_its_tensors() -> None:
     with torch.cuda.device(0):
         assert_step_equivalent(kernels.diffusion_step, given)
         assert torch.cuda.current_device() == 0
+
+
+def _norm_arguments(
+    lanes: int, channels: int, skip: int, size: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """One call of the group norm, as in a residual block, on the GPU."""
+    x, other = (
+        torch.randn(lanes, c, size, size, device=CUDA).to(dtype, memory_format=torch.channels_last)
+        for c in (channels, skip)
+    )
+    width = channels + skip
+    wide = torch.randn(lanes, 4 * width, device=CUDA).to(dtype)
+    given = {"x": x, "weight": torch.randn(width, device=CUDA), "bias": torch.randn(width, device=CUDA)}
+    given |= {"groups": 32, "eps": 1e-6, "time": wide[:, width : 2 * width]}
+    return given | ({"skip": other} if skip else {})
+
+
+NORMS = [
+    (16, 128, 0, 32),
+    (3, 256, 128, 32),
+    (2, 128, 128, 256),
+    (2, 512, 256, 33),
+    (64, 256, 256, 8),
+    (1, 512, 0, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_group_norm_at_real_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    given = _norm_arguments(*shape, dtype)
+    double = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    truth = reference.group_norm_silu(**double)
+    largest = max(given["x"].abs().max().item(), 1.0) + given["time"].abs().max().item()  # of variance about 1
+    magnitude = largest * given["weight"].abs().max().item() + given["bias"].abs().max().item()
+    bound = tolerance(dtype, magnitude, ROUNDINGS["group_norm_silu"])
+    for op in (kernels, reference):
+        assert_within("out", op.group_norm_silu(**given), truth, bound)
+
+
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_group_norm_has_the_same_bits_every_time_and_in_every_batch(shape: tuple[int, int, int, int]) -> None:
+    given = _norm_arguments(*shape)
+    want = kernels.group_norm_silu(**given)
+    for _ in range(100):
+        assert torch.equal(kernels.group_norm_silu(**given), want)
+    for lane in {0, shape[0] - 1}:
+        alone = {n: v[lane : lane + 1] if n in ("x", "skip", "time") else v for n, v in given.items()}
+        assert_same_bits("out", kernels.group_norm_silu(**alone), want[lane : lane + 1])
+
+
+def test_group_norm_with_a_large_mean() -> None:
+    given = _norm_arguments(2, 128, 0, 256, torch.float32)
+    del given["time"]
+    given["x"].mul_(0.1).add_(1e3)
+    truth = reference.group_norm_silu(
+        **{n: v.double() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    )
+    magnitude = 1.1e4 * given["weight"].abs().max().item()  # the largest |x| over the deviation
+    bound = tolerance(torch.float32, magnitude, ROUNDINGS["group_norm_silu"])
+    assert_within("out", kernels.group_norm_silu(**given), truth, bound)
+
+
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_a_cuda_graph_replays_the_group_norm(shape: tuple[int, int, int, int]) -> None:
+    given, other = _norm_arguments(*shape), _norm_arguments(*shape)
+    want = [kernels.group_norm_silu(**arguments) for arguments in (given, other)]  # compiles, too
+    held = {n: v.clone(memory_format=torch.preserve_format) if n in ("x", "skip") else v for n, v in given.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.group_norm_silu(**held)
+    for arguments, expected in zip((given, other), want, strict=True):
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(arguments[name])
+        graph.replay()
+        assert_same_bits("out", out.cpu(), expected.cpu())
+
+
+def test_group_norm_beyond_two_to_the_31_elements() -> None:
+    lanes, channels, size = 17, 128, 1024
+    needed = 2 * lanes * channels * size * size * 2 + 2**31
+    if torch.cuda.mem_get_info(CUDA)[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    last = _norm_arguments(1, channels, 0, size)
+    x = torch.zeros(lanes, channels, size, size, device=CUDA, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[-1] = last["x"][0]
+    time = last["time"].expand(lanes, channels)
+    out = kernels.group_norm_silu(**{**last, "x": x, "time": time})
+    assert_same_bits("out", out[-1:], kernels.group_norm_silu(**last))
+    assert_same_bits("out", out[-2:-1], out[:1])

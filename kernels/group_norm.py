@@ -1,0 +1,520 @@
+"""GroupNorm and SiLU over NHWC memory, with what stands around them in a UNet's residual block.
+
+    h     = concat(x, skip) + time                                        skip and time where given
+    norm  = (h - mean) / sqrt(var + eps) * weight + bias                  Wu & He 2018; var over a group, biased
+    y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, where given
+    out   = y * sigmoid(y)                                                SiLU: Elfwing et al. 2017
+
+An image is cut by C, H and W alone, its channels into blocks of whole groups and its pixels into splits: lanes are
+independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
+result. Where one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
+
+Statistics are a mean and the sum of squared deviations from it (M2), by two passes over registers, united as in Chan,
+Golub & LeVeque 1979: a sum of squares would cancel where the mean is large. Their unit is a *chunk*, up to 16 bytes
+of neighbouring channels that lie in one group and in one thread.
+
+Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2 where the
+batch fits (it begins with what the first ended with), and one launch 2 s; the statistics that a program of the second
+launch reads come from L2 and are at most a third of its pixels. Eager PyTorch moves at least 7 s: concatenation, norm
+(read twice), SiLU. On sm_90 the first launch takes 10 and the second 17 instructions an element, 2 of these on the
+special-function units: an H200 can issue that at 6 TB/s or more in half precision, so memory is the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.backend import require_triton, tl, triton
+
+_CHANNELS = 32  # of a block, at least: 64 bytes of a pixel, whole sectors of DRAM
+_MOST_CHANNELS = 128  # of a block that is widened to whole vectors
+_TILE = 16384  # elements that one program holds in registers
+_GROUP = 2**16  # channels of a group, at most: a tile of one pixel
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+class Geometry(NamedTuple):
+    """How one image is cut into programs.
+
+    Attributes:
+        groups: of a block of channels; a power of two. width: its channels, padded to a power of two.
+        chunk: U, neighbouring channels that have statistics of their own.
+        pixels: of a tile; a power of two. tiles: of a program. splits: programs along the pixels.
+        blocks: programs along the channels. num_warps: of a program.
+    """
+
+    groups: int
+    width: int
+    chunk: int
+    pixels: int
+    tiles: int
+    splits: int
+    blocks: int
+    num_warps: int
+
+
+def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geometry:
+    """Cut an image [H W, C]. It depends on nothing else, so that an image's bits depend on nothing else."""
+    size, vector = channels // groups, 16 // dtype.itemsize
+    together = max(_power_of_two(-(-_CHANNELS // size)), 8 // math.gcd(size, 8))
+    if together * size > _MOST_CHANNELS:
+        together = _power_of_two(-(-_CHANNELS // size))
+    together = min(together, _power_of_two(groups))
+    width = _power_of_two(together * size)
+    rows = max(_TILE // width, 1)
+    # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of the pixels it reads
+    share = _power_of_two(pixels) if pixels <= rows else 2 << ((pixels.bit_length() - 1) // 2)
+    tile = min(share, rows)
+    warps = max(min(tile * width // 512, 4), tile * width // 1024, 1)
+    return Geometry(
+        groups=together,
+        width=width,
+        chunk=min(size & -size, vector),
+        pixels=tile,
+        tiles=share // tile,
+        splits=-(-pixels // share),
+        blocks=-(-groups // together),
+        num_warps=min(warps, 16),
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(program, BLOCKS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Lane, block of channels, and split of a program. Blocks of one pixel run together: they share its DRAM page."""
+    return program // (BLOCKS * SPLITS), program % BLOCKS, program // BLOCKS % SPLITS
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _there(rows, c, first, P, stop, FULL: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which elements of a tile are there, [T, W]: channels before ``stop``, pixels before P."""
+    there = tl.full((rows.shape[0], c.shape[0]), 1, tl.int1)
+    if not FULL:
+        there = there & (c < stop)[None, :]
+    if not EVEN:
+        there = there & (first + rows < P)[:, None]
+    return there
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(ptr, pixel, rows, c, there, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of [P, C] from ``pixel`` on, in its own dtype; 0 where nothing is there."""
+    return tl.load(ptr + pixel * C + (rows[:, None] * C + c[None, :]), mask=there, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    x_ptr, skip_ptr, time_ptr, pixel, rows, start, c, there, C: tl.constexpr, C_X: tl.constexpr, WIDE: tl.constexpr
+):
+    """The input at pixels ``pixel + rows`` and channels ``c``, float32 [T, W]: concatenated, with time; else 0."""
+    if skip_ptr is None:
+        h = _read(x_ptr, pixel, rows, c, there, C)
+    elif C_X % WIDE == 0:
+        if start < C_X:
+            h = _read(x_ptr, pixel, rows, c, there, C_X)
+        else:
+            h = _read(skip_ptr, pixel, rows, c - C_X, there, C - C_X)
+    else:
+        of_x = (c < C_X)[None, :]
+        x = _read(x_ptr, pixel, rows, c, there & of_x, C_X)
+        h = tl.where(of_x, x, _read(skip_ptr, pixel, rows, c - C_X, there & (c >= C_X)[None, :], C - C_X))
+    h = h.to(tl.float32)
+    if time_ptr is not None:
+        time = tl.load(time_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        h = tl.where(there, h + time[None, :], 0.0)
+    return h
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _chunks(tile, U: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[T, W] as [T, W / U, U]."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // U, U))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _moments(h, there, pixels, U: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean and M2 of every chunk of a tile, float32 [W / U]; ``pixels`` of its rows are there."""
+    h = _chunks(h, U)
+    mean = tl.sum(tl.sum(h, axis=2), axis=0) / (pixels * U)
+    deviation = tl.where(_chunks(there, U), h - mean[None, :, None], 0.0)
+    return mean, tl.sum(tl.sum(deviation * deviation, axis=2), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unite(mean, m2, pixels, D: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean and variance of the group of every chunk [W / U], from the chunks' own; ``pixels`` each."""
+    K: tl.constexpr = mean.shape[0]
+    if D == U:
+        return mean, m2 / (pixels * U)
+    k = tl.arange(0, K) * U
+    if GROUPS == 1:
+        inside = k < D
+        center = tl.sum(mean, axis=0) * (U / D)  # chunks beyond the group are 0
+        apart = mean - center
+        total = tl.sum(tl.where(inside, m2 + apart * apart * (pixels * U), 0.0), axis=0)
+        zeros = tl.zeros_like(mean)
+        return zeros + center, zeros + total / (pixels * D)
+    same = (k // D)[:, None] == (k // D)[None, :]
+    center = tl.sum(tl.where(same, mean[None, :], 0.0), axis=1) * (U / D)
+    apart = mean[None, :] - center[:, None]
+    total = tl.sum(tl.where(same, m2[None, :] + apart * apart * (pixels * U), 0.0), axis=1)
+    return center, total / (pixels * D)
+
+
+@triton.jit(do_not_specialize=["P"])  # type: ignore[untyped-decorator]
+def group_norm_moments_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [B, P, C_X]
+    skip_ptr,  # [B, P, C - C_X], or None
+    time_ptr,  # [B, C], rows TIME apart, or None
+    moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32: means, M2
+    P,
+    time_stride,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    WIDE: tl.constexpr,  # channels of a block, of which W with padding
+    W: tl.constexpr,
+    U: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a tile
+):
+    T: tl.constexpr = BLOCK // W
+    K: tl.constexpr = W // U
+    FULL: tl.constexpr = W == WIDE and C % WIDE == 0
+    lane, block, split = _place(tl.program_id(0), BLOCKS, SPLITS)
+    lane = lane.to(tl.int64)
+    rows = tl.arange(0, T)
+    start = block * WIDE
+    c = start + tl.arange(0, W)
+    stop = tl.minimum(start + WIDE, C)
+    if time_ptr is not None:
+        time_ptr += lane * time_stride
+
+    first = split * (TILES * T)
+    there = _there(rows, c, first, P, stop, FULL, EVEN)
+    h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+    pixels = tl.minimum(P - first, T).to(tl.float32)
+    mean, m2 = _moments(h, there, pixels, U)
+    for _ in range(1, TILES):
+        first += T
+        there = _there(rows, c, first, P, stop, FULL, EVEN)
+        h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+        more = tl.maximum(tl.minimum(P - first, T), 0).to(tl.float32)
+        mean_of_more, m2_of_more = _moments(h, there, tl.maximum(more, 1.0), U)
+        apart = mean_of_more - mean
+        mean += apart * (more / (pixels + more))
+        m2 += m2_of_more + apart * apart * (U * pixels * more / (pixels + more))
+        pixels += more
+
+    out_ptr = moments_ptr + ((lane * BLOCKS + block) * 2 * SPLITS + split) * K + tl.arange(0, K)
+    tl.store(out_ptr, mean)
+    tl.store(out_ptr + SPLITS * K, m2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gather(  # type: ignore[no-untyped-def]
+    moments_ptr, P, U: tl.constexpr, SHARE: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr, K: tl.constexpr
+):
+    """Mean and M2 of every chunk [K] over all splits, SHARE pixels each but for the last; S pads their number."""
+    s = tl.arange(0, S)
+    ptr = moments_ptr + s[:, None] * K + tl.arange(0, K)[None, :]
+    there = (s < SPLITS)[:, None]
+    means = tl.load(ptr, mask=there, other=0.0)
+    m2s = tl.load(ptr + SPLITS * K, mask=there, other=0.0)
+    pixels = tl.maximum(tl.minimum(P - s * SHARE, SHARE), 0).to(tl.float32)[:, None]
+    mean = tl.sum(means * pixels, axis=0) / P.to(tl.float32)
+    apart = means - mean[None, :]
+    return mean, tl.sum(m2s + apart * apart * (pixels * U), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(  # type: ignore[no-untyped-def]
+    out_ptr, h, mean, gain, offset, pixel, rows, c, there, C: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr
+):
+    """Write (h - mean) * gain + offset, activated: h [T, W], mean [1, W / U, 1], gain and offset [1, W / U, U]."""
+    y = (_chunks(h, U) - mean) * gain + offset
+    if SILU:
+        # 1 / (1 + e) as the square of a reciprocal root: one instruction, where a division takes eight
+        root = tl.rsqrt(1.0 + tl.exp2(y * -_LOG2_E))
+        y = y * root * root
+    ptr = out_ptr + pixel * C + (rows[:, None] * C + c[None, :])
+    tl.store(ptr, tl.reshape(y, h.shape).to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["P"])  # type: ignore[untyped-decorator]
+def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [B, P, C_X]
+    skip_ptr,  # [B, P, C - C_X], or None
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    time_ptr,  # [B, C], or None
+    scale_ptr,  # [B, C], or None
+    shift_ptr,  # [B, C], or None
+    moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32, or None: a tile holds all pixels
+    out_ptr,  # [B, P, C]
+    P,
+    eps,
+    time_stride,
+    scale_stride,
+    shift_stride,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    D: tl.constexpr,  # channels of a group
+    WIDE: tl.constexpr,
+    W: tl.constexpr,
+    U: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    S: tl.constexpr,  # SPLITS, padded to a power of two
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    T: tl.constexpr = BLOCK // W
+    K: tl.constexpr = W // U
+    FULL: tl.constexpr = W == WIDE and C % WIDE == 0
+    # backwards: what the statistics read last is still in L2
+    lane, block, split = _place(tl.num_programs(0) - 1 - tl.program_id(0), BLOCKS, SPLITS)
+    lane = lane.to(tl.int64)
+    rows = tl.arange(0, T)
+    start = block * WIDE
+    c = start + tl.arange(0, W)
+    stop = tl.minimum(start + WIDE, C)
+    if time_ptr is not None:
+        time_ptr += lane * time_stride
+
+    first = split * (TILES * T)
+    there = _there(rows, c, first, P, stop, FULL, EVEN)
+    # before the moments: it is on its way while they unite
+    h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+    if moments_ptr is None:
+        mean, m2 = _moments(h, there, P.to(tl.float32), U)
+    else:
+        mean, m2 = _gather(moments_ptr + (lane * BLOCKS + block) * 2 * SPLITS * K, P, U, TILES * T, SPLITS, S, K)
+    mean, variance = _unite(mean, m2, P.to(tl.float32), D, U, WIDE // D)
+
+    known = c < C
+    gain = tl.load(weight_ptr + c, mask=known, other=0.0).to(tl.float32)
+    offset = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        factor = 1.0 + tl.load(scale_ptr + lane * scale_stride + c, mask=known, other=0.0).to(tl.float32)
+        gain *= factor
+        offset = offset * factor + tl.load(shift_ptr + lane * shift_stride + c, mask=known, other=0.0).to(tl.float32)
+    mean = mean[None, :, None]
+    gain = _chunks(gain[None, :], U) * tl.rsqrt(variance + eps)[None, :, None]
+    offset = _chunks(offset[None, :], U)
+
+    _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
+    for _ in range(1, TILES):
+        first += T
+        there = _there(rows, c, first, P, stop, FULL, EVEN)
+        h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+        _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
+
+
+def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A [B, C] operand with unit stride along C, and the distance of its rows: a slice of a wider tensor as it is."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0) if len(x) > 1 else 0
+
+
+def _nhwc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
+
+
+def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("stepfusion::group_norm_silu", mutates_args=())
+def _group_norm_silu(
+    x: torch.Tensor,
+    skip: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    time: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+) -> torch.Tensor:
+    require_triton(x.device)
+    channels, pixels = len(weight), x.shape[2] * x.shape[3]
+    out = _empty(x, channels)
+    if out.numel() == 0:
+        return out
+    cut = geometry(channels, groups, pixels, x.dtype)
+    x, skip = _nhwc(x), None if skip is None else _nhwc(skip)
+    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = _rows(time), _rows(scale), _rows(shift)
+    grid = (len(x) * cut.blocks * cut.splits,)
+    common = {
+        "C": channels,
+        "C_X": x.shape[1],
+        "WIDE": cut.groups * (channels // groups),
+        "W": cut.width,
+        "U": cut.chunk,
+        "BLOCKS": cut.blocks,
+        "SPLITS": cut.splits,
+        "TILES": cut.tiles,
+        "EVEN": pixels == cut.splits * cut.tiles * cut.pixels,
+        "BLOCK": cut.pixels * cut.width,
+        "num_warps": cut.num_warps,
+    }
+    moments = None
+    with launch.on(x.device):
+        if cut.splits > 1:
+            moments = x.new_empty(grid[0] * 2 * (cut.width // cut.chunk), dtype=torch.float32)
+            group_norm_moments_kernel[grid](x, skip, time, moments, pixels, time_stride, **common)
+        group_norm_silu_kernel[grid](
+            x,
+            skip,
+            weight.contiguous(),
+            bias.contiguous(),
+            time,
+            scale,
+            shift,
+            moments,
+            out,
+            pixels,
+            eps,
+            time_stride,
+            scale_stride,
+            shift_stride,
+            D=channels // groups,
+            # at least an element a thread: fewer, and Triton has every thread read all of them
+            S=max(_power_of_two(cut.splits), 32 * cut.num_warps * cut.chunk // cut.width),
+            SILU=silu,
+            **common,
+        )
+    return out
+
+
+@_group_norm_silu.register_fake
+def _group_norm_silu_fake(
+    x: torch.Tensor, skip: object, weight: torch.Tensor, *_: object, **__: object
+) -> torch.Tensor:
+    return _empty(x, len(weight))
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    skip: torch.Tensor | None = None,
+    time: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+) -> torch.Tensor:
+    """Normalise groups of channels of every image, and activate.
+
+    Args:
+        x: float16, bfloat16 or float32 [B, C, H, W], read as channels_last: anything else is copied to it.
+        weight, bias: [C], in the dtype of x or float32.
+        groups: a divisor of C. eps: added to the variance.
+        skip: like x, with any number of channels: the input is the concatenation of x and skip, C channels together,
+            and no tensor holds it.
+        time: [B, C], in the dtype of x or float32, added before the statistics; rows may lie apart.
+        scale, shift: like time, both or neither: the normalised input times (1 + scale), plus shift.
+        silu: whether to activate.
+
+    Returns:
+        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once.
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
+    """
+    _check(x, weight, bias, groups, eps, skip, time, scale, shift, launch.FLOATS)
+    out: torch.Tensor = _group_norm_silu(x, skip, weight, bias, groups, float(eps), time, scale, shift, silu)
+    return out
+
+
+def group_norm_silu_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    skip: torch.Tensor | None = None,
+    time: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+) -> torch.Tensor:
+    """The twin of :func:`group_norm_silu` in eager PyTorch: same arguments, same result. Also in float64."""
+    _check(x, weight, bias, groups, eps, skip, time, scale, shift, (*launch.FLOATS, torch.float64))
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(compute) if skip is None else torch.cat((x, skip), dim=1).to(compute)
+    if time is not None:
+        h = h + time.to(compute)[:, :, None, None]
+    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels where the mean is large
+    y = torch.nn.functional.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift.to(compute)[:, :, None, None], y, 1 + scale.to(compute)[:, :, None, None])
+    if silu:
+        y = torch.nn.functional.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    skip: torch.Tensor | None,
+    time: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    launch.check_dtype("x", x, dtypes)
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
+    channels = x.shape[1]
+    if skip is not None:
+        launch.check_dtype("skip", skip, (x.dtype,))
+        if skip.ndim != 4:
+            raise ValueError(f"skip must be images [B, C, H, W], got shape {list(skip.shape)}")
+        launch.check_like("skip", skip, (len(x), skip.shape[1], *x.shape[2:]), x.device, (x.dtype,))
+        channels += skip.shape[1]
+    accepted = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        launch.check_like(name, parameter, (channels,), x.device, accepted)
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got one of them")
+    for name, modulation in (("time", time), ("scale", scale), ("shift", shift)):
+        if modulation is not None:
+            launch.check_like(name, modulation, (len(x), channels), x.device, accepted)
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
+    if groups < 1 or channels < 1 or channels % groups:
+        raise ValueError(f"groups must be a positive divisor of the {channels} channels, got {groups}")
+    if channels // groups > _GROUP:
+        raise ValueError(f"groups must have at most {_GROUP} channels each, got {channels // groups}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
