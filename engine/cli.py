@@ -1,4 +1,4 @@
-"""The command ``stepfusion``: sample images, look at what runs here, train a model."""
+"""The command ``stepfusion``: sample images, look at what runs here, train a model, measure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
@@ -21,11 +22,14 @@ _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why;
 
 Command = Callable[[argparse.Namespace], int]
 
+#: Commands that other folders bring. The engine does not depend on these: they are imported when they are called.
+_BROUGHT = {"bench": ("measure speed, beside peers", "stepfusion.bench.cli")}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Errors are one line on stderr, without a traceback."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parser(given).parse_args(given)
     command: Command = args.command
     try:
         with _terminable():
@@ -65,7 +69,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; a command that another folder brings gets its arguments where ``given`` names it."""
     parser = _Parser(
         prog="stepfusion",
         description="Fast, exact, reproducible sampling of diffusion models.",
@@ -83,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         declare(command)
         command.set_defaults(command=run)
+    for name, (text, module) in _BROUGHT.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in given:
+            brought = import_module(module)
+            getattr(brought, f"add_{name}_arguments")(command)
+            command.set_defaults(command=getattr(brought, f"run_{name}"))
     return parser
 
 

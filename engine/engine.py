@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -15,13 +15,18 @@ from tqdm import tqdm
 from stepfusion import _checks, samplers
 from stepfusion.checkpoint import load_pretrained
 from stepfusion.errors import SamplingCancelled
+from stepfusion.evaluator import Evaluator, Network
+from stepfusion.graph import capture
 from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.memory import free_bytes, largest_batch, peak_bytes
+from stepfusion.networks import prepare_network
 from stepfusion.plan import make_plan
 from stepfusion.request import Model, Request, check_images, make_request
-from stepfusion.runner import Network, Runner
+from stepfusion.runner import Runner, RunnerPool, Settings
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
+from stepfusion.transfer import HostCopy
 from stepfusion.walk import Event, Walk
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
@@ -33,6 +38,7 @@ _DEFAULT_STEPS = 50
 _DEFAULT_BATCH = {"cpu": 64}
 _DEFAULT_BATCH_GPU = 256
 _DEFAULT_BATCH_INVARIANT = 16
+_IDLE_RUNNERS = 4
 
 
 class Engine:
@@ -50,7 +56,8 @@ class Engine:
         null_label: the label that stands for none, which guidance needs.
         class_names: what the labels are called.
         device, dtype, backend, network: "auto", or what :meth:`explain` would then name.
-        batch: the most lanes at a time; batches are padded to powers of two up to it.
+        batch: the most lanes at a time; batches are padded to powers of two up to it. By default 64 on a CPU, and on
+            a GPU up to 256 as its free memory allows, found by a trial before the first images.
         invariant: keep one bucket of ``batch`` lanes for everything, so that an image's bits depend on nothing but
             its seed, index, label and table.
         options: default options of the samplers (clip, spacing, ...), as a checkpoint's scheduler config gives them.
@@ -90,9 +97,15 @@ class Engine:
         self.class_names = self._check_names(class_names)
         self.plan = make_plan(device, dtype, backend, network)
         self.invariant = _checks.boolean("invariant", invariant)
-        self.batch = self._largest_batch(batch)
+        self._batch = self._fixed_batch(batch)
         self.options = _check_options(options)
-        self._model = self._prepare(model)
+        self._model = self._on_device(model)
+        self._evaluator = Evaluator(self._model, self.num_classes is not None)
+        compiler = self.plan.compiler
+        if compiler is not None:
+            self._evaluator.compile_with(compiler)
+        self._idle = RunnerPool(_IDLE_RUNNERS)
+        self._uncaptured: str | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **arguments: Any) -> Self:
@@ -183,13 +196,37 @@ class Engine:
         total = sum(request.table.steps(part) for part in request.parts)
         done = 0
         with tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True) as bar:
-            for events in self._walk(request, result, nonfinite == "raise", callback is not None):
-                moved = sum(len(event.images) for event in events)
+            for moved, events in self._walk(request, result, nonfinite == "raise", callback is not None):
                 done += moved
-                bar.update(moved)
+                if shown:
+                    bar.update(moved)
                 if callback is not None and False in [callback(event) for event in events]:
                     raise SamplingCancelled(f"the callback cancelled sampling after {done} of {total} steps")
         return result
+
+    def generate(
+        self,
+        n: int | None = None,
+        table: StepTable | Sequence[StepTable] | None = None,
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Make images in bulk, as pixels on the host: a batch is copied there while the next one is computed.
+
+        Arguments as for :meth:`sample`.
+
+        Yields:
+            uint8 [k, H, W, C], k at most :attr:`batch`, in order.
+        """
+        tables = self._table(table, sampler, steps, eta)
+        request = make_request(self._facts, n, tables, seed, indices, labels, guidance, None, None)
+        return self._generate(request)
 
     def stream(
         self,
@@ -245,8 +282,15 @@ class Engine:
 
     @property
     def network(self) -> Network:
-        """The model as this engine runs it: on its device, in its dtype, compiled where that was asked for."""
+        """The model as this engine runs it: on its device, in its dtype."""
         return self._model
+
+    @property
+    def batch(self) -> int:
+        """The most lanes at a time."""
+        if self._batch is None:
+            self._batch = self._batch_that_fits()
+        return self._batch
 
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
         """Images [n, C, H, W] in [-1, 1] to pixels, uint8 [n, H, W, C], on their device, by this engine's backend."""
@@ -256,7 +300,11 @@ class Engine:
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
         lines = self.plan.lines()
-        if self.invariant:
+        if self._uncaptured is not None:
+            lines.append(f"{'':<14} {'eager':<13} no tick was captured: {self._uncaptured}")
+        if self._batch is None:
+            bucket = "buckets of lanes up to what fits, found before the first images"
+        elif self.invariant:
             bucket = f"one bucket of {self.batch} lanes: bits depend on neither batch size nor neighbours"
         else:
             bucket = (
@@ -267,7 +315,7 @@ class Engine:
             if self.null_label is not None
             else "none: the model has no null label"
         )
-        return "\n".join((*lines, f"{'lanes':<14} {'':<11} {bucket}", f"{'guidance':<14} {'':<11} {guided}"))
+        return "\n".join((*lines, f"{'lanes':<14} {'':<13} {bucket}", f"{'guidance':<14} {'':<13} {guided}"))
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))
@@ -295,43 +343,95 @@ class Engine:
 
     def _stream(self, request: Request, every: int) -> Iterator[Event]:
         result = torch.empty((len(request), *self.shape), device=self.plan.device)
-        for events in self._walk(request, result, True, True):
+        for _, events in self._walk(request, result, True, True):
             for event in events:
                 if (event.step + 1) % every == 0 or event.step + 1 == event.steps:
                     yield event
 
-    @torch.no_grad()
-    def _walk(self, request: Request, result: torch.Tensor, strict: bool, watched: bool) -> Iterator[list[Event]]:
-        """Run a request to its end, writing finished images into ``result``; yields the events of each tick.
+    def _generate(self, request: Request) -> Iterator[torch.Tensor]:
+        """One batch on its way to the host while the next one is computed."""
+        under_way: deque[tuple[HostCopy, list[Walk]]] = deque()
+        first = 0
+        while first < len(request) or under_way:
+            if first < len(request):
+                part = request.part(first, min(first + self.batch, len(request)))
+                result, unchecked = torch.empty((len(part), *self.shape), device=self.plan.device), list[Walk]()
+                for _ in self._walk(part, result, True, False, unchecked):
+                    pass
+                under_way.append((HostCopy(self.to_uint8(result)), unchecked))
+                first += len(part)
+            if len(under_way) > 1 or first == len(request):
+                copy, walks = under_way.popleft()
+                for walk in walks:
+                    walk.check()
+                yield copy.wait()
 
-        Where memory runs out, the batch is halved and the unfinished images start again: they come out the same.
+    @torch.no_grad()
+    def _walk(
+        self,
+        request: Request,
+        result: torch.Tensor,
+        strict: bool,
+        watched: bool,
+        unchecked: list[Walk] | None = None,
+    ) -> Iterator[tuple[int, list[Event]]]:
+        """Run a request to its end, writing finished images into ``result``; yields what each tick moved, and events.
+
+        The flags of the last images to leave are read here, unless the walks are to be left in ``unchecked``. Where
+        memory runs out, the batch is halved and the unfinished images start again: they come out the same.
         """
-        waiting = list(range(len(request)))
-        lanes = self._bucket(len(waiting))
+        waiting = dict.fromkeys(range(len(request)))
         while waiting:
+            lanes = self._bucket(len(request))
+            settings = self._settings(request, lanes)
             try:
-                runner = self._runner(request, lanes)
-                yield from Walk(runner, request, result, waiting, strict=strict, watched=watched).run()
+                runner = self._idle.take(settings, lambda settings=settings: self._runner(settings))
+                deferred = unchecked is not None
+                walk = Walk(runner, request, result, waiting, strict=strict, watched=watched, deferred=deferred)
+                try:
+                    yield from walk.run()
+                    if unchecked is None:
+                        walk.check()
+                    else:
+                        unchecked.append(walk)
+                finally:
+                    self._note_capture(runner)
+                    self._idle.give(settings, runner)
             except torch.OutOfMemoryError:
                 if lanes == 1 or self.invariant:
                     raise
-                lanes = max(1, lanes // 2)
-                self.batch = lanes
-                warnings.warn(f"out of memory: going on with {lanes} lanes at a time", RuntimeWarning, stacklevel=3)
+                self._idle.clear()
+                self._batch = max(1, lanes // 2)
+                warnings.warn(
+                    f"out of memory: going on with {self._batch} lanes at a time", RuntimeWarning, stacklevel=3
+                )
 
-    def _runner(self, request: Request, lanes: int) -> Runner:
-        return Runner(
-            self._model,
-            request.table.on(self.plan.device),
-            self.shape,
+    def _settings(self, request: Request, lanes: int) -> Settings:
+        captured = self.plan.captures
+        return Settings(
             lanes,
-            dtype=self.plan.dtype,
-            ops=self.plan.ops,
-            labelled=self.num_classes is not None,
+            self.shape,
+            self.plan.device,
+            self.plan.dtype,
             null_label=self.null_label if request.guided else None,
             separate=self.invariant,
             learned_variance=request.table.learned_variance,
+            capacity=self.schedule.num_timesteps if captured else 0,
         )
+
+    def _runner(self, settings: Settings) -> Runner:
+        captured = self.plan.captures and self._uncaptured is None
+        return Runner(self._evaluator, settings, self.plan.ops, capture if captured else None)
+
+    def _note_capture(self, runner: Runner) -> None:
+        """Remember, and say once, that ticks cannot be captured."""
+        if runner.uncaptured is not None and self._uncaptured is None:
+            self._uncaptured = runner.uncaptured
+            warnings.warn(
+                f"the tick cannot be captured as a CUDA graph, and runs eagerly: {self._uncaptured}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     # How it is set up
 
@@ -353,12 +453,32 @@ class Engine:
             raise ValueError(f"class_names must name each of the {classes} classes, got {len(names)} names")
         return tuple(names)
 
-    def _largest_batch(self, batch: int | None) -> int:
+    def _fixed_batch(self, batch: int | None) -> int | None:
+        """The largest batch as given or by default; None where it is to be found from the free memory."""
         if batch is not None:
             return _checks.integer("batch", batch, 1, 1 << 20)
         if self.invariant:
             return _DEFAULT_BATCH_INVARIANT
+        if self.plan.device.type == "cuda":
+            return None
         return _DEFAULT_BATCH.get(self.plan.device.type, _DEFAULT_BATCH_GPU)
+
+    def _batch_that_fits(self) -> int:
+        """The largest batch that the free memory allows, by trial."""
+        table = self.table("ddim", 1)
+        request = make_request(self._facts, 1, table, 0, None, 0 if self.num_classes else None, None, None, None)
+
+        def peak(lanes: int) -> int:
+            def run() -> None:
+                runner = Runner(self._evaluator, self._settings(request, lanes), self.plan.ops)
+                runner.load(table)
+                with torch.no_grad():
+                    runner.tick()
+
+            run()  # what is paid once is paid before measuring
+            return peak_bytes(run, self.plan.device)
+
+        return largest_batch(peak, free_bytes(self.plan.device), _DEFAULT_BATCH_GPU)
 
     def _bucket(self, images: int) -> int:
         """The number of lanes for so many images: the smallest power of two that holds them, at most ``batch``."""
@@ -366,18 +486,11 @@ class Engine:
             return self.batch
         return min(self.batch, 1 << max(0, images - 1).bit_length())
 
-    def _prepare(self, model: Network) -> Network:
-        """The model on the engine's device, in its dtype, in eval mode; compiled where that was asked for."""
-        if isinstance(model, torch.nn.Module):
-            tensors = [*model.parameters(), *model.buffers()]
-            at_home = all(t.device == self.plan.device for t in tensors) and all(
-                t.dtype == self.plan.dtype for t in tensors if t.is_floating_point()
-            )
-            if not at_home or model.training:
-                model = copy.deepcopy(model).to(self.plan.device, self.plan.dtype).eval()
-        if self.plan.network.value == "compile":
-            return torch.compile(model, fullgraph=True, dynamic=False)
-        return model
+    def _on_device(self, model: Network) -> Network:
+        """The model on the engine's device, in its dtype, in eval mode; our own networks also laid out for it."""
+        if not isinstance(model, torch.nn.Module):
+            return model
+        return prepare_network(model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network)
 
 
 def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

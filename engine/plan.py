@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from stepfusion import _checks, kernels
+from stepfusion.graph import why_not_graph
 from stepfusion.kernels import reference
-from stepfusion.kernels.backend import backend_from_environment, interpreting, require_triton, why_not_triton
+from stepfusion.kernels.backend import (
+    BackendError,
+    backend_from_environment,
+    interpreting,
+    require_triton,
+    why_not_triton,
+)
 
 BACKENDS = ("auto", "triton", "reference")
-NETWORK_MODES = ("auto", "eager", "compile")
+NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,9 +59,32 @@ class Plan:
         """The module whose functions run the step: the fused ones, or the reference under the same names."""
         return kernels if self.backend.value == "triton" else reference
 
+    @property
+    def captures(self) -> bool:
+        """True where ticks are captured as CUDA graphs."""
+        return "graph" in self.network.value
+
+    @property
+    def fuses_network(self) -> bool:
+        """True where our own networks run their fused kernels; a compiler fuses on its own, and sees through."""
+        return self.backend.value == "triton" and self.network.value in ("eager", "graph")
+
+    @property
+    def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
+        """What compiles the network, None where nothing does."""
+        if self.network.value == "openvino":
+            from stepfusion.openvino_network import openvino_network
+
+            return partial(openvino_network, dtype=self.dtype)
+        if "compile" in self.network.value:
+            from stepfusion.compiled import compile_network
+
+            return partial(compile_network, device=self.device, dtype=self.dtype)
+        return None
+
     def lines(self) -> list[str]:
         """One line for each decision."""
-        return [f"{name:<14} {choice.value:<11} {choice.reason}" for name, choice in self.choices().items()]
+        return [f"{name:<14} {choice.value:<13} {choice.reason}" for name, choice in self.choices().items()]
 
 
 def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str) -> Plan:
@@ -61,8 +94,10 @@ def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
     """
     where, device_choice = choose_device(device)
-    kind, dtype_choice = _dtype(dtype, where)
-    return Plan(where, kind, device_choice, dtype_choice, _backend(backend, where), _network(network))
+    step = _backend(backend, where)
+    runs = _network(network, where, step)
+    kind, dtype_choice = _dtype(dtype, where, runs)
+    return Plan(where, kind, device_choice, dtype_choice, step, runs)
 
 
 def choose_device(device: str | torch.device) -> tuple[torch.device, Choice]:
@@ -101,15 +136,27 @@ def _found() -> str:
     return ", ".join(("cpu", *(f"{accelerator}:{i}" for i in range(count))))
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, Choice]:
+def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> tuple[torch.dtype, Choice]:
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype != "auto":
         _checks.choice("dtype", dtype, ("auto", *DTYPES))
         return DTYPES[dtype], Choice(dtype, "asked for; the state stays float32")
-    if device.type == "cpu":
+    if device.type != "cpu":
+        return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
+    if network.value == "eager":
         return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
-    return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
+    if (unit := _bfloat16_unit()) is not None:
+        reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
+        return torch.bfloat16, Choice("bfloat16", reason)
+    return torch.float32, Choice("float32", "auto: this CPU has neither AMX nor AVX512-BF16")
+
+
+def _bfloat16_unit() -> str | None:
+    """What multiplies bfloat16 matrices on this CPU, None where nothing does faster than float32."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def _backend(backend: str, device: torch.device) -> Choice:
@@ -131,8 +178,23 @@ def _backend(backend: str, device: torch.device) -> Choice:
     return Choice("reference", f"auto: {reason}")
 
 
-def _network(network: str) -> Choice:
+def _network(network: str, device: torch.device, step: Choice) -> Choice:
     _checks.choice("network", network, NETWORK_MODES)
+    if network == "openvino" and device.type != "cpu":
+        raise BackendError(f"network='openvino' cannot run on {device}: it is for CPUs")
+    reason = _why_not_captured(device, step)
     if network == "auto":
-        return Choice("eager", "auto: no compilation to wait for")
+        if reason is None:
+            return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
+        return Choice("eager", f"auto: {reason}" if device.type == "cuda" else "auto: no compilation to wait for")
+    if "graph" in network and reason is not None:
+        instead = "compile" if "compile" in network else "eager"
+        raise BackendError(f"network={network!r} cannot run: {reason}; use network={instead!r}")
     return Choice(network, "asked for")
+
+
+def _why_not_captured(device: torch.device, step: Choice) -> str | None:
+    """The reason why ticks with this step cannot be captured; None if they can."""
+    if step.value == "reference":
+        return why_not_graph(device) or "the reference step waits for the device, which a CUDA graph cannot hold"
+    return why_not_graph(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Request:
     """Images to make: for each a ticket, and the part of ``table`` that it walks.
 
     ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise; ``guided`` says that some image
-        is guided.
+        is guided. ``first`` is the number of the first image where this is a part of a request.
     """
 
     table: StepTable
@@ -42,9 +42,21 @@ class Request:
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.tickets)
+
+    def part(self, first: int, last: int) -> Request:
+        """The request for images ``first`` to ``last`` - 1 of this one."""
+        return replace(
+            self,
+            parts=self.parts[first:last],
+            tickets=self.tickets[first:last],
+            start=None if self.start is None else self.start[first:last],
+            noise=None if self.noise is None else self.noise[:, first:last],
+            first=self.first + first,
+        )
 
 
 def make_request(

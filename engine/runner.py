@@ -2,23 +2,32 @@
 
 A lane is one image on its way. Everything about it lives on the device: its state x (float32), its row of the table,
 its seed, index, label, guidance scale, and a flag that remembers the row at which it first became non-finite. A tick
-moves every lane one row on: network, step, row. The
-host never asks the device anything in between: it knows by counting when a lane is done.
+moves every lane one row on: network, step, row. The host never asks the device anything in between: it knows by
+counting when a lane is done.
+
+A tick reads all of that, and the table itself, through buffers that stay where they are. So it can be captured once
+as a CUDA graph, and another table, seed, label or guidance scale is other data in the same buffers.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from stepfusion import kernels
+from stepfusion.evaluator import Evaluator
+from stepfusion.graph import CaptureError, Graph
 from stepfusion.kernels import FINITE, PARKED
-from stepfusion.table import DeviceTable
+from stepfusion.table import StepTable
+from stepfusion.transfer import as_index, upload
 
-Network = Callable[..., torch.Tensor]
+Capture = Callable[[Callable[[], None], torch.device], Graph]
 
 
 @dataclass(frozen=True)
@@ -32,85 +41,143 @@ class Ticket:
     guidance: float = 1.0
 
 
-class Runner:
-    """``lanes`` lanes of images of one shape, walking one table on one device.
+@dataclass(frozen=True)
+class Settings:
+    """What a runner is made for: one runner serves every request with these.
 
-    ``network(x, timesteps[, labels])`` is called with x [lanes, ...] in ``dtype``; with ``null_label`` given, lanes
-        are guided, and it is called for the
-    labels and for the null label: at once on [2 lanes, ...], or one after the other with ``separate``, which keeps
-        the batch size.
+    ``lanes``, how many; ``shape`` of one image; ``dtype`` of the network's input; ``null_label``, the label without a
+    condition where lanes are guided; ``separate``: call the network for the labels and for the null label one after
+    the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
+    the network learned; ``capacity``: rows of a table to make room for.
+    """
+
+    lanes: int
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    null_label: int | None = None
+    separate: bool = False
+    learned_variance: bool = False
+    capacity: int = 0
+
+
+class Runner:
+    """Lanes of images of one shape, walking one table on one device.
+
+    Args:
+        evaluator: the network.
+        ops: where the step comes from, :mod:`stepfusion.kernels` or :mod:`stepfusion.kernels.reference`.
+        capture: captures ticks, so that they are replayed; None to run them one launch after the other.
     """
 
     def __init__(
-        self,
-        network: Network,
-        table: DeviceTable,
-        shape: Sequence[int],
-        lanes: int,
-        *,
-        dtype: torch.dtype,
-        ops: ModuleType,
-        labelled: bool = False,
-        null_label: int | None = None,
-        separate: bool = False,
-        learned_variance: bool = False,
+        self, evaluator: Evaluator, settings: Settings, ops: ModuleType, capture: Capture | None = None
     ) -> None:
-        self._network, self._table = network, table
-        self._labelled, self._null_label, self._separate = labelled, null_label, separate
-        self._learned = learned_variance
-        self._ops = ops
-        self._shape = tuple(shape)
-        device = table.timesteps.device
-        copies = 2 if null_label is not None and not separate else 1
-        self.x = torch.zeros((lanes, *shape), device=device)
+        self._evaluator, self._settings, self._ops, self._capture = evaluator, settings, ops, capture
+        lanes, device = settings.lanes, settings.device
+        copies = 2 if settings.null_label is not None and not settings.separate else 1
+        self.x = torch.zeros((lanes, *settings.shape), device=device)
         self.x0 = torch.zeros_like(self.x)
-        self._x_net = torch.zeros((copies * lanes, *shape), device=device, dtype=dtype)
+        self.flags = torch.full((lanes,), FINITE, device=device)
+        self._x_net = torch.zeros((copies * lanes, *settings.shape), device=device, dtype=settings.dtype)
+        self._noise: Tensor | None = None
         self._rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
         self._labels = torch.zeros_like(self._seeds)
+        self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
         self._guidance = torch.ones(lanes, device=device)
-        self._flags = torch.full((lanes,), FINITE, device=device)
+        self._table: StepTable | None = None
+        self._graphs: dict[tuple[bool, bool], Graph] = {}
+        self.uncaptured: str | None = None  # the reason why ticks are not replayed although that was asked for
 
     @property
     def lanes(self) -> int:
         """How many lanes there are."""
-        return len(self.x)
+        return self._settings.lanes
 
-    def admit(self, lanes: Sequence[int], tickets: Sequence[Ticket], start: torch.Tensor | None = None) -> None:
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured and are in use."""
+        return len(self._graphs)
+
+    def load(self, table: StepTable) -> None:
+        """Walk this table from now on; every lane must be parked."""
+        if self._table is not None and _same(table, self._table):
+            return
+        rows, device = len(table), self._settings.device
+        values = table.on(device)
+        features = self._evaluator.features(values.timesteps)
+        if self._table is None or rows >= len(self._next_row):
+            self._graphs.clear()
+            size = 1 << max(rows, self._settings.capacity).bit_length()  # the last row is parked lanes'
+            self._coefficients = values.coefficients.new_zeros((size, values.coefficients.shape[1]))
+            self._timesteps = values.timesteps.new_zeros(size)
+            self._next_row = values.next_row.new_empty(size)
+            self._features = features.new_zeros((size, *features.shape[1:]))
+        self._coefficients[:rows] = values.coefficients
+        self._timesteps[:rows] = values.timesteps
+        self._next_row.fill_(PARKED)[:rows] = values.next_row
+        self._features[:rows] = features
+        self._table = table
+
+    def prepare(self, *, noise: bool, keep_x0: bool) -> None:
+        """Capture the kind of tick that is to come, where ticks are captured; every lane must be parked."""
+        kind = (noise, keep_x0)
+        if noise and self._noise is None:
+            self._noise = torch.zeros_like(self.x)
+        if self._capture is None or self.uncaptured is not None or kind in self._graphs:
+            return
+        try:
+            self._graphs[kind] = self._capture(
+                lambda: self._move(self._noise if noise else None, keep_x0), self.x.device
+            )
+        except CaptureError as error:
+            self.uncaptured = str(error)
+
+    def admit(self, lanes: list[int], tickets: Sequence[Ticket], start: Tensor | None = None) -> None:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own."""
         device = self.x.device
-
-        def column(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        where = column(list(lanes))
-        seeds = column([as_int64(ticket.seed) for ticket in tickets])
-        indices = column([ticket.index for ticket in tickets])
+        numbers = [[t.row, as_int64(t.seed), t.index, t.label] for t in tickets]
+        rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
         if start is None:
-            start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), self._shape, kernels.STREAM_INITIAL)
+            shape = self._settings.shape
+            start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
+        where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
-        for i in range(len(self._x_net) // len(self.x)):
-            self._x_net[where + i * len(self.x)] = self.x[where].to(self._x_net.dtype)
-        self._rows[where] = column([ticket.row for ticket in tickets])
-        self._seeds[where], self._indices[where] = seeds, indices
-        self._labels[where] = column([ticket.label for ticket in tickets])
-        self._guidance[where] = torch.tensor([ticket.guidance for ticket in tickets], device=device)
-        self._flags[where] = FINITE
+        self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
+        self._rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
+        self._labels[where] = labels
+        self._guidance[where] = upload(torch.tensor([t.guidance for t in tickets]), device)
+        self.flags[where] = FINITE
 
-    def tick(self, noise: torch.Tensor | None = None, *, keep_x0: bool = False) -> None:
+    def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:
         """Move every lane one row on.
 
-        ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``.
+        ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``. Both as
+        :meth:`prepare` was told.
         """
-        timesteps = self._table.timesteps[self._rows.clamp(min=0)]
-        out, out_uncond = self._evaluate(timesteps)
+        graph = self._graphs.get((noise is not None, keep_x0))
+        if graph is None:
+            self._move(noise, keep_x0)
+            return
+        if noise is not None and self._noise is not None:
+            self._noise.copy_(noise)
+        graph.replay()
+
+    def park(self) -> None:
+        """Take every image out of its lane."""
+        self._rows.fill_(PARKED)
+
+    def _move(self, noise: Tensor | None, keep_x0: bool) -> None:
+        """The launches of a tick, which read and write nothing but this runner's buffers."""
+        out, out_uncond = self._evaluate(self._features[self._rows])  # parked lanes, row -1, read the last
         self._ops.diffusion_step(
             self.x,
             out,
             self._rows,
-            self._table.coefficients,
-            self._table.timesteps,
+            self._coefficients,
+            self._timesteps,
             seeds=self._seeds if noise is None else None,
             indices=self._indices if noise is None else None,
             noise=noise,
@@ -119,44 +186,74 @@ class Runner:
             x_next=self.x,
             x_net=self._x_net,
             x0=self.x0 if keep_x0 else None,
-            flags=self._flags,
+            flags=self.flags,
         )
-        following = self._table.next_row[self._rows.clamp(min=0)]
-        torch.where(self._rows < 0, self._rows, following, out=self._rows)
+        self._rows.copy_(self._next_row[self._rows])
 
-    def broken_rows(self) -> list[int]:
-        """For each lane, the row at which it first became non-finite, or :data:`stepfusion.kernels.FINITE`.
-
-        Waits for the device.
-        """
-        rows: list[int] = self._flags.tolist()
-        return rows
-
-    def _evaluate(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _evaluate(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output with the condition, and without it where lanes are guided."""
-        if self._null_label is None:
-            return self._call(self._x_net, timesteps, self._labels), None
-        nothing = torch.full_like(self._labels, self._null_label)
-        if self._separate:
-            return self._call(self._x_net, timesteps, self._labels), self._call(self._x_net, timesteps, nothing)
-        both = self._call(self._x_net, timesteps.repeat(2), torch.cat((self._labels, nothing)))
+        if self._settings.null_label is None:
+            return self._call(self._x_net, features, self._labels), None
+        if self._settings.separate:
+            out = self._call(self._x_net, features, self._labels)
+            return out, self._call(self._x_net, features, self._nothing)
+        both = self._call(self._x_net, torch.cat((features, features)), torch.cat((self._labels, self._nothing)))
         out, out_uncond = both.chunk(2)
         return out, out_uncond
 
-    def _call(self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        out = self._network(x, timesteps, labels) if self._labelled else self._network(x, timesteps)
-        out = getattr(out, "sample", out)  # diffusers models return an object
-        if not isinstance(out, torch.Tensor):
-            raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
+    def _call(self, x: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        out = self._evaluator(x, features, labels)
         doubled = (len(x), 2 * x.shape[1], *x.shape[2:])
-        accepted = (doubled,) if self._learned else (tuple(x.shape), doubled)
+        learned = self._settings.learned_variance
+        accepted = (doubled,) if learned else (tuple(x.shape), doubled)
         if tuple(out.shape) not in accepted:
             wanted = " or ".join(str(list(shape)) for shape in accepted)
-            reason = "the sampler's learned variance needs" if self._learned else "this shape of x needs"
+            reason = "the sampler's learned variance needs" if learned else "this shape of x needs"
             raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
         return out
+
+
+class RunnerPool:
+    """Idle runners by what they are made for: a request borrows one, requests of other threads get their own.
+
+    At most ``keep`` runners stay idle; the one that was idle longest goes first.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[tuple[Settings, Runner]] = []
+
+    def take(self, settings: Settings, make: Callable[[], Runner]) -> Runner:
+        """An idle runner with these settings, or a new one."""
+        with self._lock:
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position][0] == settings:
+                    return self._idle.pop(position)[1]
+        return make()
+
+    def give(self, settings: Settings, runner: Runner) -> None:
+        """Bring a runner back, its lanes in whatever state."""
+        runner.park()
+        with self._lock:
+            self._idle.append((settings, runner))
+            del self._idle[: -self._keep]
+
+    def clear(self) -> None:
+        """Drop every idle runner, and the memory it holds."""
+        with self._lock:
+            self._idle.clear()
 
 
 def as_int64(seed: int) -> int:
     """A 64-bit unsigned seed as the int64 with the same bits."""
     return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _same(one: StepTable, other: StepTable) -> bool:
+    """True where two tables have the same rows."""
+    return one is other or (
+        np.array_equal(one.coefficients, other.coefficients)
+        and np.array_equal(one.timesteps, other.timesteps)
+        and np.array_equal(one.next_row, other.next_row)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from stepfusion.errors import NonFiniteError
 from stepfusion.kernels import FINITE
 from stepfusion.request import Request
 from stepfusion.runner import Runner
+from stepfusion.transfer import HostCopy, as_index
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Walk:
     """Takes the images of ``waiting`` through a runner and writes each into ``result`` when it is done.
 
     An image enters a free lane between two ticks and leaves ``waiting`` when it is finished, so that what is left
-    there can start again after a failure. ``strict`` raises where an image became non-finite; ``watched`` fills the
-    events' tensors.
+    there can start again after a failure. Which lane is done when follows from counting ticks: between arrivals and
+    departures a tick costs the host one call. ``strict`` raises where an image became non-finite: the flags of those
+    that leave are read when the next ones do, so that the device does not wait for the host, and the last by
+    :meth:`check`; with ``deferred``, all are. With ``watched``, ticks yield events.
     """
 
     def __init__(
@@ -43,86 +47,98 @@ class Walk:
         runner: Runner,
         request: Request,
         result: torch.Tensor,
-        waiting: list[int],
+        waiting: dict[int, None],
         *,
         strict: bool,
         watched: bool,
+        deferred: bool = False,
     ) -> None:
         self._runner, self._request, self._result, self._waiting = runner, request, result, waiting
-        self._strict, self._watched = strict, watched
-        self._queue = list(reversed(waiting))
+        self._strict, self._watched, self._deferred = strict, watched, deferred
+        self._queue = deque(waiting)
+        self._free = list(range(runner.lanes))
         self._image: dict[int, int] = {}  # lane -> image
-        self._done: dict[int, int] = {}  # lane -> steps it has taken
+        self._entered: dict[int, int] = {}  # lane -> the tick before which its image entered
+        self._due: dict[int, list[int]] = {}  # tick -> the lanes that are done with it
+        self._now = 0
+        self._unread: deque[tuple[HostCopy, list[int]]] = deque()  # flags on their way, and whose they are
 
-    def run(self) -> Iterator[list[Event]]:
-        """Tick until nothing is left; yields the events of each tick."""
+    def run(self) -> Iterator[tuple[int, list[Event]]]:
+        """Tick until nothing is left; yields how many images each tick moved, and its events."""
+        runner, given, watched = self._runner, self._request.noise is not None, self._watched
+        runner.load(self._request.table)
+        runner.prepare(noise=given, keep_x0=watched)
         while self._queue or self._image:
-            self._enter()
-            self._runner.tick(self._noise(), keep_x0=self._watched)
-            events = self._events()
-            self._leave()
-            yield events
+            if self._queue and self._free:
+                self._enter()
+            runner.tick(self._noise() if given else None, keep_x0=watched)
+            self._now += 1
+            moved = len(self._image)
+            events = self._events() if watched else []
+            if self._now in self._due:
+                self._leave()
+            yield moved, events
+
+    def check(self, unread: int = 0) -> None:
+        """Read flags until those of at most ``unread`` departures are left; NonFiniteError where one is raised."""
+        while len(self._unread) > unread:
+            flags, images = self._unread.popleft()
+            for image, broken in zip(images, flags.wait().tolist(), strict=True):
+                if broken != FINITE:
+                    raise self._nonfinite(image, broken)
 
     def _enter(self) -> None:
-        free = [lane for lane in range(self._runner.lanes) if lane not in self._image]
-        entering = {lane: self._queue.pop() for lane in free[: len(self._queue)]}
-        if not entering:
-            return
-        images = list(entering.values())
-        start = None if self._request.start is None else self._request.start[images]
-        self._runner.admit(list(entering), [self._request.tickets[image] for image in images], start)
-        self._image |= entering
-        self._done |= dict.fromkeys(entering, 0)
+        count = min(len(self._queue), len(self._free))
+        lanes, self._free = self._free[:count], self._free[count:]
+        images = [self._queue.popleft() for _ in lanes]
+        request = self._request
+        start = None if request.start is None else request.start[images]
+        self._runner.admit(lanes, [request.tickets[image] for image in images], start)
+        for lane, image in zip(lanes, images, strict=True):
+            self._image[lane], self._entered[lane] = image, self._now
+            self._due.setdefault(self._now + request.table.steps(request.parts[image]), []).append(lane)
 
-    def _noise(self) -> torch.Tensor | None:
-        """The z of this tick for every lane, where the request brought its own."""
-        if self._request.noise is None:
-            return None
+    def _leave(self) -> None:
+        """Take out what is finished."""
+        lanes = sorted(self._due.pop(self._now))
+        images = [self._image[lane] for lane in lanes]
+        runner, where = self._runner, as_index(lanes, self._result.device)
+        self._result[as_index(images, self._result.device)] = runner.x[where]
+        if self._strict:
+            self._unread.append((HostCopy(runner.flags[where].clone()), images))
+            if not self._deferred:
+                self.check(unread=0 if self._result.device.type == "cpu" else 1)
+        for lane, image in zip(lanes, images, strict=True):
+            del self._image[lane], self._entered[lane], self._waiting[image]
+        self._free = sorted(self._free + lanes)
+
+    def _noise(self) -> torch.Tensor:
+        """The z of this tick for every lane, as the request brought it."""
+        assert self._request.noise is not None
         noise = torch.zeros_like(self._runner.x)
         lanes = list(self._image)
-        given = self._request.noise[[self._done[lane] for lane in lanes], [self._image[lane] for lane in lanes]]
-        noise[lanes] = given.to(noise.device, noise.dtype)
+        steps = [self._now - self._entered[lane] for lane in lanes]
+        noise[lanes] = self._request.noise[steps, list(self._image.values())].to(noise.device, noise.dtype)
         return noise
 
     def _events(self) -> list[Event]:
         """One event for all lanes at the same step of the same part of the table."""
-        request = self._request
-        together: dict[tuple[int, int], list[int]] = {}
+        request, together = self._request, dict[tuple[int, int], list[int]]()
         for lane, image in self._image.items():
-            together.setdefault((request.parts[image], self._done[lane]), []).append(lane)
+            together.setdefault((request.parts[image], self._now - self._entered[lane] - 1), []).append(lane)
         return [self._event(part, step, lanes) for (part, step), lanes in together.items()]
 
     def _event(self, part: int, step: int, lanes: list[int]) -> Event:
         table, runner = self._request.table, self._runner
         timestep = int(table.timesteps[table.starts[part] + step])
-        # unwatched, a slice: an index would copy to the device in every tick
-        x, x0 = (runner.x[lanes], runner.x0[lanes]) if self._watched else (runner.x[:0], runner.x0[:0])
         images = tuple(self._image[lane] for lane in lanes)
-        return Event(step, table.steps(part), timestep, images, x, x0)
+        where = as_index(lanes, runner.x.device)
+        return Event(step, table.steps(part), timestep, images, runner.x[where].clone(), runner.x0[where].clone())
 
-    def _leave(self) -> None:
-        """Count the step, and take out what is finished."""
-        table, parts = self._request.table, self._request.parts
-        for lane in self._image:
-            self._done[lane] += 1
-        finished = {lane: i for lane, i in self._image.items() if self._done[lane] == table.steps(parts[i])}
-        if not finished:
-            return
-        self._result[list(finished.values())] = self._runner.x[list(finished)]
-        if self._strict:
-            self._check(finished)
-        for lane, image in finished.items():
-            del self._image[lane], self._done[lane]
-            self._waiting.remove(image)
-
-    def _check(self, finished: dict[int, int]) -> None:
-        broken = self._runner.broken_rows()
-        for lane, image in finished.items():
-            if broken[lane] == FINITE:
-                continue
-            table, part, ticket = self._request.table, self._request.parts[image], self._request.tickets[image]
-            step = broken[lane] - table.starts[part] + 1
-            raise NonFiniteError(
-                f"image {image} (seed {ticket.seed}, index {ticket.index}) became non-finite at step {step} of "
-                f"{table.steps(part)} (timestep {table.timesteps[broken[lane]]})"
-            )
+    def _nonfinite(self, image: int, row: int) -> NonFiniteError:
+        table, part, ticket = self._request.table, self._request.parts[image], self._request.tickets[image]
+        number = self._request.first + image
+        return NonFiniteError(
+            f"image {number} (seed {ticket.seed}, index {ticket.index}) became non-finite at step "
+            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
+        )

@@ -281,7 +281,7 @@ ENGINES = [
     Case("backend: unknown", lambda: engine(backend="cuda"),
          ValueError, "backend must be one of 'auto', 'triton', 'reference', got 'cuda'"),
     Case("network: unknown", lambda: engine(network="fast"),
-         ValueError, "network must be one of 'auto', 'eager', 'compile', got 'fast'"),
+         ValueError, "network must be one of 'auto', 'eager', 'compile', 'graph', 'compile+graph', 'openvino', got 'fast'"),
     Case("batch: 0", lambda: engine(batch=0), ValueError, "batch must be in [1, 1048576], got 0"),
     Case("batch: bool", lambda: engine(batch=True), TypeError, "batch must be an integer, got True"),
     Case("invariant: integer", lambda: engine(invariant=1), TypeError, "invariant must be True or False, got 1"),

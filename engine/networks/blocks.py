@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepfusion.networks.attention import attend
 from stepfusion.networks.config import UNet2DConfig
+from stepfusion.networks.norm import GroupNormAct
 
 _INT32_MAX = 2**31 - 1
 
@@ -115,36 +117,54 @@ class ResnetBlock(nn.Module):
         output_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        groups, eps = config.norm_num_groups, config.norm_eps
+        groups, eps, act = config.norm_num_groups, config.norm_eps, activation(config.act_fn)
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.resample = resample
         self.output_scale = output_scale
         self.time_start = 0
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNormAct(groups, in_channels, eps, act)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(config.time_embed_dim, 2 * out_channels if self.scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNormAct(groups, out_channels, eps, act)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         same = in_channels == out_channels
         self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        self.act = activation(config.act_fn)
 
-    def forward(self, x: Tensor, projections: Tensor) -> Tensor:
-        """Map x [B, in_channels, H, W] and projections [B, P] to [B, out_channels, H', W']."""
-        h = self.act(self.norm1(x))
+    def forward(self, x: Tensor, projections: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map x [B, in_channels, H, W] and projections [B, P] to [B, out_channels, H', W'].
+
+        With `skip`, the input is the concatenation of x and skip along the channels.
+        """
+        if skip is not None and not self.norm1.fused:
+            x, skip = torch.cat((x, skip), dim=1), None
+        h = self.norm1(x, skip=skip)
         if self.resample is not None:
             x, h = self._resample(x), self._resample(h)
-        time = projections.narrow(1, self.time_start, self.time_emb_proj.out_features)[:, :, None, None]
+        time = projections.narrow(1, self.time_start, self.time_emb_proj.out_features)
         h = self.conv1(h)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = self.norm2(h, scale=scale, shift=shift)
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(self.act(h)))
-        out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = self.norm2(h, time=time)
+        h = self.conv2(self.dropout(h))
+        out = h + x if self.conv_shortcut is None else self._add_shortcut(self.conv_shortcut, h, x, skip)
         return out if self.output_scale == 1 else out / self.output_scale
+
+    def _add_shortcut(self, shortcut: nn.Conv2d, h: Tensor, x: Tensor, skip: Tensor | None) -> Tensor:
+        """``h + shortcut([x, skip])``; a 1x1 convolution of a concatenation is a sum of two matrix products."""
+        if skip is None:
+            added: Tensor = h + shortcut(x)
+            return added
+        weight = shortcut.weight.flatten(1)  # [out_channels, in_channels]
+        of_x, of_skip = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+        out = torch.addmm(_pixels(h), _pixels(x), of_x.t())
+        out.addmm_(_pixels(skip), of_skip.t())
+        if shortcut.bias is not None:
+            out += shortcut.bias
+        batch, channels, height, width = h.shape
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _resample(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -161,7 +181,7 @@ class Attention(nn.Module):
         self.heads = channels // self.head_dim
         self.output_scale = output_scale
         inner = self.heads * self.head_dim
-        self.group_norm = nn.GroupNorm(groups, channels, config.norm_eps) if groups is not None else None
+        self.group_norm = GroupNormAct(groups, channels, config.norm_eps) if groups is not None else None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -170,15 +190,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the same shape."""
         tokens = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # [B, HW, C]
-        q, k, v = (self._split_heads(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))
-        attended = functional.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
-        mixed: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
+        attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.heads)
+        mixed: Tensor = self.to_out[0](attended)
         out = x + mixed.transpose(1, 2).reshape(x.shape)
         return out if self.output_scale == 1 else out / self.output_scale
-
-    def _split_heads(self, tokens: Tensor) -> Tensor:
-        batch, positions, _ = tokens.shape
-        return tokens.view(batch, positions, self.heads, self.head_dim).transpose(1, 2)
 
 
 class DownBlock(nn.Module):
@@ -258,10 +273,15 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], projections: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the next level's input; takes one entry off the end of `skips` for each resnet."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, skips.pop()), dim=1), projections)
+            x = resnet(x, projections, skips.pop())
             if self.attentions is not None:
                 x = self.attentions[index](x)
         return x if self.upsamplers is None else _run_resampler(self.upsamplers[0], x, projections)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] in channels_last as the matrix [B H W, C], without a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _attentions(config: UNet2DConfig, channels: int, count: int) -> nn.ModuleList:

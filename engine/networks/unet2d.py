@@ -1,23 +1,19 @@
 """The DDPM UNet (Ho et al. 2020; scale-shift and resampling blocks: Dhariwal & Nichol 2021).
 
-It has the state-dict keys of diffusers' ``UNet2DModel`` and the same outputs. The forward pass is three functions::
-
-    embedding   = embed(timesteps, class_labels)      [B] -> [B, D]    sinusoid, time MLP, class embedding
-    projections = project(embedding)                  [B, D] -> [B, P] every residual block's time projection
-    out         = predict(x, projections)             [B, C, H, W]     what depends on x
-
-so a sampler can compute the first two once for each row of its table and gather the rows.
+It has the state-dict keys of diffusers' ``UNet2DModel`` and the same outputs. Its forward pass is in the parts of
+:class:`stepfusion.networks.time_conditioned.TimeConditioned`.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
 from stepfusion.networks.config import UNet2DConfig
+from stepfusion.networks.norm import GroupNormAct
+from stepfusion.networks.time_conditioned import TimeConditioned
 
 
-class UNet2D(nn.Module):
+class UNet2D(TimeConditioned):
     """A UNet over images, conditioned on a timestep and, if the config says so, on a class label.
 
     Args:
@@ -52,9 +48,9 @@ class UNet2D(nn.Module):
         for i, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
             below, above = channels[min(i + 1, levels - 1)], channels[max(i - 1, 0)]
             self.up_blocks.append(UpBlock(config, below, channels[i], above, "Attn" in kind, i > 0))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, kernel_size=3, padding=1)
         self.act = activation(config.act_fn)
+        self.conv_norm_out = GroupNormAct(config.norm_num_groups, channels[0], config.norm_eps, nn.SiLU())
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, kernel_size=3, padding=1)
         self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
         self.projection_size = 0
         for resnet in self._resnets:
@@ -78,19 +74,23 @@ class UNet2D(nn.Module):
             ValueError: an argument's shape or dtype does not fit.
         """
         self._check_batch(x, timesteps)
-        return self.predict(x, self.project(self.embed(timesteps, class_labels)))
+        self._check_labels(timesteps, class_labels)
+        return super().forward(x, timesteps, class_labels)
 
-    def embed(self, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timesteps, int64 [B], and labels as in `forward`: [B, time_embed_dim] in the weights' dtype."""
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Embed timesteps, int64 [B], by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
             raise ValueError(f"timesteps is {_describe(timesteps)}; accepted is int64 [B]")
-        self._check_labels(timesteps, class_labels)
         embedding: Tensor = self.time_embedding(self._embed_position(timesteps))
-        if class_labels is None:
-            return embedding
+        return embedding
+
+    def condition(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Add the class embedding to that of `embed_time`, and project it for every block: [B, projection_size]."""
+        if class_labels is None or self.class_embedding is None:
+            return self.project(time)
         if self.config.class_embed_type == "timestep":
             class_labels = self._embed_position(class_labels)
-        return embedding if self.class_embedding is None else embedding + self.class_embedding(class_labels)
+        return self.project(time + self.class_embedding(class_labels))
 
     def project(self, embedding: Tensor) -> Tensor:
         """Apply every residual block's time projection: embedding [B, D] -> [B, projection_size]."""
@@ -98,7 +98,7 @@ class UNet2D(nn.Module):
         return torch.cat([resnet.time_emb_proj(activated) for resnet in self._resnets], dim=1)
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
-        """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `project`."""
+        """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
         self._check_image(x)
         if list(projections.shape) != [x.shape[0], self.projection_size]:
             accepted = f"[{x.shape[0]}, {self.projection_size}]"
@@ -112,7 +112,7 @@ class UNet2D(nn.Module):
             x = self.mid_block(x, projections)
         for up in self.up_blocks:
             x = up(x, skips, projections)
-        out: Tensor = self.conv_out(functional.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
     def _make_class_embedding(self) -> nn.Module | None:

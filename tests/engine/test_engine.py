@@ -442,3 +442,41 @@ def test_table_takes_the_checkpoints_options(schedule: sf.NoiseSchedule) -> None
     expected = sf.ddpm(schedule, 4, spacing="trailing", clip=None, variance="fixed_large")
     assert np.array_equal(engine.table("ddpm", 4).coefficients, expected.coefficients)
     assert engine.table(steps=4, spacing="leading").timesteps.tolist() == [750, 500, 250, 0]
+
+
+class TestGenerate:
+    """Pixels in bulk."""
+
+    def test_gives_the_images_of_sample_in_order(self, schedule: sf.NoiseSchedule) -> None:
+        engine = sf.Engine(labelled, schedule, shape=(3, 4, 4), device="cpu", batch=4, num_classes=5, null_label=4)
+        request: dict[str, Any] = {"steps": 3, "eta": 0.5, "seed": 2, "labels": list(range(5)) * 2}
+        batches = list(engine.generate(10, **request))
+        assert [len(pixels) for pixels in batches] == [4, 4, 2]
+        assert torch.equal(torch.cat(batches), engine.to_uint8(engine.sample(10, **request)))
+
+    def test_checks_its_request_before_the_first_batch(self, engine: sf.Engine) -> None:
+        with pytest.raises(ValueError, match="labels were given"):
+            engine.generate(3, labels=1)
+
+    def test_nothing_to_make(self, engine: sf.Engine) -> None:
+        assert list(engine.generate(0)) == []
+
+    def test_computes_one_batch_ahead_of_the_reader(self, schedule: sf.NoiseSchedule) -> None:
+        calls = []
+
+        def counts(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return smooth(x, timesteps)
+
+        engine = sf.Engine(counts, schedule, shape=(1, 4, 4), device="cpu", batch=2)
+        assert [len(calls) for _ in engine.generate(6, steps=2)] == [4, 6, 6]
+
+    def test_names_a_broken_image_by_its_place_in_the_request(self, schedule: sf.NoiseSchedule) -> None:
+        def breaks(x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return smooth(x, timesteps) / (labels - 2).view(-1, 1, 1, 1)
+
+        engine = sf.Engine(breaks, schedule, shape=(1, 4, 4), device="cpu", batch=2, num_classes=3)
+        batches = engine.generate(5, steps=2, labels=[0, 1, 0, 2, 1])
+        assert next(batches).shape == (2, 4, 4, 1)
+        with pytest.raises(sf.NonFiniteError, match=r"^image 3 \(seed 0, index 3\)"):
+            next(batches)

@@ -218,7 +218,7 @@ def test_half_precision_stays_near_float64(dtype: torch.dtype) -> None:
 def test_timesteps_do_not_pass_through_a_half_dtype() -> None:
     """bfloat16 has no 999: a network that rounds timesteps gives 999 and 1000 the same embedding."""
     _, ours = make_twins(SMALL)
-    late, later = ours.bfloat16().embed(torch.tensor([999, 1000]))
+    late, later = ours.bfloat16().embed_time(torch.tensor([999, 1000]))
     assert not torch.equal(late, later)
 
 
@@ -228,7 +228,7 @@ def test_the_time_path_can_be_hoisted(name: str) -> None:
     """Projections computed once for a table of timesteps and gathered by row give the same image."""
     _, ours = make_twins({**SMALL, **VARIANTS[name]})
     x, timesteps, *labels = make_inputs(ours, batch=4)
-    rows = ours.project(ours.embed(timesteps, *labels))
+    rows = ours.condition(ours.embed_time(timesteps), *labels)
     assert rows.shape == (4, ours.projection_size)
     order = torch.tensor([2, 0, 3, 1])
     hoisted = ours.predict(x[order], rows[order])

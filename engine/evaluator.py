@@ -1,0 +1,107 @@
+"""How an engine calls its network: the part of a tick between the state and the step.
+
+A network is a function of x and of what its timestep and label make of it. What the timestep alone makes, the
+*features* of a row of a table, is computed for all rows before the loop and gathered by row: for our own networks
+(:class:`stepfusion.networks.time_conditioned.TimeConditioned`) the whole time path, for others the timestep itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepfusion.networks.time_conditioned import TimeConditioned
+
+Network = Callable[..., Any]
+
+_ROWS = 64  # at a time, always so many, so that a row's bits do not depend on the length of its table
+
+
+class Evaluator:
+    """Calls a network in a form of its choice, eager until :meth:`compile_with` brings another.
+
+    Args:
+        network: ``network(x, timesteps)`` or, where `labelled`, ``network(x, timesteps, labels)``.
+        labelled: whether it takes labels.
+    """
+
+    def __init__(self, network: Network, labelled: bool) -> None:
+        self._network = network
+        self._labelled = labelled
+        self.hoisted = _is_hoistable(network)
+        self.form: nn.Module = self._form()
+        self._call: Callable[..., Tensor] = self.form
+
+    def compile_with(self, compiler: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
+        """Call the network through what `compiler` makes of its form from now on."""
+        self._call = compiler(self.form)
+
+    @torch.no_grad()
+    def features(self, timesteps: Tensor) -> Tensor:
+        """The features [R, ...] of the rows with these timesteps, int64 [R]."""
+        if not isinstance(self._network, TimeConditioned) or not self.hoisted:
+            return timesteps
+        parts = []
+        for chunk in timesteps.split(_ROWS):
+            padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))
+            time = self._network.embed_time(padded)
+            parts.append((time if self._labelled else self._network.condition(time))[: len(chunk)])
+        return torch.cat(parts)
+
+    def __call__(self, x: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        """Run the network on x [B, C, H, W] with the features [B, ...] of each lane's row and its label, int64 [B].
+
+        Raises:
+            TypeError: the network returned something that is not a tensor.
+        """
+        out = self._call(x, features, labels) if self._labelled else self._call(x, features)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
+        return out
+
+    def _form(self) -> nn.Module:
+        if isinstance(self._network, TimeConditioned) and self.hoisted:
+            return _Labelled(self._network) if self._labelled else _Hoisted(self._network)
+        return _Whole(self._network)
+
+
+class _Hoisted(nn.Module):
+    """What is left of a network once its time path is hoisted: ``(x, projections)``."""
+
+    def __init__(self, network: TimeConditioned) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, projections: Tensor) -> Tensor:
+        return self.network.predict(x, projections)
+
+
+class _Labelled(_Hoisted):
+    """The same of a network with labels, whose projections need both: ``(x, time, labels)``."""
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        return self.network.predict(x, self.network.condition(time, labels))
+
+
+class _Whole(nn.Module):
+    """A network as it is: ``(x, timesteps[, labels])``; unwraps the object that diffusers' models return."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timesteps: Tensor, *labels: Tensor) -> Any:
+        out = self.network(x, timesteps, *labels)
+        return getattr(out, "sample", out)
+
+
+def _is_hoistable(network: Network) -> bool:
+    """True for our networks, unless someone watches or replaces their forward pass."""
+    if not isinstance(network, TimeConditioned):
+        return False
+    watched = network._forward_hooks or network._forward_pre_hooks or "forward" in vars(network)
+    owner = next(kind for kind in type(network).__mro__ if "forward" in vars(kind))
+    return not watched and (owner is TimeConditioned or "predict" in vars(owner))

@@ -1,0 +1,39 @@
+"""How many images fit on a device at a time, from its free memory and a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_SHARE = 0.8  # of the free memory: fragmentation, and libraries that pick a larger workspace for a larger batch
+_TRIALS = (1, 4)  # images; memory is close to linear in them, and the difference leaves out what is paid once
+
+
+def largest_batch(peak: Callable[[int], int], free: int, most: int) -> int:
+    """The largest power of two, at most ``most``, of images that need at most a share of ``free`` bytes.
+
+    Args:
+        peak: peak bytes of a tick of so many images.
+    """
+    few, many = _TRIALS
+    small, large = peak(few), peak(many)
+    each = max(1, (large - small) // (many - few))
+    images = int((_SHARE * free - max(0, small - few * each)) // each)
+    return 1 << max(0, min(images, most).bit_length() - 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process can still have: free there, or cached by PyTorch and unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of a CUDA device that ``run()`` needs at its peak, above what is allocated before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)

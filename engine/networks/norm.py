@@ -1,0 +1,62 @@
+"""Group normalisation together with what the UNets do right before and after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepfusion import kernels
+
+
+class GroupNormAct(nn.GroupNorm):
+    """``act(scale_shift(norm([x, skip] + time)))`` (Wu & He 2018), with the state dict of ``nn.GroupNorm``.
+
+    Attributes:
+        fused: run it as :func:`stepfusion.kernels.group_norm_silu`, which needs a GPU that Triton drives and has no
+            gradient; otherwise as PyTorch's own operators.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, act: nn.Module | None = None) -> None:
+        super().__init__(groups, channels, eps)
+        self.act = nn.Identity() if act is None else act
+        self.fused = False
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        *,
+        skip: Tensor | None = None,
+        time: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Map x [B, C1, H, W] and skip [B, C2, H, W], if any, to [B, C, H, W] with C = C1 + C2.
+
+        `time` [B, C] is added before the norm; `scale` and `shift` [B, C] make ``norm * (1 + scale) + shift`` of it
+        (Dhariwal & Nichol 2021, section 3.1).
+        """
+        if self.fused:
+            silu = isinstance(self.act, nn.SiLU)
+            fused: Tensor = kernels.group_norm_silu(
+                x,
+                self.weight,
+                self.bias,
+                self.num_groups,
+                self.eps,
+                skip=skip,
+                time=time,
+                scale=scale,
+                shift=shift,
+                silu=silu,
+            )
+            return fused if silu else self.act(fused)
+        if skip is not None:
+            x = torch.cat((x, skip), dim=1)
+        if time is not None:
+            x = x + time[:, :, None, None]
+        x = functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
+        out: Tensor = self.act(x)
+        return out

@@ -1,0 +1,41 @@
+"""A network as an engine wants it: on its device, in its dtype, laid out and fused for speed."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from stepfusion.networks.norm import GroupNormAct
+from stepfusion.networks.time_conditioned import TimeConditioned
+
+
+def prepare_network(network: nn.Module, device: torch.device, dtype: torch.dtype, *, fused: bool) -> nn.Module:
+    """The network in eval mode; a copy, unless it is already as it should be.
+
+    Our own networks get channels_last weights, which makes every activation NHWC, and with ``fused`` the fused
+    normalisation.
+    """
+    ours = isinstance(network, TimeConditioned)
+    at_home = not network.training and all(
+        _at_home(tensor, device, dtype, ours) for tensor in (*network.parameters(), *network.buffers())
+    )
+    if at_home and all(norm.fused == fused for norm in _norms(network)):
+        return network
+    network = copy.deepcopy(network).to(device, dtype).eval()
+    if ours:
+        network = network.to(memory_format=torch.channels_last)
+    for norm in _norms(network):
+        norm.fused = fused
+    return network
+
+
+def _norms(network: nn.Module) -> list[GroupNormAct]:
+    return [module for module in network.modules() if isinstance(module, GroupNormAct)]
+
+
+def _at_home(tensor: Tensor, device: torch.device, dtype: torch.dtype, nhwc: bool) -> bool:
+    if tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype):
+        return False
+    return not nhwc or tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last)

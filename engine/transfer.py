@@ -1,0 +1,49 @@
+"""Copies between host and device that do not stop the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on a device; on CUDA the host goes on at once, through pinned memory."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+class HostCopy:
+    """A copy of a tensor to the host, under way beside whatever the device computes next.
+
+    Args:
+        source: the tensor; on CUDA it may be dropped, but not written to, before :meth:`wait`.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if source.device.type != "cuda":
+            self._host = source.cpu()
+            return
+        self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(source, non_blocking=True)
+            source.record_stream(stream)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(stream)
+
+    def wait(self) -> Tensor:
+        """The values, on the host, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
+
+
+def as_index(positions: list[int], device: torch.device) -> slice | Tensor:
+    """What indexes a dimension at these positions: a slice where they are consecutive, which needs no copy."""
+    first = positions[0]
+    if positions == list(range(first, first + len(positions))):
+        return slice(first, first + len(positions))
+    return upload(torch.tensor(positions, dtype=torch.int64), device)

@@ -1,0 +1,153 @@
+"""The engine on a GPU: captured ticks, a host that runs ahead, memory, bulk output."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from networks import tiny_unet
+
+import stepfusion as sf
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def schedule() -> sf.NoiseSchedule:
+    return sf.NoiseSchedule.linear()
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def engine(schedule: sf.NoiseSchedule, **arguments: Any) -> sf.Engine:
+    return sf.Engine(tiny_unet(size=16, channels=3), schedule, null_label=3, **{"device": "cuda", **arguments})
+
+
+def test_auto_captures(schedule: sf.NoiseSchedule) -> None:
+    assert engine(schedule).plan.network.value == "graph"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_captured_tick_gives_the_same_bits(schedule: sf.NoiseSchedule, dtype: str, invariant: bool) -> None:
+    captured, eager = (
+        engine(schedule, network=network, dtype=dtype, invariant=invariant, batch=8) for network in ("graph", "eager")
+    )
+    for request in (
+        {"steps": 4},
+        {"steps": 5, "eta": 1.0, "guidance": 2.0, "labels": 1},
+        {"sampler": "ddpm", "steps": 6},
+    ):
+        assert torch.equal(captured.sample(5, seed=3, **request), eager.sample(5, seed=3, **request))
+
+
+def test_the_gpu_agrees_with_the_reference_on_the_cpu(schedule: sf.NoiseSchedule) -> None:
+    on_gpu = engine(schedule, dtype="float32")
+    on_cpu = engine(schedule, device="cpu", backend="reference")
+    wanted = on_cpu.sample(4, steps=10, eta=1.0, labels=[0, 1, 2, 3])
+    images = on_gpu.sample(4, steps=10, eta=1.0, labels=[0, 1, 2, 3])
+    torch.testing.assert_close(images.cpu(), wanted, rtol=0, atol=5e-3)  # TF32 is off; convolutions sum differently
+
+
+def test_changing_the_request_captures_nothing(schedule: sf.NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine(schedule)
+    one.sample(4, steps=2)
+
+    def refuse(*_: Any) -> None:
+        pytest.fail("captured again")
+
+    monkeypatch.setattr(sf.engine, "capture", refuse)
+    for sampler in ("ddim", "ddpm"):
+        for steps in (3, 20):
+            for seed in (0, 1):
+                one.sample(4, sampler=sampler, steps=steps, seed=seed, labels=[seed, 1, 2, 3])
+
+
+def test_the_host_does_not_wait_inside_the_loop(schedule: sf.NoiseSchedule, no_waiting: None) -> None:
+    one = engine(schedule, batch=8)
+    torch.cuda.set_sync_debug_mode("default")
+    table = one.table(steps=20)
+    one.sample(8, table)
+    settings = one._settings(sf.request.make_request(one._facts, 8, table, 0, None, 0, None, None, None), 8)
+    runner = one._idle.take(settings, lambda: pytest.fail("no idle runner"))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(20):
+        runner.tick()
+
+
+def test_intermediates_cancellation_and_non_finite_images(schedule: sf.NoiseSchedule) -> None:
+    one = engine(schedule)
+    events = list(one.stream(3, steps=5))
+    assert [event.step for event in events] == list(range(5))
+    assert torch.equal(events[-1].x, one.sample(3, steps=5))
+    with pytest.raises(sf.SamplingCancelled):
+        one.sample(3, steps=50, callback=lambda event: event.step < 3)
+    start = torch.full((2, *one.shape), 3e38)
+    with pytest.raises(sf.NonFiniteError, match="image 0 "):
+        one.sample(table=one.table(steps=4, clip=None), start=start)
+    assert one.sample(3, steps=5).isfinite().all()
+
+
+def test_threads_share_an_engine(schedule: sf.NoiseSchedule) -> None:
+    one = engine(schedule)
+    wanted = [one.sample(3, steps=6, eta=1.0, seed=seed).cpu() for seed in range(4)]
+    images: dict[int, torch.Tensor] = {}
+
+    def work(seed: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            images[seed] = one.sample(3, steps=6, eta=1.0, seed=seed).cpu()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert torch.equal(images[seed], wanted[seed])
+
+
+def test_bulk_pixels_are_those_of_sample(schedule: sf.NoiseSchedule) -> None:
+    one = engine(schedule, batch=16)
+    pixels = torch.cat(list(one.generate(40, steps=5)))
+    assert pixels.device.type == "cpu"
+    assert torch.equal(pixels, one.to_uint8(one.sample(40, steps=5)).cpu())
+
+
+def test_the_batch_follows_the_free_memory(schedule: sf.NoiseSchedule) -> None:
+    assert engine(schedule).batch == 256
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 0.2 * (1 << 30) / total))
+    try:
+        one = engine(schedule, batch=4096, network="eager")
+        with pytest.warns(RuntimeWarning, match="out of memory: going on with"):
+            images = one.sample(4096, steps=2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert images.isfinite().all()
+
+
+def test_compiled_and_captured(schedule: sf.NoiseSchedule) -> None:
+    compiled = engine(schedule, network="compile+graph", dtype="float32")
+    eager = engine(schedule, network="eager", dtype="float32")
+    torch.testing.assert_close(compiled.sample(2, steps=5), eager.sample(2, steps=5), rtol=0, atol=5e-3)
+
+
+def test_a_network_that_waits_runs_eagerly(schedule: sf.NoiseSchedule) -> None:
+    def waits(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (1.0 if float(x.abs().max()) < 100 else 0.0)
+
+    one = sf.Engine(waits, schedule, shape=(3, 8, 8), device="cuda")
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph, and runs eagerly"):
+        images = one.sample(2, steps=3)
+    assert images.isfinite().all()
+    assert "no tick was captured" in one.explain()
