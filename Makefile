@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types wheel clean
+.PHONY: help demo test bench lint types wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -22,6 +22,9 @@ demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev  ## time kernels and network blocks; `stepfusion bench` measures the rest, beside peers
+	@$(BIN)/python -m pytest -n 0 --benchmark-only $(PYTEST_ARGS) tests/bench
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet .

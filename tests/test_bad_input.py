@@ -281,7 +281,14 @@ ENGINES = [
     Case("backend: unknown", lambda: engine(backend="cuda"),
          ValueError, "backend must be one of 'auto', 'triton', 'reference', got 'cuda'"),
     Case("network: unknown", lambda: engine(network="fast"),
-         ValueError, "network must be one of 'auto', 'eager', 'compile', 'graph', 'compile+graph', 'openvino', got 'fast'"),
+         ValueError, "network must be one of 'auto', 'eager', 'compile', 'graph', 'compile+graph', 'openvino', got "
+         "'fast'"),
+    Case("network: a graph without CUDA", lambda: engine(network="graph"),
+         sf.BackendError, "network='graph' cannot run: CUDA graphs need a CUDA device, and the device is cpu; use "
+         "network='eager'"),
+    Case("network: a compiled graph without CUDA", lambda: engine(network="compile+graph"),
+         sf.BackendError, "network='compile+graph' cannot run: CUDA graphs need a CUDA device, and the device is "
+         "cpu; use network='compile'"),
     Case("batch: 0", lambda: engine(batch=0), ValueError, "batch must be in [1, 1048576], got 0"),
     Case("batch: bool", lambda: engine(batch=True), TypeError, "batch must be an integer, got True"),
     Case("invariant: integer", lambda: engine(invariant=1), TypeError, "invariant must be True or False, got 1"),

@@ -11,6 +11,7 @@ from networks import labelled, smooth, tiny_unet
 from recorded_graph import INTERPRETER, Captures, captures  # noqa: F401
 
 import stepfusion as sf
+from stepfusion.runner import Runner
 
 pytestmark = pytest.mark.interpreter
 SHAPE = (2, 4, 4)
@@ -37,6 +38,10 @@ def one_at_a_time(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
             return kernel(*args, **kwargs)
 
     return launch
+
+
+def idle_runners(engine: sf.Engine) -> list[Runner]:
+    return [runner for _, runner in engine._idle._idle]
 
 
 REQUESTS: list[dict[str, Any]] = [
@@ -111,7 +116,7 @@ def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Cap
     noise = torch.randn(4, 3, *SHAPE)
     table = captured.table(steps=4, eta=1.0)
     assert torch.equal(captured.sample(3, table, noise=noise), eager.sample(3, table, noise=noise))
-    assert len(captures.graphs) == 2, "one that keeps x0, one that reads noise"
+    assert [graph.replays for graph in captures.graphs] == [4, 4], "one that keeps x0, one that reads noise"
 
 
 def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
@@ -120,6 +125,7 @@ def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures:
         captured.sample(4, steps=6, callback=lambda event: event.step < 2)
     for _ in captured.stream(4, steps=6):
         break
+    assert bool((idle_runners(captured)[0]._rows == sf.kernels.PARKED).all()), "no lane is left behind"
     assert torch.equal(captured.sample(3, steps=3, seed=8), eager.sample(3, steps=3, seed=8))
 
 
@@ -142,12 +148,15 @@ def test_a_network_that_waits_for_the_device_runs_eagerly_and_says_why(
         return smooth(x, timesteps) * (1.0 if float(x.abs().max()) < 100 else 0.0)
 
     captured, eager = both(schedule, waits)
+    attempts: list[int] = []
+    captures.failure = lambda: attempts.append(1)
     reason = "operation not permitted when stream is capturing: aten._local_scalar_dense.default"
     with pytest.warns(RuntimeWarning, match=f"cannot be captured as a CUDA graph, and runs eagerly: {reason}"):
         images = captured.sample(2, steps=3)
     assert torch.equal(images, eager.sample(2, steps=3))
     assert f"no tick was captured: {reason}" in captured.explain()
     assert torch.equal(captured.sample(5, steps=3), eager.sample(5, steps=3)), "and no second warning"
+    assert len(attempts) == 1
     assert not captures.graphs
 
 
@@ -166,6 +175,7 @@ def test_memory_that_runs_out_in_a_capture_halves_the_bucket(
     with pytest.warns(RuntimeWarning, match="out of memory: going on with 4 lanes at a time"):
         images = captured.sample(8, steps=2)
     assert torch.equal(images, eager.sample(8, steps=2))
+    assert [runner.lanes for runner in idle_runners(captured)] == [4], "the lanes that did not fit are gone"
 
 
 def test_engines_and_threads_do_not_meet(

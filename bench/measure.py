@@ -1,0 +1,211 @@
+"""How things are timed: compared first, then interleaved round by round in one run, medians and percentiles.
+
+Machines are shared and clocks drift, so what carries over to another run is the ratio of interleaved medians.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+
+#: One sample lasts at least so long: a shorter call is repeated within it.
+SAMPLE_SECONDS = 2e-3
+_MOST_CALLS = 2000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call, in milliseconds: wall time until its result is there, and the device's median between events."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    min_ms: float
+    device_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest and root mean square difference of two outputs; infinite where one is not finite."""
+
+    max: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest difference that is accepted, of ``measure`` "max" or "rms"."""
+
+    allowed: float
+    measure: str = "max"
+
+    def holds(self, difference: Difference) -> bool:
+        """True where the difference is within the limit."""
+        value: float = getattr(difference, self.measure)
+        return value <= self.allowed
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.allowed:.2g}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One rival: ``check`` makes the output that is compared with ``reference``, ``run`` is what is timed."""
+
+    name: str
+    reference: torch.Tensor
+    check: Callable[[], torch.Tensor]
+    run: Call
+    limit: Limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a contender: either an error, or a timing. ``warmup_s`` is its first output's."""
+
+    limit: Limit
+    difference: Difference | None = None
+    timing: Timing | None = None
+    warmup_s: float | None = None
+    error: str | None = None
+
+    def fields(self) -> dict[str, float | str | None]:
+        """The fields of a :class:`stepfusion.bench.rows.Row` that it fills."""
+        values: dict[str, float | str | None] = {"tolerance": str(self.limit), "error": self.error}
+        values["warmup_s"] = self.warmup_s
+        if self.difference is not None and math.isfinite(self.difference.max):
+            values |= {"max_difference": self.difference.max, "rms_difference": self.difference.rms}
+        if self.timing is not None:
+            values |= vars(self.timing)
+        return values
+
+
+def difference(out: torch.Tensor, reference: torch.Tensor) -> Difference:
+    """How far two outputs of one shape are apart. ValueError where the shapes differ."""
+    if out.shape != reference.shape:
+        raise ValueError(f"the output has shape {list(out.shape)}, and the reference {list(reference.shape)}")
+    if out.numel() == 0:
+        return Difference(0.0, 0.0)
+    apart = out.detach().double().cpu() - reference.detach().double().cpu()
+    if not bool(apart.isfinite().all()):
+        return Difference(math.inf, math.inf)
+    return Difference(float(apart.abs().max()), float(apart.square().mean().sqrt()))
+
+
+def contest(contenders: Sequence[Contender], device: torch.device, rounds: int) -> dict[str, Verdict]:
+    """Compare every contender with its reference output, then time those that pass, interleaved.
+
+    One that fails, or whose output is further away than its limit, gets an error and is not timed; the others are.
+    """
+    verdicts: dict[str, Verdict] = {}
+    for contender in contenders:
+        try:
+            started = time.perf_counter()
+            out = contender.check()
+            synchronize(device)
+            warmup = time.perf_counter() - started
+            apart = difference(out, contender.reference)
+        except Exception as error:  # whatever a rival raises is its result, and the others go on
+            verdicts[contender.name] = Verdict(contender.limit, error=one_line(error))
+            continue
+        message = None
+        if not contender.limit.holds(apart):
+            message = (
+                f"the output differs from the reference by max {apart.max:.3g}, rms {apart.rms:.3g}, "
+                f"accepted is {contender.limit}; nothing was timed"
+            )
+        verdicts[contender.name] = Verdict(contender.limit, apart, None, warmup, message)
+    accepted = {c.name: c.run for c in contenders if verdicts[c.name].error is None}
+    for name, timing in interleave(accepted, device, rounds).items():
+        before = verdicts[name]
+        if isinstance(timing, str):
+            verdicts[name] = Verdict(before.limit, before.difference, None, before.warmup_s, timing)
+        else:
+            verdicts[name] = Verdict(before.limit, before.difference, timing, before.warmup_s)
+    return verdicts
+
+
+def interleave(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Timing | str]:
+    """Time every call once a round, in turn; a call that raises drops out, with one line that says why."""
+    results: dict[str, Timing | str] = {}
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            repeats[name] = _repeats(call, device)
+        except Exception as error:  # see contest
+            results[name] = one_line(error)
+    samples: dict[str, list[tuple[float, float | None]]] = {name: [] for name in repeats}
+    for _ in range(rounds):
+        for name in list(samples):
+            try:
+                samples[name].append(_sample(calls[name], repeats[name], device))
+            except Exception as error:  # see contest
+                results[name] = one_line(error)
+                del samples[name]
+    return {**{name: summarise(taken) for name, taken in samples.items()}, **results}
+
+
+def summarise(samples: Sequence[tuple[float, float | None]]) -> Timing:
+    """Median and percentiles of pairs of wall and device time, in seconds; no device time where one has none."""
+    low, p20, median, p80 = (float(q) for q in np.quantile([1e3 * s[0] for s in samples], (0.0, 0.2, 0.5, 0.8)))
+    on_device = [1e3 * seconds for _, seconds in samples if seconds is not None]
+    return Timing(median, p20, p80, low, float(np.median(on_device)) if len(on_device) == len(samples) else None)
+
+
+def time_alone(call: Call, device: torch.device, rounds: int) -> Timing:
+    """The timing of one call that has no rival. RuntimeError where it fails."""
+    timing = interleave({"call": call}, device, rounds)["call"]
+    if isinstance(timing, str):
+        raise RuntimeError(timing)
+    return timing
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters, with its kind."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _repeats(call: Call, device: torch.device) -> int:
+    """How many calls make one sample long enough."""
+    taken, _ = _sample(call, 1, device)
+    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(taken, 1e-9))))
+
+
+def _sample(call: Call, repeats: int, device: torch.device) -> tuple[float, float | None]:
+    """Seconds of one call: wall, and between two events on a CUDA device."""
+    if device.type != "cuda":
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - started) / repeats, None
+    with torch.cuda.device(device):
+        before, after = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        before.record()
+        for _ in range(repeats):
+            call()
+        after.record()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+        return wall / repeats, before.elapsed_time(after) / 1e3 / repeats

@@ -1,0 +1,138 @@
+"""The networks that benchmarks run: two published UNets with random weights, one of a few thousand parameters for
+rehearsals, and any model directory. What is measured is time, which weights do not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepfusion.bench.optional import need
+from stepfusion.checkpoint import load_pretrained
+from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.sampler_config import read_config
+from stepfusion.schedule import NoiseSchedule
+from stepfusion.table import StepTable
+
+#: google/ddpm-cifar10-32 and google/ddpm-celebahq-256, whose weights are not here.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "celebahq-256": {
+        "sample_size": 256,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    },
+    "tiny": {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+}
+_COMMON = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_large",
+}
+PUBLISHED = tuple(_PUBLISHED)
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A network in float32 on the CPU, and the scheduler config of its checkpoint."""
+
+    name: str
+    network: UNet2D
+    scheduler_config: Mapping[str, Any]
+    null_label: int | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image, (C, H, W)."""
+        size = self.network.sample_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        if height is None or width is None:
+            raise ValueError(f"model must say its sample_size, and the config of {self.name} does not")
+        return self.network.in_channels, height, width
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Of the scheduler config."""
+        return read_config(self.scheduler_config)[0]
+
+    def labels(self, batch: int) -> torch.Tensor | None:
+        """One label an image, all classes in turn, int64 [B]; None for a model without classes."""
+        classes = self.network.num_classes
+        if classes is None:
+            return None
+        return torch.arange(batch) % (classes if self.null_label is None else classes - 1)
+
+    def diffusers_network(self) -> Any:
+        """The same weights in diffusers' UNet2DModel, float32, on the CPU. ImportError without diffusers."""
+        config = {k: v for k, v in self.network.config.to_dict().items() if not k.startswith("_")}
+        unet = need("diffusers").UNet2DModel(**config).eval()
+        unet.load_state_dict(self.network.state_dict())
+        return unet
+
+    def flops(self, batch: int) -> int:
+        """Of one evaluation, matrix products and convolutions, as PyTorch counts them; nothing is computed."""
+        network = copy.deepcopy(self.network).to("meta")
+        x = torch.empty(batch, *self.image_shape, device="meta")
+        timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
+        labels = None if self.network.num_classes is None else torch.empty_like(timesteps)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(x, timesteps, labels)
+        return int(counter.get_total_flops())
+
+    def evaluation_table(self, timestep: int, rows: int) -> StepTable:
+        """A sampler whose state becomes what the network returned: so one evaluation is a table, too."""
+        columns = {"clip": np.full(rows, np.inf), "next_out": np.ones(rows)}
+        prediction = read_config(self.scheduler_config)[1]
+        timesteps = np.full(rows, timestep, dtype=np.int64)
+        return StepTable.from_columns("evaluation", prediction, self.schedule, timesteps, columns)
+
+
+def load_model(source: str | os.PathLike[str]) -> BenchModel:
+    """One of :data:`PUBLISHED` with random weights, always the same; or a bundled model, or a model directory.
+
+    Raises:
+        CheckpointError: what is wrong with the directory.
+    """
+    if source in _PUBLISHED:
+        config = UNet2DConfig(**{**_COMMON, **_PUBLISHED[str(source)]})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return BenchModel(str(source), UNet2D(config).eval(), _SCHEDULER)
+    loaded = load_pretrained(source)
+    return BenchModel(loaded.path.name, loaded.network, loaded.scheduler_config, loaded.null_label)

@@ -1,0 +1,29 @@
+"""Benchmarks run when they are asked for, and tests of the benchmarks on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only measures, unless ``--benchmark-only`` asks for it."""
+    if config.getoption("benchmark_only", default=False):
+        return
+    for item in items:
+        if item.path.name.startswith("test_speed_"):
+            item.add_marker(pytest.mark.skip(reason="measures: run with --benchmark-only, and without xdist"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """More threads are slower at the sizes of the tests; benchmarks keep what is set."""
+    if request.path.name.startswith("test_speed_"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

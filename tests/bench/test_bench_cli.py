@@ -1,0 +1,115 @@
+"""``stepfusion bench``: what it prints and writes, and what bad input gets, before any work."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepfusion.bench import cli
+from stepfusion.bench.models import load_model
+from stepfusion.bench.options import Options
+from stepfusion.bench.peers import all_providers
+from stepfusion.bench.rows import End, Row, parse, rows_of
+
+NAMES = ", ".join(repr(provider.name) for provider in all_providers(torch.device("cpu")))
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("suite --tiny", "--out is needed: the folder of the suite's rows, pictures and report"),
+        (
+            "suite --tiny --out x --parts host,hosts",
+            "--parts must be of 'kernels', 'latency', 'throughput', 'compare', 'headline', 'host', got 'hosts'",
+        ),
+        ("suite --tiny --out x --limit 0", "--limit must be a finite number in (0, 1e+06], got 0.0"),
+        ("compare --tiny --batch 0", "--batch must be in [1, 1048576], got 0"),
+        ("latency --tiny --steps -1", "--steps must be in [1, 1048576], got -1"),
+        ("host --rounds 0", "--rounds must be in [1, 1048576], got 0"),
+        ("compare --providers diffusers --device cpu", f"providers must be of {NAMES}, got 'diffusers'"),
+        ("host --out file", "--out must be a folder, got 'file', which is a file"),
+        ("host --out broken", "a line of benchmark rows must be JSON, got 'x'"),
+        ("kernels --device meta", None),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    command: str, message: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(cli, "measure", never)
+    monkeypatch.setattr(cli, "run_suite", never)
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "rows.jsonl").write_text("x")
+    with pytest.raises(ValueError) as caught:
+        cli.main(shlex.split(command))
+    if message is not None:
+        assert str(caught.value) == message
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["", "everything", "compare --peer someone", "suite --model tiny"])
+def test_unknown_words_end_with_status_2(command: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(shlex.split(command))
+    assert caught.value.code == 2
+
+
+def test_compare_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real run of the smallest size, on a model with labels: who runs, who is absent, and that all agree."""
+    command = (
+        "compare --tiny --device cpu --peer diffusers --model fashion-mnist --batch 2 --steps 2 --rounds 1 --json"
+    )
+    assert cli.main([*shlex.split(command), "--out", str(tmp_path / "out")]) == 0
+    records = parse(capsys.readouterr().out)
+    rows = [row for row in rows_of(records) if not row.op.startswith("ceiling")]
+    names = {"stepfusion eager float32", "stepfusion eager bfloat16", "diffusers float32"}
+    names |= {"diffusers bfloat16 channels_last"}
+    for op in ("evaluation", "DDIM-2 loop"):
+        assert {row.provider for row in rows if row.op == op} == names
+    for row in rows:
+        assert row.error is None
+        assert row.median_ms is not None
+        assert row.max_difference is not None
+        if row.provider == "stepfusion eager float32":
+            assert row.max_difference < 1e-4
+        assert row.flops == load_model("fashion-mnist").flops(2) * (row.steps or 1)
+    assert isinstance(records[-1], End)
+    written = parse((tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8"))
+    assert written == records
+
+
+def test_a_failed_row_is_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("host", "op", "a", "cpu", median_ms=1.0), Row("host", "op", "b", "cpu", error="it differs")]
+    monkeypatch.setattr(cli, "measure", lambda part, options: iter([*rows, End(part, "done", 1.0)]))
+    assert cli.main(["host"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "stepfusion: b, op: it differs (1 rows failed)\n"
+    assert "ERROR: it differs" in captured.out
+
+
+def test_whom_the_options_select() -> None:
+    def names(**options: object) -> list[str]:
+        return [p.name for p in Options(torch.device("cpu"), **options).select()]  # type: ignore[arg-type]
+
+    everyone = names()
+    assert len(everyone) == len(set(everyone)) == 12
+    assert "openvino bfloat16" in everyone
+    assert [name for name in names(families=("openvino",)) if not name.startswith("stepfusion")] == [
+        "openvino float32", "openvino bfloat16",
+    ]  # fmt: skip
+    assert all("compile" not in name for name in names(compiled=False))
+    assert names(providers=("inductor bfloat16",), compiled=False) == ["inductor bfloat16"]
+    assert {name.split()[-1] for name in names(dtype="float32")} == {"float32"}
