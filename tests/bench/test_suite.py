@@ -55,12 +55,15 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
     child = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-S', '-c', {sleep!r}])\n"
     child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\n"
     started = time.monotonic()
-    records = run_part("host", python(PRINT + child + sleep), 3.0)
-    assert time.monotonic() - started < 30
+    records = run_part("host", python(PRINT + child + sleep), 8.0)
+    assert time.monotonic() - started < 40
     assert records[0] == ROW
     assert ended(list(records)).status == "stopped"
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    deadline = time.monotonic() + 10  # the signal is sent; dying takes a moment on a busy machine
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the child outlived its part"
+        time.sleep(0.05)
 
 
 def test_a_line_cut_short_is_no_line() -> None:
