@@ -1,4 +1,4 @@
-"""The command ``stepfusion``: sample images, look at what runs here, train a model, measure."""
+"""The command ``stepfusion``: sample images, look at what runs here, train, export, measure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why;
 Command = Callable[[argparse.Namespace], int]
 
 #: Commands that other folders bring. The engine does not depend on these: they are imported when they are called.
-_BROUGHT = {"bench": ("measure speed, beside peers", "stepfusion.bench.cli")}
+_BROUGHT = {
+    "export": ("write a network, or a whole step, for another runtime", "stepfusion.export.cli"),
+    "bench": ("measure speed, beside peers", "stepfusion.bench.cli"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

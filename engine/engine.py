@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -106,6 +107,7 @@ class Engine:
             self._evaluator.compile_with(compiler)
         self._idle = RunnerPool(_IDLE_RUNNERS)
         self._uncaptured: str | None = None
+        self._exported: str | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **arguments: Any) -> Self:
@@ -123,6 +125,36 @@ class Engine:
             "options": options,
         }
         return cls(loaded.network, schedule, **{**found, **arguments})
+
+    @classmethod
+    def from_exported(cls, directory: str | os.PathLike[str], **arguments: Any) -> Self:
+        """An engine whose network was exported (``stepfusion export``); ``arguments`` as for :class:`Engine`.
+
+        The bundle's hashes, versions, device and dtype are checked before anything of it is loaded.
+
+        Raises:
+            ExportError: what is damaged, missing, or made for something else.
+            ValueError: ``network`` asks for compiling what is compiled.
+        """
+        way = arguments.get("network", "auto")
+        if way not in ("auto", "eager", "graph"):
+            raise ValueError(f"network must be 'auto', 'eager' or 'graph' for an exported network, got {way!r}")
+        # export depends on the engine, and not the engine on export: it is imported when it is asked for
+        load = import_module("stepfusion.export.load").load_network
+        network = load(directory, arguments.pop("device", "auto"), arguments.pop("dtype", "auto"))
+        found = {
+            "prediction": network.prediction,
+            "shape": network.shape,
+            "num_classes": network.num_classes,
+            "null_label": network.null_label,
+            "class_names": network.class_names,
+            "options": network.options,
+            "device": network.device,
+            "dtype": network.dtype,
+        }
+        engine = cls(network, network.schedule, **{**found, **arguments})
+        engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
+        return engine
 
     # What it does
 
@@ -300,6 +332,8 @@ class Engine:
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
         lines = self.plan.lines()
+        if self._exported is not None:
+            lines.append(f"{'exported':<14} {self._exported}")
         if self._uncaptured is not None:
             lines.append(f"{'':<14} {'eager':<13} no tick was captured: {self._uncaptured}")
         if self._batch is None:

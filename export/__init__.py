@@ -1,9 +1,23 @@
-"""Exporting networks for runtimes other than this one.
+"""Exporting networks for other runtimes, and loading what was exported.
 
-So far the common root of all formats: a network as a ``torch.export`` program with a dynamic batch, checked against
-the engine's own network before it is handed out.
+Every export is a bundle (:mod:`stepfusion.export.bundle`): an artefact, a manifest with a hash of every file, a
+sampler's table and a page that says how to run it. :mod:`stepfusion.export.formats` lists the formats.
 """
 
-from stepfusion.export.program import export_program
+from stepfusion.export.bundle import Bundle, Manifest, Tensorspec, read_bundle
+from stepfusion.export.formats import FORMATS
+from stepfusion.export.load import ExportedNetwork, load_engine_parts, load_network
+from stepfusion.export.program import Batch, export_program
 
-__all__ = ["export_program"]
+__all__ = [
+    "FORMATS",
+    "Batch",
+    "Bundle",
+    "ExportedNetwork",
+    "Manifest",
+    "Tensorspec",
+    "export_program",
+    "load_engine_parts",
+    "load_network",
+    "read_bundle",
+]

@@ -1,60 +1,162 @@
-"""An engine's network as a ``torch.export`` program."""
+"""An engine's network as a ``torch.export`` program: the common root of all formats."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.export.bundle import Tensorspec
 from stepfusion.kernels.tolerance import UNIT
+from stepfusion.networks.norm import GroupNormAct
 
-_BATCHES = (2, 5)  # the program is traced at the first and checked at both
-_ROUNDINGS = (
-    1000  # a whole network: its output may differ by so many units in the last place where kernels are chosen anew
-)
+_LARGEST = 1 << 16
+#: A whole network: its output may differ by so many units in the last place where kernels are chosen anew.
+_ROUNDINGS = {torch.float64: 1000, torch.float32: 1000, torch.float16: 32, torch.bfloat16: 32}
 
 
-def export_program(engine: Engine) -> ExportedProgram:
-    """The network (x, timesteps[, labels]) -> out as a program with a dynamic batch size.
+@dataclass(frozen=True)
+class Batch:
+    """The batch sizes of an export: from ``low`` to ``high``, tuned for ``best``; one size where all are equal."""
+
+    low: int
+    best: int
+    high: int
+
+    def __post_init__(self) -> None:
+        for name in ("low", "best", "high"):
+            _checks.integer(f"batch.{name}", getattr(self, name), 1, _LARGEST)
+        if not self.low <= self.best <= self.high:
+            raise ValueError(f"batch must have low <= best <= high, got {self.low}, {self.best}, {self.high}")
+
+    @classmethod
+    def fixed(cls, size: int) -> Batch:
+        """One size."""
+        return cls(size, size, size)
+
+    @property
+    def dynamic(self) -> bool:
+        """True where there is more than one size."""
+        return self.low != self.high
+
+    @property
+    def dimension(self) -> int | str:
+        """The first size of a :class:`stepfusion.export.bundle.Tensorspec`."""
+        return "batch" if self.dynamic else self.low
+
+    def examples(self) -> list[int]:
+        """Sizes to trace and to check at: never 1 first, where the size is dynamic, for PyTorch specialises on it."""
+        return [max(2, self.low), min(5, self.high), self.low] if self.dynamic else [self.low]
+
+
+DYNAMIC = Batch(1, 8, 64)
+
+
+class NetworkCall(nn.Module):
+    """The network as ``(x, timesteps[, labels]) -> out`` in plain operators, whatever kind of output it returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        out = self.network(x, timesteps) if labels is None else self.network(x, timesteps, labels)
+        result: Tensor = getattr(out, "sample", out)
+        return result
+
+
+def plain_network(engine: Engine) -> NetworkCall:
+    """The engine's network without fused kernels, in its dtype, on its device.
+
+    Raises:
+        ExportError: it is not a module.
+    """
+    network = engine.network
+    if not isinstance(network, nn.Module):
+        raise ExportError(f"only a torch.nn.Module can be exported, and the network is a {type(network).__name__}")
+    if any(isinstance(module, GroupNormAct) and module.fused for module in network.modules()):
+        network = copy.deepcopy(network)
+        for module in network.modules():
+            if isinstance(module, GroupNormAct):
+                module.fused = False
+    return NetworkCall(network).eval()
+
+
+def export_program(engine: Engine, batch: Batch = DYNAMIC) -> ExportedProgram:
+    """The network (x, timesteps[, labels]) -> out as a program for these batch sizes.
 
     x is [B, C, H, W] in the engine's dtype, timesteps and labels are int64 [B], and all live on the engine's device.
 
     Raises:
         ExportError: the network is not a module, cannot be traced, or the program does not give the network's output.
     """
-    network = engine.network
-    if not isinstance(network, torch.nn.Module):
-        raise ExportError(f"only a torch.nn.Module can be exported, and the network is a {type(network).__name__}")
-    examples = [_example(engine, batch) for batch in _BATCHES]
-    dynamic = tuple({0: Dim("batch")} for _ in examples[0])
+    network = plain_network(engine)
+    examples = [example_inputs(engine, size) for size in batch.examples()]
+    shapes = None
+    if batch.dynamic:
+        size = Dim("batch", min=batch.low, max=batch.high)
+        shapes = tuple({0: size} for _ in examples[0])
     try:
-        program = torch.export.export(network, examples[0], dynamic_shapes=dynamic)
+        program = torch.export.export(network, examples[0], dynamic_shapes=shapes)
     except Exception as error:  # whatever a user's module raises when it is traced
-        raise ExportError(f"torch.export cannot trace the network: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot trace the network: {first_line(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which would go into what is written
     module = program.module()
     with torch.no_grad():
         for example in examples:
-            _check(module(*example), network(*example), len(example[0]))
+            check_close(module(*example), network(*example), "exported program", len(example[0]))
     return program
 
 
-def _example(engine: Engine, batch: int) -> tuple[torch.Tensor, ...]:
+def example_inputs(engine: Engine, batch: int) -> tuple[Tensor, ...]:
     """Inputs of the network for a batch: x, timesteps and, where it takes them, labels."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn((batch, *engine.shape), generator=generator).to(engine.plan.device, engine.plan.dtype)
     timesteps = torch.arange(batch, device=engine.plan.device) * (engine.schedule.num_timesteps // batch)
+    timesteps = timesteps.clamp(max=engine.schedule.num_timesteps - 1)
     if engine.num_classes is None:
         return x, timesteps
     return x, timesteps, torch.arange(batch, device=engine.plan.device) % engine.num_classes
 
 
-def _check(actual: torch.Tensor, expected: torch.Tensor, batch: int) -> None:
-    allowed = _ROUNDINGS * UNIT[expected.dtype] * float(expected.abs().max())
-    error = float((actual - expected).abs().max())
+def input_specs(engine: Engine, batch: Batch, dtype: str | None = None) -> tuple[Tensorspec, ...]:
+    """What :func:`example_inputs` gives, for a manifest; ``dtype`` of x, the engine's by default."""
+    x = Tensorspec("x", dtype or name_of(engine.plan.dtype), (batch.dimension, *engine.shape))
+    timesteps = Tensorspec("timesteps", "int64", (batch.dimension,))
+    labels = Tensorspec("labels", "int64", (batch.dimension,))
+    return (x, timesteps) if engine.num_classes is None else (x, timesteps, labels)
+
+
+def output_specs(program: ExportedProgram, batch: Batch, dtype: str | None = None) -> tuple[Tensorspec, ...]:
+    """The network's output, for a manifest."""
+    node = program.graph.find_nodes(op="output")[0].args[0][0]
+    value = node.meta["val"]
+    return (Tensorspec("out", dtype or name_of(value.dtype), (batch.dimension, *map(int, value.shape[1:]))),)
+
+
+def check_close(actual: Tensor, expected: Tensor, what: str, batch: int) -> float:
+    """The largest difference between two outputs of a network; ExportError where rounding does not explain it."""
+    allowed = _ROUNDINGS[expected.dtype] * UNIT[expected.dtype] * float(expected.abs().max())
+    error = float((actual.to(expected.device).double() - expected.double()).abs().max())
     if not error <= allowed:
-        raise ExportError(f"the exported program differs from the network by {error:.2g} at batch {batch}")
+        raise ExportError(
+            f"the {what} differs from the network by {error:.2g} at batch {batch}; rounding explains {allowed:.2g}"
+        )
+    return error
 
 
-def _first_line(error: Exception) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

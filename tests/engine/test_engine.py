@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -274,7 +275,8 @@ def test_the_model_given_is_not_changed(schedule: sf.NoiseSchedule) -> None:
 def test_network_compile_gives_eager_images(schedule: sf.NoiseSchedule) -> None:
     unet = tiny_unet(classes=None)
     eager, compiled = (
-        sf.Engine(unet, schedule, device="cpu", prediction="sample", network=mode) for mode in ("eager", "compile")
+        sf.Engine(unet, schedule, device="cpu", prediction="sample", network=mode, dtype="float32")
+        for mode in ("eager", "compile")
     )
     images = eager.sample(2, steps=3, seed=1)
     torch.testing.assert_close(compiled.sample(2, steps=3, seed=1), images, rtol=0, atol=1e-5)
@@ -480,3 +482,51 @@ class TestGenerate:
         assert next(batches).shape == (2, 4, 4, 1)
         with pytest.raises(sf.NonFiniteError, match=r"^image 3 \(seed 0, index 3\)"):
             next(batches)
+
+
+class TestFromExported:
+    """What an engine adds to a loaded bundle; the formats have tests of their own."""
+
+    BUNDLE = SimpleNamespace(path="DIR", manifest=SimpleNamespace(format="onnx"))
+
+    @pytest.fixture
+    def loaded(self, schedule: sf.NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+        """Stands for the loader: a network that :func:`labelled` computes."""
+
+        def load(*arguments: Any) -> Callable[..., torch.Tensor]:
+            asked.append(arguments)
+
+            def network(*inputs: torch.Tensor) -> torch.Tensor:
+                return labelled(*inputs)
+
+            found = {
+                "schedule": schedule, "prediction": "v_prediction", "shape": (1, 4, 4), "num_classes": 3,
+                "null_label": 2, "class_names": ("a", "b"), "options": {"clip": None},
+                "device": torch.device("cpu"), "dtype": torch.float32, "bundle": self.BUNDLE,
+            }  # fmt: skip
+            vars(network).update(found)
+            return network
+
+        asked: list[tuple[Any, ...]] = []
+        monkeypatch.setattr("stepfusion.export.load.load_network", load)
+        return asked
+
+    def test_takes_everything_from_the_bundle(self, loaded: list[Any], schedule: sf.NoiseSchedule) -> None:
+        engine = sf.Engine.from_exported("DIR", batch=4)
+        same = sf.Engine(
+            labelled, schedule, prediction="v_prediction", shape=(1, 4, 4), num_classes=3, null_label=2,
+            options={"clip": None}, device="cpu", batch=4,
+        )  # fmt: skip
+        assert loaded == [("DIR", "auto", "auto")]
+        assert engine.class_names == ("a", "b")
+        assert torch.equal(engine.sample(3, steps=4, guidance=2.0), same.sample(3, steps=4, guidance=2.0))
+        assert "exported       onnx          DIR" in engine.explain()
+
+    def test_device_and_dtype_are_for_the_loader(self, loaded: list[Any]) -> None:
+        sf.Engine.from_exported("DIR", device="cpu", dtype="float32")
+        assert loaded == [("DIR", "cpu", "float32")]
+
+    def test_what_is_compiled_is_not_compiled_again(self, loaded: list[Any]) -> None:
+        with pytest.raises(ValueError, match=r"^network must be 'auto', 'eager' or 'graph' for an exported network"):
+            sf.Engine.from_exported("DIR", network="compile")
+        assert not loaded

@@ -49,3 +49,8 @@ def test_a_program_that_differs_is_refused() -> None:
 
     with pytest.raises(sf.ExportError, match=r"^(torch.export cannot trace|the exported program differs)"):
         export_program(make(Stateful(), shape=(1, 8, 8)))
+
+
+def test_the_program_holds_no_paths_of_this_machine() -> None:
+    program = export_program(make(tiny_unet(classes=None)))
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)

@@ -1,0 +1,137 @@
+"""Exported networks back in the engine: verified, checked against what is here, then loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stepfusion.errors import ExportError
+from stepfusion.export.bundle import ANY_DEVICE, Bundle, check_runs_here, read_bundle
+from stepfusion.export.facts import read_facts
+from stepfusion.export.formats import FORMATS, require
+from stepfusion.export.program import Batch
+from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork
+from stepfusion.plan import DTYPES, choose_device
+
+Loader = Callable[[Bundle, torch.device], Runtime]
+
+
+class ExportedNetwork:
+    """An exported network as :class:`stepfusion.Engine` takes one: ``network(x, timesteps[, labels]) -> out``.
+
+    Batches that the artefact was not made for are split, or filled up with zeros.
+
+    Attributes:
+        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options: of the
+            model that was exported.
+        device, dtype: where it runs, and the dtype of x and out.
+        bundle: where it comes from.
+    """
+
+    def __init__(self, bundle: Bundle, run: Runtime, device: torch.device) -> None:
+        facts = read_facts(bundle.manifest.model)
+        self.bundle, self.device, self.dtype = bundle, device, DTYPES[bundle.manifest.dtype]
+        self.shape = facts.shape
+        self.in_channels, self.sample_size = facts.shape[0], facts.shape[1:]
+        self.num_classes, self.null_label, self.class_names = facts.num_classes, facts.null_label, facts.class_names
+        self.schedule, self.prediction, self.options = facts.schedule, facts.prediction, facts.options
+        self._run = run
+        self._batch = facts.batch or Batch(1, 1, 1 << 16)
+
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Map x [B, C, H, W], timesteps int64 [B] and labels int64 [B], if it takes any, to [B, C', H, W]."""
+        inputs = (x, timesteps) if labels is None else (x, timesteps, labels)
+        most = self._batch.high
+        parts = [tuple(value[i : i + most] for value in inputs) for i in range(0, len(x), most)]
+        outputs = [self._run_filled(part) for part in parts]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out.to(x.device, x.dtype)
+
+    def _run_filled(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        size = len(inputs[0])
+        missing = self._batch.low - size
+        if missing > 0:
+            inputs = tuple(torch.cat((value, value.new_zeros(missing, *value.shape[1:]))) for value in inputs)
+        return self._run(*inputs)[:size]
+
+
+def load_network(
+    bundle: Bundle | str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> ExportedNetwork:
+    """Load the network of a bundle. Every hash and version is checked before anything is deserialised.
+
+    Args:
+        bundle: read by :func:`stepfusion.export.bundle.read_bundle`, or its directory.
+        device, dtype: "auto" takes what the bundle was made for.
+
+    Raises:
+        ExportError: the bundle is damaged, holds no network, or is for another device, dtype, GPU or version; or a
+            package is missing.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = read_bundle(bundle)
+    manifest = bundle.manifest
+    loader = _LOADERS.get(manifest.format)
+    if manifest.kind != "network" or loader is None:
+        able = ", ".join(_LOADERS)
+        raise ExportError(
+            f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a network as {able} can be loaded"
+        )
+    wanted = "auto" if manifest.device == ANY_DEVICE else manifest.device
+    try:
+        where = choose_device(wanted if device == "auto" else device)[0]
+    except ValueError as error:
+        raise ExportError(f"the {manifest.format} bundle cannot run here: {error}") from None
+    check_runs_here(manifest, device=where, dtype=manifest.dtype if dtype == "auto" else dtype)
+    return ExportedNetwork(bundle, loader(bundle, where), where)
+
+
+def load_engine_parts(
+    directory: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> ExportedNetwork:
+    """What ``Engine.from_exported`` needs: the network, with everything that describes it as attributes."""
+    return load_network(directory, device, dtype)
+
+
+def _load_onnx(bundle: Bundle, device: torch.device) -> Runtime:
+    require(("onnxruntime",), "onnx")
+    return OnnxRuntimeNetwork(bundle.path / "model.onnx", bundle.manifest, device)
+
+
+def _load_openvino(bundle: Bundle, device: torch.device) -> Runtime:
+    require(("openvino",), "openvino")
+    return OpenVINONetwork(bundle.path / "model.xml", bundle.manifest)
+
+
+def _load_tensorrt(bundle: Bundle, device: torch.device) -> Runtime:
+    package = bundle.manifest.format.replace("-", "_")
+    require((package,), FORMATS[bundle.manifest.format].extra)
+    stripped = bundle.manifest.versions.get("weights") == "stripped"
+    weights = bundle.path / "model.onnx" if stripped else None
+    return TensorRTNetwork(bundle.path / "model.engine", bundle.manifest, device, package, weights)
+
+
+def _load_torch_tensorrt(bundle: Bundle, device: torch.device) -> Runtime:
+    from stepfusion.export.to_torch_tensorrt import load_torch_tensorrt
+
+    return load_torch_tensorrt(bundle, device)
+
+
+def _load_aoti(bundle: Bundle, device: torch.device) -> Runtime:
+    from stepfusion.export.to_aoti import load_aoti
+
+    run: Runtime = load_aoti(bundle, device)
+    return run
+
+
+_LOADERS: dict[str, Loader] = {
+    "onnx": _load_onnx,
+    "openvino": _load_openvino,
+    "tensorrt": _load_tensorrt,
+    "tensorrt-rtx": _load_tensorrt,
+    "torch-tensorrt": _load_torch_tensorrt,
+    "aoti": _load_aoti,
+}

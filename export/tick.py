@@ -1,0 +1,288 @@
+"""A tick as one program: the network, the table's step and its noise, for consumers that have no stepfusion.
+
+    x_next = tick(x, row, coefficients, timesteps, seed, index[, labels[, guidance]])
+    x_T    = initial_noise(seed, index)
+
+A consumer starts from x_T, calls the tick for row 0 (``starts`` of another sampler of the table), goes on with
+``next_row`` of the table until that is -1, and has the image. Everything that tells samplers apart is data: another
+table needs no other program.
+
+The step is that of :mod:`stepfusion.kernels.step` and the noise that of :mod:`stepfusion.kernels.philox`: the same
+float32 operations in the same order, so the same noise bit for bit where a compiler does not contract products and
+sums. They are written in operators that ONNX has too and that overflow nowhere: int64 arithmetic in place of unsigned
+words, and comparisons in place of reading a float's bits. Nothing depends on data but data, so a tick is one graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from stepfusion.engine import Engine
+from stepfusion.errors import ExportError
+from stepfusion.export.bundle import Tensorspec
+from stepfusion.export.program import Batch, example_inputs, first_line, plain_network
+from stepfusion.kernels import COLUMNS, launch, philox
+from stepfusion.table import StepTable
+
+_WORD = 1 << 32
+_MASK = _WORD - 1
+_FOUR_THIRDS = 1.3333334  # the float32 above 4/3, where philox puts the end of a mantissa
+_LARGEST_EXPONENT = 32  # of a word + 1
+_MOST_ROWS = 1 << 24
+_EXAMPLE_ROWS = 8
+_EXAMPLE_SEED = 0x0123456789ABCDEF
+
+
+class Tick(nn.Module):
+    """One row of a table for every lane, network included.
+
+    Args:
+        network: ``network(x, timesteps[, labels])``, in eval mode; returns what the table's prediction says, or twice
+            as many channels where it learned its variance.
+        dtype: of the network's input; the state is float32 in any case.
+        null_label: the label without a condition, for a tick with classifier-free guidance (Ho & Salimans 2022),
+            which then runs the network for both labels of each lane.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, null_label: int | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        self.null_label = null_label
+
+    def forward(
+        self,
+        x: Tensor,
+        row: Tensor,
+        coefficients: Tensor,
+        timesteps: Tensor,
+        seed: Tensor,
+        index: Tensor,
+        labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Move every lane one row on.
+
+        Args:
+            x: float32 [B, C, H, W], the states.
+            row: int64 [B], each lane's row of the table; -1 leaves the lane alone.
+            coefficients: float32 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`.
+            timesteps: int64 [R], what the network is told and what keys a row's noise.
+            seed: int64 [B], the 64 bits of each lane's seed.
+            index: int64 [B], in [0, 2**32), the image's number under its seed.
+            labels: int64 [B], where the network takes labels.
+            guidance: float32 [B], where the tick was made with a null label; 1 is none.
+
+        Returns:
+            float32 [B, C, H, W]. A row beyond the table gives NaN.
+        """
+        rows = coefficients.shape[0]
+        inside = (row < rows)[:, None]
+        safe = row.clamp(0, rows - 1)
+        columns = torch.where(inside, coefficients[safe], math.nan)
+        t = timesteps[safe]
+        out = self._evaluate(x.to(self.dtype), t, labels, guidance)
+        z = normal(seed, index, t, tuple(x.shape[1:]), philox.STREAM_STEP)
+        return torch.where(launch.per_lane(row >= 0, x), step(x, out, columns, z), x)
+
+    def _evaluate(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """The network's output in float32, guided where the tick is; a learned variance is the condition's own."""
+        if labels is None:
+            return self._call(x, t)
+        if self.null_label is None or guidance is None:
+            return self._call(x, t, labels)
+        nothing = torch.full_like(labels, self.null_label)
+        both = self._call(torch.cat((x, x)), torch.cat((t, t)), torch.cat((labels, nothing)))
+        lanes, channels = x.shape[:2]
+        out, uncond = both[:lanes, :channels], both[lanes:, :channels]
+        scale = launch.per_lane(guidance, x)
+        guided = torch.where(scale == 1.0, out, uncond + scale * (out - uncond))
+        return guided if both.shape[1] == channels else torch.cat((guided, both[:lanes, channels:]), dim=1)
+
+    def _call(self, *arguments: Tensor) -> Tensor:
+        out: Any = self.network(*arguments)
+        result: Tensor = getattr(out, "sample", out)
+        return result.to(torch.float32)
+
+
+class InitialNoise(nn.Module):
+    """Where every image of a shape starts: x_T of (seed, index), float32 [B, *shape]."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, seed: Tensor, index: Tensor) -> Tensor:
+        """Map seed and index, int64 [B], to standard normal noise, the same that an engine starts from."""
+        return normal(seed, index, torch.zeros_like(seed), self.shape, philox.STREAM_INITIAL)
+
+
+def step(x: Tensor, out: Tensor, columns: Tensor, z: Tensor) -> Tensor:
+    """What :func:`stepfusion.kernels.reference.diffusion_step` computes, without a branch.
+
+    Args:
+        x, z: float32 [B, C, H, W]. out: the same, or [B, 2 C, H, W] with learned variance.
+        columns: float32 [B, 9], each lane's row of the table.
+    """
+    x0_x, x0_out, clip, next_x0, next_x, next_out, sigma, half_log_min, half_log_span = (
+        launch.per_lane(column, x) for column in columns.unbind(1)
+    )
+    eps = out[:, : x.shape[1]]
+    x0 = torch.minimum(torch.maximum(x0_x * x + x0_out * eps, -clip), clip)
+    result = next_x0 * x0 + next_x * x + next_out * eps
+    std = sigma
+    if out.shape[1] != x.shape[1]:
+        v = out[:, x.shape[1] :]
+        std = sigma * (half_log_min + (v * 0.5 + 0.5) * half_log_span).exp()
+    return torch.where(sigma != 0, result + std * z, result)
+
+
+def normal(seed: Tensor, index: Tensor, timesteps: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
+    """What :func:`stepfusion.kernels.reference.normal` returns, bit for bit, in portable operators.
+
+    Args:
+        seed, index, timesteps: int64 [B]. shape: of one image. stream: one of :mod:`stepfusion.kernels.philox`.
+
+    Returns:
+        float32 [B, *shape].
+    """
+    elements = math.prod(shape)
+    # Masked although it is small: Inductor folds products into a bare range, and computes ranges in 32 bits.
+    quads = torch.arange((elements + 3) // 4, device=seed.device) & _MASK
+    counter = (quads[None], (timesteps & _MASK)[:, None], (index & _MASK)[:, None], stream)
+    w0, w1, w2, w3 = _philox(counter, ((seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None]))
+    pairs = (*_box_muller(w0, w1), *_box_muller(w2, w3))
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(-1, *shape)
+
+
+def _philox(counter: tuple[Any, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al. 2011) on words in [0, 2**32) held in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(philox._ROUNDS):
+        (high0, low0), (high1, low1) = _multiply(c0, philox._M0), _multiply(c2, philox._M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + philox._W0) & _MASK, (k1 + philox._W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """The high and the low word of word * constant.
+
+    The 64-bit product does not fit int64, but word * (constant - 2**32) does, and is less by word * 2**32: it has the
+    same low word, and a high word less by ``word``.
+    """
+    product = word * (constant - _WORD)
+    return (product >> 32) + word, product & _MASK
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals, float32, from two words: :func:`stepfusion.kernels.philox._box_muller_reference`."""
+    mantissa = radius_word.to(torch.float32) + 1.0
+    exponent = torch.full_like(mantissa, -_LARGEST_EXPONENT)
+    for shift in (32, 16, 8, 4, 2, 1):  # to a mantissa in [2/3, 4/3); every product is exact
+        large = mantissa >= _FOUR_THIRDS * 2.0 ** (shift - 1)
+        mantissa = torch.where(large, mantissa * 2.0**-shift, mantissa)
+        exponent = torch.where(large, exponent + shift, exponent)
+    f = mantissa - 1.0
+    p = f * philox._LOG[5]
+    for c in (*philox._LOG[4::-1], 0.5, -1.0):
+        p = (p + c) * f
+    square = exponent * philox._MINUS_LN2 + p
+    radius = square.to(torch.float64).sqrt().to(torch.float32)
+
+    b = torch.where(angle_word >= _WORD // 2, angle_word - _WORD, angle_word).to(torch.float32) * philox._ANGLE
+    b2 = b * b
+    sine = (((b2 * philox._SIN[2] + philox._SIN[1]) * b2 + philox._SIN[0]) * b2 + 1.0) * b
+    cosine = ((b2 * philox._COS[1] + philox._COS[0]) * b2 - 0.5) * b2 + 1.0
+    return philox._quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
+
+
+def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
+    """Refuse a tick that could not run.
+
+    Raises:
+        ExportError: there is no table, or one for another prediction type or schedule, or a tick of a model without a
+            null label was to be guided.
+    """
+    if table is None:
+        raise ExportError("a tick needs a table: the sampler's rows that go with it")
+    if table.prediction != engine.prediction or table.schedule != engine.schedule:
+        raise ExportError(
+            f"the table is for {table.prediction} and {table.schedule}, and the engine for {engine.prediction} and "
+            f"{engine.schedule}"
+        )
+    if guided and engine.null_label is None:
+        raise ExportError("a guided tick needs a null label, and the model has none")
+
+
+def tick_module(engine: Engine, *, guided: bool = False) -> Tick:
+    """The engine's tick, with its network in plain operators."""
+    return Tick(plain_network(engine), engine.plan.dtype, engine.null_label if guided else None).eval()
+
+
+def tick_program(engine: Engine, batch: Batch, *, guided: bool = False) -> ExportedProgram:
+    """The engine's tick as a program for these batch sizes and tables of any length.
+
+    Raises:
+        ExportError: the network is not a module, or cannot be traced.
+    """
+    example = tick_example(engine, batch.examples()[0], guided=guided)
+    shapes = [_lanes(batch) for _ in example]
+    shapes[2] = shapes[3] = {0: Dim("rows", min=1, max=_MOST_ROWS)}
+    return _trace(tick_module(engine, guided=guided), example, shapes)
+
+
+def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
+    """Where the engine's images start, as a program (seed, index) -> x_T for these batch sizes."""
+    numbers = torch.arange(batch.examples()[0], device=engine.plan.device)
+    return _trace(InitialNoise(engine.shape).eval(), (numbers, numbers.clone()), [_lanes(batch), _lanes(batch)])
+
+
+def tick_example(engine: Engine, batch: int, *, guided: bool = False) -> tuple[Tensor, ...]:
+    """Inputs of the engine's tick for a batch, in order: lanes all over a DDPM's table."""
+    x, _, *labels = example_inputs(engine, batch)
+    table = engine.table("ddpm", min(_EXAMPLE_ROWS, engine.schedule.num_timesteps)).on(x.device)
+    lane = torch.arange(batch, device=x.device)
+    row = lane % len(table.timesteps)
+    scale = [1.0 + lane.to(torch.float32)] if guided else []
+    seed = (lane + 1) * _EXAMPLE_SEED
+    return (x.float(), row, table.coefficients, table.timesteps, seed, lane + 7, *labels, *scale)
+
+
+def tick_specs(
+    engine: Engine, batch: Batch, *, guided: bool = False
+) -> tuple[tuple[Tensorspec, ...], tuple[Tensorspec, ...]]:
+    """The inputs and outputs of the engine's tick, for a manifest."""
+    lanes, image = (batch.dimension,), (batch.dimension, *engine.shape)
+    inputs = [
+        Tensorspec("x", "float32", image),
+        Tensorspec("row", "int64", lanes),
+        Tensorspec("coefficients", "float32", ("rows", len(COLUMNS))),
+        Tensorspec("timesteps", "int64", ("rows",)),
+        Tensorspec("seed", "int64", lanes),
+        Tensorspec("index", "int64", lanes),
+    ]
+    if engine.num_classes is not None:
+        inputs.append(Tensorspec("labels", "int64", lanes))
+    if guided:
+        inputs.append(Tensorspec("guidance", "float32", lanes))
+    return tuple(inputs), (Tensorspec("x_next", "float32", image),)
+
+
+def _lanes(batch: Batch) -> dict[int, Any]:
+    """The dynamic dimensions of an input with one entry for each lane."""
+    return {0: Dim("batch", min=batch.low, max=batch.high)} if batch.dynamic else {}
+
+
+def _trace(module: nn.Module, example: tuple[Tensor, ...], shapes: list[dict[int, Any]]) -> ExportedProgram:
+    try:
+        return torch.export.export(module, example, dynamic_shapes=tuple(shapes))
+    except Exception as error:  # whatever a user's module raises when it is traced
+        raise ExportError(f"torch.export cannot trace the {type(module).__name__}: {first_line(error)}") from error

@@ -1,0 +1,301 @@
+"""A bundle is whole and untouched, or nothing in it is opened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepfusion as sf
+from stepfusion.export import bundle as bundles
+from stepfusion.export.bundle import Manifest, Tensorspec, check_runs_here, read_bundle, sha256, write_bundle
+from stepfusion.export.facts import model_facts, read_facts
+from stepfusion.export.load import load_network
+from stepfusion.export.program import Batch
+
+
+def manifest(engine: sf.Engine, **changes: Any) -> Manifest:
+    image = ("batch", *engine.shape)
+    made = Manifest(
+        format="onnx",
+        kind="network",
+        device="any",
+        dtype="float32",
+        inputs=(Tensorspec("x", "float32", image), Tensorspec("timesteps", "int64", ("batch",))),
+        outputs=(Tensorspec("out", "float32", image),),
+        versions={"torch": "2.13.0+cpu"},
+        model=model_facts(engine, Batch(1, 2, 4)),
+        files={},
+    )
+    return replace(made, **changes)
+
+
+def artefact(folder: Path) -> str:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights.bin").write_bytes(b"weights")
+    return "A note of the export."
+
+
+@pytest.fixture
+def written(engine: sf.Engine, tmp_path: Path) -> Path:
+    out = tmp_path / "bundle"
+    write_bundle(out, manifest(engine), artefact, table=engine.table("ddpm", clip=None))
+    return out
+
+
+def test_what_is_written_is_read_back_to_the_bit(engine: sf.Engine, written: Path) -> None:
+    table, read = engine.table("ddpm", clip=None), read_bundle(written)
+    assert read.table is not None
+    assert np.isinf(table.column("clip")).all()
+    for name in ("coefficients", "timesteps", "next_row"):
+        np.testing.assert_array_equal(getattr(read.table, name), getattr(table, name))
+    assert (read.table.name, read.table.prediction, read.table.starts) == (table.name, table.prediction, table.starts)
+    assert read.table.schedule == engine.schedule
+    files = {"sub/weights.bin", "table.json", "README.md"}
+    assert read.manifest == manifest(engine, files={name: sha256(written / name) for name in files})
+    assert "A note of the export." in (written / "README.md").read_text()
+
+
+def test_the_facts_of_a_model_come_back(engine: sf.Engine, written: Path) -> None:
+    facts = read_facts(read_bundle(written).manifest.model)
+    assert facts.schedule == engine.schedule
+    for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "options"):
+        assert getattr(facts, name) == getattr(engine, name), name
+    assert facts.batch == Batch(1, 2, 4)
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    """Change entries of the manifest; None removes one."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / "manifest.json"
+        given = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
+
+    return spoil
+
+
+def edit_files(change: Callable[[dict[str, str]], dict[str, str]]) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        edit(files=change(json.loads((directory / "manifest.json").read_text())["files"]))(directory)
+
+    return spoil
+
+
+def link(directory: Path) -> None:
+    path = directory / "model.onnx"
+    path.rename(directory.parent / "elsewhere")
+    path.symlink_to(directory.parent / "elsewhere")
+
+
+def linked_folder(directory: Path) -> None:
+    (directory.parent / "folder").mkdir()
+    (directory / "folder").symlink_to(directory.parent / "folder")
+
+
+def change_a_byte(directory: Path) -> None:
+    data = bytearray((directory / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "model.onnx").write_bytes(data)
+
+
+def truncate(directory: Path) -> None:
+    os.truncate(directory / "model.onnx", 1000)
+
+
+def rehash(name: str, data: bytes) -> Callable[[Path], None]:
+    """Write a file together with its hash, as somebody who knows bundles would."""
+
+    def spoil(directory: Path) -> None:
+        (directory / name).write_bytes(data)
+        edit_files(lambda files: {**files, name: sha256(directory / name)})(directory)
+
+    return spoil
+
+
+DIGEST = "0" * 64
+SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a byte of the artefact": (
+        change_a_byte,
+        r"model.onnx has SHA-256 \w{64}; the manifest says \w{64}$",
+    ),
+    "a truncated artefact": (truncate, r"model.onnx has SHA-256 [0-9a-f]{64}; the manifest says"),
+    "a hash": (
+        edit_files(lambda files: {**files, "model.onnx": DIGEST}),
+        rf"; the manifest says {DIGEST}$",
+    ),
+    "no hash": (edit_files(lambda files: {**files, "model.onnx": "x"}), r"gives model.onnx the hash 'x'"),
+    "a missing artefact": (
+        lambda d: (d / "model.onnx").unlink(),
+        r"model.onnx is missing, and the manifest lists",
+    ),
+    "a missing manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest.json is missing$"),
+    "a stray file": (lambda d: (d / "stray.py").write_text(""), r"stray.py is not in the manifest$"),
+    "a link": (link, r"model.onnx is a symbolic link"),
+    "a linked folder": (linked_folder, r"folder is a symbolic link"),
+    "a name above": (
+        edit_files(lambda files: {**files, "../secret": DIGEST}),
+        r"lists the file '../secret', which is not a name inside the bundle$",
+    ),
+    "a name above, inside": (edit_files(lambda files: {**files, "a/../b": DIGEST}), r"lists the file 'a/../b'"),
+    "an absolute name": (edit_files(lambda files: {**files, "/etc/passwd": DIGEST}), r"lists the file '/etc/passwd'"),
+    "a Windows name": (edit_files(lambda files: {**files, "..\\b": DIGEST}), r"lists the file"),
+    "the manifest itself": (edit_files(lambda files: {**files, "manifest.json": DIGEST}), r"'manifest.json'"),
+    "another version": (
+        edit(version="stepfusion bundle 2"),
+        r"is of version 'stepfusion bundle 2'; this stepfusion reads 'stepfusion bundle 1'$",
+    ),
+    "no version": (edit(version=None), r"is of version None; this stepfusion reads"),
+    "an unknown entry": (edit(extra=1), r"has the unknown entry 'extra'$"),
+    "a missing entry": (edit(dtype=None), r"lacks 'dtype'$"),
+    "a number as dtype": (edit(dtype=32), r"has dtype = 32; accepted is text$"),
+    "another kind": (edit(kind="loop"), r"has kind = 'loop'; accepted are 'network', 'tick'$"),
+    "files as a list": (edit(files=[]), r"has files = \[\]; accepted is an object of texts$"),
+    "inputs as a text": (edit(inputs="x"), r"has inputs = 'x'; accepted is a list of tensors$"),
+    "an input of size 0": (
+        edit(inputs=[{"name": "x", "dtype": "float32", "shape": [0]}]),
+        r"has inputs\[0\] with the size 0; accepted is a positive number or a name$",
+    ),
+    "a truncated manifest": (lambda d: os.truncate(d / "manifest.json", 100), r"manifest.json is not JSON: "),
+    "a manifest that is a list": (lambda d: (d / "manifest.json").write_text("[]"), r"holds a JSON list"),
+    "NaN in the table": (rehash("table.json", b'{"columns": NaN}'), r"table.json is not JSON: NaN is not a finite"),
+    "an empty table": (rehash("table.json", b"{}"), r"table.json cannot be read: 'columns' is missing$"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILERS)
+def test_a_spoiled_bundle_is_refused_before_anything_is_loaded(
+    what: str, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the artefact was opened")
+
+    monkeypatch.setattr("stepfusion.export.load.OnnxRuntimeNetwork", forbidden)
+    spoil, message = SPOILERS[what]
+    spoil(bundle_copy)
+    with pytest.raises(sf.ExportError, match=message):
+        load_network(bundle_copy)
+
+
+def test_the_untouched_copy_is_loaded(bundle_copy: Path) -> None:
+    assert load_network(bundle_copy).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {"betas": [2.0], "name": "x"}}, r"cannot be used: betas must lie in"),
+        ({"prediction": "score"}, r"cannot be used: prediction must be one of"),
+        ({"shape": [0]}, r"cannot be used: shape must be in"),
+    ],
+)
+def test_facts_that_make_no_model_are_refused(engine: sf.Engine, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(sf.ExportError, match=message):
+        read_facts({**model_facts(engine), **change})
+    facts = model_facts(engine)
+    del facts[next(iter(change))]
+    with pytest.raises(sf.ExportError, match=f"lacks '{next(iter(change))}'"):
+        read_facts(facts)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_export_leaves_nothing(
+    engine: sf.Engine, tmp_path: Path, failure: type[BaseException]
+) -> None:
+    def build(folder: Path) -> None:
+        artefact(folder)
+        raise failure
+
+    with pytest.raises(failure):
+        write_bundle(tmp_path / "bundle", manifest(engine), build)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_stopped_while_it_is_verified_leaves_nothing(
+    engine: sf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundles, "read_bundle", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(tmp_path / "bundle", manifest(engine), artefact)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_refused_before_any_work(engine: sf.Engine, tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        raise AssertionError("work was done")
+
+    with pytest.raises(sf.ExportError, match=r"^out must be a directory that does not exist yet, and .+ exists$"):
+        write_bundle(tmp_path, manifest(engine), build)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(sf.ExportError, match=r"dangling exists$"):
+        write_bundle(tmp_path / "dangling", manifest(engine), build)
+    with pytest.raises(sf.ExportError, match=r"is not a directory$"):
+        write_bundle(tmp_path / "nowhere" / "bundle", manifest(engine), build)
+
+
+def test_an_artefact_may_not_take_a_name_of_the_bundle(engine: sf.Engine, tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "table.json").write_text("{}")
+
+    with pytest.raises(sf.ExportError, match=r"^the onnx export wrote table.json"):
+        write_bundle(tmp_path / "bundle", manifest(engine), build)
+
+
+def test_a_manifest_that_json_cannot_hold_is_not_written(engine: sf.Engine, tmp_path: Path) -> None:
+    for model in ({"shape": (1, 8, 8)}, {"clip": math.inf}):
+        with pytest.raises((sf.ExportError, ValueError), match=r"reads back as another manifest|not JSON compliant"):
+            write_bundle(tmp_path / "bundle", manifest(engine, model=model), artefact)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "message"),
+    [
+        ({"device": "cuda"}, "cpu", "float32", r"was made for cuda, and device is cpu$"),
+        ({"device": "cpu"}, "cuda:1", "float32", r"was made for cpu, and device is cuda:1$"),
+        ({}, "cpu", "bfloat16", r"has a float32 network, and dtype is bfloat16$"),
+        (
+            {"format": "aoti", "versions": {"torch": "1.0.0"}},
+            "cpu",
+            "float32",
+            r"was made for torch 1.0.0, and torch here is 2\.",
+        ),
+        (
+            {"format": "aoti", "versions": {"platform": "plan9-vax"}},
+            "cpu",
+            "float32",
+            r"was made for platform plan9-vax, and platform here is \w+-\w+$",
+        ),
+        (
+            {"format": "tensorrt", "device": "any", "versions": {"compute_capability": "1.0 1.1"}},
+            "cpu",
+            "float32",
+            r"was made for compute capability 1.0 1.1, and compute capability here is none$",
+        ),
+        (
+            {"format": "tensorrt-rtx", "device": "any", "versions": {"tensorrt-rtx": "0.0.1"}},
+            "cpu",
+            "float32",
+            r"was made for tensorrt-rtx 0.0.1, and tensorrt-rtx here is ",
+        ),
+    ],
+)
+def test_an_artefact_for_somewhere_else_is_refused(
+    engine: sf.Engine, changes: dict[str, Any], device: str, dtype: str, message: str
+) -> None:
+    with pytest.raises(sf.ExportError, match=message):
+        check_runs_here(manifest(engine, **changes), device=device, dtype=dtype)
+
+
+def test_an_artefact_that_depends_on_no_version_runs_with_any(engine: sf.Engine) -> None:
+    check_runs_here(manifest(engine, versions={"torch": "1.0.0"}), device="cpu", dtype="float32")
