@@ -50,10 +50,10 @@ def compiler_cache() -> Iterator[None]:
     default in a temporary directory, when it is first used: that is not a user's choice. Where nothing can be
     written, Inductor's default remains.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     with _LOCK:
-        previous = os.environ.get(_VARIABLE)
+        previous = os.environ.get(_VARIABLE)  # before the import, which can set it
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
         chosen_by_user = previous is not None and previous != os.path.abspath(default_cache_dir())
         directory = None if chosen_by_user else make_cache_directory("inductor")
         if directory is None:

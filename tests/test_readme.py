@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 def quick(code: str) -> str:
     """The same calls with 4 images at the most, and 3 steps."""
     code = re.sub(r"steps=\d+", "steps=3", code).replace("sample(64", "sample(4").replace("range(64)", "range(4)")
-    return code.replace('engine.table("ddpm")', 'engine.table("ddpm", 3)')
+    return code.replace('engine.table("ddpm")', 'engine.table("ddpm", 3)').replace("generate(200", "generate(5")
 
 
 @pytest.mark.slow

@@ -530,3 +530,39 @@ class TestFromExported:
         with pytest.raises(ValueError, match=r"^network must be 'auto', 'eager' or 'graph' for an exported network"):
             sf.Engine.from_exported("DIR", network="compile")
         assert not loaded
+
+
+class TestCompiledNetwork:
+    """What an engine promises of ``network="compile"``; the compiler's side is in test_compiled.py."""
+
+    def test_other_samplers_steps_etas_and_labels_compile_nothing(
+        self, schedule: sf.NoiseSchedule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One graph for each bucket; Dynamo traces and guards as ever, and what it traced runs as it is."""
+        monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+        engine = sf.Engine(tiny_unet(), schedule, device="cpu", network="compile", dtype="float32", null_label=3)
+        eager = sf.Engine(tiny_unet(), schedule, device="cpu", network="eager", null_label=3)
+        for sampler, options in (
+            ("ddim", {"eta": 0.0}),
+            ("ddim", {"eta": 1.0}),
+            ("ddpm", {}),
+            ("ddim_inversion", {}),
+        ):
+            for steps in (2, 3, 5):
+                for labels in ([0, 1, 2], [3, 3, 0]):
+                    table = engine.table(sampler, steps, **options)
+                    images = engine.sample(3, table, labels=labels)
+                    torch.testing.assert_close(images, eager.sample(3, table, labels=labels), rtol=0, atol=1e-4)
+        assert engine._evaluator._call.compilations == 1
+        engine.sample(5, steps=2)
+        assert engine._evaluator._call.compilations == 2, "another bucket"
+
+    def test_a_request_gives_the_same_bits_first_and_later(
+        self, schedule: sf.NoiseSchedule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def off_by_little(graph: torch.fx.GraphModule, inputs: Any, options: Any) -> Callable[..., Any]:
+            return lambda *arguments: tuple(1.0001 * out for out in graph.forward(*arguments))
+
+        monkeypatch.setattr(torch._inductor, "compile", off_by_little)
+        engine = sf.Engine(tiny_unet(), schedule, device="cpu", network="compile", dtype="float32", null_label=3)
+        assert torch.equal(engine.sample(2, steps=3), engine.sample(2, steps=3))
