@@ -1,11 +1,12 @@
 """``network="compile"``: a network as `torch.compile` makes it, specialised, cached on disk, checked before use.
 
 What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bfloat16 with its time path hoisted,
-one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, CPU time, least of nine interleaved runs. CUDA: not yet.
+one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of interleaved evaluations. CUDA: not measured yet.
 
 ====  ======================================  =================================================================
-CPU   ``freezing`` off                        293 ms, 302 with it: packing the weights ahead gains nothing here,
-                                              and oneDNN's packed weights keep a graph out of the cache
+CPU   ``freezing`` off                        288 and 293 ms in two runs, 278 and 302 with it: no gain to be sure of,
+                                              and the graph's packed weights cannot be cached: the next process
+                                              starts in 22 s, without freezing in 8
 CUDA  ``max_autotune``                        matrix products and convolutions are chosen by timing them
       ``coordinate_descent_tuning``           and so are the launch settings of generated kernels
       ``loop_reindexing_after_fusion`` off    upsample, conv, GroupNorm, SiLU ran six times as long (pytorch#189488)

@@ -419,7 +419,7 @@ class Engine:
             lanes = self._bucket(len(request))
             settings = self._settings(request, lanes)
             try:
-                runner = self._idle.take(settings, lambda settings=settings: self._runner(settings))
+                runner = self._idle.take(settings, self._runner)
                 deferred = unchecked is not None
                 walk = Walk(runner, request, result, waiting, strict=strict, watched=watched, deferred=deferred)
                 try:

@@ -45,7 +45,7 @@ class Evaluator:
         if not isinstance(self._network, TimeConditioned) or not self.hoisted:
             return timesteps
         parts = []
-        for chunk in timesteps.split(_ROWS):
+        for chunk in torch.split(timesteps, _ROWS):
             padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))
             time = self._network.embed_time(padded)
             parts.append((time if self._labelled else self._network.condition(time))[: len(chunk)])

@@ -88,6 +88,10 @@ class Runner:
         self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
         self._guidance = torch.ones(lanes, device=device)
         self._table: StepTable | None = None
+        self._coefficients: Tensor
+        self._timesteps: Tensor
+        self._next_row: Tensor
+        self._features: Tensor
         self._graphs: dict[tuple[bool, bool], Graph] = {}
         self.uncaptured: str | None = None  # the reason why ticks are not replayed although that was asked for
 
@@ -224,13 +228,13 @@ class RunnerPool:
         self._lock = threading.Lock()
         self._idle: list[tuple[Settings, Runner]] = []
 
-    def take(self, settings: Settings, make: Callable[[], Runner]) -> Runner:
+    def take(self, settings: Settings, make: Callable[[Settings], Runner]) -> Runner:
         """An idle runner with these settings, or a new one."""
         with self._lock:
             for position in reversed(range(len(self._idle))):
                 if self._idle[position][0] == settings:
                     return self._idle.pop(position)[1]
-        return make()
+        return make(settings)
 
     def give(self, settings: Settings, runner: Runner) -> None:
         """Bring a runner back, its lanes in whatever state."""

@@ -179,7 +179,8 @@ def load_torch_tensorrt(bundle: Bundle, device: torch.device, *, cudagraphs: boo
 
 def _convertible(program: ExportedProgram) -> ExportedProgram:
     """The program with the operator of large attention heads, which has no converter, in terms of others."""
-    return program.run_decompositions(get_decompositions([torch.ops.aten.baddbmm]))
+    decomposed: ExportedProgram = program.run_decompositions(get_decompositions([torch.ops.aten.baddbmm]))
+    return decomposed
 
 
 def _inputs(trt: Any, engine: Engine, batch: Batch) -> list[Any]:

@@ -22,7 +22,7 @@ class GroupNormAct(nn.GroupNorm):
         self.act = nn.Identity() if act is None else act
         self.fused = False
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         *,

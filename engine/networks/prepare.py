@@ -25,7 +25,7 @@ def prepare_network(network: nn.Module, device: torch.device, dtype: torch.dtype
         return network
     network = copy.deepcopy(network).to(device, dtype).eval()
     if ours:
-        network = network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for norm in _norms(network):
         norm.fused = fused
     return network

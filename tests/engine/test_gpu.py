@@ -77,7 +77,7 @@ def test_the_host_does_not_wait_inside_the_loop(schedule: sf.NoiseSchedule, no_w
     table = one.table(steps=20)
     one.sample(8, table)
     settings = one._settings(sf.request.make_request(one._facts, 8, table, 0, None, 0, None, None, None), 8)
-    runner = one._idle.take(settings, lambda: pytest.fail("no idle runner"))
+    runner = one._idle.take(settings, lambda _: pytest.fail("no idle runner"))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(20):
