@@ -32,7 +32,7 @@ def conditions(part: str, device: torch.device) -> Conditions:
         device_name=torch.cuda.get_device_name(device) if on_gpu else _processor(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.machine()}",
         threads=torch.get_num_threads(),
         versions=versions,
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfusion.errors import BackendError
+from stepfusion.networks.norm import GroupNormAct
 
 if TYPE_CHECKING:
     import openvino
@@ -93,8 +94,12 @@ class _Request:
 def _convert(module: nn.Module, inputs: list[Tensor]) -> openvino.Model:
     """Export a float32 copy of ``module`` for these inputs; OpenVINO rounds the weights to its own precision."""
     ov = _import_openvino()
+    module = copy.deepcopy(module).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for norm in module.modules():
+        if isinstance(norm, GroupNormAct):
+            norm.by_rows = True  # faster there: 6 % of the time of the CIFAR UNet in bfloat16
     with torch.no_grad():
-        exported = torch.export.export(copy.deepcopy(module).float(), tuple(inputs))
+        exported = torch.export.export(module, tuple(inputs)).run_decompositions()
         model: openvino.Model = ov.convert_model(exported)
     for place, tensor in zip(model.inputs, inputs, strict=True):
         place.get_node().set_partial_shape(ov.PartialShape(list(tensor.shape)))

@@ -105,3 +105,14 @@ def test_activations_stay_nhwc() -> None:
     network(torch.randn(2, 1, 8, 8), torch.tensor([900, 3]))
     assert len(crossed) > 20
     assert all(crossed)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (12, 4), (6, 6)])
+def test_normalising_by_rows_is_the_same(channels: int, groups: int) -> None:
+    norm = GroupNormAct(groups, channels, 1e-5, nn.SiLU())
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, time = 3 + torch.randn(2, channels, 5, 4), torch.randn(2, channels)
+    wanted = norm(x, time=time)
+    norm.by_rows = True
+    torch.testing.assert_close(norm(x, time=time), wanted, rtol=0, atol=1e-5)
