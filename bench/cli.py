@@ -26,6 +26,7 @@ _HELP = {
     "latency": "time to the images of small batches, and where a tick's time goes",
     "throughput": "images a second against the batch",
     "compare": "one evaluation and a whole loop, by everyone who can run them",
+    "exports": "the network in every format it can be exported to, loaded back",
     "headline": "32 images of a small UNet: DDPM-500 against DDIM-25, as a notebook loop and by the engine",
     "host": "what the engine's own Python costs a tick, and what the import costs",
 }
@@ -40,7 +41,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         part = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_common(part)
-        if name in ("latency", "throughput", "compare"):
+        if name in ("latency", "throughput", "compare", "exports"):
             models = ", ".join(PUBLISHED)
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"
@@ -49,7 +50,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--providers", metavar="NAMES", help="only these, by name, separated by commas")
             part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="only networks in this dtype")
             part.add_argument("--steps", type=int, metavar="K", help="of the loops")
-        if name in ("latency", "throughput", "compare", "headline"):
+        if name in ("latency", "throughput", "compare", "exports", "headline"):
             part.add_argument("--batch", type=int, action="append", metavar="B", help="images; may be repeated")
         part.add_argument("--rounds", type=int, metavar="R", help="of interleaved timing")
     text = "all parts, each in a process of its own, and one report; a part that is done is not measured again"

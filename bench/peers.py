@@ -11,7 +11,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ import torch
 from stepfusion.bench.models import BenchModel
 from stepfusion.bench.optional import need, why_not
 from stepfusion.engine import Engine
+from stepfusion.errors import ExportError
+from stepfusion.export.formats import FORMATS, exporter
+from stepfusion.export.program import Batch
 from stepfusion.kernels import BackendError
 from stepfusion.plan import NETWORK_MODES
 from stepfusion.sampler_config import read_config
@@ -152,10 +155,14 @@ class Ours(Provider):
             return f"network={self.mode!r} is not in this version"
         return super().why_not(case)
 
+    def engine(self, case: Case) -> Engine:
+        """The engine that is measured."""
+        return make_engine(case, case.model.network, self.mode, self.dtype)
+
     def build(self, case: Case) -> Built:
         try:
-            engine = make_engine(case, case.model.network, self.mode, self.dtype)
-        except BackendError as error:
+            engine = self.engine(case)
+        except (BackendError, ExportError) as error:
             raise Unavailable(str(error)) from error
         table = engine.table(case.sampler, case.steps, compat="diffusers")
         evaluations = {n: case.model.evaluation_table(case.timestep, n) for n in (1, case.evaluations)}
@@ -170,6 +177,27 @@ class Ours(Provider):
             return sample(table, noise)
 
         return Built(lambda count: sample(evaluations[count]), loop, finish)
+
+
+class Exported(Ours):
+    """stepfusion's engine with its network exported in one of the formats, and loaded back."""
+
+    compiles = True
+
+    def __init__(self, form: str, dtype: str) -> None:
+        self.form, self.dtype = form, dtype
+        self.name = f"stepfusion exported {form} {dtype}"
+        self.packages = FORMATS[form].needs
+
+    def why_not(self, case: Case) -> str | None:
+        return Provider.why_not(self, case)
+
+    def engine(self, case: Case) -> Engine:
+        home = case.device if FORMATS[self.form].device in ("any", case.device.type) else torch.device("cpu")
+        source = make_engine(replace(case, device=home), case.model.network, "eager", self.dtype)
+        bundle = Path(case.folder.name) / f"{self.form}-{self.dtype}"
+        exporter(self.form)(source, bundle, batch=Batch.fixed(case.batch))
+        return Engine.from_exported(bundle, device=case.device, batch=case.batch)
 
 
 def make_engine(case: Case, network: Callable[..., torch.Tensor], mode: str, dtype: str) -> Engine:
@@ -364,6 +392,15 @@ def all_providers(device: torch.device) -> list[Provider]:
     if device.type == "cpu":
         peers += [OpenVINO("float32"), OpenVINO("bfloat16"), OnnxRuntime()]
     return [*(Ours(mode, dtype) for mode, dtype in ours), *peers]
+
+
+def exported_providers(device: torch.device) -> list[Provider]:
+    """The engine without an export first, then with each format that can run on a device."""
+    if device.type == "cpu":
+        plain, forms = "eager", [("onnx", "float32"), ("openvino", "float32"), ("aoti", "float32")]
+    else:
+        plain, forms = "graph", [(form, "bfloat16") for form in ("aoti", "torch-tensorrt", "tensorrt")]
+    return [Ours(plain, forms[0][1]), *(Exported(form, dtype) for form, dtype in forms)]
 
 
 class _Sample(torch.nn.Module):

@@ -18,6 +18,7 @@ _TITLES = {
     "latency": "Latency: from start noise to images on the host",
     "throughput": "Throughput",
     "compare": "Side by side: one evaluation, one loop",
+    "exports": "Exported and loaded back",
     "headline": "The teaching text's headline",
     "host": "Host",
 }

@@ -72,7 +72,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser; a command that another folder brings gets its arguments where ``given`` names it."""
     parser = _Parser(
         prog="stepfusion",

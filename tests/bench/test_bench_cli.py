@@ -28,7 +28,8 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("suite --tiny", "--out is needed: the folder of the suite's rows, pictures and report"),
         (
             "suite --tiny --out x --parts host,hosts",
-            "--parts must be of 'kernels', 'latency', 'throughput', 'compare', 'headline', 'host', got 'hosts'",
+            "--parts must be of 'kernels', 'latency', 'throughput', 'compare', 'exports', 'headline', 'host', "
+            "got 'hosts'",
         ),
         ("suite --tiny --out x --limit 0", "--limit must be a finite number in (0, 1e+06], got 0.0"),
         ("compare --tiny --batch 0", "--batch must be in [1, 1048576], got 0"),

@@ -14,6 +14,7 @@ import stepfusion as sf
 from stepfusion.export import to_openvino
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_engine_parts
+from stepfusion.export.program import Batch
 from stepfusion.export.to_openvino import export_openvino
 
 pytest.importorskip("onnxscript")
@@ -38,6 +39,14 @@ def test_it_gives_the_engines_images(dtype: str, tmp_path: Path) -> None:
     images = back_in(network).sample(3, bundle.table, labels=1)
     error = (images - engine.sample(3, steps=5, labels=1)).abs()
     assert error.max() < 1e-3 if dtype == "float32" else error.mean() < 0.02
+
+
+def test_a_fixed_batch_is_filled_up_and_split(tmp_path: Path) -> None:
+    engine = cpu_engine(tiny_unet())
+    export_openvino(engine, tmp_path / "bundle", batch=Batch.fixed(4))
+    network = load_engine_parts(tmp_path / "bundle")
+    for batch in (1, 4, 9):
+        assert difference(engine, network, batch) < 1e-4
 
 
 def test_float16_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
