@@ -46,10 +46,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"
             )
+            part.add_argument("--steps", type=int, metavar="K", help="of the loops")
+        if name in ("latency", "throughput", "compare"):
             part.add_argument("--peer", action="append", choices=(*_PEERS, "all"), help="(default: all)")
             part.add_argument("--providers", metavar="NAMES", help="only these, by name, separated by commas")
             part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="only networks in this dtype")
-            part.add_argument("--steps", type=int, metavar="K", help="of the loops")
         if name in ("latency", "throughput", "compare", "exports", "headline"):
             part.add_argument("--batch", type=int, action="append", metavar="B", help="images; may be repeated")
         part.add_argument("--rounds", type=int, metavar="R", help="of interleaved timing")

@@ -387,8 +387,6 @@ def _to_uint8_formula(x: Tensor) -> Tensor:
 def _normalisations(device: torch.device, size: str) -> Iterator[Work]:
     """Every (channels, height, width) that the size's UNets normalise and activate, channels_last."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not hasattr(kernels, "group_norm_silu"):
-        return
     seen: dict[tuple[int, int, int, int], None] = {}
     for name in _NORM_MODELS[size]:
         seen |= dict.fromkeys(_normalised(name))

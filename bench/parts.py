@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from stepfusion.bench import compare, exports, headline, host, kernel_bench, latency, throughput
+from stepfusion.bench import compare, headline, host, kernel_bench, latency, throughput
 from stepfusion.bench.conditions import conditions
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import End, Record, Row
@@ -20,7 +20,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "latency": latency.latency_rows,
     "throughput": throughput.throughput_rows,
     "compare": compare.compare_rows,
-    "exports": exports.export_rows,
+    "exports": compare.export_rows,
     "headline": headline.headline_rows,
     "host": host.host_rows,
 }

@@ -27,7 +27,6 @@ from stepfusion.errors import ExportError
 from stepfusion.export.formats import FORMATS, exporter
 from stepfusion.export.program import Batch
 from stepfusion.kernels import BackendError
-from stepfusion.plan import NETWORK_MODES
 from stepfusion.sampler_config import read_config
 
 _OPSET = 20  # the first with a native GroupNormalization in the runtimes measured
@@ -150,11 +149,6 @@ class Ours(Provider):
         self.name = f"stepfusion {mode} {dtype}"
         self.compiles = "compile" in mode or mode == "openvino"
 
-    def why_not(self, case: Case) -> str | None:
-        if self.mode not in NETWORK_MODES:
-            return f"network={self.mode!r} is not in this version"
-        return super().why_not(case)
-
     def engine(self, case: Case) -> Engine:
         """The engine that is measured."""
         return make_engine(case, case.model.network, self.mode, self.dtype)
@@ -182,15 +176,11 @@ class Ours(Provider):
 class Exported(Ours):
     """stepfusion's engine with its network exported in one of the formats, and loaded back."""
 
-    compiles = True
-
     def __init__(self, form: str, dtype: str) -> None:
         self.form, self.dtype = form, dtype
+        self.compiles = form != "onnx"
         self.name = f"stepfusion exported {form} {dtype}"
         self.packages = FORMATS[form].needs
-
-    def why_not(self, case: Case) -> str | None:
-        return Provider.why_not(self, case)
 
     def engine(self, case: Case) -> Engine:
         home = case.device if FORMATS[self.form].device in ("any", case.device.type) else torch.device("cpu")

@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """``value`` as an int in [low, high]; a bool or a float is a TypeError, another size a ValueError."""
@@ -42,3 +44,8 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """A tensor's dtype and shape, as messages give them: "float32 [2, 3]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

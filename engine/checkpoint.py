@@ -5,7 +5,6 @@ dtype against the network that the config describes (built without memory), then
 """
 
 import json
-import math
 import os
 import pickle
 import re
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepfusion.errors import CheckpointError
-from stepfusion.files import atomic_directory, write_synced
+from stepfusion.files import atomic_directory, read_json, write_synced
 from stepfusion.networks import UNet2D, UNet2DConfig
 
 MAX_JSON_BYTES = 1 << 20
@@ -153,30 +152,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of finite numbers, at most `MAX_JSON_BYTES` long."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {_first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; accepted is an object")
-    return value
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{literal} is not a finite number")
-    return value
+    return read_json(path, CheckpointError, MAX_JSON_BYTES)
 
 
 def _read_config(path: Path) -> UNet2DConfig:

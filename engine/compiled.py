@@ -25,7 +25,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from stepfusion import _checks
 from stepfusion.cache import compiler_cache
+from stepfusion.errors import first_line
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -114,8 +116,7 @@ class CompiledNetwork:
             raise
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # what Dynamo wraps when a backend fails
-            lines = str(cause).strip().splitlines() or ["no message"]
-            return f"torch.compile failed with {type(cause).__name__}: {lines[0]}"
+            return f"torch.compile failed with {first_line(cause)}"
         difference = describe_difference(actual, expected, self._tolerance)
         if difference is None:
             self._trusted[signature] = compiled
@@ -147,7 +148,7 @@ class CompiledNetwork:
 def describe_difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
     """How two outputs differ by more than ``tolerance`` times the largest expected absolute value; None if not."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"the compiled network returned {_describe(actual)}, the eager one {_describe(expected)}"
+        return f"the compiled network returned {_checks.describe(actual)}, the eager one {_checks.describe(expected)}"
     if expected.numel() == 0:
         return None
     scale = expected.abs().max().item()
@@ -159,7 +160,3 @@ def describe_difference(actual: Tensor, expected: Tensor, tolerance: float) -> s
 
 def _signature(tensors: Sequence[Tensor]) -> _Signature:
     return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

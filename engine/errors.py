@@ -19,4 +19,10 @@ class SamplingCancelled(RuntimeError):
     """Sampling was stopped by a callback before it was done."""
 
 
-__all__ = ["BackendError", "CheckpointError", "ExportError", "NonFiniteError", "SamplingCancelled"]
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line: its kind, and the first line of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+__all__ = ["BackendError", "CheckpointError", "ExportError", "NonFiniteError", "SamplingCancelled", "first_line"]

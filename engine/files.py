@@ -1,11 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that are read only if they are what they should be."""
 
+import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_synced(path: str | os.PathLike[str], data: bytes) -> None:
@@ -61,6 +64,33 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(path.parent)
+
+
+def read_json(path: Path, error: type[Exception], most: int) -> dict[str, Any]:
+    """Read a JSON object of finite numbers, at most `most` bytes long; `error` names the file where it is none."""
+    if not path.is_file():
+        raise error(f"{path} is missing")
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    if len(data) > most:
+        raise error(f"{path} is larger than {most} bytes")
+    try:
+        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not JSON: {str(problem)[:200]}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}; accepted is an object")
+    return value
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError(f"{literal} is not a finite number")
+    return value
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:

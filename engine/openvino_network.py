@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stepfusion.errors import BackendError
+from stepfusion.errors import BackendError, first_line
 from stepfusion.networks.norm import GroupNormAct
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ class _Request:
         try:
             compiled = ov.Core().compile_model(_convert(module, self._inputs), "CPU", _settings(dtype))
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise BackendError(f"OpenVINO cannot take this network: {type(error).__name__}: {lines[0]}") from error
+            raise BackendError(f"OpenVINO cannot take this network: {first_line(error)}") from error
         self._request = compiled.create_infer_request()
         for index, tensor in enumerate(self._inputs):
             self._request.set_input_tensor(index, ov.Tensor(tensor.numpy(), shared_memory=True))

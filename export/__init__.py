@@ -6,7 +6,7 @@ sampler's table and a page that says how to run it. :mod:`stepfusion.export.form
 
 from stepfusion.export.bundle import Bundle, Manifest, Tensorspec, read_bundle
 from stepfusion.export.formats import FORMATS
-from stepfusion.export.load import ExportedNetwork, load_engine_parts, load_network
+from stepfusion.export.load import ExportedNetwork, load_network
 from stepfusion.export.program import Batch, export_program
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Manifest",
     "Tensorspec",
     "export_program",
-    "load_engine_parts",
     "load_network",
     "read_bundle",
 ]

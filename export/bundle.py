@@ -30,7 +30,7 @@ import torch
 
 from stepfusion.errors import ExportError
 from stepfusion.export.guide import guide
-from stepfusion.files import atomic_directory, write_synced
+from stepfusion.files import atomic_directory, read_json, write_synced
 from stepfusion.kernels import COLUMNS
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -261,32 +261,10 @@ def _to_json(value: object) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of finite numbers, from a file that is no link."""
+    """The JSON of a file that is no link."""
     if path.is_symlink():
         raise ExportError(f"{path} is a symbolic link; a bundle holds files only")
-    if not path.is_file():
-        raise ExportError(f"{path} is missing")
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise ExportError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} holds a JSON {type(value).__name__}; accepted is an object")
-    return value
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{literal} is not a finite number")
-    return value
+    return read_json(path, ExportError, _MAX_JSON_BYTES)
 
 
 # The manifest

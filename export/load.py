@@ -89,13 +89,6 @@ def load_network(
     return ExportedNetwork(bundle, loader(bundle, where), where)
 
 
-def load_engine_parts(
-    directory: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
-) -> ExportedNetwork:
-    """What ``Engine.from_exported`` needs: the network, with everything that describes it as attributes."""
-    return load_network(directory, device, dtype)
-
-
 def _load_onnx(bundle: Bundle, device: torch.device) -> Runtime:
     require(("onnxruntime",), "onnx")
     return OnnxRuntimeNetwork(bundle.path / "model.onnx", bundle.manifest, device)

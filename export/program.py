@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import Tensorspec
 from stepfusion.kernels.tolerance import UNIT
 from stepfusion.networks.norm import GroupNormAct
@@ -155,8 +155,3 @@ def check_close(actual: Tensor, expected: Tensor, what: str, batch: int) -> floa
 def name_of(dtype: torch.dtype) -> str:
     """ "float32" for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

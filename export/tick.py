@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import Tensorspec
-from stepfusion.export.program import Batch, example_inputs, first_line, plain_network
+from stepfusion.export.program import Batch, example_inputs, plain_network
 from stepfusion.kernels import COLUMNS, launch, philox
 from stepfusion.table import StepTable
 

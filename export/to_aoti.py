@@ -16,7 +16,7 @@ from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.compiled import CUDA_OPTIONS
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import (
     KINDS,
     Bundle,
@@ -35,7 +35,6 @@ from stepfusion.export.program import (
     check_close,
     example_inputs,
     export_program,
-    first_line,
     input_specs,
     name_of,
     output_specs,

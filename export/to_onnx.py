@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import ANY_DEVICE, Manifest, versions, write_bundle
 from stepfusion.export.facts import model_facts
 from stepfusion.export.formats import require
@@ -24,7 +24,6 @@ from stepfusion.export.program import (
     check_close,
     example_inputs,
     export_program,
-    first_line,
     input_specs,
     name_of,
     output_specs,
@@ -113,7 +112,7 @@ def compare_in_onnxruntime(engine: Engine, path: Path, manifest: Manifest, batch
     if engine.plan.dtype == torch.bfloat16 and engine.plan.device.type == "cpu":
         return "Not run after it was written: onnxruntime has no bfloat16 convolutions on a CPU."
     network, reference = OnnxRuntimeNetwork(path, manifest, engine.plan.device), plain_network(engine)
-    sizes, largest = sorted({batch.low, min(batch.high, max(batch.low, 3))}), 0.0
+    sizes, largest = sorted(set(batch.examples())), 0.0
     with torch.no_grad():
         for size in sizes:
             example = example_inputs(engine, size)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import Manifest, versions, write_bundle
 from stepfusion.export.facts import model_facts
 from stepfusion.export.formats import find_format, require
@@ -19,7 +19,6 @@ from stepfusion.export.program import (
     check_close,
     example_inputs,
     export_program,
-    first_line,
     input_specs,
     name_of,
     output_specs,
@@ -95,7 +94,7 @@ def _compare(engine: Engine, path: Path, manifest: Manifest, batch: Batch) -> st
     run = OpenVINONetwork(path, manifest)
     reference, largest = plain_network(engine), 0.0
     with torch.no_grad():
-        for size in sorted({batch.low, min(batch.high, max(batch.low, 3))}):
+        for size in sorted(set(batch.examples())):
             example = example_inputs(engine, size)
             expected = reference(*example)
             if manifest.dtype == "bfloat16":

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from stepfusion.cache import make_cache_directory
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import Bundle, Manifest, here, versions, write_bundle
 from stepfusion.export.facts import model_facts
 from stepfusion.export.formats import require
@@ -33,7 +33,6 @@ from stepfusion.export.program import (
     check_close,
     example_inputs,
     export_program,
-    first_line,
     input_specs,
     name_of,
     output_specs,

@@ -101,13 +101,15 @@ class ContextUNet(TimeConditioned):
             ValueError: an argument's shape or dtype does not fit.
         """
         if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
-            raise ValueError(f"timesteps is {_describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has")
+            raise ValueError(
+                f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has"
+            )
         return super().forward(x, timesteps, labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps, int64 [B], once for each upper level: [B, 3 * features] in the weights' dtype."""
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
-            raise ValueError(f"timesteps is {_describe(timesteps)}; accepted is int64 [B]")
+            raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [B]")
         fraction = timesteps.to(torch.promote_types(self._dtype, torch.float32)) / self.num_timesteps
         return torch.cat((self.timeembed1(fraction), self.timeembed2(fraction)), dim=1)
 
@@ -120,7 +122,7 @@ class ContextUNet(TimeConditioned):
         wanted = 3 * self.features
         if time_features.ndim != 2 or time_features.shape[1] != wanted or time_features.dtype != self._dtype:
             accepted = f"{_name(self._dtype)} [B, {wanted}]"
-            raise ValueError(f"time_features is {_describe(time_features)}; accepted is {accepted}")
+            raise ValueError(f"time_features is {_checks.describe(time_features)}; accepted is {accepted}")
         context = self._context(labels, time_features)
         return torch.cat((self.contextembed1(context), self.contextembed2(context), time_features), dim=1)
 
@@ -129,7 +131,7 @@ class ContextUNet(TimeConditioned):
         self._check_image(x)
         if list(projections.shape) != [x.shape[0], self.projection_size]:
             accepted = f"[{x.shape[0]}, {self.projection_size}]"
-            raise ValueError(f"projections is {_describe(projections)}; accepted is {accepted}, as x has")
+            raise ValueError(f"projections is {_checks.describe(projections)}; accepted is {accepted}, as x has")
         width = self.features
         scale1, scale2, shift1, shift2 = torch.split(projections[:, :, None, None], [2 * width, width] * 2, dim=1)
         full = self.init_conv(x)  # [B, F, H, H]
@@ -156,13 +158,13 @@ class ContextUNet(TimeConditioned):
         if labels.dtype == self._dtype and list(labels.shape) == [batch, self.context_size]:
             return labels
         accepted = f"int64 [{batch}] or {_name(self._dtype)} [{batch}, {self.context_size}]"
-        raise ValueError(f"labels is {_describe(labels)}; accepted is {accepted}")
+        raise ValueError(f"labels is {_checks.describe(labels)}; accepted is {accepted}")
 
     def _check_image(self, x: Tensor) -> None:
         shape = [self.in_channels, self.sample_size, self.sample_size]
         if x.ndim != 4 or list(x.shape[1:]) != shape or x.dtype != self._dtype:
             accepted = f"{_name(self._dtype)} [B, {', '.join(map(str, shape))}]"
-            raise ValueError(f"x is {_describe(x)}; accepted is {accepted}")
+            raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
 
 
 class ConvBlock(nn.Module):
@@ -251,7 +253,3 @@ def _multiple(name: str, value: int, factor: int, high: int) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{_name(tensor.dtype)} {list(tensor.shape)}"

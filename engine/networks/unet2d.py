@@ -7,6 +7,7 @@ It has the state-dict keys of diffusers' ``UNet2DModel`` and the same outputs. I
 import torch
 from torch import Tensor, nn
 
+from stepfusion import _checks
 from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
 from stepfusion.networks.config import UNet2DConfig
 from stepfusion.networks.norm import GroupNormAct
@@ -80,7 +81,7 @@ class UNet2D(TimeConditioned):
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps, int64 [B], by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
-            raise ValueError(f"timesteps is {_describe(timesteps)}; accepted is int64 [B]")
+            raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [B]")
         embedding: Tensor = self.time_embedding(self._embed_position(timesteps))
         return embedding
 
@@ -102,7 +103,7 @@ class UNet2D(TimeConditioned):
         self._check_image(x)
         if list(projections.shape) != [x.shape[0], self.projection_size]:
             accepted = f"[{x.shape[0]}, {self.projection_size}]"
-            raise ValueError(f"projections is {_describe(projections)}; accepted is {accepted}, as x has")
+            raise ValueError(f"projections is {_checks.describe(projections)}; accepted is {accepted}, as x has")
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:
@@ -136,15 +137,19 @@ class UNet2D(TimeConditioned):
 
     def _check_batch(self, x: Tensor, timesteps: Tensor) -> None:
         if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
-            raise ValueError(f"timesteps is {_describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has")
+            raise ValueError(
+                f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has"
+            )
 
     def _check_image(self, x: Tensor) -> None:
         dtype, factor = self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1)
         if x.ndim != 4 or x.shape[1] != self.in_channels or x.dtype != dtype:
             accepted = f"{str(dtype).removeprefix('torch.')} [B, {self.in_channels}, H, W]"
-            raise ValueError(f"x is {_describe(x)}; accepted is {accepted}")
+            raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
         if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"x is {_describe(x)}; accepted are height and width that are multiples of {factor}")
+            raise ValueError(
+                f"x is {_checks.describe(x)}; accepted are height and width that are multiples of {factor}"
+            )
 
     def _check_labels(self, timesteps: Tensor, class_labels: Tensor | None) -> None:
         if class_labels is None:
@@ -158,8 +163,4 @@ class UNet2D(TimeConditioned):
             dtype, shape = self.conv_in.weight.dtype, [*shape, self.config.time_embed_dim]
         if class_labels.dtype != dtype or list(class_labels.shape) != shape:
             accepted = f"{str(dtype).removeprefix('torch.')} {shape}"
-            raise ValueError(f"class_labels is {_describe(class_labels)}; accepted is {accepted}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            raise ValueError(f"class_labels is {_checks.describe(class_labels)}; accepted is {accepted}")

@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 import torch
 from networks import labelled, smooth, tiny_unet
-from recorded_graph import INTERPRETER, Captures, captures  # noqa: F401
+from recorded_graph import INTERPRETER, Captures
 
 import stepfusion as sf
 from stepfusion.runner import Runner
 
 pytestmark = pytest.mark.interpreter
 SHAPE = (2, 4, 4)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
+    recorded = Captures()
+    monkeypatch.setattr(sf.plan, "why_not_graph", lambda device: None)
+    monkeypatch.setattr(sf.engine, "capture", recorded)
+    return recorded
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ REQUESTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("request_", REQUESTS, ids=str)
 def test_a_captured_tick_gives_the_same_bits(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
     request_: dict[str, Any],
 ) -> None:
     captured, eager = both(schedule)
@@ -64,7 +73,7 @@ def test_a_captured_tick_gives_the_same_bits(
     assert sum(graph.replays for graph in captures.graphs) > 0
 
 
-def test_nothing_but_the_bucket_captures_again(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_nothing_but_the_bucket_captures_again(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     """Samplers, steps, etas, seeds, labels and guidance scales are data."""
     captured, eager = both(schedule, labelled, num_classes=4, null_label=3)
     for sampler, steps in (("ddim", 2), ("ddim", 3), ("ddpm", 4)):
@@ -83,7 +92,7 @@ def test_nothing_but_the_bucket_captures_again(schedule: sf.NoiseSchedule, captu
 
 def test_a_longer_table_than_there_is_room_for_captures_again(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
 ) -> None:
     captured, eager = both(schedule)
     assert captured.sample(2, steps=2).isfinite().all()
@@ -96,7 +105,7 @@ def test_a_longer_table_than_there_is_room_for_captures_again(
     assert len(captures.graphs) == 2
 
 
-def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     network = tiny_unet()
     captured, eager = both(schedule, network, shape=None, null_label=3)
     plain = sf.Engine(network, schedule, device="cpu", backend="reference", null_label=3)
@@ -107,7 +116,7 @@ def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures:
         torch.testing.assert_close(images, plain.sample(steps=steps, **arguments), rtol=0, atol=1e-4)
 
 
-def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     captured, eager = both(schedule)
     for ours, theirs in zip(captured.stream(3, steps=4, eta=1.0), eager.stream(3, steps=4, eta=1.0), strict=True):
         assert (ours.step, ours.timestep, ours.images) == (theirs.step, theirs.timestep, theirs.images)
@@ -119,7 +128,7 @@ def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Cap
     assert [graph.replays for graph in captures.graphs] == [4, 4], "one that keeps x0, one that reads noise"
 
 
-def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     captured, eager = both(schedule)
     with pytest.raises(sf.SamplingCancelled):
         captured.sample(4, steps=6, callback=lambda event: event.step < 2)
@@ -130,7 +139,7 @@ def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures:
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # the interpreter is NumPy
-def test_a_broken_image_is_named(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_a_broken_image_is_named(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     def breaks(x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return smooth(x, timesteps) / (labels - 2).view(-1, 1, 1, 1)
 
@@ -142,7 +151,7 @@ def test_a_broken_image_is_named(schedule: sf.NoiseSchedule, captures: Captures)
 
 def test_a_network_that_waits_for_the_device_runs_eagerly_and_says_why(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
 ) -> None:
     def waits(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return smooth(x, timesteps) * (1.0 if float(x.abs().max()) < 100 else 0.0)
@@ -162,7 +171,7 @@ def test_a_network_that_waits_for_the_device_runs_eagerly_and_says_why(
 
 def test_memory_that_runs_out_in_a_capture_halves_the_bucket(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
 ) -> None:
     captured, eager = both(schedule, batch=8)
     failures = iter([True, False])
@@ -180,7 +189,7 @@ def test_memory_that_runs_out_in_a_capture_halves_the_bucket(
 
 def test_engines_and_threads_do_not_meet(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Requests of several threads to several engines at once: each gets the images it would have got alone."""
@@ -208,7 +217,7 @@ def test_engines_and_threads_do_not_meet(
 
 def test_a_request_inside_another_gets_lanes_of_its_own(
     schedule: sf.NoiseSchedule,
-    captures: Captures,  # noqa: F811
+    captures: Captures,
 ) -> None:
     captured, eager = both(schedule)
 
@@ -221,7 +230,7 @@ def test_a_request_inside_another_gets_lanes_of_its_own(
     assert torch.equal(last(captured.stream(2, steps=3)), eager.sample(2, steps=3))
 
 
-def test_the_recorded_graph_is_as_strict_as_a_real_one(schedule: sf.NoiseSchedule, captures: Captures) -> None:  # noqa: F811
+def test_the_recorded_graph_is_as_strict_as_a_real_one(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     """The negative control: a network that reads a Python number on each call is frozen by a capture."""
     calls: list[int] = []
 

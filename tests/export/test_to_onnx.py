@@ -13,7 +13,7 @@ from tiny_model import tiny_network
 import stepfusion as sf
 from stepfusion.export import to_onnx
 from stepfusion.export.bundle import read_bundle
-from stepfusion.export.load import load_engine_parts
+from stepfusion.export.load import load_network
 from stepfusion.export.program import DYNAMIC, Batch
 from stepfusion.export.to_onnx import MODEL, compare_in_onnxruntime, export_onnx
 from stepfusion.networks import UNet2D, UNet2DConfig
@@ -58,7 +58,7 @@ def test_the_bundled_model_gives_the_engines_images(tmp_path: Path) -> None:
         "fashion-mnist", device="cpu", dtype="float32", backend="reference", network="eager"
     )
     export_onnx(engine, tmp_path / "bundle", table=engine.table(steps=50))
-    network = load_engine_parts(tmp_path / "bundle", "cpu", "float32")
+    network = load_network(tmp_path / "bundle", "cpu", "float32")
     assert max(difference(engine, network, batch) for batch in (1, 3)) < NETWORK
     how: dict[str, Any] = {"seed": 5, "labels": [0, 7], "guidance": 2.0}
     images = back_in(network).sample(2, read_bundle(tmp_path / "bundle").table, **how)
@@ -70,7 +70,7 @@ def test_the_bundled_model_gives_the_engines_images(tmp_path: Path) -> None:
 def test_the_published_unets_give_the_engines_images(name: str, tmp_path: Path) -> None:
     engine = published(name)
     export_onnx(engine, tmp_path / "bundle", batch=Batch.fixed(1), table=engine.table(steps=50))
-    network = load_engine_parts(tmp_path / "bundle")
+    network = load_network(tmp_path / "bundle")
     assert difference(engine, network, 1) < NETWORK
     images = back_in(network).sample(table=read_bundle(tmp_path / "bundle").table)
     torch.testing.assert_close(images, engine.sample(steps=50), rtol=0, atol=LOOP)
@@ -78,7 +78,7 @@ def test_the_published_unets_give_the_engines_images(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_any_batch_goes_through_a_dynamic_bundle(sampler: str, engine: sf.Engine, onnx_bundle: Path) -> None:
-    other = back_in(load_engine_parts(onnx_bundle))
+    other = back_in(load_network(onnx_bundle))
     table = engine.table(sampler, 5)
     for n in (1, 2, 7, 66):
         labels = [i % 3 for i in range(n)]
@@ -91,7 +91,7 @@ def test_a_fixed_batch_is_filled_up_and_split(tmp_path: Path) -> None:
     export_onnx(engine, tmp_path / "bundle", batch=Batch.fixed(4))
     model = onnx.load(tmp_path / "bundle" / MODEL)
     assert [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim] == [4, 1, 8, 8]
-    network = load_engine_parts(tmp_path / "bundle")
+    network = load_network(tmp_path / "bundle")
     for batch in (1, 3, 4, 9):
         assert difference(engine, network, batch) < NETWORK
 
@@ -129,10 +129,10 @@ def test_half_precision_is_in_the_file(dtype: str, tmp_path: Path) -> None:
     if dtype == "bfloat16":
         assert "no bfloat16 convolutions on a CPU" in note
         with pytest.raises(sf.ExportError, match=r"^onnxruntime cannot run model.onnx: .*NOT_IMPLEMENTED"):
-            load_engine_parts(tmp_path / "bundle", "cpu")
+            load_network(tmp_path / "bundle", "cpu")
     else:
         assert "Run in onnxruntime" in note
-        assert difference(engine, load_engine_parts(tmp_path / "bundle"), 2) < 0.02
+        assert difference(engine, load_network(tmp_path / "bundle"), 2) < 0.02
 
 
 def test_large_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_large_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.
     bundle = read_bundle(tmp_path / "bundle")
     (data,) = set(bundle.manifest.files) - {MODEL, "README.md"}
     assert (bundle.path / data).stat().st_size > 30_000
-    assert difference(engine, load_engine_parts(bundle.path), 2) < NETWORK
+    assert difference(engine, load_network(bundle.path), 2) < NETWORK
 
 
 def test_nothing_of_how_it_was_traced_goes_into_the_file(onnx_bundle: Path) -> None:
@@ -179,6 +179,6 @@ def test_a_model_that_computes_something_else_is_refused(
 
 
 def test_labels_are_needed_where_the_network_takes_them(onnx_bundle: Path) -> None:
-    network = load_engine_parts(onnx_bundle)
+    network = load_network(onnx_bundle)
     with pytest.raises(sf.ExportError, match=r"^the network takes x, timesteps, labels, and 2 inputs were given$"):
         network(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))

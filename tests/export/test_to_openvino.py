@@ -13,7 +13,7 @@ from tiny_model import tiny_network
 import stepfusion as sf
 from stepfusion.export import to_openvino
 from stepfusion.export.bundle import read_bundle
-from stepfusion.export.load import load_engine_parts
+from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch
 from stepfusion.export.to_openvino import export_openvino
 
@@ -29,7 +29,7 @@ def test_it_gives_the_engines_images(dtype: str, tmp_path: Path) -> None:
     bundle = read_bundle(tmp_path / "bundle")
     assert {"model.xml", "model.bin", "table.json", "README.md"} == set(bundle.manifest.files)
     assert (bundle.manifest.dtype, bundle.manifest.inputs[0].dtype) == (dtype, "float32")
-    network = load_engine_parts(bundle.path)
+    network = load_network(bundle.path)
     if torch.cpu._is_avx512_bf16_supported():
         compiled = network._run._request.get_compiled_model()  # type: ignore[attr-defined]
         wanted = {"float32": "f32", "bfloat16": "bf16"}[dtype]
@@ -44,7 +44,7 @@ def test_it_gives_the_engines_images(dtype: str, tmp_path: Path) -> None:
 def test_a_fixed_batch_is_filled_up_and_split(tmp_path: Path) -> None:
     engine = cpu_engine(tiny_unet())
     export_openvino(engine, tmp_path / "bundle", batch=Batch.fixed(4))
-    network = load_engine_parts(tmp_path / "bundle")
+    network = load_network(tmp_path / "bundle")
     for batch in (1, 4, 9):
         assert difference(engine, network, batch) < 1e-4
 

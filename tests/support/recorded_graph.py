@@ -10,12 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import stepfusion
 from stepfusion.graph import CaptureError
 
 INTERPRETER = threading.RLock()  # Triton's interpreter has global state
@@ -72,12 +70,3 @@ class Captures:
             raise CaptureError(str(error).split("\n")[0]) from error
         self.graphs.append(graph)
         return graph
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
-    recorded = Captures()
-    monkeypatch.setattr(stepfusion.plan, "why_not_graph", lambda device: None)
-    monkeypatch.setattr(stepfusion.engine, "capture", recorded)
-    return recorded
