@@ -262,6 +262,7 @@ def step(
     guidance: bool = False,
     copies: int = 1,
     x0: bool = False,
+    known: bool = False,
 ) -> Variant:
     """A launch of the table walker, in place and with flags, as the engine makes it."""
 
@@ -276,11 +277,13 @@ def step(
             extra["x_net"] = torch.zeros((copies * lanes, *shape[1:]), dtype=dtype)
         if x0:
             extra["x0"] = torch.zeros_like(x)
+        if known:
+            extra["known"] = torch.zeros_like(x)
         table, timesteps = torch.zeros(50, len(kernels.COLUMNS)), _int64(50)
         kernels.diffusion_step(x, out, _int64(lanes), table, timesteps, x_next=x, flags=_int64(lanes), **extra)
 
     words = [_shape(shape), _name(dtype), f"noise {noise}"]
-    words += [word for word, on in (("learned", learned), ("guided", guidance), ("x0", x0)) if on]
+    words += [word for word, on in (("learned", learned), ("guided", guidance), ("x0", x0), ("known", known)) if on]
     return Variant(", ".join([*words, f"{copies} copies"]), launch)
 
 
@@ -378,6 +381,10 @@ def variants() -> list[Variant]:
         step(brain, "drawn", guidance=True, copies=2),
         step(brain, "none", copies=0),
         step(single, "none", copies=0, x0=True),
+        step(brain, "none", x0=True),
+        step(brain, "drawn", known=True),
+        step(brain, "given", known=True),
+        step(single, "drawn", x0=True, known=True),
         _forward(brain, "given"),
         *(_forward(dtype, noise) for dtype in (half, single) for noise in noises[1:]),
         _forward(brain, "drawn", fashion),

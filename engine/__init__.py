@@ -13,7 +13,7 @@ from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
-from stepfusion.samplers import ddim, ddim_inversion, ddpm
+from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 from stepfusion.walk import Event
@@ -34,6 +34,8 @@ __all__ = [
     "ddim",
     "ddim_inversion",
     "ddpm",
+    "dpmpp_2m",
+    "euler_ancestral",
     "kernels",
     "load_pretrained",
     "networks",

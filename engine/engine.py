@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Self
 
@@ -15,24 +16,28 @@ from tqdm import tqdm
 
 from stepfusion import _checks, samplers
 from stepfusion.checkpoint import load_pretrained
-from stepfusion.errors import SamplingCancelled
+from stepfusion.editing import make_edit, noised
+from stepfusion.errors import BackendError, SamplingCancelled
 from stepfusion.evaluator import Evaluator, Network
 from stepfusion.graph import capture
+from stepfusion.kernels import reference
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.memory import free_bytes, largest_batch, peak_bytes
 from stepfusion.networks import prepare_network
 from stepfusion.plan import make_plan
 from stepfusion.request import Model, Request, check_images, make_request
-from stepfusion.runner import Runner, RunnerPool, Settings
+from stepfusion.runner import Runner, RunnerPool, Settings, as_int64
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
-from stepfusion.transfer import HostCopy
+from stepfusion.transfer import HostCopy, upload
 from stepfusion.walk import Event, Walk
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
+    "dpmpp_2m": samplers.dpmpp_2m,
+    "euler_ancestral": samplers.euler_ancestral,
     "ddim_inversion": samplers.ddim_inversion,
 }
 _DEFAULT_STEPS = 50
@@ -40,6 +45,7 @@ _DEFAULT_BATCH = {"cpu": 64}
 _DEFAULT_BATCH_GPU = 256
 _DEFAULT_BATCH_INVARIANT = 16
 _IDLE_RUNNERS = 4
+_WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
 
 
 class Engine:
@@ -189,6 +195,9 @@ class Engine:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
         start: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        strength: float | None = None,
+        mask: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         progress: bool | None = None,
         callback: Callable[[Event], object] | None = None,
@@ -197,7 +206,7 @@ class Engine:
         """Make images.
 
         Args:
-            n: how many; by default as many as ``indices``, ``start`` or the sequences say, else 1.
+            n: how many; by default as many as ``indices``, ``start``, ``image`` or the sequences say, else 1.
             table: a sampler's table, or one for each image; without one, ``sampler``, ``steps`` and ``eta`` make it.
             seed: in [0, 2**64), one for all or one each.
             indices: the images' numbers under their seeds, in [0, 2**32); 0 .. n-1 by default. An image is a function
@@ -205,7 +214,14 @@ class Engine:
             labels: one for all or one each; the null label by default.
             guidance: classifier-free guidance scale (Ho & Salimans 2022), one for all or one each; 1 is none.
             start: float [n, C, H, W], states to start from instead of noise.
-            noise: float [steps, n, C, H, W], the z of every step instead of the counter-based one.
+            image: float [n, C, H, W] in [-1, 1], or [1, C, H, W] for all: make images from this one, with
+                ``strength``, ``mask`` or both (:mod:`stepfusion.editing`).
+            strength: in (0, 1]: start from the image noised with its own counter-based noise, and walk the last
+                ceil(strength * steps) rows of the table. At 1, the default with a mask, start from noise alone.
+            mask: [n or 1, C or 1, H, W], 1 where to repaint and 0 where to keep, as in diffusers: the kept region is
+                noised again by every step and ends exactly equal to the image.
+            noise: float [steps, n, C, H, W], the z of every step instead of the counter-based one, of a kept region
+                too; with a strength, as many steps as are walked.
             progress: a bar on stderr; by default where that is a terminal.
             callback: called after every step with an :class:`Event`; returning False cancels.
             nonfinite: "raise" where an image becomes NaN or infinite, or "keep" it.
@@ -222,7 +238,8 @@ class Engine:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")
         table = self._table(table, sampler, steps, eta)
-        request = make_request(self._facts, n, table, seed, indices, labels, guidance, start, noise)
+        edit = make_edit(image, strength, mask, start)
+        request = self._request(n, table, seed, indices, labels, guidance, start, noise, edit)
         result = torch.empty((len(request), *self.shape), device=self.plan.device)
         shown = sys.stderr.isatty() if progress is None else _checks.boolean("progress", progress)
         total = sum(request.table.steps(part) for part in request.parts)
@@ -248,6 +265,9 @@ class Engine:
         indices: Sequence[int] | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
+        image: torch.Tensor | None = None,
+        strength: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """Make images in bulk, as pixels on the host: a batch is copied there while the next one is computed.
 
@@ -257,7 +277,8 @@ class Engine:
             uint8 [k, H, W, C], k at most :attr:`batch`, in order.
         """
         tables = self._table(table, sampler, steps, eta)
-        request = make_request(self._facts, n, tables, seed, indices, labels, guidance, None, None)
+        edit = make_edit(image, strength, mask, None)
+        request = self._request(n, tables, seed, indices, labels, guidance, None, None, edit)
         return self._generate(request)
 
     def stream(
@@ -274,6 +295,9 @@ class Engine:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
         start: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        strength: float | None = None,
+        mask: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> Iterator[Event]:
         """Yield an :class:`Event` after every ``every``-th step and after the last; stop iterating to cancel.
@@ -282,7 +306,8 @@ class Engine:
         """
         every = _checks.integer("every", every, 1, 1 << 31)
         tables = self._table(table, sampler, steps, eta)
-        request = make_request(self._facts, n, tables, seed, indices, labels, guidance, start, noise)
+        edit = make_edit(image, strength, mask, start)
+        request = self._request(n, tables, seed, indices, labels, guidance, start, noise, edit)
         return self._stream(request, every)
 
     def encode(
@@ -332,6 +357,9 @@ class Engine:
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
         lines = self.plan.lines()
+        if self.plan.backend.value == "triton":
+            value = "refused" if self.plan.backend.asked else "reference"
+            lines.append(f"{'threshold':<14} {value:<13} {_WHY_NOT_THRESHOLD}")
         if self._exported is not None:
             lines.append(f"{'exported':<14} {self._exported}")
         if self._uncaptured is not None:
@@ -375,6 +403,26 @@ class Engine:
                 raise ValueError(f"table and {name} exclude each other, got both")
         return table
 
+    def _request(self, *arguments: Any) -> Request:
+        """:func:`stepfusion.request.make_request` for this engine.
+
+        BackendError: the step was asked for from kernels that cannot take it.
+        """
+        request = make_request(self._facts, *arguments)
+        if request.table.thresholds and self.plan.backend.value == "triton" and self.plan.backend.asked:
+            raise BackendError(f"backend='triton' cannot run dynamic thresholding: {_WHY_NOT_THRESHOLD}")
+        return request
+
+    def _noised(self, request: Request) -> Request:
+        """The request with the states that its image gives it to start from."""
+        if request.image is None:
+            return request
+        device, table = self.plan.device, request.table
+        numbers = [[int(table.timesteps[t.row]), as_int64(t.seed), t.index] for t in request.tickets]
+        lanes = upload(torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous(), device)
+        start = noised(request.image.to(device), *lanes, self.schedule, self.plan.ops)
+        return replace(request, image=None, start=start)
+
     def _stream(self, request: Request, every: int) -> Iterator[Event]:
         result = torch.empty((len(request), *self.shape), device=self.plan.device)
         for _, events in self._walk(request, result, True, True):
@@ -414,6 +462,7 @@ class Engine:
         The flags of the last images to leave are read here, unless the walks are to be left in ``unchecked``. Where
         memory runs out, the batch is halved and the unfinished images start again: they come out the same.
         """
+        request = self._noised(request)
         waiting = dict.fromkeys(range(len(request)))
         while waiting:
             lanes = self._bucket(len(request))
@@ -450,12 +499,16 @@ class Engine:
             null_label=self.null_label if request.guided else None,
             separate=self.invariant,
             learned_variance=request.table.learned_variance,
+            history=request.table.history,
+            known=request.known is not None,
+            threshold=request.table.thresholds,
             capacity=self.schedule.num_timesteps if captured else 0,
         )
 
     def _runner(self, settings: Settings) -> Runner:
-        captured = self.plan.captures and self._uncaptured is None
-        return Runner(self._evaluator, settings, self.plan.ops, capture if captured else None)
+        captured = self.plan.captures and self._uncaptured is None and not settings.threshold
+        ops = reference if settings.threshold else self.plan.ops
+        return Runner(self._evaluator, settings, ops, capture if captured else None)
 
     def _note_capture(self, runner: Runner) -> None:
         """Remember, and say once, that ticks cannot be captured."""

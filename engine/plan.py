@@ -28,10 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision and the reason for it."""
+    """One decision, the reason for it, and whether it was asked for."""
 
     value: str
     reason: str
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ def _backend(backend: str, device: torch.device) -> Choice:
         source = "asked for by STEPFUSION_BACKEND"
     if backend == "triton":
         require_triton(device)
-        return Choice("triton", f"{source}: the fused kernels")
+        return Choice("triton", f"{source}: the fused kernels", asked=True)
     if backend == "reference":
-        return Choice("reference", f"{source}: eager PyTorch")
+        return Choice("reference", f"{source}: eager PyTorch", asked=True)
     reason = why_not_triton(device)
     if reason is None and interpreting():
         reason = "Triton's interpreter is for tests, and slower than PyTorch"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
+from stepfusion.editing import Edit, check_edit
 from stepfusion.runner import Ticket
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -33,7 +34,8 @@ class Request:
     """Images to make: for each a ticket, and the part of ``table`` that it walks.
 
     ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise; ``guided`` says that some image
-        is guided. ``first`` is the number of the first image where this is a part of a request.
+    is guided. ``image`` [n, ...] is to be noised to where each starts, and ``known`` [n, ...] is what each keeps, NaN
+    elsewhere. ``first`` is the number of the first image where this is a part of a request.
     """
 
     table: StepTable
@@ -42,6 +44,8 @@ class Request:
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
+    image: torch.Tensor | None = None
+    known: torch.Tensor | None = None
     first: int = 0
 
     def __len__(self) -> int:
@@ -54,6 +58,8 @@ class Request:
             parts=self.parts[first:last],
             tickets=self.tickets[first:last],
             start=None if self.start is None else self.start[first:last],
+            image=None if self.image is None else self.image[first:last],
+            known=None if self.known is None else self.known[first:last],
             noise=None if self.noise is None else self.noise[:, first:last],
             first=self.first + first,
         )
@@ -69,10 +75,14 @@ def make_request(
     guidance: Each,
     start: torch.Tensor | None,
     noise: torch.Tensor | None,
+    edit: Edit | None = None,
 ) -> Request:
     """The request that :meth:`stepfusion.Engine.sample` describes; TypeError or ValueError naming the argument."""
-    count = _count(n, table, seed, indices, labels, guidance, start)
-    joined, parts = _tables(model, count, table)
+    image = None if edit is None else edit.image
+    count = _count(n, table, seed, indices, labels, guidance, start, image)
+    if edit is not None:
+        check_edit(edit, count, model.shape)
+    joined, parts = _tables(model, count, table, edit)
     seeds = [_checks.integer("seed", value, 0, (1 << 64) - 1) for value in _each("seed", seed, count)]
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
         raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
@@ -92,7 +102,10 @@ def make_request(
     if noise is not None:
         longest = max((joined.steps(part) for part in parts), default=0)
         check_images("noise", noise, (longest, count, *model.shape))
-    return Request(joined, parts, tickets, start, noise, guided)
+    if edit is None:
+        return Request(joined, parts, tickets, start, noise, guided)
+    image = edit.images(count) if edit.noised else None
+    return Request(joined, parts, tickets, start, noise, guided, image, edit.known(count))
 
 
 def _count(n: int | None, *others: Any) -> int:
@@ -107,13 +120,15 @@ def _count(n: int | None, *others: Any) -> int:
     return 1
 
 
-def _tables(model: Model, count: int, table: StepTable | Sequence[StepTable]) -> tuple[StepTable, list[int]]:
-    """All tables of a request in one, and each image's part of it."""
+def _tables(
+    model: Model, count: int, table: StepTable | Sequence[StepTable], edit: Edit | None
+) -> tuple[StepTable, list[int]]:
+    """All tables of a request in one, and each image's part of it; of an edit, the rows that are walked."""
     if isinstance(table, StepTable):
         if len(table.starts) != 1:
             raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
         _check_table(model, table)
-        return table, [0] * count
+        return table if edit is None else edit.shorten(table), [0] * count
     if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
         raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
     if len(table) != count or not table:
@@ -122,7 +137,8 @@ def _tables(model: Model, count: int, table: StepTable | Sequence[StepTable]) ->
     for one in distinct:
         _check_table(model, one)
     position = {id(one): i for i, one in enumerate(distinct)}
-    return StepTable.concatenate(distinct), [position[id(one)] for one in table]
+    walked = distinct if edit is None else [edit.shorten(one) for one in distinct]
+    return StepTable.concatenate(walked), [position[id(one)] for one in table]
 
 
 def _check_table(model: Model, table: StepTable) -> None:

@@ -11,6 +11,7 @@ as a CUDA graph, and another table, seed, label or guidance scale is other data 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,9 @@ class Settings:
     ``lanes``, how many; ``shape`` of one image; ``dtype`` of the network's input; ``null_label``, the label without a
     condition where lanes are guided; ``separate``: call the network for the labels and for the null label one after
     the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
-    the network learned; ``capacity``: rows of a table to make room for.
+    the network learned; ``history``: the table has rows that use the x0 of the row before; ``known``: some lane keeps
+    a part of an image; ``threshold``: the table has dynamic thresholding; ``capacity``: rows of a table to make room
+    for.
     """
 
     lanes: int
@@ -58,6 +61,9 @@ class Settings:
     null_label: int | None = None
     separate: bool = False
     learned_variance: bool = False
+    history: bool = False
+    known: bool = False
+    threshold: bool = False
     capacity: int = 0
 
 
@@ -80,6 +86,7 @@ class Runner:
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
         self._x_net = torch.zeros((copies * lanes, *settings.shape), device=device, dtype=settings.dtype)
+        self._known = torch.full_like(self.x, math.nan) if settings.known else None
         self._noise: Tensor | None = None
         self._rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
@@ -139,8 +146,17 @@ class Runner:
         except CaptureError as error:
             self.uncaptured = str(error)
 
-    def admit(self, lanes: list[int], tickets: Sequence[Ticket], start: Tensor | None = None) -> None:
-        """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own."""
+    def admit(
+        self,
+        lanes: list[int],
+        tickets: Sequence[Ticket],
+        start: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None:
+        """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own.
+
+        ``known`` [k, ...] is what they keep of an image, NaN where they are free.
+        """
         device = self.x.device
         numbers = [[t.row, as_int64(t.seed), t.index, t.label] for t in tickets]
         rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
@@ -150,6 +166,8 @@ class Runner:
         where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
         self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
+        if self._known is not None:
+            self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self._rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
         self._guidance[where] = upload(torch.tensor([t.guidance for t in tickets]), device)
@@ -189,8 +207,9 @@ class Runner:
             guidance=None if out_uncond is None else self._guidance,
             x_next=self.x,
             x_net=self._x_net,
-            x0=self.x0 if keep_x0 else None,
+            x0=self.x0 if keep_x0 or self._settings.history else None,
             flags=self.flags,
+            known=self._known,
         )
         self._rows.copy_(self._next_row[self._rows])
 

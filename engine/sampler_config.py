@@ -37,8 +37,9 @@ def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str
         clipped = _checks.boolean("clip_sample", config.get("clip_sample", True))
         bound = _checks.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0.0, open_low=True)
         whole = _checks.boolean("set_alpha_to_one", config.get("set_alpha_to_one", True))
-        if _checks.boolean("thresholding", config.get("thresholding", False)):
-            raise ValueError("thresholding (dynamic thresholding) is not supported")
+        thresholding = _checks.boolean("thresholding", config.get("thresholding", False))
+        ratio = _checks.number("dynamic_thresholding_ratio", config.get("dynamic_thresholding_ratio", 0.995), 0.0, 1.0)
+        largest = _checks.number("sample_max_value", config.get("sample_max_value", 1.0), 1.0)
         schedule = NoiseSchedule.from_config(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"scheduler config: {str(error).removeprefix('scheduler config has ')}") from error
@@ -48,6 +49,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str
         "steps_offset": offset,
         "clip": bound if clipped else None,
     }
+    if thresholding:
+        options |= {"threshold": ratio, "sample_max_value": largest}
     if not whole:
         options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
     return schedule, prediction, options

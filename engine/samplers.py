@@ -16,6 +16,7 @@ included:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ def ddpm(
     steps_offset: int = 0,
     prediction: str = "epsilon",
     clip: float | None = 1.0,
+    threshold: float | None = None,
+    sample_max_value: float = 1.0,
     variance: str = "fixed_small",
     compat: str | None = None,
 ) -> StepTable:
@@ -50,10 +53,13 @@ def ddpm(
     Args:
         schedule: T timesteps.
         steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset``
-            (:func:`stepfusion.timesteps.spaced`).
+            (:func:`stepfusion.timesteps.spaced`), or with "karras" by noise level (:func:`stepfusion.timesteps.karras`).
         timesteps: or the very list, strictly decreasing.
         prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
         clip: the bound of the predicted |x0|, or None.
+        threshold: in place of the clip, dynamic thresholding (Saharia et al. 2022, section 2.3): x0 becomes
+            clip(x0, -s, s) / s, with s this quantile of an image's |x0|, e.g. 0.995, in [1, ``sample_max_value``].
+            It runs on the reference path.
         variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (the network returns twice the
             channels).
         compat: None, "diffusers" or "guided-diffusion" (module docstring).
@@ -63,7 +69,7 @@ def ddpm(
     """
     _checks.choice("variance", variance, algebra.VARIANCES)
     visits, abar = _levels(schedule, steps, timesteps, spacing, steps_offset, prediction, compat)
-    clip = _clip(clip)
+    bounds = _bounds(clip, threshold, sample_max_value, len(visits))
     abar_prev = np.append(abar[1:], abar.dtype.type(1.0))
     columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
     if variance == "learned_range":
@@ -74,9 +80,10 @@ def ddpm(
     for name in ("sigma", "half_log_min", "half_log_span"):
         if name in columns:
             columns[name] = np.where(noisy, columns[name], 0.0)
-    columns["clip"] = np.full(len(visits), clip)
+    columns |= bounds
     learned = variance == "learned_range"
-    return StepTable.from_columns("ddpm", prediction, schedule, visits, columns, learned_variance=learned)
+    known = _ending_known(columns)
+    return StepTable.from_columns("ddpm", prediction, schedule, visits, known, learned_variance=learned)
 
 
 def ddim(
@@ -89,6 +96,8 @@ def ddim(
     steps_offset: int = 0,
     prediction: str = "epsilon",
     clip: float | None = 1.0,
+    threshold: float | None = None,
+    sample_max_value: float = 1.0,
     rederive_eps: bool | None = None,
     final_alpha_cumprod: float | None = None,
     compat: str | None = None,
@@ -109,7 +118,7 @@ def ddim(
     """
     eta = _checks.number("eta", eta, 0.0, 1.0)
     visits, abar = _levels(schedule, steps, timesteps, spacing, steps_offset, prediction, compat)
-    clip = _clip(clip)
+    bounds = _bounds(clip, threshold, sample_max_value, len(visits))
     rederive = compat != "diffusers" if rederive_eps is None else _checks.boolean("rederive_eps", rederive_eps)
     final = _final(schedule, final_alpha_cumprod, abar.dtype)
     if compat == "diffusers":
@@ -124,8 +133,87 @@ def ddim(
         last = algebra.ddim(abar[-1:], abar_prev[-1:], eta=0.0, prediction=prediction, rederive_eps=rederive)
         for name in ("next_x0", "next_x", "next_out"):
             columns[name][-1] = last[name][0]
-    columns["clip"] = np.full(len(visits), clip)
-    return StepTable.from_columns(f"ddim, eta {eta:g}", prediction, schedule, visits, columns)
+    columns |= bounds
+    return StepTable.from_columns(f"ddim, eta {eta:g}", prediction, schedule, visits, _ending_known(columns))
+
+
+def dpmpp_2m(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    timesteps: Sequence[int] | Visits | None = None,
+    spacing: str = "trailing",
+    steps_offset: int = 0,
+    prediction: str = "epsilon",
+    clip: float | None = 1.0,
+    threshold: float | None = None,
+    sample_max_value: float = 1.0,
+    lower_order_final: bool | None = None,
+    final_alpha_cumprod: float | None = None,
+) -> StepTable:
+    """DPM-Solver++(2M), a multistep solver of second order (Lu et al. 2022, algorithm 2): good images in 15 steps.
+
+    Its first row is of first order, and so is a last one that ends without noise, where h is infinite.
+
+    Args:
+        lower_order_final: make the last row of first order too; by default with fewer than 15 steps, as the authors'
+            code does.
+        Others: as in :func:`ddim`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    visits, abar = _levels(schedule, steps, timesteps, spacing, steps_offset, prediction, None)
+    bounds = _bounds(clip, threshold, sample_max_value, len(visits))
+    if lower_order_final is None:
+        lower_order_final = len(visits) < 15
+    lower_order_final = _checks.boolean("lower_order_final", lower_order_final)
+    abar_prev = np.append(abar[1:], _final(schedule, final_alpha_cumprod, abar.dtype))
+    with np.errstate(divide="ignore"):
+        half_log_snr = np.log(np.append(abar, abar_prev[-1:]) / (1 - np.append(abar, abar_prev[-1:]))) / 2
+    h = np.diff(half_log_snr)
+    history = np.zeros(len(visits))
+    history[1:] = h[1:] / (2 * h[:-1])
+    if lower_order_final or abar_prev[-1] == 1:
+        history[-1] = 0.0
+    columns = algebra.dpmpp_2m(abar, abar_prev, history, prediction=prediction)
+    columns |= bounds
+    return StepTable.from_columns("dpm-solver++ 2m", prediction, schedule, visits, _ending_known(columns))
+
+
+def euler_ancestral(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    timesteps: Sequence[int] | Visits | None = None,
+    spacing: str = "trailing",
+    steps_offset: int = 0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    threshold: float | None = None,
+    sample_max_value: float = 1.0,
+) -> StepTable:
+    """k-diffusion's ancestral Euler (``sample_euler_ancestral``), on a variance-preserving schedule.
+
+    With s = sqrt((1 - abar) / abar) and y = x / sqrt(abar) that is
+
+        s_up   = eta sqrt(s_to^2 (s_from^2 - s_to^2) / s_from^2),  s_down = sqrt(s_to^2 - s_up^2)
+        y_next = y + (y - x0) / s_from (s_down - s_from) + s_up z
+
+    which, back in x, is DDIM's step with the same eta, eps re-derived from x0 (Song et al. 2021, equations 12 and 16):
+    so this is :func:`ddim` under its other name and with that library's defaults, noise and no clip.
+
+    Args:
+        eta: 1 is k-diffusion's default, 0 is Euler's method without noise.
+        Others: as in :func:`ddim`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    given: dict[str, Any] = {"timesteps": timesteps, "spacing": spacing, "steps_offset": steps_offset}
+    given |= {"prediction": prediction, "clip": clip, "threshold": threshold, "sample_max_value": sample_max_value}
+    return replace(ddim(schedule, steps, eta=eta, **given), name=f"euler ancestral, eta {float(eta):g}")
 
 
 def ddim_inversion(
@@ -180,10 +268,16 @@ def _levels(
     _checks.choice("prediction", prediction, algebra.PREDICTIONS)
     if compat not in spacing_rules.COMPATS:
         raise ValueError(f"compat must be None, 'diffusers' or 'guided-diffusion', got {compat!r}")
+    _checks.choice("spacing", spacing, (*spacing_rules.SPACINGS, "karras"))
     if timesteps is not None:
         if steps is not None:
             raise ValueError("steps and timesteps exclude each other, got both")
         visits = spacing_rules.given(schedule.num_timesteps, timesteps)
+    elif spacing == "karras":
+        steps = schedule.num_timesteps if steps is None else steps
+        if steps_offset or compat is not None:
+            raise ValueError("spacing 'karras' takes neither steps_offset nor compat")
+        visits = spacing_rules.karras(schedule.alphas_cumprod, steps)
     else:
         steps = schedule.num_timesteps if steps is None else steps
         visits = spacing_rules.spaced(
@@ -213,8 +307,21 @@ def _log_range(small: Floats, large: Floats, compat: str | None) -> dict[str, Fl
     return {"half_log_min": low / 2, "half_log_span": (high - low) / 2}
 
 
-def _clip(clip: float | None) -> float:
-    return np.inf if clip is None else _checks.number("clip", clip, 0.0, open_low=True)
+def _bounds(clip: float | None, threshold: float | None, largest: float, rows: int) -> dict[str, Floats]:
+    """The columns that bound x0: a clip, or a threshold in its place."""
+    bound = np.inf if clip is None else _checks.number("clip", clip, 0.0, open_low=True)
+    largest = _checks.number("sample_max_value", largest, 1.0)
+    if threshold is None:
+        return {"clip": np.full(rows, bound)}
+    quantile = _checks.number("threshold", threshold, 0.0, 1.0, open_low=True)
+    values = {"clip": np.inf, "threshold": quantile, "threshold_max": largest}
+    return {name: np.full(rows, value) for name, value in values.items()}
+
+
+def _ending_known(columns: dict[str, Floats]) -> dict[str, Floats]:
+    """The columns, with a known region that the last row leaves as it is, whatever noise that row's level has."""
+    columns["known_x"][-1], columns["known_sigma"][-1] = 1.0, 0.0
+    return columns
 
 
 def _final(schedule: NoiseSchedule, final_alpha_cumprod: float | None, dtype: np.dtype[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,10 +20,11 @@ from stepfusion.schedule import NoiseSchedule
 class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
-    ``coefficients`` float64 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the
+    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the
     network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the first
-    row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim` and
-    :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several.
+    row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`,
+    :func:`stepfusion.dpmpp_2m`, :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`;
+    :meth:`concatenate` joins several, and :meth:`last` takes the end of one.
     """
 
     name: str
@@ -78,6 +79,42 @@ class StepTable:
     def stochastic(self) -> bool:
         """True where some row adds noise."""
         return bool((self.column("sigma") != 0).any())
+
+    @cached_property
+    def history(self) -> bool:
+        """True where some row uses the x0 of the row before it, as multistep solvers do."""
+        return bool((self.column("next_prev") != 0).any())
+
+    @cached_property
+    def thresholds(self) -> bool:
+        """True where some row has dynamic thresholding."""
+        return bool((self.column("threshold") != 0).any())
+
+    @cached_property
+    def edits(self) -> bool:
+        """True where every row says how to noise a known region again: of samplers, and not of an inversion."""
+        return bool((self.column("known_x") != 0).all())
+
+    def last(self, steps: int) -> StepTable:
+        """The last ``steps`` rows, for a start from an image noised to the level where the first of them starts.
+
+        What that row would take from the x0 before it, it takes from its own x0: a first-order step.
+        """
+        if len(self.starts) != 1:
+            raise ValueError(f"last needs a table of one sampler, got one of {len(self.starts)}")
+        steps = _checks.integer("steps", steps, 1, len(self))
+        if steps == len(self):
+            return self
+        coefficients = self.coefficients[-steps:].copy()
+        next_x0, next_prev = COLUMNS.index("next_x0"), COLUMNS.index("next_prev")
+        coefficients[0, next_x0] += coefficients[0, next_prev]
+        coefficients[0, next_prev] = 0.0
+        following = self.next_row[-steps:]
+        following = np.where(following == PARKED, PARKED, following - (len(self) - steps))
+        name = f"{self.name}, last {steps} of {len(self)}"
+        return replace(
+            self, name=name, coefficients=coefficients, timesteps=self.timesteps[-steps:].copy(), next_row=following
+        )
 
     @classmethod
     def from_columns(
@@ -150,7 +187,7 @@ class StepTable:
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """A :class:`StepTable` on a device: coefficients float32 [R, 9], timesteps int64 [R], next_row int64 [R]."""
+    """A :class:`StepTable` on a device: coefficients float32 [R, 14], timesteps int64 [R], next_row int64 [R]."""
 
     coefficients: torch.Tensor
     timesteps: torch.Tensor

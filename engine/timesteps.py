@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,34 @@ def spaced(
             f"steps_offset = {offset} with steps = {steps} reaches timestep {result[0]}, beyond T - 1 = {total - 1}"
         )
     return result
+
+
+def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7.0) -> Timesteps:
+    """``steps`` timesteps, strictly decreasing, whose noise levels lie as Karras et al. 2022, equation 5, has them.
+
+    With sigma_t = sqrt((1 - abar_t) / abar_t) the levels are (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho) -
+    sigma_max^(1/rho)))^rho, from the last timestep's to the first's; each takes the timestep nearest in log sigma.
+    Low levels lie closer than timesteps do: where several round to one, they move to its free neighbours.
+
+    Args:
+        alphas_cumprod: float [T], decreasing. A last entry of 0 (zero terminal SNR) counts as the one before it, and
+            the list still starts at T - 1.
+    """
+    total = len(alphas_cumprod)
+    steps = _checks.integer("steps", steps, 1, total)
+    rho = _checks.number("rho", rho, 0.0, open_low=True)
+    finite = alphas_cumprod[alphas_cumprod > 0].astype(np.float64)
+    log_sigmas = np.log((1 - finite) / finite) / 2
+    ramp = np.linspace(1.0, 0.0, steps) if steps > 1 else np.ones(1)  # ascending timesteps at the end
+    low, high = math.exp(log_sigmas[0] / rho), math.exp(log_sigmas[-1] / rho)
+    wanted = rho * np.log(high + (1 - ramp) * (low - high))
+    positions = np.interp(wanted, log_sigmas, np.arange(len(finite)))[::-1]
+    visits = np.round(positions).astype(np.int64)
+    visits[-1] = total - 1
+    room = np.arange(steps)
+    visits = room + np.maximum.accumulate(visits - room)  # each at least one above the one below it
+    visits = np.minimum(visits, total - steps + room)
+    return visits[::-1].copy()
 
 
 def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any]) -> Timesteps:

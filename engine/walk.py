@@ -93,7 +93,8 @@ class Walk:
         images = [self._queue.popleft() for _ in lanes]
         request = self._request
         start = None if request.start is None else request.start[images]
-        self._runner.admit(lanes, [request.tickets[image] for image in images], start)
+        known = None if request.known is None else request.known[images]
+        self._runner.admit(lanes, [request.tickets[image] for image in images], start, known)
         for lane, image in zip(lanes, images, strict=True):
             self._image[lane], self._entered[lane] = image, self._now
             self._due.setdefault(self._now + request.table.steps(request.parts[image]), []).append(lane)

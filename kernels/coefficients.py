@@ -1,9 +1,11 @@
-"""The algebra of DDPM and DDIM: one row of coefficients for a move from one noise level to another.
+"""The algebra of the samplers: one row of coefficients for a move from one noise level to another.
 
-Every first-order step is (see :mod:`stepfusion.kernels.step`)
+Every step is (see :mod:`stepfusion.kernels.step`)
 
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
+
+and where a part of the image is known, that part is known_x * known + known_sigma * z instead.
 
 The functions here take the levels abar (``alphas_cumprod`` where the step starts) and abar_prev (where it ends) and
 return the coefficients. They use arithmetic operators only, so that one formula serves NumPy arrays and PyTorch
@@ -20,7 +22,10 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 #: The columns of a coefficient table, in order.
-COLUMNS = ("x0_x", "x0_out", "clip", "next_x0", "next_x", "next_out", "sigma", "half_log_min", "half_log_span")
+COLUMNS = (
+    *("x0_x", "x0_out", "clip", "next_x0", "next_x", "next_out", "sigma", "half_log_min", "half_log_span"),
+    *("next_prev", "known_x", "known_sigma", "threshold", "threshold_max"),
+)
 
 
 def predict_x0(abar: Levels, prediction: str) -> tuple[Levels, Levels]:
@@ -70,6 +75,7 @@ def ddpm(abar: Levels, abar_prev: Levels, *, prediction: str, variance: str) -> 
     mean_x0, mean_x, small, large = posterior(abar, abar_prev)
     x0_x, x0_out = predict_x0(abar, prediction)
     columns = {"x0_x": x0_x, "x0_out": x0_out, "next_x0": mean_x0, "next_x": mean_x, "next_out": abar * 0}
+    columns |= known(abar_prev)
     if variance == "learned_range":
         return {**columns, "sigma": abar * 0 + 1, "small": small, "large": large}
     return {**columns, "sigma": (small if variance == "fixed_small" else large) ** 0.5}
@@ -102,7 +108,31 @@ def ddim(abar: Levels, abar_prev: Levels, *, eta: float, prediction: str, rederi
         "next_x": next_x,
         "next_out": next_out,
         "sigma": sigma,
+        **known(abar_prev),
     }
+
+
+def dpmpp_2m(abar: Levels, abar_prev: Levels, history: Levels, *, prediction: str) -> dict[str, Levels]:
+    """One step of DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2), without ``clip``.
+
+    x_next = sigma_t / sigma_s x - alpha_t (e^-h - 1) D,    D = (1 + w) x0 - w x0_prev
+
+    with alpha = sqrt(abar), sigma = sqrt(1 - abar), s where the step starts (``abar``), t where it ends
+    (``abar_prev``), h = lambda_t - lambda_s, lambda = log(alpha / sigma). ``history`` is w = h / (2 h_prev) = 1 / (2 r),
+    0 for a first-order step, which is :func:`ddim` with eta = 0: -alpha_t (e^-h - 1) = alpha_t - sigma_t alpha_s /
+    sigma_s.
+    """
+    columns = ddim(abar, abar_prev, eta=0.0, prediction=prediction, rederive_eps=True)
+    first_order = columns["next_x0"]
+    return {**columns, "next_x0": first_order * (1 + history), "next_prev": -first_order * history}
+
+
+def known(abar_prev: Levels) -> dict[str, Levels]:
+    """A known image diffused to the level where a row ends: q(x_t | x_0) of Ho et al. 2020, equation 4.
+
+    (Lugmayr et al. 2022, equation 8a.)
+    """
+    return {"known_x": abar_prev**0.5, "known_sigma": (1 - abar_prev) ** 0.5}
 
 
 def ddim_inversion(abar: Levels, abar_next: Levels, abar_network: Levels, *, prediction: str) -> dict[str, Levels]:

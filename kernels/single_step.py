@@ -39,7 +39,7 @@ def ddim_step(
         prediction: "epsilon", "sample" or "v_prediction". clip: bound of |x0|, or None.
         rederive_eps: use the eps that belongs to the clipped x0 instead of the network's.
         final_alpha_cumprod: abar where t_prev is -1.
-        step: noise, seeds and indices, out_uncond and guidance, x_next, x_net, x0, flags of
+        step: noise, seeds and indices, out_uncond and guidance, x_next, x_net, x0, flags, known of
             :func:`stepfusion.kernels.diffusion_step`.
 
     Returns:
@@ -167,7 +167,7 @@ def _ddpm_table(
 
 
 def _table(columns: dict[str, torch.Tensor], clip: float | None) -> torch.Tensor:
-    """A table with one row a lane, float64 [B, 9]."""
+    """A table with one row a lane, float64 [B, 14]."""
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
     columns["clip"] = torch.full_like(columns["sigma"], float("inf") if clip is None else clip)

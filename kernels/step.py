@@ -1,21 +1,29 @@
-"""The table walker: one kernel that executes any row of any first-order sampler, for every lane of a batch.
+"""The table walker: one kernel that executes any row of any sampler, for every lane of a batch.
 
     out    = uncond + guidance * (out - uncond)                                    where guidance is given
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
     sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               where the network returns v as well
+    x_next = known_x * known + known_sigma * z                                     where a part of the image is known
+
+x0_prev is what the lane's x0 buffer holds, the prediction of the row before (multistep solvers). An element is either
+known or free, so that one z serves both: a known region costs no noise of its own.
 
 A lane is one image: its ``row`` says which line of the table applies to it (-1: the lane is parked and nothing of it
 is read or written). The next state and the network-dtype copy of it that the next network call wants leave in the
 same pass.
 
 Cost, no noise: 4 B (x) + s (out) + 4 B (x_next) + s (network copy) an element, s the size of the network's dtype: 12
-B in bfloat16. Eager schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise.
+B in bfloat16. Eager schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise. An x0
+buffer adds 4 B, and 4 B on rows with next_prev != 0, which alone read it; a known region adds 4 B for every lane of
+the batch.
 
 Kernels are compiled without FMA contraction, so that the fused step and the reference agree bit for bit.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -42,6 +50,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_ptr,  # [B, E] float32
     net_ptr,  # [COPIES * B, E] in the network's dtype, or None
     x0_ptr,  # [B, E] float32, or None
+    known_ptr,  # [B, E] float32, NaN where free, or None
     flag_ptr,  # [B] int64, or None
     row_ptr,  # [B] int64
     table_ptr,  # [R, WIDTH] float32
@@ -80,6 +89,11 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
     next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
     sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
+    next_prev = tl.load(coefficient_ptr + 9, mask=inside, other=0.0)
+    undone = tl.load(coefficient_ptr + 12, mask=inside, other=0.0)  # a threshold, which takes the whole image
+    if x0_ptr is None:
+        undone += tl.abs(next_prev)
+    x0_x = tl.where(undone == 0.0, x0_x, float("nan"))
 
     x = tl.load(x_ptr + start + offs, mask=mask)
     out = tl.load(out_ptr + out_start + offs, mask=mask).to(tl.float32)
@@ -90,20 +104,35 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     x_next = next_x0 * x0 + next_x * x + next_out * out
-    if sigma != 0.0 and (noise_ptr is not None or seed_ptr is not None):
-        std = sigma
-        if LEARNED:
-            half_log_min = tl.load(coefficient_ptr + 7)
-            half_log_span = tl.load(coefficient_ptr + 8)
-            v = tl.load(out_ptr + out_start + E + offs, mask=mask).to(tl.float32)
-            std = sigma * tl.exp(half_log_min + (v * 0.5 + 0.5) * half_log_span)
+    if x0_ptr is not None:
+        if next_prev != 0.0:
+            x_next += next_prev * tl.load(x0_ptr + start + offs, mask=mask)
+    noisy = sigma != 0.0
+    if known_ptr is not None:
+        known_sigma = tl.load(coefficient_ptr + 11, mask=inside, other=0.0)
+        noisy = noisy | (known_sigma != 0.0)
+        known_x = tl.load(coefficient_ptr + 10, mask=inside, other=float("nan"))
+    if noisy and (noise_ptr is not None or seed_ptr is not None):
         if noise_ptr is not None:
             z = tl.load(noise_ptr + start + offs, mask=mask).to(tl.float32)
         else:
             timestep = tl.load(timestep_ptr + row).to(tl.uint32)
             index = tl.load(index_ptr + lane).to(tl.uint32)
             z = normal_block(tl.load(seed_ptr + lane), block * (BLOCK // 4), timestep, index, STREAM, BLOCK, VEC)
-        x_next += std * z
+        if sigma != 0.0:
+            std = sigma
+            if LEARNED:
+                half_log_min = tl.load(coefficient_ptr + 7)
+                half_log_span = tl.load(coefficient_ptr + 8)
+                v = tl.load(out_ptr + out_start + E + offs, mask=mask).to(tl.float32)
+                std = sigma * tl.exp(half_log_min + (v * 0.5 + 0.5) * half_log_span)
+            x_next += std * z
+        if known_ptr is not None:  # read here: a block of registers less while noise is made
+            known = tl.load(known_ptr + start + offs, mask=mask)
+            x_next = tl.where(known == known, known_x * known + known_sigma * z, x_next)
+    elif known_ptr is not None:
+        known = tl.load(known_ptr + start + offs, mask=mask)
+        x_next = tl.where(known == known, known_x * known, x_next)
 
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
@@ -136,6 +165,7 @@ def _diffusion_step(
     x_net: torch.Tensor | None,
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
+    known: torch.Tensor | None,
     fill: bool,
 ) -> None:
     require_triton(x.device)
@@ -152,6 +182,7 @@ def _diffusion_step(
             x_next,
             x_net,
             x0,
+            launch.contiguous(known),
             flags,
             rows.contiguous(),
             coefficients.contiguous(),
@@ -194,6 +225,7 @@ def diffusion_step(
     x_net: torch.Tensor | None = None,
     x0: torch.Tensor | None = None,
     flags: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Move every lane one row on, in one pass.
 
@@ -202,7 +234,7 @@ def diffusion_step(
         out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels
             [B, 2 C, ...] for a network that learned its variance (its second half is v).
         rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone. coefficients: float32 [R,
-        9], the columns :data:`stepfusion.kernels.COLUMNS`. timesteps: int64 [R], the training timestep that keys a
+        14], the columns :data:`stepfusion.kernels.COLUMNS`. timesteps: int64 [R], the training timestep that keys a
         row's noise. seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or noise: [B, ...] like x,
         the z to use. With neither, every row in use must have sigma = 0: no noise is added. out_uncond: like out, the
         network's output without the condition; with guidance: float32 [B], out becomes out_uncond + guidance * (out -
@@ -210,11 +242,15 @@ def diffusion_step(
             where it is 1.
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
         x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
-        x0: float32 like x, receives the predicted (clipped) x0.
+        x0: float32 like x, receives the predicted (clipped) x0. Where a row has next_prev != 0 it holds the x0 of the
+            lane's row before, and is read first; without this buffer such a row gives NaN.
         flags: int64 [B], receives the row at which a lane first became non-finite, where it is still :data:`FINITE`.
+        known: float32 like x, the pixels of an image that are known, and NaN where the sampler is free. The next
+            state of what is known is known_x * known + known_sigma * z, with the same z as the sampler's.
 
     Returns:
-        x_next. Rows beyond the table give NaN.
+        x_next. Rows beyond the table give NaN, and so do rows with a threshold, which takes a quantile of the whole
+        image: those are for :func:`stepfusion.kernels.reference.diffusion_step`.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
@@ -222,9 +258,8 @@ def diffusion_step(
     for name, tensor in (("x", x), ("coefficients", coefficients)):
         launch.check_dtype(name, tensor, (torch.float32,))
     launch.check_dtype("out", out, launch.FLOATS)
-    _check(
-        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
-    )
+    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
+    _check(x, out, rows, coefficients, timesteps, *given)
     into = torch.empty_like(x, memory_format=torch.contiguous_format) if x_next is None else x_next
     _diffusion_step(
         x,
@@ -241,6 +276,7 @@ def diffusion_step(
         x_net,
         x0,
         flags,
+        known,
         fill=x_next is None,
     )
     return into
@@ -262,20 +298,21 @@ def diffusion_step_reference(
     x_net: torch.Tensor | None = None,
     x0: torch.Tensor | None = None,
     flags: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of :func:`diffusion_step` in eager PyTorch: same arguments, same result.
 
-    Also in float64, with float64 x, out and coefficients.
+    Also in float64, with float64 x, out and coefficients. Rows with a threshold replace the clip by dynamic
+    thresholding (Saharia et al. 2022, section 2.3): with s the quantile ``threshold`` of a lane's |x0|, in [1,
+    ``threshold_max``], x0 becomes clip(x0, -s, s) / s.
     """
-    _check(
-        x, out, rows, coefficients, timesteps, seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags
-    )
+    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
+    _check(x, out, rows, coefficients, timesteps, *given)
     active = launch.per_lane(rows >= 0, x)
     safe = rows.clamp(min=0)
     columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)
-    x0_x, x0_out, clip, next_x0, next_x, next_out, sigma, half_log_min, half_log_span = (
-        launch.per_lane(column, x) for column in columns
-    )
+    c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns, strict=True)}
+    sigma, next_prev, threshold = c["sigma"], c["next_prev"], c["threshold"]
 
     eps = out.to(x.dtype)
     v: torch.Tensor | None = None
@@ -288,19 +325,31 @@ def diffusion_step_reference(
         eps = torch.where(scale == 1.0, eps, uncond + scale * (eps - uncond))
 
     # In place wherever it can be: on a CPU fresh memory costs more than arithmetic.
-    start = x0_x * x
-    term = x0_out * eps
+    start = c["x0_x"] * x
+    term = c["x0_out"] * eps
     start += term
-    torch.minimum(torch.maximum(start, -clip, out=start), clip, out=start)
-    result = next_x0 * start
-    result += torch.mul(next_x, x, out=term)
-    result += torch.mul(next_out, eps, out=term)
+    torch.minimum(torch.maximum(start, -c["clip"], out=start), c["clip"], out=start)
+    if bool((threshold > 0).any()):
+        bounded = _thresholded(start, threshold.nan_to_num(), c["threshold_max"])
+        start = torch.where(threshold > 0, bounded, start)
+    result = c["next_x0"] * start
+    result += torch.mul(c["next_x"], x, out=term)
+    result += torch.mul(c["next_out"], eps, out=term)
+    if bool((next_prev != 0).any()):
+        previous = torch.full_like(x, math.nan) if x0 is None else x0
+        result = torch.where(next_prev != 0, result + torch.mul(next_prev, previous, out=term), result)
     noisy = (sigma != 0) & active
-    if (noise is not None or seeds is not None) and bool(noisy.any()):
+    renoised = False if known is None else (c["known_sigma"] != 0) & active
+    fixed = None if known is None else c["known_x"] * known
+    if (noise is not None or seeds is not None) and bool((noisy | renoised).any()):
         z = noise.to(x.dtype) if noise is not None else _draw(seeds, indices, timesteps, safe, x)
-        std = sigma if v is None else sigma * (half_log_min + (v * 0.5 + 0.5) * half_log_span).exp()
+        if fixed is not None:
+            fixed = torch.where(renoised, fixed + c["known_sigma"] * z, fixed)
+        std = sigma if v is None else sigma * (c["half_log_min"] + (v * 0.5 + 0.5) * c["half_log_span"]).exp()
         torch.mul(std, z, out=term)
         result = result.add_(term) if bool(noisy.all()) else torch.where(noisy, result + term, result)
+    if fixed is not None and known is not None:
+        result = torch.where(known.isnan(), result, fixed)
 
     if flags is not None and x.numel():
         total = result.reshape(len(x), -1).sum(1)  # finite where every term is
@@ -315,6 +364,18 @@ def diffusion_step_reference(
     if x_next is None:
         return (result if everywhere else torch.where(active, result, x)).contiguous()
     return x_next.copy_(result if everywhere else torch.where(active, result, x_next))
+
+
+def _thresholded(x0: torch.Tensor, quantile: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Clip every lane of ``x0`` [B, ...] at a quantile of its own magnitudes, and divide by it."""
+    if x0.numel() == 0:
+        return x0
+    magnitudes = x0.abs().flatten(1).sort(dim=1).values
+    position = quantile.flatten(1) * (magnitudes.shape[1] - 1)
+    below, above = magnitudes.gather(1, position.floor().long()), magnitudes.gather(1, position.ceil().long())
+    bound = torch.lerp(below, above, position - position.floor()).reshape(quantile.shape)
+    bound = torch.minimum(bound.clamp(min=1.0), largest)
+    return torch.minimum(torch.maximum(x0, -bound), bound) / bound
 
 
 def _draw(
@@ -345,6 +406,7 @@ def _check(
     x_net: torch.Tensor | None,
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
+    known: torch.Tensor | None,
 ) -> None:
     """Check every argument of a step."""
     states = (torch.float32, torch.float64)
@@ -378,6 +440,8 @@ def _check(
         if buffer is not None:
             launch.check_like(name, buffer, shape, x.device, (x.dtype,))
             launch.check_output(name, buffer)
+    if known is not None:
+        launch.check_like("known", known, shape, x.device, (x.dtype,))
     if flags is not None:
         launch.check_like("flags", flags, (lanes,), x.device, (torch.int64,))
         launch.check_output("flags", flags)

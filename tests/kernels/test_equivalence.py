@@ -47,6 +47,11 @@ OPTIONS = [
     StepCase((0, 9), torch.float32, "drawn", x0=False),
     StepCase((9,), torch.float32, "drawn", rows=(kernels.PARKED,) * 3),
     StepCase((9,), torch.float32, "drawn", rows=(4,)),
+    *(StepCase((3, 7, 7), dtype, noise, history=True) for dtype in DTYPES for noise in ("none", "drawn")),
+    *(StepCase((1, 65, 80), dtype, noise, known=True) for dtype in DTYPES for noise in NOISES),
+    StepCase((3, 32, 32), torch.bfloat16, "given", history=True, known=True, guidance=(7.5, 1.0, 0.0, 1.0), copies=2),
+    StepCase((4101,), torch.float32, "drawn", learned=True, history=True, known=True),
+    StepCase((7,), torch.float32, "drawn", known=True, rows=(5, 1, 2**40)),
 ]
 
 
@@ -135,6 +140,43 @@ def test_parked_lanes_are_neither_read_nor_written(device: torch.device) -> None
     assert bool(poisoned["x_next"][1].isnan().all())
     assert bool(poisoned["x_net"][[1, 4]].isnan().all())
     assert poisoned["flags"][1] == kernels.FINITE
+
+
+@pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
+def test_a_row_that_needs_a_history_and_has_none_gives_nan(step: Any, device: torch.device) -> None:
+    given = StepCase((7,), torch.float32, "none", history=True, rows=(0, 1)).arguments(device)
+    got = outputs(step, {name: tensor for name, tensor in given.items() if name != "x0"})
+    assert got["x_next"][0].isfinite().all()
+    assert got["x_next"][1].isnan().all()
+
+
+def test_a_threshold_is_for_the_reference(device: torch.device) -> None:
+    """Rows with one give NaN in the kernel, which sees no whole image, and no lane else is touched."""
+    given = StepCase((3, 5), torch.float32, "drawn", rows=(1, 2)).arguments(device)
+    plain = outputs(kernels.diffusion_step, given)
+    given["coefficients"] = given["coefficients"].clone()
+    given["coefficients"][2, algebra.COLUMNS.index("threshold")] = 0.9
+    given["coefficients"][2, algebra.COLUMNS.index("threshold_max")] = 1.5
+    got, want = outputs(kernels.diffusion_step, given), outputs(reference.diffusion_step, given)
+    assert got["x_next"][1].isnan().all()
+    assert want["x_next"].isfinite().all()
+    for name in ("x_next", "x0"):
+        assert_same_bits(name, got[name][0], plain[name][0])
+        assert_same_bits(name, want[name][0], plain[name][0])
+
+
+def test_what_is_known_leaves_the_free_part_alone(device: torch.device) -> None:
+    """And its last row, known_x = 1 and known_sigma = 0, is the image to the bit."""
+    given = StepCase((1030,), torch.float16, "drawn", known=True, rows=(1, 3)).arguments(device)
+    given["coefficients"] = given["coefficients"].clone()
+    given["coefficients"][1, algebra.COLUMNS.index("known_x")] = 1.0
+    known = given["known"].cpu()
+    for step in (kernels.diffusion_step, reference.diffusion_step):
+        got = outputs(step, given)["x_next"]
+        plain = outputs(step, {name: tensor for name, tensor in given.items() if name != "known"})["x_next"]
+        assert torch.equal(got[known.isnan()], plain[known.isnan()])
+        assert torch.equal(got[0][~known[0].isnan()], known[0][~known[0].isnan()])
+        assert not torch.equal(got[1][~known[1].isnan()], known[1][~known[1].isnan()])
 
 
 def test_both_network_copies_are_the_next_state(device: torch.device) -> None:
@@ -538,6 +580,7 @@ def test_step_beyond_two_to_the_31_elements(device: torch.device, tmp_path: Path
         None,
         x,
         net,
+        None,
         None,
         lanes(given["flags"]),
         rows,

@@ -26,6 +26,9 @@ PLAIN = StepCase((1030,), torch.float32, "drawn", copies=2)
 LEARNED = StepCase((3, 7, 7), torch.float16, "drawn", learned=True)
 GUIDED = StepCase((9,), torch.float32, "given", guidance=(7.5, 1.0, 0.0, 2.0))
 SILENT = StepCase((9,), torch.float32, "none")
+HISTORY = StepCase((9,), torch.float32, "none", history=True)
+KNOWN = StepCase((1030,), torch.float32, "drawn", known=True)
+FIXED = StepCase((9,), torch.float32, "none", known=True)
 
 LOAD = "tl.load(coefficient_ptr"
 STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
@@ -61,6 +64,23 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     "v not moved to [0, 1]": (LEARNED, "tl.exp(half_log_min + (v * 0.5 + 0.5) *", "tl.exp(half_log_min + v *"),
     "out for v": (LEARNED, "out_ptr + out_start + E + offs", "out_ptr + out_start + offs"),
     "guidance from the wrong end": (GUIDED, "out, uncond + guidance *", "out, out + guidance *"),
+    "no history": (HISTORY, "x_next += next_prev * tl.load(x0_ptr", "x_next += 0.0 * tl.load(x0_ptr"),
+    "history of the same row": (
+        HISTORY,
+        "next_prev * tl.load(x0_ptr + start + offs, mask=mask)",
+        "next_prev * x0",
+    ),
+    "history read by a row without": (HISTORY, "if next_prev != 0.0:", "if next_prev == next_prev:"),
+    "known region left to the sampler": (KNOWN, "known == known, known_x * known + known_sigma * z", "False, x_next"),
+    "known region left alone without noise": (FIXED, "known == known, known_x * known, x_next", "False, x_next, x_next"),
+    "known region without noise": (KNOWN, "known + known_sigma * z, x_next", "known + 0.0 * z, x_next"),
+    "known region by the sampler's scale": (KNOWN, "known + known_sigma * z, x_next", "known + sigma * z, x_next"),
+    "known region of another lane": (
+        KNOWN,
+        "known = tl.load(known_ptr + start + offs, mask=mask)\n            x_next",
+        "known = tl.load(known_ptr + offs, mask=mask)\n            x_next",
+    ),
+    "known_sigma for known_x": (KNOWN, "coefficient_ptr + 10", "coefficient_ptr + 11"),
     "noise of another lane": (GUIDED, "tl.load(noise_ptr + start + offs", "tl.load(noise_ptr + offs"),
 }
 
@@ -85,7 +105,7 @@ def plant(tmp_path: Path) -> Plant:
     return planted
 
 
-@pytest.mark.parametrize("case", [PLAIN, LEARNED, GUIDED, SILENT], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, LEARNED, GUIDED, SILENT, HISTORY, KNOWN, FIXED], ids=str)
 def test_a_step_without_an_error_passes(case: StepCase, plant: Plant, kernel_device: torch.device) -> None:
     assert_step_equivalent(plant("step.py").diffusion_step, case.arguments(kernel_device))
 

@@ -25,7 +25,7 @@ T = 10
 
 def _step_arguments(case: StepCase, device: torch.device) -> dict[str, Any]:
     """Every argument of the op, by name."""
-    optional = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_net", "x0", "flags")
+    optional = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_net", "x0", "flags", "known")
     return dict.fromkeys(optional) | case.arguments(device) | {"fill": False}
 
 
@@ -199,7 +199,7 @@ STEP_ERRORS = [
     ("rows", "meta", ValueError, "rows must be on cpu, got meta"),
     ("coefficients", "list", TypeError, "coefficients must be a tensor, got list"),
     ("coefficients", "double", TypeError, "coefficients must be float32, got float64"),
-    ("coefficients", "flat", ValueError, "coefficients must have shape [9, 9], got [9]"),
+    ("coefficients", "flat", ValueError, "coefficients must have shape [14, 14], got [14]"),
     ("coefficients", "meta", ValueError, "coefficients must be on cpu, got meta"),
     ("timesteps", "float", TypeError, "timesteps must be int64, got float32"),
     ("timesteps", "long", ValueError, "timesteps must have shape [5], got [6]"),
@@ -226,6 +226,8 @@ STEP_ERRORS = [
     ("x_net", "strided", ValueError, "x_net must be contiguous, got strides [120, 40, 10, 2] for shape [4, 3, 4, 5]"),
     ("x0", "half", TypeError, "x0 must be float32, got float16"),
     ("x0", "strided", ValueError, "x0 must be contiguous, got strides [120, 40, 10, 2] for shape [4, 3, 4, 5]"),
+    ("known", "half", TypeError, "known must be float32, got float16"),
+    ("known", "long", ValueError, "known must have shape [4, 3, 4, 5], got [5, 3, 4, 5]"),
     ("flags", "float", TypeError, "flags must be int64, got float32"),
     ("flags", "long", ValueError, "flags must have shape [4], got [5]"),
     ("flags", "strided", ValueError, "flags must be contiguous, got strides [2] for shape [4]"),

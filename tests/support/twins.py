@@ -26,7 +26,7 @@ class StepCase:
         shape: of one image. dtype: of the network.
         noise: "none", "given" or "drawn". learned: the network returned v as well.
         guidance: a scale a lane, or None. copies: of the next state for the network. x0: keep x0.
-        clip: bound of |x0|.
+        clip: bound of |x0|. history: rows but row 0 read the x0 of the row before. known: a third of the image.
     """
 
     shape: tuple[int, ...] = (7,)
@@ -37,11 +37,13 @@ class StepCase:
     copies: int = 1
     x0: bool = True
     clip: float = 0.75
+    history: bool = False
+    known: bool = False
     rows: tuple[int, ...] = (3, 0, kernels.PARKED, 1)
 
     def __str__(self) -> str:
         words = [self.noise, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.shape)) or "scalar"]
-        words += [name for name in ("learned", "guidance") if getattr(self, name)]
+        words += [name for name in ("learned", "guidance", "history", "known") if getattr(self, name)]
         return "-".join([*words, str(self.copies)])
 
     def arguments(self, device: torch.device) -> Tensors:
@@ -52,6 +54,10 @@ class StepCase:
         table = torch.randn(ROWS, len(kernels.COLUMNS))
         table[:, kernels.COLUMNS.index("clip")] = self.clip
         table[:, kernels.COLUMNS.index("sigma")] = torch.arange(ROWS) / ROWS if self.noise != "none" else 0.0
+        for name in ("threshold", "threshold_max", *(() if self.history else ("next_prev",))):
+            table[:, kernels.COLUMNS.index(name)] = 0.0
+        table[0, kernels.COLUMNS.index("next_prev")] = 0.0
+        table[1, kernels.COLUMNS.index("known_sigma")] = 0.0
         given: Tensors = {
             "x": torch.randn(batch),
             "out": torch.randn(out).to(self.dtype),
@@ -74,7 +80,15 @@ class StepCase:
             given["x_net"] = torch.full((self.copies * lanes, *self.shape), torch.nan, dtype=self.dtype)
         if self.x0:
             given["x0"] = torch.full(batch, torch.nan)
-        return {name: tensor.to(device) for name, tensor in given.items()}
+        if self.history:
+            reads = torch.tensor(self.rows, dtype=torch.int64) > 0
+            given["x0"] = torch.where(reads.view(-1, *[1] * len(self.shape)), torch.randn(batch), torch.nan)
+        if self.known:
+            given["known"] = torch.where(torch.rand(batch) < 1 / 3, torch.randn(batch), torch.nan)
+        on_device = {name: tensor.to(device) for name, tensor in given.items()}
+        # zeros stand before the table: what reads a parked lane's row finds a state that is not NaN
+        on_device["coefficients"] = torch.cat((torch.zeros_like(table[:1]), table)).to(device)[1:]
+        return on_device
 
 
 def outputs(step: Step, arguments: Tensors) -> Tensors:
@@ -127,7 +141,11 @@ def _bounds(arguments: Tensors) -> dict[str, float]:
     if a["out"].shape != a["x"].shape:
         std *= torch.tensor(exponent).exp().item() * (1 + exponent)  # an error of the exponent grows with it
     start = max(columns["x0_x"] * x, columns["x0_out"] * out)
-    terms = (columns["next_x0"] * start, columns["next_x"] * x, columns["next_out"] * out, std * z)
+    terms = [columns["next_x0"] * start, columns["next_x"] * x, columns["next_out"] * out, std * z]
+    if "x0" in a:
+        terms.append(columns["next_prev"] * _largest(a["x0"]))
+    if "known" in a:
+        terms += [columns["known_x"] * _largest(a["known"]), columns["known_sigma"] * z]
     rounding = ROUNDINGS["diffusion_step"]
     bounds = {
         "x_next": tolerance(torch.float32, max(terms), rounding),
