@@ -153,7 +153,9 @@ def dpmpp_2m(
 ) -> StepTable:
     """DPM-Solver++(2M), a multistep solver of second order (Lu et al. 2022, algorithm 2): good images in 15 steps.
 
-    Its first row is of first order, and so is a last one that ends without noise, where h is infinite.
+    Its first row is of first order, and so is a last one that ends without noise, where h is infinite. It extrapolates
+    from one row to the next, so rows should not grow in h: with spacings that reach down to t = 0 ("leading",
+    "linspace") the row before the last does, and a few steps of it are worse than DDIM's.
 
     Args:
         lower_order_final: make the last row of first order too; by default with fewer than 15 steps, as the authors'

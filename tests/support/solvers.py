@@ -1,0 +1,58 @@
+"""DPM-Solver++(2M), ancestral Euler and Karras' levels as their authors state them: NumPy, float64, no code of ours.
+
+``predict`` is the data prediction x0(x, t), clipped or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Predict = Callable[[Floats, int], Floats]
+
+
+def dpm_solver_pp_2m(
+    predict: Predict, x: Floats, abar: Floats, timesteps: Sequence[int], *, final: float, first_order_last: bool
+) -> Floats:
+    """Lu et al. 2022 (DPM-Solver++), algorithm 2, from timestep to timestep and last to the level ``final``."""
+    levels = [*(float(abar[t]) for t in timesteps), final]
+    alpha, sigma = [np.sqrt(a) for a in levels], [np.sqrt(1 - a) for a in levels]
+    lam = [np.log(a) - np.log(s) if s > 0 else np.inf for a, s in zip(alpha, sigma, strict=True)]
+    before: Floats | None = None
+    for i, t in enumerate(timesteps):
+        x0 = predict(x, t)
+        h = lam[i + 1] - lam[i]
+        data = x0
+        last = i == len(timesteps) - 1
+        if before is not None and not (last and (first_order_last or final == 1)):
+            r = (lam[i] - lam[i - 1]) / h
+            data = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * data
+        before = x0
+    return x
+
+
+def euler_ancestral(
+    predict: Predict, x: Floats, abar: Floats, timesteps: Sequence[int], noise: Floats, *, eta: float
+) -> Floats:
+    """k-diffusion's ``sample_euler_ancestral`` where noise has variance s^2 and data is not scaled, ending at s = 0.
+
+    ``x`` and what is returned are variance-preserving states; the loop is in y = x / sqrt(abar).
+    """
+    s = [*(np.sqrt((1 - abar[t]) / abar[t]) for t in timesteps), 0.0]
+    y = x / np.sqrt(abar[timesteps[0]])
+    for i, t in enumerate(timesteps):
+        denoised = predict(y / np.sqrt(s[i] ** 2 + 1), t)
+        up = min(s[i + 1], eta * np.sqrt(s[i + 1] ** 2 * (s[i] ** 2 - s[i + 1] ** 2) / s[i] ** 2))
+        down = np.sqrt(s[i + 1] ** 2 - up**2)
+        y = y + (y - denoised) / s[i] * (down - s[i]) + up * noise[i]
+    return y
+
+
+def karras_levels(low: float, high: float, steps: int, rho: float = 7.0) -> list[float]:
+    """Karras et al. 2022, equation 5."""
+    a, b = high ** (1 / rho), low ** (1 / rho)
+    return [(a + i / (steps - 1) * (b - a)) ** rho for i in range(steps)]
