@@ -102,7 +102,7 @@ def noised(
     schedule: NoiseSchedule,
     ops: ModuleType,
 ) -> torch.Tensor:
-    """Images float32 [n, C, H, W] diffused to their timesteps, each with the noise of its (seed, index): int64 [n]."""
+    """Images float32 [n, C, H, W] at their timesteps, each with the noise of its seed and index, all int64 [n]."""
     tables = (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
     on_device = (torch.from_numpy(table.copy()).to(images.device, torch.float32) for table in tables)
     result: torch.Tensor = ops.q_sample(images, timesteps, *on_device, seeds=seeds, indices=indices)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -40,6 +41,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "euler_ancestral": samplers.euler_ancestral,
     "ddim_inversion": samplers.ddim_inversion,
 }
+SAMPLERS_WITH_ETA = tuple(name for name, make in SAMPLERS.items() if "eta" in (make.__kwdefaults__ or {}))
 _DEFAULT_STEPS = 50
 _DEFAULT_BATCH = {"cpu": 64}
 _DEFAULT_BATCH_GPU = 256
@@ -68,6 +70,10 @@ class Engine:
         invariant: keep one bucket of ``batch`` lanes for everything, so that an image's bits depend on nothing but
             its seed, index, label and table.
         options: default options of the samplers (clip, spacing, ...), as a checkpoint's scheduler config gives them.
+        decode: what turns a final latent into an image, for latent diffusion: a module (moved to the device) or any
+            callable, float32 [n, C, H, W] -> floating-point [n, C', H', W'] in [-1, 1]. Pixels are then of decoded
+            images (:meth:`to_uint8`, :meth:`generate`), and :meth:`decode_latents` gives them as they are;
+            :meth:`sample` returns latents as ever.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
@@ -90,6 +96,7 @@ class Engine:
         batch: int | None = None,
         invariant: bool = False,
         options: Mapping[str, Any] | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -106,6 +113,9 @@ class Engine:
         self.invariant = _checks.boolean("invariant", invariant)
         self._batch = self._fixed_batch(batch)
         self.options = _check_options(options)
+        if decode is not None and not callable(decode):
+            raise TypeError(f"decode must be callable, got {type(decode).__name__}")
+        self._decoder = _decoder_on(decode, self.plan.device) if isinstance(decode, torch.nn.Module) else decode
         self._model = self._on_device(model)
         self._evaluator = Evaluator(self._model, self.num_classes is not None)
         compiler = self.plan.compiler
@@ -350,9 +360,30 @@ class Engine:
         return self._batch
 
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [n, C, H, W] in [-1, 1] to pixels, uint8 [n, H, W, C], on their device, by this engine's backend."""
-        pixels: torch.Tensor = self.plan.ops.to_uint8(x)
+        """Images [n, C, H, W] in [-1, 1], or latents of an engine that decodes, to pixels, uint8 [n, H, W, C].
+
+        They stay on their device; by this engine's backend.
+        """
+        pixels: torch.Tensor = self.plan.ops.to_uint8(self.decode_latents(x))
         return pixels
+
+    @torch.no_grad()
+    def decode_latents(self, x: torch.Tensor) -> torch.Tensor:
+        """The images [n, C', H', W'] of latents float [n, C, H, W], :attr:`batch` at a time, by the hook ``decode``.
+
+        Without one, ``x`` itself. ValueError where the hook returns no images.
+        """
+        if self._decoder is None:
+            return x
+        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
+        latents = x.to(self.plan.device, torch.float32)
+        parts = [self._decoder(part) for part in torch.split(latents, self.batch)]
+        for part, latent in zip(parts, torch.split(latents, self.batch), strict=True):
+            image = isinstance(part, torch.Tensor) and part.is_floating_point()
+            if not image or part.ndim != 4 or len(part) != len(latent):
+                given = _checks.describe(part) if isinstance(part, torch.Tensor) else type(part).__name__
+                raise ValueError(f"decode must return floating-point images [{len(latent)}, C, H, W], got {given}")
+        return torch.cat(parts)
 
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
@@ -591,6 +622,14 @@ def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"options must be options of the samplers ({', '.join(known)}), got {name!r}")
     return dict(options)
+
+
+def _decoder_on(decoder: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A decoder in eval mode on a device; a copy, unless it is already there."""
+    tensors = (*decoder.parameters(), *decoder.buffers())
+    if not decoder.training and all(tensor.device == device for tensor in tensors):
+        return decoder
+    return copy.deepcopy(decoder).to(device).eval()
 
 
 def _image_shape(model: Network, shape: Sequence[int] | None) -> tuple[int, ...]:

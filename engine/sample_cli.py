@@ -7,21 +7,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from stepfusion.checkpoint import bundled_models
-from stepfusion.engine import SAMPLERS, Engine
-from stepfusion.images import CHANNELS, Pixels, grid, grid_size, save_gif, save_png
+from stepfusion.editing import Edit, make_edit
+from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
+from stepfusion.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
 from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.timesteps import SPACINGS
 from stepfusion.walk import Event
 
 _EXAMPLES = """examples:
   stepfusion sample fashion-mnist --labels sneaker,bag --guidance 2
   stepfusion sample fashion-mnist --animate samples.gif
+  stepfusion sample fashion-mnist --sampler dpmpp_2m --steps 15
+  stepfusion sample fashion-mnist --image shoe.png --strength 0.6 --labels sneaker
   stepfusion sample path/to/model -n 1000 --single --out images"""
 _FRAMES = 40
+_BRIGHT = 128  # a mask's grey from which on it says "repaint"
 _MAX_COUNT = 1 << 20
 _MAX_PIXELS = 1 << 30  # of a grid, or of all frames of an animation
 _MAX_GIF_SIDE = (1 << 16) - 1
@@ -51,11 +57,31 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the images I, I+1, ... of the seed (default: %(default)s)",
     )
 
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="make the images from this picture, of the model's size, with --strength, --mask or both",
+    )
+    add(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="from 0, the picture, to 1, nothing of it: start from it noised, and take the last S * K steps",
+    )
+    add(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="keep the picture where this one is dark, and repaint the bright part",
+    )
+
     add = parser.add_argument_group("how to sample").add_argument
     samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
     add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
     add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
-    add("--eta", type=float, help="noise of ddim, from 0, none (the default), to 1, as much as ddpm's")
+    add("--eta", type=float, help="noise of ddim and euler_ancestral, from 0, none (ddim's default), to 1, ddpm's")
+    add("--spacing", choices=(*SPACINGS, "karras"), help="of the steps (default: the model's own)")
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
@@ -93,9 +119,12 @@ def run_sample(args: argparse.Namespace) -> int:
         batch=args.batch,
         invariant=args.invariant,
     )
-    table = engine.table(args.sampler, args.steps, **({} if args.eta is None else {"eta": args.eta}))
+    options = {name: value for name in ("eta", "spacing") if (value := getattr(args, name)) is not None}
+    table = engine.table(args.sampler, args.steps, **options)
     labels = _labels(engine, args.labels, args.num)
-    shown = _shown_steps(len(table)) if args.animate else []
+    edit = _edit(engine, args)
+    steps = len(table) if edit is None else len(edit.shorten(table))
+    shown = _shown_steps(steps) if args.animate else []
     _check_picture(engine, args, len(shown))
     frames = _Frames(engine, args, shown) if args.animate else None
     watchers: list[Callable[[Event], None]] = [frames] if frames else []
@@ -109,6 +138,7 @@ def run_sample(args: argparse.Namespace) -> int:
         indices=range(args.first_index, args.first_index + args.num),
         labels=labels,
         guidance=args.guidance,
+        **({} if edit is None else asdict(edit)),
         progress=False if args.quiet else None,
         callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
     )
@@ -120,8 +150,24 @@ def run_sample(args: argparse.Namespace) -> int:
         save_gif(args.animate, frames.grids())
     if not args.quiet:
         written = ", ".join(map(str, [args.out, args.animate] if frames else [args.out]))
-        print(f"{_count(args.num, 'image')}, {table.name}, {_count(len(table), 'step')}, {seconds:.1f} s: {written}")
+        print(f"{_count(args.num, 'image')}, {table.name}, {_count(steps, 'step')}, {seconds:.1f} s: {written}")
     return 0
+
+
+def _edit(engine: Engine, args: argparse.Namespace) -> Edit | None:
+    """The edit that --image, --strength and --mask ask for."""
+    image = None if args.image is None else _picture(engine, args.image) / 127.5 - 1
+    mask = None
+    if args.mask is not None:
+        shape = (1, *engine.shape[1:])
+        mask = (torch.from_numpy(read_picture(args.mask, shape).copy()).permute(2, 0, 1) >= _BRIGHT)[None]
+    return make_edit(image, args.strength, mask, None)
+
+
+def _picture(engine: Engine, path: Path) -> torch.Tensor:
+    """A picture's values from 0 to 255, float32 [1, C, H, W]."""
+    pixels = torch.from_numpy(read_picture(path, engine.shape).copy())
+    return pixels.permute(2, 0, 1)[None].to(torch.float32)
 
 
 class _Frames:
@@ -178,8 +224,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--first-index must be in [0, {(1 << 32) - args.num}] for {_count(args.num, 'image')}, "
             f"got {args.first_index}"
         )
-    if args.eta is not None and args.sampler != "ddim":
-        raise ValueError(f"--eta is an option of --sampler ddim, got --sampler {args.sampler}")
+    if args.eta is not None and args.sampler not in SAMPLERS_WITH_ETA:
+        accepted = " and ".join(SAMPLERS_WITH_ETA)
+        raise ValueError(f"--eta is an option of --sampler {accepted}, got --sampler {args.sampler}")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -38,7 +38,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str
         bound = _checks.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0.0, open_low=True)
         whole = _checks.boolean("set_alpha_to_one", config.get("set_alpha_to_one", True))
         thresholding = _checks.boolean("thresholding", config.get("thresholding", False))
-        ratio = _checks.number("dynamic_thresholding_ratio", config.get("dynamic_thresholding_ratio", 0.995), 0.0, 1.0)
+        name = "dynamic_thresholding_ratio"
+        ratio = _checks.number(name, config.get(name, 0.995), 0.0, 1.0, open_low=True)
         largest = _checks.number("sample_max_value", config.get("sample_max_value", 1.0), 1.0)
         schedule = NoiseSchedule.from_config(config)
     except (TypeError, ValueError) as error:

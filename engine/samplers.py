@@ -53,7 +53,8 @@ def ddpm(
     Args:
         schedule: T timesteps.
         steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset``
-            (:func:`stepfusion.timesteps.spaced`), or with "karras" by noise level (:func:`stepfusion.timesteps.karras`).
+            (:func:`stepfusion.timesteps.spaced`), or with "karras" by noise level
+            (:func:`stepfusion.timesteps.karras`).
         timesteps: or the very list, strictly decreasing.
         prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
         clip: the bound of the predicted |x0|, or None.
@@ -153,9 +154,9 @@ def dpmpp_2m(
 ) -> StepTable:
     """DPM-Solver++(2M), a multistep solver of second order (Lu et al. 2022, algorithm 2): good images in 15 steps.
 
-    Its first row is of first order, and so is a last one that ends without noise, where h is infinite. It extrapolates
-    from one row to the next, so rows should not grow in h: with spacings that reach down to t = 0 ("leading",
-    "linspace") the row before the last does, and a few steps of it are worse than DDIM's.
+    Its first row is of first order, and so is a last one that ends without noise, where h is infinite. It
+    extrapolates from one row to the next, so rows should not grow in h: with spacings that reach down to t = 0
+    ("leading", "linspace") the row before the last does, and a few steps of it may be worse than DDIM's.
 
     Args:
         lower_order_final: make the last row of first order too; by default with fewer than 15 steps, as the authors'
@@ -203,8 +204,8 @@ def euler_ancestral(
         s_up   = eta sqrt(s_to^2 (s_from^2 - s_to^2) / s_from^2),  s_down = sqrt(s_to^2 - s_up^2)
         y_next = y + (y - x0) / s_from (s_down - s_from) + s_up z
 
-    which, back in x, is DDIM's step with the same eta, eps re-derived from x0 (Song et al. 2021, equations 12 and 16):
-    so this is :func:`ddim` under its other name and with that library's defaults, noise and no clip.
+    which, back in x, is DDIM's step with the same eta, eps re-derived from x0 (Song et al. 2021, equations 12 and
+    16): so this is :func:`ddim` under its other name and with that library's defaults, noise and no clip.
 
     Args:
         eta: 1 is k-diffusion's default, 0 is Euler's method without noise.

@@ -20,9 +20,9 @@ from stepfusion.schedule import NoiseSchedule
 class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
-    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what the
-    network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the first
-    row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`,
+    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
+    the network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the
+    first row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`,
     :func:`stepfusion.dpmpp_2m`, :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`;
     :meth:`concatenate` joins several, and :meth:`last` takes the end of one.
     """

@@ -55,8 +55,8 @@ def spaced(
 def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7.0) -> Timesteps:
     """``steps`` timesteps, strictly decreasing, whose noise levels lie as Karras et al. 2022, equation 5, has them.
 
-    With sigma_t = sqrt((1 - abar_t) / abar_t) the levels are (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho) -
-    sigma_max^(1/rho)))^rho, from the last timestep's to the first's; each takes the timestep nearest in log sigma.
+    With sigma_t = sqrt((1 - abar_t) / abar_t) the levels are (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho)
+    - sigma_max^(1/rho)))^rho, from the last timestep's to the first's; each takes the timestep nearest in log sigma.
     Low levels lie closer than timesteps do: where several round to one, they move to its free neighbours.
 
     Args:

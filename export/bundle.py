@@ -35,7 +35,7 @@ from stepfusion.kernels import COLUMNS
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 
-VERSION = "stepfusion bundle 1"
+VERSION = "stepfusion bundle 2"  # 1 had tables of 9 columns
 MANIFEST, TABLE, README = "manifest.json", "table.json", "README.md"
 KINDS = ("network", "tick")
 ANY_DEVICE = "any"

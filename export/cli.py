@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stepfusion.checkpoint import bundled_models
-from stepfusion.engine import SAMPLERS, Engine
+from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.bundle import KINDS, check_out, read_bundle
 from stepfusion.export.formats import FORMATS, exporter, find_format
@@ -47,7 +47,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the sampler whose table goes with it").add_argument
     add("--sampler", choices=[name for name in SAMPLERS if name != "ddim_inversion"], help="(default: ddim)")
     add("--steps", type=int, metavar="K", help="(default: 50; ddpm: all timesteps)")
-    add("--eta", type=float, help="of ddim (default: 0)")
+    add("--eta", type=float, help="of ddim (default: 0) and euler_ancestral (default: 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 
@@ -126,8 +126,9 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dry-run is an option of --format torch-tensorrt, got {args.format}")
     if args.server_backend != "onnx" and args.format != "triton-server":
         raise ValueError(f"--server-backend is an option of --format triton-server, got {args.format}")
-    if args.eta is not None and args.sampler == "ddpm":
-        raise ValueError("--eta is an option of --sampler ddim, got --sampler ddpm")
+    if args.eta is not None and args.sampler not in (None, *SAMPLERS_WITH_ETA):
+        accepted = " and ".join(SAMPLERS_WITH_ETA)
+        raise ValueError(f"--eta is an option of --sampler {accepted}, got --sampler {args.sampler}")
     device = FORMATS[args.format].device
     if args.device is not None and device != "any" and args.device.partition(":")[0] != device:
         raise ExportError(f"the format {args.format} is written on {device}, got --device {args.device}")

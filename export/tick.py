@@ -72,7 +72,7 @@ class Tick(nn.Module):
         Args:
             x: float32 [B, C, H, W], the states.
             row: int64 [B], each lane's row of the table; -1 leaves the lane alone.
-            coefficients: float32 [R, 9], the columns :data:`stepfusion.kernels.COLUMNS`.
+            coefficients: float32 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`.
             timesteps: int64 [R], what the network is told and what keys a row's noise.
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
@@ -128,18 +128,19 @@ def step(x: Tensor, out: Tensor, columns: Tensor, z: Tensor) -> Tensor:
 
     Args:
         x, z: float32 [B, C, H, W]. out: the same, or [B, 2 C, H, W] with learned variance.
-        columns: float32 [B, 9], each lane's row of the table.
+        columns: float32 [B, 14], each lane's row of the table. A row that uses the x0 before it, or a quantile of its
+            own, gives NaN, as in the fused step without an x0 buffer.
     """
-    x0_x, x0_out, clip, next_x0, next_x, next_out, sigma, half_log_min, half_log_span = (
-        launch.per_lane(column, x) for column in columns.unbind(1)
-    )
+    c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns.unbind(1), strict=True)}
+    sigma, clip = c["sigma"], c["clip"]
     eps = out[:, : x.shape[1]]
-    x0 = torch.minimum(torch.maximum(x0_x * x + x0_out * eps, -clip), clip)
-    result = next_x0 * x0 + next_x * x + next_out * eps
+    x0_x = torch.where((c["next_prev"] == 0) & (c["threshold"] == 0), c["x0_x"], math.nan)
+    x0 = torch.minimum(torch.maximum(x0_x * x + c["x0_out"] * eps, -clip), clip)
+    result = c["next_x0"] * x0 + c["next_x"] * x + c["next_out"] * eps
     std = sigma
     if out.shape[1] != x.shape[1]:
         v = out[:, x.shape[1] :]
-        std = sigma * (half_log_min + (v * 0.5 + 0.5) * half_log_span).exp()
+        std = sigma * (c["half_log_min"] + (v * 0.5 + 0.5) * c["half_log_span"]).exp()
     return torch.where(sigma != 0, result + std * z, result)
 
 
@@ -208,8 +209,8 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
     """Refuse a tick that could not run.
 
     Raises:
-        ExportError: there is no table, or one for another prediction type or schedule, or a tick of a model without a
-            null label was to be guided.
+        ExportError: there is no table, or one for another prediction type or schedule, or of a sampler that a tick
+            cannot run, or a tick of a model without a null label was to be guided.
     """
     if table is None:
         raise ExportError("a tick needs a table: the sampler's rows that go with it")
@@ -218,6 +219,10 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
             f"the table is for {table.prediction} and {table.schedule}, and the engine for {engine.prediction} and "
             f"{engine.schedule}"
         )
+    if table.history:
+        raise ExportError(f"a tick keeps nothing but x from row to row, and {table!r} needs the x0 before as well")
+    if table.thresholds:
+        raise ExportError(f"a tick has no dynamic thresholding, and {table!r} asks for it")
     if guided and engine.null_label is None:
         raise ExportError("a guided tick needs a null label, and the model has none")
 

@@ -118,9 +118,9 @@ def dpmpp_2m(abar: Levels, abar_prev: Levels, history: Levels, *, prediction: st
     x_next = sigma_t / sigma_s x - alpha_t (e^-h - 1) D,    D = (1 + w) x0 - w x0_prev
 
     with alpha = sqrt(abar), sigma = sqrt(1 - abar), s where the step starts (``abar``), t where it ends
-    (``abar_prev``), h = lambda_t - lambda_s, lambda = log(alpha / sigma). ``history`` is w = h / (2 h_prev) = 1 / (2 r),
-    0 for a first-order step, which is :func:`ddim` with eta = 0: -alpha_t (e^-h - 1) = alpha_t - sigma_t alpha_s /
-    sigma_s.
+    (``abar_prev``), h = lambda_t - lambda_s, lambda = log(alpha / sigma). ``history`` is w = h / (2 h_prev) =
+    1 / (2 r), 0 for a first-order step, which is :func:`ddim` with eta = 0: -alpha_t (e^-h - 1) = alpha_t -
+    sigma_t alpha_s / sigma_s.
     """
     columns = ddim(abar, abar_prev, eta=0.0, prediction=prediction, rederive_eps=True)
     first_order = columns["next_x0"]

@@ -104,7 +104,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     x_next = next_x0 * x0 + next_x * x + next_out * out
-    if x0_ptr is not None:
+    if x0_ptr is not None:  # noqa: SIM102 (known when the kernel is compiled; the other when it runs)
         if next_prev != 0.0:
             x_next += next_prev * tl.load(x0_ptr + start + offs, mask=mask)
     noisy = sigma != 0.0

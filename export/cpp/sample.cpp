@@ -95,7 +95,7 @@ void run(const Texts& arguments) {
   const std::string& folder = arguments[0];
   const Json manifest = read_json(folder + "/manifest.json"), table = read_json(folder + "/table.json");
   const auto fact = [&](const std::string& path) { return leaves(manifest, path)[0]; };
-  require(fact("version") == "stepfusion bundle 1" && fact("format") == "aoti" && fact("kind") == "tick",
+  require(fact("version") == "stepfusion bundle 2" && fact("format") == "aoti" && fact("kind") == "tick",
           folder + " holds a " + fact("kind") + " as " + fact("format") + "; this program runs a tick as aoti");
   require(fact("versions.torch").find(std::string(TORCH_VERSION).substr(0, std::strcspn(TORCH_VERSION, "+"))) == 0,
           folder + " was made for torch " + fact("versions.torch") + ", and LibTorch here is " + TORCH_VERSION);

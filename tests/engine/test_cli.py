@@ -195,6 +195,69 @@ def test_an_animation_ends_in_the_grid(steps: int, frames: int, capsys: pytest.C
         np.testing.assert_array_equal(np.array(picture.convert("L")), pixels())
 
 
+def save_picture(path: str, values: NDArray[np.uint8]) -> None:
+    Image.fromarray(values).save(path)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_solvers_and_spacing_reach_the_table(sampler: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sample(f"-n 2 --sampler {sampler} --spacing karras --single --quiet")
+    engine = Engine.from_pretrained("model", device="cpu")
+    table = engine.table(sampler, 3, spacing="karras")
+    want = engine.to_uint8(engine.sample(2, table, labels=[0, 1])).numpy()
+    for i in range(2):
+        assert np.array_equal(pixels(f"samples/0-{i}.png").reshape(want[i].shape), want[i])
+    sample(f"-n 1 --sampler {sampler}")
+    assert table.name in capsys.readouterr().out
+
+
+def test_a_picture_is_edited(capsys: pytest.CaptureFixture[str]) -> None:
+    """A kept part is the picture's to the pixel, and what is written is what the library makes."""
+    engine = Engine.from_pretrained("model", device="cpu")
+    shape = engine.shape[1:] if engine.shape[0] == 1 else (*engine.shape[1:], engine.shape[0])
+    picture = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    grey = np.zeros(engine.shape[1:], dtype=np.uint8)
+    grey[2:] = 255
+    grey[0] = 127
+    save_picture("picture.png", picture)
+    save_picture("mask.png", grey)
+    sample("-n 2 --image picture.png --mask mask.png --strength 0.6 --single --animate walk.gif")
+    assert "2 images" in (said := capsys.readouterr().out)
+    assert "2 steps" in said
+    image = torch.from_numpy(picture.reshape(*engine.shape[1:], -1)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mask = torch.from_numpy(grey >= 128)[None, None]
+    images = engine.sample(2, steps=3, image=image, mask=mask, strength=0.6, labels=[0, 1])
+    want = engine.to_uint8(images).numpy()
+    for i in range(2):
+        written = pixels(f"samples/0-{i}.png").reshape(want[i].shape)
+        assert np.array_equal(written, want[i])
+        assert np.array_equal(written[:2], picture.reshape(want[i].shape)[:2])
+        assert not np.array_equal(written[2:], picture.reshape(want[i].shape)[2:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--image picture.png", "image needs a strength in (0, 1], or a mask, got neither"),
+        ("--strength 0.5", "strength needs an image, got none"),
+        ("--mask picture.png", "mask needs an image, got none"),
+        ("--image picture.png --strength 2", "strength must be a finite number in (0, 1], got 2.0"),
+        ("--image wide.png --strength 0.5", f"wide.png is 3 x {SIZE} pixels, and images are {SIZE} x {SIZE}"),
+        ("--image text.png --strength 0.5", "text.png is not a sound PNG or JPEG image: "),
+        ("--image none.png --strength 0.5", "none.png is not a sound PNG or JPEG image: "),
+    ],
+)
+def test_bad_edits_are_refused_before_any_work(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_picture("picture.png", np.zeros((SIZE, SIZE), dtype=np.uint8))
+    save_picture("wide.png", np.zeros((SIZE, 3), dtype=np.uint8))
+    Path("text.png").write_text("no picture")
+    assert cli.main(["sample", "model", "--device", "cpu", "--steps", "3", *arguments.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"stepfusion: {message}")
+    assert not Path("samples.png").exists()
+
+
 def test_columns_and_scale() -> None:
     sample("-n 5 --columns 5 --scale 3")
     assert pixels().shape == (8 * 3 + 2 + 2, 5 * (8 * 3 + 2) + 2)

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M), ancestral Euler, Karras spacing and dynamic thresholding: against papers, float64, and diffusers."""
+"""DPM-Solver++(2M), ancestral Euler, Karras spacing, thresholding: against papers in float64, and diffusers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ SHAPE = (2, 3, 8, 8)
 LINEAR, COSINE = sf.NoiseSchedule.linear(), sf.NoiseSchedule.cosine(300)
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' set_timesteps
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # of diffusers' set_timesteps
 TOLERANCE = 1e-4  # against diffusers, float32 on both sides
 
 
@@ -53,10 +55,17 @@ def data_prediction(schedule: sf.NoiseSchedule, prediction: str, clip: float | N
 
 @pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("steps", "lower", "final"), [(7, None, None), (20, None, None), (20, False, 0.9995), (20, True, 0.9995)])
+@pytest.mark.parametrize(
+    ("steps", "lower", "final"), [(7, None, None), (20, None, None), (20, False, 0.9995), (20, True, 0.9995)]
+)
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_dpmpp_2m_is_the_papers(
-    schedule: sf.NoiseSchedule, steps: int, lower: bool | None, final: float | None, prediction: str, clip: float | None
+    schedule: sf.NoiseSchedule,
+    steps: int,
+    lower: bool | None,
+    final: float | None,
+    prediction: str,
+    clip: float | None,
 ) -> None:
     final = None if final is None else float(schedule.alphas_cumprod[0])
     table = sf.dpmpp_2m(
@@ -81,9 +90,13 @@ def test_only_the_rows_between_use_a_history() -> None:
     uses = table.column("next_prev") != 0
     assert uses.tolist() == [False] + [True] * 18 + [False]
     first = sf.ddim(LINEAR, 20, spacing="trailing")
-    np.testing.assert_allclose(table.column("next_x0") + table.column("next_prev"), first.column("next_x0"), atol=1e-12)
+    np.testing.assert_allclose(
+        table.column("next_x0") + table.column("next_prev"), first.column("next_x0"), atol=1e-12
+    )
     assert not first.history
-    assert sf.dpmpp_2m(LINEAR, 1).coefficients.tolist() == sf.ddim(LINEAR, 1, spacing="trailing").coefficients.tolist()
+    assert (
+        sf.dpmpp_2m(LINEAR, 1).coefficients.tolist() == sf.ddim(LINEAR, 1, spacing="trailing").coefficients.tolist()
+    )
 
 
 def test_dpmpp_2m_from_a_level_without_signal() -> None:
@@ -99,7 +112,7 @@ def test_dpmpp_2m_from_a_level_without_signal() -> None:
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_dpmpp_2m_equals_diffusers_at_its_timesteps(prediction: str, steps: int) -> None:
-    """Whatever its spacing, its list of timesteps gives its images: at whole timesteps its levels are the schedule's."""
+    """Its list of timesteps, whatever the spacing, gives its images: at whole timesteps its levels are ours."""
     for spacing in ("leading", "linspace", "trailing"):
         theirs = DPMSolverMultistepScheduler(prediction_type=prediction, timestep_spacing=spacing)
         theirs.set_timesteps(steps)
@@ -205,7 +218,9 @@ def test_every_sampler_takes_karras_spacing(make: Any) -> None:
 # Dynamic thresholding
 
 
-def in_their_loop(scheduler: Any, network: Any, x: torch.Tensor, noise: torch.Tensor, monkeypatch: Any) -> torch.Tensor:
+def in_their_loop(
+    scheduler: Any, network: Any, x: torch.Tensor, noise: torch.Tensor, monkeypatch: Any
+) -> torch.Tensor:
     for i, t in enumerate(scheduler.timesteps):
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, i=i, **__: noise[i])
         x = scheduler.step(network(x, int(t)), t, x).prev_sample
@@ -231,14 +246,16 @@ def test_thresholding_equals_diffusers(make: Any, ratio: float, largest: float, 
 
 
 def test_a_threshold_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the reference in an engine that chose the kernels itself, and not at all in one that was told to use them."""
+    """By the reference in an engine that chose the kernels itself, and not at all in one that was told to."""
     arguments: dict[str, Any] = {"shape": (2, 4, 4), "device": "cpu", "dtype": "float32"}
     plain = sf.Engine(smooth, LINEAR, backend="reference", **arguments)
     table = sf.ddim(LINEAR, 5, threshold=0.9, sample_max_value=2.0)
     want = plain.sample(3, table)
     assert "threshold" not in plain.explain()
     told = sf.Engine(smooth, LINEAR, backend="triton", **arguments)
-    with pytest.raises(sf.BackendError, match="backend='triton' cannot run dynamic thresholding: it needs a quantile"):
+    with pytest.raises(
+        sf.BackendError, match="backend='triton' cannot run dynamic thresholding: it needs a quantile"
+    ):
         told.sample(3, table)
     assert "threshold      refused       it needs a quantile" in told.explain()
     monkeypatch.setattr(sf.plan, "interpreting", lambda: False)

@@ -149,8 +149,8 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a Windows name": (edit_files(lambda files: {**files, "..\\b": DIGEST}), r"lists the file"),
     "the manifest itself": (edit_files(lambda files: {**files, "manifest.json": DIGEST}), r"'manifest.json'"),
     "another version": (
-        edit(version="stepfusion bundle 2"),
-        r"is of version 'stepfusion bundle 2'; this stepfusion reads 'stepfusion bundle 1'$",
+        edit(version="stepfusion bundle 1"),
+        r"is of version 'stepfusion bundle 1'; this stepfusion reads 'stepfusion bundle 2'$",
     ),
     "no version": (edit(version=None), r"is of version None; this stepfusion reads"),
     "an unknown entry": (edit(extra=1), r"has the unknown entry 'extra'$"),

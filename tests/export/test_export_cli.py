@@ -56,7 +56,10 @@ def test_a_model_is_exported_in_one_command(model: Path, tmp_path: Path, capsys:
         (("--guided",), r"^--guided is an option of --kind tick, got --kind network$"),
         (("--server-backend", "python"), r"^--server-backend is an option of --format triton-server, got onnx$"),
         (("--device", "cuda"), r"^the format onnx is written on cpu, got --device cuda$"),
-        (("--sampler", "ddpm", "--eta", "1"), r"^--eta is an option of --sampler ddim, got --sampler ddpm$"),
+        (
+            ("--sampler", "ddpm", "--eta", "1"),
+            r"^--eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(

@@ -72,7 +72,11 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     ),
     "history read by a row without": (HISTORY, "if next_prev != 0.0:", "if next_prev == next_prev:"),
     "known region left to the sampler": (KNOWN, "known == known, known_x * known + known_sigma * z", "False, x_next"),
-    "known region left alone without noise": (FIXED, "known == known, known_x * known, x_next", "False, x_next, x_next"),
+    "known region left alone without noise": (
+        FIXED,
+        "known == known, known_x * known, x_next",
+        "False, x_next, x_next",
+    ),
     "known region without noise": (KNOWN, "known + known_sigma * z, x_next", "known + 0.0 * z, x_next"),
     "known region by the sampler's scale": (KNOWN, "known + known_sigma * z, x_next", "known + sigma * z, x_next"),
     "known region of another lane": (
