@@ -61,19 +61,21 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="FILE",
-        help="make the images from this picture, of the model's size, with --strength, --mask or both",
+        help="make the images from this picture, of the model's size, with --strength, --mask or both "
+        "(default: from noise)",
     )
     add(
         "--strength",
         type=float,
         metavar="S",
-        help="from 0, the picture, to 1, nothing of it: start from it noised, and take the last S * K steps",
+        help="from 0, the picture, to 1, nothing of it: start from it noised, and take the last S * K steps "
+        "(default: 1)",
     )
     add(
         "--mask",
         type=Path,
         metavar="FILE",
-        help="keep the picture where this one is dark, and repaint the bright part",
+        help="keep the picture where this one is dark, and repaint the bright part (default: keep nothing)",
     )
 
     add = parser.add_argument_group("how to sample").add_argument

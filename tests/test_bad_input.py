@@ -293,10 +293,11 @@ ENGINES = [
     Case("batch: bool", lambda: engine(batch=True), TypeError, "batch must be an integer, got True"),
     Case("invariant: integer", lambda: engine(invariant=1), TypeError, "invariant must be True or False, got 1"),
     Case("sampler: unknown", lambda: ENGINE.table("euler"),
-         ValueError, "sampler must be one of 'ddim', 'ddpm', 'ddim_inversion', got 'euler'"),
+         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', "
+         "'ddim_inversion', got 'euler'"),
     Case("option: unknown", lambda: ENGINE.table("ddim", 4, variance="fixed_small"),
          TypeError, "sampler 'ddim' takes no option 'variance'; it takes clip, compat, eta, final_alpha_cumprod, "
-        "prediction, rederive_eps, spacing, steps_offset, timesteps"),
+        "prediction, rederive_eps, sample_max_value, spacing, steps_offset, threshold, timesteps"),
     Case("n: negative", lambda: ENGINE.sample(-1), ValueError, "n must be in [0, 2147483648], got -1"),
     Case("n: bool", lambda: ENGINE.sample(True), TypeError, "n must be an integer, got True"),
     Case("n: float", lambda: ENGINE.sample(2.5), TypeError, "n must be an integer, got 2.5"),
@@ -305,11 +306,12 @@ ENGINES = [
     Case("sample: steps above T", lambda: ENGINE.sample(2, steps=101),
          ValueError, "steps must be in [1, 100], got 101"),
     Case("sample: sampler unknown", lambda: ENGINE.sample(2, sampler="plms"),
-         ValueError, "sampler must be one of 'ddim', 'ddpm', 'ddim_inversion', got 'plms'"),
+         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', "
+         "'ddim_inversion', got 'plms'"),
     Case("sample: eta of ddpm", lambda: ENGINE.sample(2, sampler="ddpm", eta=1.0),
          TypeError,
-         "sampler 'ddpm' takes no option 'eta'; it takes clip, compat, prediction, spacing, steps_offset, "
-        "timesteps, variance"),
+         "sampler 'ddpm' takes no option 'eta'; it takes clip, compat, prediction, sample_max_value, spacing, "
+        "steps_offset, threshold, timesteps, variance"),
     Case("sample: table and sampler", lambda: ENGINE.sample(2, TABLE, sampler="ddpm"),
          ValueError, "table and sampler exclude each other, got both"),
     Case("sample: callback is no function", lambda: ENGINE.sample(2, TABLE, callback=5),
@@ -672,7 +674,7 @@ OPS = [
     Case("rows: int32", lambda ops: ops.diffusion_step(X, X, T.int(), ROWS, TIMES),
          TypeError, "rows must be int64, got int32"),
     Case("coefficients: 8 columns", lambda ops: ops.diffusion_step(X, X, T, ROWS[:, :8], TIMES),
-         ValueError, "coefficients must have shape [4, 9], got [4, 8]"),
+         ValueError, "coefficients must have shape [4, 14], got [4, 8]"),
     Case("timesteps: two for four rows", lambda ops: ops.diffusion_step(X, X, T, ROWS, TIMES[:2]),
          ValueError, "timesteps must have shape [4], got [2]"),
     Case("seeds without indices", lambda ops: ops.diffusion_step(X, X, T, ROWS, TIMES, seeds=T),

@@ -19,6 +19,7 @@ STEPS = [
     StepCase((3, 4, 5), torch.float16, "drawn", copies=2),
     StepCase((3, 4, 5), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 2.0)),
     StepCase((7,), torch.float32, "none", copies=0, x0=False),
+    StepCase((3, 4), torch.float32, "drawn", history=True, known=True),
 ]
 T = 10
 
@@ -241,7 +242,7 @@ def _refuses(call: Call, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "how", "error", "message"), STEP_ERRORS)
 def test_bad_arguments_of_the_step(name: str, how: str, error: type[Exception], message: str) -> None:
-    case = StepCase((3, 4, 5), torch.float32, "drawn", guidance=(1.0, 1.0, 1.0, 1.0))
+    case = StepCase((3, 4, 5), torch.float32, "drawn", guidance=(1.0, 1.0, 1.0, 1.0), known=True)
     given = case.arguments(torch.device("cpu"))
     before = {n: tensor.clone() for n, tensor in given.items()}
     call = {**given, name: _bad(given[name], how)}
