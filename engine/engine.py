@@ -450,8 +450,9 @@ class Engine:
             return request
         device, table = self.plan.device, request.table
         numbers = [[int(table.timesteps[t.row]), as_int64(t.seed), t.index] for t in request.tickets]
-        lanes = upload(torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous(), device)
-        start = noised(request.image.to(device), *lanes, self.schedule, self.plan.ops)
+        values = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous()
+        timesteps, seeds, indices = upload(values, device)
+        start = noised(request.image.to(device), timesteps, seeds, indices, self.schedule, self.plan.ops)
         return replace(request, image=None, start=start)
 
     def _stream(self, request: Request, every: int) -> Iterator[Event]:

@@ -339,7 +339,7 @@ def diffusion_step_reference(
         previous = torch.full_like(x, math.nan) if x0 is None else x0
         result = torch.where(next_prev != 0, result + torch.mul(next_prev, previous, out=term), result)
     noisy = (sigma != 0) & active
-    renoised = False if known is None else (c["known_sigma"] != 0) & active
+    renoised = (c["known_sigma"] != 0) & active & (known is not None)
     fixed = None if known is None else c["known_x"] * known
     if (noise is not None or seeds is not None) and bool((noisy | renoised).any()):
         z = noise.to(x.dtype) if noise is not None else _draw(seeds, indices, timesteps, safe, x)
