@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepfusion import Engine
+from stepfusion import Engine, StepTable
 from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.engine import SAMPLERS
 from stepfusion.files import atomic_write
 
 CLASSIFIER_DIRECTORY = Path(__file__).parent / "classifier"
@@ -248,16 +249,16 @@ def _augment(x: Tensor) -> Tensor:
     return padded[:, :, 2 + down : 2 + down + x.shape[2], 2 + right : 2 + right + x.shape[3]]
 
 
-def _engine_draw(model: str, steps: int, dtype: str, workers: int, batch_size: int = 64) -> Draw:
-    """Sample a model directory with DDIM, eta 0, in `workers` threads; their number changes no image."""
-    engine = Engine.from_pretrained(model, dtype=dtype, batch=batch_size)
+def _engine_draw(engine: Engine, table: StepTable, workers: int) -> Draw:
+    """Sample an engine, a batch at a time, in `workers` threads; their number changes no image."""
+    batch_size = engine.batch
 
     def draw(labels: Tensor, seed: int, guidance: float | None) -> Tensor:
         def part(start: int) -> Tensor:
             indices = range(start, min(start + batch_size, len(labels)))
             chosen = labels[start : start + batch_size]
             x = engine.sample(
-                indices=indices, labels=chosen, steps=steps, eta=0.0, seed=seed, guidance=guidance, progress=False
+                indices=indices, labels=chosen, table=table, seed=seed, guidance=guidance, progress=False
             )
             return x.cpu()
 
@@ -290,12 +291,14 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     classifier = load_classifier(args.classifier)
     train, test = load_dataset(args.data), load_dataset(args.data, "test")
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, batch=64)
+    table = engine.table(args.sampler, args.steps)
     row = {
-        "sampler": f"DDIM, {args.steps} steps, eta 0",
+        "sampler": f"{table.name}, {len(table)} steps",
         "network_dtype": args.dtype,
         "classifier_test_accuracy": test_accuracy(classifier, test),
         **evaluate(
-            _engine_draw(args.model, args.steps, args.dtype, args.workers),
+            _engine_draw(engine, table, args.workers),
             train,
             test,
             classifier,
@@ -327,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--data", type=Path, required=True, help="directory of idx files")
     command.add_argument("--classifier", type=Path, default=CLASSIFIER_DIRECTORY)
     command.add_argument("--json", type=Path, help="where the numbers go")
+    command.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: %(default)s)")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
