@@ -27,6 +27,7 @@ from stepfusion.runner import Runner, RunnerPool, Settings
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
+from stepfusion.table_store import TableStore
 from stepfusion.transfer import HostCopy
 from stepfusion.walk import Event, Walk
 
@@ -453,9 +454,9 @@ class Engine:
             capacity=self.schedule.num_timesteps if captured else 0,
         )
 
-    def _runner(self, settings: Settings) -> Runner:
+    def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:
         captured = self.plan.captures and self._uncaptured is None
-        return Runner(self._evaluator, settings, self.plan.ops, capture if captured else None)
+        return Runner(self._evaluator, settings, self.plan.ops, capture if captured else None, tables)
 
     def _note_capture(self, runner: Runner) -> None:
         """Remember, and say once, that ticks cannot be captured."""

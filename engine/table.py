@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,12 @@ class StepTable:
     def stochastic(self) -> bool:
         """True where some row adds noise."""
         return bool((self.column("sigma") != 0).any())
+
+    @cached_property
+    def digest(self) -> bytes:
+        """What tells its rows from those of other tables: a hash of all that a lane reads of them, 32 bytes."""
+        arrays = (self.coefficients, self.timesteps, self.next_row)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).digest()
 
     @classmethod
     def from_columns(
