@@ -257,9 +257,29 @@ class Engine:
         Yields:
             uint8 [k, H, W, C], k at most :attr:`batch`, in order.
         """
+        chosen: dict[str, Any] = {"steps": steps, "eta": eta, "sampler": sampler, "seed": seed, "indices": indices}
+        return self._generate(self.request(n, table, **chosen, labels=labels, guidance=guidance))
+
+    def request(
+        self,
+        n: int | None = None,
+        table: StepTable | Sequence[StepTable] | None = None,
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+    ) -> Request:
+        """What :meth:`sample` would do with these arguments, checked, and not done.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
         tables = self._table(table, sampler, steps, eta)
-        request = make_request(self._facts, n, tables, seed, indices, labels, guidance, None, None)
-        return self._generate(request)
+        return make_request(self._facts, n, tables, seed, indices, labels, guidance, None, None)
 
     def stream(
         self,

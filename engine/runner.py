@@ -142,7 +142,9 @@ class Runner:
         """
         device = self.x.device
         places = [first] * len(tickets) if isinstance(first, int) else first
-        numbers = [[place + t.row, as_int64(t.seed), t.index, t.label] for place, t in zip(places, tickets, strict=True)]
+        numbers = [
+            [place + t.row, as_int64(t.seed), t.index, t.label] for place, t in zip(places, tickets, strict=True)
+        ]
         rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
         if start is None:
             shape = self._settings.shape
