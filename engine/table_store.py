@@ -1,8 +1,8 @@
 """Tables on a device, several at a time, in buffers that stay where they are.
 
-Lanes of one batch walk different tables, captured ticks read all of them by address, and requests bring new ones while
-lanes run. So a table gets a range of consecutive rows, for as long as somebody holds it and, beyond that, until the
-room is needed: the one that was held longest ago goes first.
+Lanes of one batch walk different tables, captured ticks read all of them by address, and requests bring new ones
+while lanes run. So a table gets a range of consecutive rows, for as long as somebody holds it and, beyond that, until
+the room is needed: the one that was held longest ago goes first.
 """
 
 from __future__ import annotations

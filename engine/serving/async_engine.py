@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import time
 import weakref
 from collections import deque
@@ -21,7 +20,7 @@ from stepfusion.engine import Engine
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.job import Job, Result
-from stepfusion.serving.metrics import Metrics, make_metrics
+from stepfusion.serving.metrics import make_metrics
 from stepfusion.serving.scheduler import Scheduler
 from stepfusion.serving.tracing import make_tracing
 from stepfusion.serving.worker import Worker
@@ -39,9 +38,9 @@ _MOST_PRIORITY = 1000
 class Status:
     """How a serving engine is doing.
 
-    ``state``: "new", "starting", "ready", "closing", "closed" or "dead". ``waiting``: images without a lane; ``busy``:
-    images in lanes, of ``lanes`` now there. ``tick_seconds``: mean of late; ``quiet_seconds``: since the last round of
-    ticks, while there was something to do, which grows where a device hangs.
+    ``state``: "new", "starting", "ready", "closing", "closed" or "dead". ``waiting``: images without a lane;
+    ``busy``: images in lanes, of ``lanes`` there are. ``tick_seconds``: mean of late; ``quiet_seconds``: since the
+    last round of ticks, while there is something to do; it grows where a device hangs.
     """
 
     state: str
@@ -135,8 +134,8 @@ class AsyncEngine:
             output: "float32" images in [-1, 1], or "uint8" pixels, as ``engine.to_uint8`` makes them.
             priority: in [-1000, 1000]; higher ones get lanes first.
             deadline: seconds from now after which the images are of no use.
-            progress: called in the worker's thread with an :class:`stepfusion.Event` after every ``every``-th step and
-                the last, its tensors on the host. Keep it short; an exception that it raises ends this request alone.
+            progress: called in the worker's thread with an :class:`stepfusion.Event` after every ``every``-th step
+                and the last, its tensors on the host. Keep it short; an exception that it raises ends this request alone.
 
         Returns:
             A future of the :class:`Result`, or of NonFiniteError, DeadlineExceeded, EngineClosed, EngineDead, or what

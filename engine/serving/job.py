@@ -26,7 +26,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a request asked for: ``images`` on the host, float32 [n, C, H, W] or uint8 [n, H, W, C], and its timings."""
+    """What was asked for: ``images`` on the host, float32 [n, C, H, W] or uint8 [n, H, W, C], and its timings."""
 
     images: torch.Tensor
     timings: Timings
@@ -36,7 +36,7 @@ class Result:
 class Job:
     """A request, what its caller wants of it, and how far it is.
 
-    ``deadline``, ``submitted``, ``started`` and ``since`` are times of the scheduler's clock; ``since`` is when it last
+    ``deadline``, ``submitted``, ``started`` and ``since`` are times of ``time.monotonic``; ``since`` is when it last
     got a lane, ``turn`` the number of that lane among all that were given. ``first`` is the row at which its table
     stands, None while it does not. ``context`` is what tracing wants back.
     """

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a serving engine, in a registry of its own; nothing where prometheus-client is not installed."""
+"""Prometheus metrics of a serving engine, in a registry of its own; none where prometheus-client is not installed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The heart of serving: requests enter and leave lanes between ticks. One thread, no waiting but for the device.
 
 A round ends what is late, gives free lanes to whoever is next, ticks every pool that has images, and hands over what
-is done. Images are grouped in pools by how the network is called for them: guided ones need it twice, and the others do
-not pay for that.
+is done. Images are grouped in pools by how the network is called for them: guided ones need it twice, and the others
+do not pay for that.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Scheduler:
         return self._tables.held
 
     def warm_up(self) -> None:
-        """Run the network once for each pool and width that may come, so that no request waits for what is done once."""
+        """Run the network once for each pool and width that may come: no request waits for what is done once."""
         engine = self._engine
         table = engine.table("ddim", 1)
         for guidance in (1.0,) if engine.null_label is None else (1.0, 2.0):
@@ -154,8 +154,8 @@ class Scheduler:
             self._end(job, outcome, error)
 
     def bury(self, late: Sequence[Job], error: Exception) -> None:
-        """Tell every caller, and those of ``late`` requests, that nothing more comes. The device, which may be broken,
-        is left alone.
+        """Tell every caller, of ``late`` requests too, that nothing more comes; the device, which may be broken, is
+        left alone.
         """
         for job in (*self._jobs.values(), *late):
             self._tell(job, "dead", error)
@@ -212,7 +212,7 @@ class Scheduler:
             raise
 
     def _place(self, job: Job) -> bool:
-        """Whether the table of a request has its rows. Who finds no room is the next to get some, before all others."""
+        """Whether a request's table has its rows. Who finds no room is the next to get some, before all others."""
         if job.first is None and self._needs_room in (None, job):
             job.first = self._tables.hold(job.request.table)
             self._needs_room = job if job.first is None else None
