@@ -17,6 +17,7 @@ from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
 from stepfusion.runner import Runner, Settings
 from stepfusion.schedule import NoiseSchedule
+from stepfusion.table_store import TableStore
 
 PART = "host"
 _IMPORTS = "import time, torch, triton; t = time.perf_counter(); import stepfusion; print(time.perf_counter() - t)"
@@ -74,8 +75,8 @@ class _Nothing:
 class _Silent(Engine):
     """An engine whose ticks are replays of nothing: what is left is its own Python."""
 
-    def _runner(self, settings: Settings) -> Runner:
-        return Runner(self._evaluator, settings, self.plan.ops, lambda body, device: _Nothing())
+    def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:
+        return Runner(self._evaluator, settings, self.plan.ops, lambda body, device: _Nothing(), tables)
 
 
 def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:

@@ -8,7 +8,7 @@ Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`:
     images = engine.sample(64, steps=50, labels=[i % 10 for i in range(64)])
 """
 
-from stepfusion import kernels, networks
+from stepfusion import kernels, networks, serving
 from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
@@ -40,4 +40,5 @@ __all__ = [
     "load_pretrained",
     "networks",
     "save_pretrained",
+    "serving",
 ]

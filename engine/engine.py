@@ -31,6 +31,7 @@ from stepfusion.runner import Runner, RunnerPool, Settings, as_int64
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
+from stepfusion.table_store import TableStore
 from stepfusion.transfer import HostCopy, upload
 from stepfusion.walk import Event, Walk
 
@@ -286,10 +287,46 @@ class Engine:
         Yields:
             uint8 [k, H, W, C], k at most :attr:`batch`, in order.
         """
+        request = self.request(
+            n,
+            table,
+            steps=steps,
+            eta=eta,
+            sampler=sampler,
+            seed=seed,
+            indices=indices,
+            labels=labels,
+            guidance=guidance,
+            image=image,
+            strength=strength,
+            mask=mask,
+        )
+        return self._generate(request)
+
+    def request(
+        self,
+        n: int | None = None,
+        table: StepTable | Sequence[StepTable] | None = None,
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+        image: torch.Tensor | None = None,
+        strength: float | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> Request:
+        """What :meth:`sample` would do with these arguments, checked, and not done.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
         tables = self._table(table, sampler, steps, eta)
         edit = make_edit(image, strength, mask, None)
-        request = self._request(n, tables, seed, indices, labels, guidance, None, None, edit)
-        return self._generate(request)
+        return self._request(n, tables, seed, indices, labels, guidance, None, None, edit)
 
     def stream(
         self,
@@ -537,10 +574,10 @@ class Engine:
             capacity=self.schedule.num_timesteps if captured else 0,
         )
 
-    def _runner(self, settings: Settings) -> Runner:
+    def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:
         captured = self.plan.captures and self._uncaptured is None and not settings.threshold
         ops = reference if settings.threshold else self.plan.ops
-        return Runner(self._evaluator, settings, ops, capture if captured else None)
+        return Runner(self._evaluator, settings, ops, capture if captured else None, tables)
 
     def _note_capture(self, runner: Runner) -> None:
         """Remember, and say once, that ticks cannot be captured."""

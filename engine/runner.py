@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from stepfusion.evaluator import Evaluator
 from stepfusion.graph import CaptureError, Graph
 from stepfusion.kernels import FINITE, PARKED
 from stepfusion.table import StepTable
+from stepfusion.table_store import TableStore
 from stepfusion.transfer import as_index, upload
 
 Capture = Callable[[Callable[[], None], torch.device], Graph]
@@ -74,10 +74,16 @@ class Runner:
         evaluator: the network.
         ops: where the step comes from, :mod:`stepfusion.kernels` or :mod:`stepfusion.kernels.reference`.
         capture: captures ticks, so that they are replayed; None to run them one launch after the other.
+        tables: what lanes walk, shared with other runners of this evaluator; by default this runner's own.
     """
 
     def __init__(
-        self, evaluator: Evaluator, settings: Settings, ops: ModuleType, capture: Capture | None = None
+        self,
+        evaluator: Evaluator,
+        settings: Settings,
+        ops: ModuleType,
+        capture: Capture | None = None,
+        tables: TableStore | None = None,
     ) -> None:
         self._evaluator, self._settings, self._ops, self._capture = evaluator, settings, ops, capture
         lanes, device = settings.lanes, settings.device
@@ -94,11 +100,8 @@ class Runner:
         self._labels = torch.zeros_like(self._seeds)
         self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
         self._guidance = torch.ones(lanes, device=device)
-        self._table: StepTable | None = None
-        self._coefficients: Tensor
-        self._timesteps: Tensor
-        self._next_row: Tensor
-        self._features: Tensor
+        self.tables = TableStore(evaluator, device, settings.capacity) if tables is None else tables
+        self.learned: bool | None = None  # whether the network learned its variance, once it was called
         self._graphs: dict[tuple[bool, bool], Graph] = {}
         self.uncaptured: str | None = None  # the reason why ticks are not replayed although that was asked for
 
@@ -112,25 +115,16 @@ class Runner:
         """How many graphs were captured and are in use."""
         return len(self._graphs)
 
-    def load(self, table: StepTable) -> None:
-        """Walk this table from now on; every lane must be parked."""
-        if self._table is not None and _same(table, self._table):
-            return
-        rows, device = len(table), self._settings.device
-        values = table.on(device)
-        features = self._evaluator.features(values.timesteps)
-        if self._table is None or rows >= len(self._next_row):
+    def load(self, table: StepTable) -> int:
+        """Make room for a table in this runner's own store; every lane must be parked. Returns its first row."""
+        self.tables.release_all()
+        first = self.tables.hold(table)
+        if first is None:
             self._graphs.clear()
-            size = 1 << max(rows, self._settings.capacity).bit_length()  # the last row is parked lanes'
-            self._coefficients = values.coefficients.new_zeros((size, values.coefficients.shape[1]))
-            self._timesteps = values.timesteps.new_zeros(size)
-            self._next_row = values.next_row.new_empty(size)
-            self._features = features.new_zeros((size, *features.shape[1:]))
-        self._coefficients[:rows] = values.coefficients
-        self._timesteps[:rows] = values.timesteps
-        self._next_row.fill_(PARKED)[:rows] = values.next_row
-        self._features[:rows] = features
-        self._table = table
+            self.tables.grow(len(table))
+            first = self.tables.hold(table)
+            assert first is not None
+        return first
 
     def prepare(self, *, noise: bool, keep_x0: bool) -> None:
         """Capture the kind of tick that is to come, where ticks are captured; every lane must be parked."""
@@ -150,15 +144,20 @@ class Runner:
         self,
         lanes: list[int],
         tickets: Sequence[Ticket],
+        first: int | Sequence[int],
         start: Tensor | None = None,
         known: Tensor | None = None,
     ) -> None:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own.
 
-        ``known`` [k, ...] is what they keep of an image, NaN where they are free.
+        ``first`` is the row of the store at which their table stands, or each image's. ``known`` [k, ...] is what
+        they keep of an image, NaN where they are free.
         """
         device = self.x.device
-        numbers = [[t.row, as_int64(t.seed), t.index, t.label] for t in tickets]
+        places = [first] * len(tickets) if isinstance(first, int) else first
+        numbers = [
+            [place + t.row, as_int64(t.seed), t.index, t.label] for place, t in zip(places, tickets, strict=True)
+        ]
         rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
         if start is None:
             shape = self._settings.shape
@@ -187,19 +186,34 @@ class Runner:
             self._noise.copy_(noise)
         graph.replay()
 
-    def park(self) -> None:
-        """Take every image out of its lane."""
-        self._rows.fill_(PARKED)
+    def park(self, lanes: list[int] | None = None) -> None:
+        """Take the images out of these lanes, or out of every lane."""
+        self._rows[slice(None) if lanes is None else as_index(lanes, self.x.device)] = PARKED
+
+    def take_over(self, other: Runner, lanes: list[int]) -> None:
+        """Go on with the images in these lanes of ``other`` in the first lanes of this runner; all its lanes must be
+        parked, and afterwards those of ``other`` are. Both must share a store and all settings but ``lanes``.
+        """
+        where = as_index(lanes, self.x.device)
+        for mine, theirs in zip(self._lane_buffers(), other._lane_buffers(), strict=True):
+            mine[:, : len(lanes)] = theirs[:, where]
+        other.park()
+
+    def _lane_buffers(self) -> list[Tensor]:
+        """Everything that is a lane's own, [copies, lanes, ...]."""
+        single = (self.x, self.x0, self.flags, self._rows, self._seeds, self._indices, self._labels, self._guidance)
+        return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in single)]
 
     def _move(self, noise: Tensor | None, keep_x0: bool) -> None:
         """The launches of a tick, which read and write nothing but this runner's buffers."""
-        out, out_uncond = self._evaluate(self._features[self._rows])  # parked lanes, row -1, read the last
+        tables = self.tables
+        out, out_uncond = self._evaluate(tables.features[self._rows])  # parked lanes, row -1, read the last
         self._ops.diffusion_step(
             self.x,
             out,
             self._rows,
-            self._coefficients,
-            self._timesteps,
+            tables.coefficients,
+            tables.timesteps,
             seeds=self._seeds if noise is None else None,
             indices=self._indices if noise is None else None,
             noise=noise,
@@ -211,7 +225,7 @@ class Runner:
             flags=self.flags,
             known=self._known,
         )
-        self._rows.copy_(self._next_row[self._rows])
+        self._rows.copy_(tables.next_row[self._rows])
 
     def _evaluate(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output with the condition, and without it where lanes are guided."""
@@ -233,6 +247,7 @@ class Runner:
             wanted = " or ".join(str(list(shape)) for shape in accepted)
             reason = "the sampler's learned variance needs" if learned else "this shape of x needs"
             raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
+        self.learned = tuple(out.shape) == doubled
         return out
 
 
@@ -271,12 +286,3 @@ class RunnerPool:
 def as_int64(seed: int) -> int:
     """A 64-bit unsigned seed as the int64 with the same bits."""
     return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _same(one: StepTable, other: StepTable) -> bool:
-    """True where two tables have the same rows."""
-    return one is other or (
-        np.array_equal(one.coefficients, other.coefficients)
-        and np.array_equal(one.timesteps, other.timesteps)
-        and np.array_equal(one.next_row, other.next_row)
-    )

@@ -34,11 +34,34 @@ class HostCopy:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record(stream)
 
+    @property
+    def ready(self) -> bool:
+        """True once the values are there."""
+        return self._done is None or self._done.query()
+
     def wait(self) -> Tensor:
         """The values, on the host, once they are there."""
         if self._done is not None:
             self._done.synchronize()
         return self._host
+
+
+class Pace:
+    """Keeps the host from running ahead of a CUDA device by more than one stretch of work; nothing elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """What was launched since the last call is one stretch; waits until the one before it is done."""
+        if self._device.type != "cuda":
+            return
+        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reached.record(torch.cuda.current_stream(self._device))
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = reached
 
 
 def as_index(positions: list[int], device: torch.device) -> slice | Tensor:

@@ -61,12 +61,13 @@ class Walk:
         self._entered: dict[int, int] = {}  # lane -> the tick before which its image entered
         self._due: dict[int, list[int]] = {}  # tick -> the lanes that are done with it
         self._now = 0
+        self._first = 0  # row of the table in the runner's store
         self._unread: deque[tuple[HostCopy, list[int]]] = deque()  # flags on their way, and whose they are
 
     def run(self) -> Iterator[tuple[int, list[Event]]]:
         """Tick until nothing is left; yields how many images each tick moved, and its events."""
         runner, given, watched = self._runner, self._request.noise is not None, self._watched
-        runner.load(self._request.table)
+        self._first = runner.load(self._request.table)
         runner.prepare(noise=given, keep_x0=watched)
         while self._queue or self._image:
             if self._queue and self._free:
@@ -85,7 +86,7 @@ class Walk:
             flags, images = self._unread.popleft()
             for image, broken in zip(images, flags.wait().tolist(), strict=True):
                 if broken != FINITE:
-                    raise self._nonfinite(image, broken)
+                    raise nonfinite(self._request, image, broken - self._first)
 
     def _enter(self) -> None:
         count = min(len(self._queue), len(self._free))
@@ -94,7 +95,7 @@ class Walk:
         request = self._request
         start = None if request.start is None else request.start[images]
         known = None if request.known is None else request.known[images]
-        self._runner.admit(lanes, [request.tickets[image] for image in images], start, known)
+        self._runner.admit(lanes, [request.tickets[image] for image in images], self._first, start, known)
         for lane, image in zip(lanes, images, strict=True):
             self._image[lane], self._entered[lane] = image, self._now
             self._due.setdefault(self._now + request.table.steps(request.parts[image]), []).append(lane)
@@ -136,10 +137,11 @@ class Walk:
         where = as_index(lanes, runner.x.device)
         return Event(step, table.steps(part), timestep, images, runner.x[where].clone(), runner.x0[where].clone())
 
-    def _nonfinite(self, image: int, row: int) -> NonFiniteError:
-        table, part, ticket = self._request.table, self._request.parts[image], self._request.tickets[image]
-        number = self._request.first + image
-        return NonFiniteError(
-            f"image {number} (seed {ticket.seed}, index {ticket.index}) became non-finite at step "
-            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
-        )
+
+def nonfinite(request: Request, image: int, row: int) -> NonFiniteError:
+    """The error that names an image of a request and the ``row`` of its table at which it became non-finite."""
+    table, part, ticket = request.table, request.parts[image], request.tickets[image]
+    return NonFiniteError(
+        f"image {request.first + image} (seed {ticket.seed}, index {ticket.index}) became non-finite at step "
+        f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
+    )

@@ -1,0 +1,323 @@
+"""An engine for many callers at once: requests share its lanes, and come and go between ticks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from stepfusion import _checks
+from stepfusion.engine import Engine
+from stepfusion.serving.backlog import Backlog
+from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
+from stepfusion.serving.job import Job, Result
+from stepfusion.serving.metrics import make_metrics
+from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.tracing import make_tracing
+from stepfusion.serving.worker import Worker
+from stepfusion.table import StepTable
+from stepfusion.walk import Event
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+_EVENTS_KEPT = 64  # of one stream, for a reader who is slower than the lanes
+_MOST_PRIORITY = 1000
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a serving engine is doing.
+
+    ``state``: "new", "starting", "ready", "closing", "closed" or "dead". ``waiting``: images without a lane;
+    ``busy``: images in lanes, of ``lanes`` there are. ``tick_seconds``: mean of late; ``quiet_seconds``: since the
+    last round of ticks, while there is something to do; it grows where a device hangs.
+    """
+
+    state: str
+    waiting: int
+    busy: int
+    lanes: int
+    tick_seconds: float
+    quiet_seconds: float
+
+
+class AsyncEngine:
+    """Serves an engine to coroutines and threads, one image a lane, with continuous batching.
+
+    ::
+
+        async with sf.serving.AsyncEngine(engine) as service:
+            result = await service.generate(2, steps=25, seed=3, labels=[1, 2])
+
+    Images of any request enter free lanes between two ticks and leave when they are done. Where the engine is
+    ``invariant``, ``result.images`` equals ``engine.sample(...)`` with the same arguments bit for bit, whatever else
+    runs; else the noise is identical, and images agree to rounding.
+
+    Args:
+        engine: what samples. While this runs, leave its Triton interpreter, if it uses one, to this alone.
+        lanes: the most images at a time of each kind, guided ones being one kind and the others another; by default
+            ``engine.batch``, from which an invariant engine cannot differ.
+        queue: the most images that may wait for a lane.
+        rows: of all tables that are walked at a time; by default 4096, or as many as two of the longest need.
+        aging: seconds without a lane that are worth one step of priority.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lanes: int | None = None,
+        queue: int = 1024,
+        rows: int | None = None,
+        aging: float = 5.0,
+    ) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be an Engine, got {type(engine).__name__}")
+        if lanes is not None:
+            lanes = _checks.integer("lanes", lanes, 1, 1 << 20)
+            if engine.invariant and lanes != engine.batch:
+                raise ValueError(f"lanes must be the {engine.batch} of this invariant engine, got {lanes}")
+        least = 2 * engine.schedule.num_timesteps
+        rows = max(4096, least) if rows is None else _checks.integer("rows", rows, 1, 1 << 24)
+        aging = _checks.number("aging", aging, 0.0, 1e9, open_low=True)
+        self._engine, self._rows = engine, rows
+        self._queue = _checks.integer("queue", queue, 1, 1 << 31)
+        self._backlog = Backlog(self._queue)
+        self._metrics, self._tracing = make_metrics(), make_tracing()
+        self._numbers = itertools.count(1)
+        backlog, metrics, tracing = self._backlog, self._metrics, self._tracing
+
+        def make() -> Scheduler:  # it does not know this object, which so ends, with its thread, when nobody has it
+            widths = _widths(engine, engine.batch if lanes is None else lanes)
+            return Scheduler(engine, backlog, widths=widths, rows=rows, aging=aging, metrics=metrics, tracing=tracing)
+
+        self._worker = Worker(make, engine.plan.device)
+        self._abandon = weakref.finalize(self, self._worker.abandon)
+
+    # Requests
+
+    def submit(
+        self,
+        n: int | None = None,
+        table: StepTable | Sequence[StepTable] | None = None,
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+        output: str = "float32",
+        priority: int = 0,
+        deadline: float | None = None,
+        progress: Callable[[Event], object] | None = None,
+        every: int = 1,
+    ) -> Future[Result]:
+        """Ask for images, from any thread. ``future.cancel()`` frees their lanes by the next tick, at any time.
+
+        Args:
+            n, table, steps, eta, sampler, seed, indices, labels, guidance: as for :meth:`stepfusion.Engine.sample`.
+            output: "float32" images in [-1, 1], or "uint8" pixels, as ``engine.to_uint8`` makes them.
+            priority: in [-1000, 1000]; higher ones get lanes first.
+            deadline: seconds from now after which the images are of no use.
+            progress: called in the worker's thread with an :class:`stepfusion.Event` after every ``every``-th step
+                and the last, its tensors on the host. Keep it short; an exception that it raises ends this request alone.
+
+        Returns:
+            A future of the :class:`Result`, or of NonFiniteError, DeadlineExceeded, EngineClosed, EngineDead, or what
+            ``progress`` raised.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+            Overloaded: too many images are waiting. DeadlineExceeded: the lanes cannot be so fast.
+            EngineClosed, EngineDead: nothing is taken any more.
+        """
+        try:
+            self._worker.check()
+            chosen: dict[str, Any] = {"steps": steps, "eta": eta, "sampler": sampler, "seed": seed}
+            request = self._engine.request(n, table, **chosen, indices=indices, labels=labels, guidance=guidance)
+            job = Job(
+                next(self._numbers),
+                request,
+                Future(),
+                time.monotonic(),
+                pixels=_checks.choice("output", output, ("float32", "uint8")) == "uint8",
+                priority=_checks.integer("priority", priority, -_MOST_PRIORITY, _MOST_PRIORITY),
+                progress=progress,
+                every=_checks.integer("every", every, 1, 1 << 31),
+                context=self._tracing.context(),
+            )
+            self._check(job, deadline)
+            self._enter(job)
+        except Exception as error:
+            self._metrics.rejected(_REASONS.get(type(error), "invalid"))
+            raise
+        worker, number = self._worker, job.number
+        job.future.add_done_callback(lambda future: worker.cancel(number) if future.cancelled() else None)
+        return job.future
+
+    async def generate(
+        self, n: int | None = None, table: StepTable | Sequence[StepTable] | None = None, **arguments: Any
+    ) -> Result:
+        """:meth:`submit`, and wait. A task that is cancelled meanwhile frees its lanes by the next tick."""
+        return await asyncio.wrap_future(self.submit(n, table, **arguments))
+
+    async def stream(
+        self, n: int | None = None, table: StepTable | Sequence[StepTable] | None = None, **arguments: Any
+    ) -> AsyncIterator[Event | Result]:
+        """:meth:`submit`, and yield an :class:`stepfusion.Event` after every ``every``-th step, then the Result.
+
+        A reader who is slower than the lanes misses events, never the result. Leaving the loop (``aclose``) cancels.
+        """
+        if "progress" in arguments:
+            raise TypeError("stream takes no progress: it yields the events")
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
+
+        def arrive(event: Event | None = None) -> None:
+            if event is not None:
+                events.append(event)
+            arrived.set()
+
+        progress: Callable[[Event], object] = lambda event: loop.call_soon_threadsafe(arrive, event)  # noqa: E731
+        future = asyncio.wrap_future(self.submit(n, table, progress=progress, **arguments))
+        future.add_done_callback(lambda _: arrive())
+        try:
+            while not future.done() or events:
+                await arrived.wait()
+                arrived.clear()
+                while events:
+                    yield events.popleft()
+            yield await future
+        finally:
+            future.cancel()
+
+    # Life
+
+    def start(self) -> Self:
+        """Start the thread that works, and wait until it is warm. EngineDead where that fails."""
+        self._worker.start()
+        return self
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> bool:
+        """Take no more requests, finish those there are, and stop. True where all were finished.
+
+        Args:
+            drain: False ends them with EngineClosed instead.
+            timeout: seconds to drain for; what is left then ends with EngineClosed.
+        """
+        if timeout is not None:
+            timeout = _checks.number("timeout", timeout, 0.0, 1e9)
+        return self._worker.close(drain=_checks.boolean("drain", drain), timeout=timeout)
+
+    async def aclose(self, drain: bool = True, timeout: float | None = None) -> bool:
+        """:meth:`close`, without stopping the event loop."""
+        return await asyncio.to_thread(self.close, drain, timeout)
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose(drain=kind is None)
+
+    # State
+
+    @property
+    def engine(self) -> Engine:
+        """What samples."""
+        return self._engine
+
+    @property
+    def live(self) -> bool:
+        """False where the engine is dead: nothing but a new process helps."""
+        return self._worker.state != "dead"
+
+    @property
+    def ready(self) -> bool:
+        """True while requests are taken."""
+        return self._worker.state == "ready"
+
+    @property
+    def status(self) -> Status:
+        """How it is doing."""
+        worker, backlog = self._worker, self._backlog
+        scheduler = worker.scheduler
+        busy, lanes = (0, 0) if scheduler is None else (scheduler.busy, scheduler.lanes)
+        quiet = 0.0 if worker.idle or worker.state == "closed" else time.monotonic() - worker.beat
+        return Status(worker.state, backlog.images, busy, lanes, backlog.seconds, quiet)
+
+    @property
+    def registry(self) -> CollectorRegistry | None:
+        """The Prometheus registry of its metrics; None without prometheus-client."""
+        return self._metrics.registry
+
+    def metrics(self) -> bytes:
+        """The metrics in Prometheus' text format; empty without prometheus-client."""
+        return self._metrics.exposition()
+
+    # How it does it
+
+    def _check(self, job: Job, deadline: float | None) -> None:
+        """What :meth:`stepfusion.Engine.request` cannot know."""
+        table, size, scheduler = job.request.table, len(job.request), self._worker.scheduler
+        assert scheduler is not None  # the worker was ready
+        if job.progress is not None and not callable(job.progress):
+            raise TypeError(f"progress must be callable, got {job.progress!r}")
+        if size > self._queue:
+            raise ValueError(f"n must be at most {self._queue}, the length of the queue, got {size}")
+        if len(table) > scheduler.rows:
+            raise ValueError(f"table must have at most {scheduler.rows} rows, got {len(table)}")
+        if table.learned_variance and not scheduler.learned:
+            raise ValueError("table needs the variance that the network learned, and this network returns none")
+        if deadline is not None:
+            seconds = _checks.number("deadline", deadline, 0.0, 1e9, open_low=True)
+            job.deadline = job.submitted + seconds
+            steps = [job.steps(image) for image in job.waiting]
+            least = self._backlog.least(max(steps, default=0), sum(steps))
+            if least > seconds:
+                raise DeadlineExceeded(
+                    f"deadline must be at least {least:.3g} s, which these images take on idle lanes, got {deadline}"
+                )
+
+    def _enter(self, job: Job) -> None:
+        """Announce a request's images, and hand it over."""
+        images, steps = len(job.waiting), job.waiting_steps
+        self._backlog.enter(images, steps)
+        try:
+            self._worker.submit(job)
+        except (EngineClosed, EngineDead):
+            self._backlog.leave(images, steps)
+            raise
+
+
+_REASONS: dict[type[Exception], str] = {
+    Overloaded: "overloaded",
+    DeadlineExceeded: "deadline",
+    EngineClosed: "closed",
+    EngineDead: "dead",
+}
+
+
+def _widths(engine: Engine, lanes: int) -> tuple[int, ...]:
+    """The numbers of lanes that may be in use: powers of two up to ``lanes``; one where bits must not depend on it,
+    or where each would be compiled.
+    """
+    if engine.invariant or engine.plan.compiler is not None:
+        return (lanes,)
+    return (*(1 << i for i in range((lanes - 1).bit_length())), lanes)
