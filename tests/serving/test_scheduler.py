@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import labelled, smooth, tiny_unet
+from networks import labelled, smooth
 from recorded_graph import Captures
 from serving_twins import NAN_LABEL, SHAPE, Desk, offline, small_engine
 
@@ -160,10 +160,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("widths", [(4,), (1, 2, 4)], ids=str)
 def test_no_traffic_captures_again(captures: Captures, widths: tuple[int, ...]) -> None:
-    network = tiny_unet(classes=5)
-    options: dict[str, Any] = {"shape": None, "batch": 4, "invariant": len(widths) == 1, "dtype": "float32"}
-    engine = small_engine(network, backend="triton", network="graph", **options)
-    eager = small_engine(network, backend="triton", network="eager", **options)
+    options: dict[str, Any] = {"batch": 4, "invariant": len(widths) == 1, "dtype": "float32"}
+    engine = small_engine(labelled, backend="triton", network="graph", **options)
+    eager = small_engine(labelled, backend="triton", network="eager", **options)
     desk = Desk(engine, widths=widths)
     with torch.no_grad():
         desk.scheduler.warm_up()
@@ -183,9 +182,7 @@ def test_no_traffic_captures_again(captures: Captures, widths: tuple[int, ...]) 
     assert len(captures.graphs) == captured
     assert sum(graph.replays for graph in captures.graphs) > 5
     for request, future in zip(requests, futures, strict=True):
-        torch.testing.assert_close(future.result().images, offline(eager, request), rtol=0, atol=1e-4)
-        if engine.invariant:
-            assert torch.equal(future.result().images, offline(eager, request))
+        assert torch.equal(future.result().images, offline(eager, request))
 
 
 class TestOutOfMemory:
