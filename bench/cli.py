@@ -29,6 +29,7 @@ _HELP = {
     "exports": "the network in every format it can be exported to, loaded back",
     "headline": "32 images of a small UNet: DDPM-500 against DDIM-25, as a notebook loop and by the engine",
     "host": "what the engine's own Python costs a tick, and what the import costs",
+    "serve": "continuous against static batching of mixed requests, and LoadGen's scenarios",
 }
 _PEERS = ("diffusers", "openvino", "onnxruntime", "inductor", "eager")
 _MOST = 1 << 20
@@ -41,7 +42,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         part = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_common(part)
-        if name in ("latency", "throughput", "compare", "exports"):
+        if name in ("latency", "throughput", "compare", "exports", "serve"):
             models = ", ".join(PUBLISHED)
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"
@@ -51,7 +52,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--peer", action="append", choices=(*_PEERS, "all"), help="(default: all)")
             part.add_argument("--providers", metavar="NAMES", help="only these, by name, separated by commas")
             part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="only networks in this dtype")
-        if name in ("latency", "throughput", "compare", "exports", "headline"):
+        if name in ("latency", "throughput", "compare", "exports", "headline", "serve"):
             part.add_argument("--batch", type=int, action="append", metavar="B", help="images; may be repeated")
         part.add_argument("--rounds", type=int, metavar="R", help="of interleaved timing")
     text = "all parts, each in a process of its own, and one report; a part that is done is not measured again"

@@ -9,6 +9,7 @@ from types import ModuleType
 #: Package -> what installs it.
 _INSTALL = {
     "diffusers": "diffusers",
+    "mlperf_loadgen": "mlcommons-loadgen",
     "openvino": "openvino onnx onnxscript",
     "onnxruntime": "onnxruntime onnx onnxscript",
 }

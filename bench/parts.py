@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from stepfusion.bench import compare, headline, host, kernel_bench, latency, throughput
+from stepfusion.bench import compare, headline, host, kernel_bench, latency, serve, throughput
 from stepfusion.bench.conditions import conditions
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import End, Record, Row
@@ -25,10 +25,13 @@ PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "host": host.host_rows,
 }
 
+#: Parts that the suite leaves out: they take the time that they are given.
+ALONE: dict[str, Callable[[Options], Iterator[Row]]] = {"serve": serve.serve_rows}
+
 
 def measure(part: str, options: Options) -> Iterator[Record]:
     """The conditions, the rows as they are measured, and how long it took."""
     started = time.monotonic()
     yield conditions(part, options.device)
-    yield from PARTS[part](options)
+    yield from {**PARTS, **ALONE}[part](options)
     yield End(part, "done", time.monotonic() - started)

@@ -20,7 +20,8 @@ class Row:
     Attributes:
         part, op, provider: which benchmark, which operation, and who did it. device: its type, "cpu" or "cuda".
         model, shape, dtype, batch, steps: of the work; ``dtype`` is the network's.
-        median_ms, p20_ms, p80_ms, min_ms: of one call, in wall time until its result is there, host time included.
+        median_ms, p20_ms, p80_ms, p95_ms, min_ms: of one call, in wall time until its result is there, host time
+            included.
         device_ms: median time of one call between two events on the device.
         warmup_s: first call, compilation included; never part of the medians.
         bytes, flops: the least that one call has to move and to compute.
@@ -41,6 +42,7 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    p95_ms: float | None = None
     min_ms: float | None = None
     device_ms: float | None = None
     warmup_s: float | None = None
@@ -162,6 +164,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "median ms": lambda r: number(r.median_ms),
     "p20": lambda r: number(r.p20_ms),
     "p80": lambda r: number(r.p80_ms),
+    "p95": lambda r: number(r.p95_ms),
     "min": lambda r: number(r.min_ms),
     "device ms": lambda r: number(r.device_ms),
     "warm-up s": lambda r: number(r.warmup_s),

@@ -37,7 +37,7 @@ class HostCopy:
     @property
     def ready(self) -> bool:
         """True once the values are there."""
-        return self._done is None or self._done.query()
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
         """The values, on the host, once they are there."""

@@ -135,7 +135,8 @@ class AsyncEngine:
             priority: in [-1000, 1000]; higher ones get lanes first.
             deadline: seconds from now after which the images are of no use.
             progress: called in the worker's thread with an :class:`stepfusion.Event` after every ``every``-th step
-                and the last, its tensors on the host. Keep it short; an exception that it raises ends this request alone.
+                and the last, its tensors on the host. Keep it short. An exception that it raises ends this request
+                alone.
 
         Returns:
             A future of the :class:`Result`, or of NonFiniteError, DeadlineExceeded, EngineClosed, EngineDead, or what

@@ -40,7 +40,7 @@ class SpanTracing(Tracing):
         tracer = trace.get_tracer("stepfusion.serving")
         end = time.time_ns()
         start, middle = end - int(timings.total * _NS), end - int(timings.running * _NS)
-        attributes = {
+        attributes: dict[str, str | int] = {
             "stepfusion.request": job.number,
             "stepfusion.images": len(job.request),
             "stepfusion.table": job.request.table.name,
