@@ -13,6 +13,7 @@ from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.interpolation import slerp
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -38,4 +39,5 @@ __all__ = [
     "load_pretrained",
     "networks",
     "save_pretrained",
+    "slerp",
 ]

@@ -18,12 +18,14 @@ from stepfusion.checkpoint import load_pretrained
 from stepfusion.errors import SamplingCancelled
 from stepfusion.evaluator import Evaluator, Network
 from stepfusion.graph import capture
+from stepfusion.interpolation import slerp
+from stepfusion.kernels import STREAM_INITIAL
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.memory import free_bytes, largest_batch, peak_bytes
 from stepfusion.networks import prepare_network
 from stepfusion.plan import make_plan
 from stepfusion.request import Model, Request, check_images, make_request
-from stepfusion.runner import Runner, RunnerPool, Settings
+from stepfusion.runner import Runner, RunnerPool, Settings, as_int64
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -312,6 +314,57 @@ class Engine:
             raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
+    def reconstruct(
+        self,
+        x: torch.Tensor,
+        *,
+        steps: int | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        progress: bool | None = None,
+    ) -> torch.Tensor:
+        """Images to their noise by :meth:`encode`, and back by DDIM with eta 0 (Song et al. 2021, section 5.4).
+
+        Both walk the same timesteps without a clip, which would break the round trip. The more steps, the closer
+        what comes back is to ``x``: each half is Euler's method on one differential equation.
+
+        Args:
+            x: float [n, C, H, W] in [-1, 1].
+            steps: of each half, 50 by default.
+            labels, progress: as for :meth:`sample`.
+
+        Returns:
+            float32 [n, C, H, W], not clipped.
+        """
+        noise = self.encode(x, steps=steps, labels=labels, progress=progress)
+        table = self.table("ddim", steps, eta=0.0, clip=None)
+        return self.sample(table=table, start=noise, labels=labels, progress=progress)
+
+    def interpolate(
+        self,
+        a: int | torch.Tensor,
+        b: int | torch.Tensor,
+        weights: int | Sequence[float] = 7,
+        *,
+        steps: int | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+        progress: bool | None = None,
+    ) -> torch.Tensor:
+        """The images of the noises on the arc from ``a`` to ``b`` (:func:`stepfusion.slerp`), by DDIM with eta 0.
+
+        Two pictures are mixed through what :meth:`encode` makes of them.
+
+        Args:
+            a, b: float [C, H, W], noises; or seeds in [0, 2**64), for the noise that their image 0 starts from.
+            weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
+            steps, labels, guidance, progress: as for :meth:`sample`; one label and scale for all, or for each weight.
+
+        Returns:
+            float32 [k, C, H, W], one image for each weight.
+        """
+        start = slerp(self._noise("a", a), self._noise("b", b), weights)
+        return self.sample(steps=steps, eta=0.0, start=start, labels=labels, guidance=guidance, progress=progress)
+
     @property
     def network(self) -> Network:
         """The model as this engine runs it: on its device, in its dtype."""
@@ -363,6 +416,17 @@ class Engine:
     def _facts(self) -> Model:
         """What a request is checked against."""
         return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label)
+
+    def _noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
+        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from."""
+        device = self.plan.device
+        if isinstance(value, torch.Tensor):
+            check_images(name, value, self.shape)
+            return value.to(device)
+        seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
+        zero = torch.zeros_like(seed)
+        noise: torch.Tensor = self.plan.ops.normal(seed, zero, zero, self.shape, STREAM_INITIAL)[0]
+        return noise
 
     def _table(
         self, table: StepTable | Sequence[StepTable] | None, sampler: str | None, steps: int | None, eta: float | None
