@@ -246,7 +246,7 @@ def _load_folders(path: Path) -> ImageDataset:
         if not files:
             raise ValueError(f"{path / name} holds no PNG or JPEG image")
         for file in files:
-            image = _read_image(file)
+            image = read_image(file)
             if images and image.shape != images[0].shape:
                 raise ValueError(
                     f"{file} is {list(image.shape)} (C, H, W), but the images before it are {list(images[0].shape)}"
@@ -256,7 +256,7 @@ def _load_folders(path: Path) -> ImageDataset:
     return ImageDataset(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(names))
 
 
-def _read_image(file: Path) -> Tensor:
+def read_image(file: Path) -> Tensor:
     """Read a PNG or JPEG: uint8 [1, H, W] if it is grey, else [3, H, W]."""
     from PIL import Image
 

@@ -204,7 +204,9 @@ class Engine:
             seed: in [0, 2**64), one for all or one each.
             indices: the images' numbers under their seeds, in [0, 2**32); 0 .. n-1 by default. An image is a function
                 of model, table, seed, index and label, and of nothing else (to the bit with ``invariant=True``).
-            labels: one for all or one each; the null label by default.
+            labels: one for all or one each; the null label by default. A context UNet
+                (:class:`stepfusion.networks.ContextUNet`) also takes contexts as they are, mixed as one likes: float
+                [K] for all or [n, K], zeros for none.
             guidance: classifier-free guidance scale (Ho & Salimans 2022), one for all or one each; 1 is none.
             start: float [n, C, H, W], states to start from instead of noise.
             noise: float [steps, n, C, H, W], the z of every step instead of the counter-based one.
@@ -344,6 +346,7 @@ class Engine:
         a: int | torch.Tensor,
         b: int | torch.Tensor,
         weights: int | Sequence[float] = 7,
+        table: StepTable | None = None,
         *,
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
@@ -352,18 +355,27 @@ class Engine:
     ) -> torch.Tensor:
         """The images of the noises on the arc from ``a`` to ``b`` (:func:`stepfusion.slerp`), by DDIM with eta 0.
 
-        Two pictures are mixed through what :meth:`encode` makes of them.
+        Two pictures are mixed through what :meth:`encode` makes of them; a table of as many steps without a clip then
+        takes both ends back, as :meth:`reconstruct` does.
 
         Args:
             a, b: float [C, H, W], noises; or seeds in [0, 2**64), for the noise that their image 0 starts from.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
-            steps, labels, guidance, progress: as for :meth:`sample`; one label and scale for all, or for each weight.
+            table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
 
         Returns:
             float32 [k, C, H, W], one image for each weight.
         """
         start = slerp(self._noise("a", a), self._noise("b", b), weights)
-        return self.sample(steps=steps, eta=0.0, start=start, labels=labels, guidance=guidance, progress=progress)
+        return self.sample(
+            None,
+            self.table("ddim", steps, eta=0.0) if table is None else table,
+            steps=None if table is None else steps,
+            start=start,
+            labels=labels,
+            guidance=guidance,
+            progress=progress,
+        )
 
     @property
     def network(self) -> Network:
@@ -415,7 +427,8 @@ class Engine:
     @property
     def _facts(self) -> Model:
         """What a request is checked against."""
-        return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label)
+        contexts = getattr(self._model, "context_size", None)
+        return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label, contexts)
 
     def _noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
         """A noise [C, H, W] as given, or the one that image 0 of a seed starts from."""
@@ -515,6 +528,7 @@ class Engine:
             separate=self.invariant,
             learned_variance=request.table.learned_variance,
             capacity=self.schedule.num_timesteps if captured else 0,
+            context_size=self._facts.context_size if request.mixed else None,
         )
 
     def _runner(self, settings: Settings) -> Runner:

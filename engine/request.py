@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -13,7 +13,7 @@ from stepfusion.runner import Ticket
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 
-Labels = int | Sequence[int] | torch.Tensor | None
+Labels = int | Sequence[int] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
 Each = float | Sequence[float] | None
 
 
@@ -26,6 +26,7 @@ class Model:
     shape: tuple[int, ...]
     num_classes: int | None
     null_label: int | None
+    context_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Request:
     """Images to make: for each a ticket, and the part of ``table`` that it walks.
 
     ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise; ``guided`` says that some image
-        is guided. ``first`` is the number of the first image where this is a part of a request.
+        is guided, ``mixed`` that the tickets' labels are contexts. ``first`` is the number of the first image where
+        this is a part of a request.
     """
 
     table: StepTable
@@ -42,6 +44,7 @@ class Request:
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
+    mixed: bool = False
     first: int = 0
 
     def __len__(self) -> int:
@@ -71,7 +74,9 @@ def make_request(
     noise: torch.Tensor | None,
 ) -> Request:
     """The request that :meth:`stepfusion.Engine.sample` describes; TypeError or ValueError naming the argument."""
-    count = _count(n, table, seed, indices, labels, guidance, start)
+    contexts = labels if _are_contexts(model, labels) else None
+    one_for_all = contexts is not None and contexts.ndim == 1
+    count = _count(n, table, seed, indices, None if one_for_all else labels, guidance, start)
     joined, parts = _tables(model, count, table)
     seeds = [_checks.integer("seed", value, 0, (1 << 64) - 1) for value in _each("seed", seed, count)]
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
@@ -83,7 +88,8 @@ def make_request(
     guided = any(scale != 1.0 for scale in scales)
     if guided and model.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
-    identities = zip(seeds, numbers, _labels(model, labels, count), scales, strict=True)
+    conditions = _labels(model, labels, count) if contexts is None else _contexts(model, contexts, count)
+    identities = zip(seeds, numbers, conditions, scales, strict=True)
     tickets = [Ticket(joined.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
     if start is not None:
         check_images("start", start, (count, *model.shape))
@@ -92,7 +98,7 @@ def make_request(
     if noise is not None:
         longest = max((joined.steps(part) for part in parts), default=0)
         check_images("noise", noise, (longest, count, *model.shape))
-    return Request(joined, parts, tickets, start, noise, guided)
+    return Request(joined, parts, tickets, start, noise, guided, contexts is not None)
 
 
 def _count(n: int | None, *others: Any) -> int:
@@ -132,7 +138,7 @@ def _check_table(model: Model, table: StepTable) -> None:
         raise ValueError(f"table is for {table.schedule!r}, and the network's is {model.schedule!r}")
 
 
-def _labels(model: Model, labels: Labels, count: int) -> list[int]:
+def _labels(model: Model, labels: Labels, count: int) -> list[int | tuple[float, ...]]:
     """One label an image; 0, which nobody reads, for a model without labels."""
     if model.num_classes is None:
         if labels is not None:
@@ -145,6 +151,22 @@ def _labels(model: Model, labels: Labels, count: int) -> list[int]:
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     return [_checks.integer("labels", label, 0, model.num_classes - 1) for label in _each("labels", labels, count)]
+
+
+def _are_contexts(model: Model, labels: Labels) -> TypeGuard[torch.Tensor]:
+    return isinstance(labels, torch.Tensor) and labels.is_floating_point() and model.context_size is not None
+
+
+def _contexts(model: Model, contexts: torch.Tensor, count: int) -> list[int | tuple[float, ...]]:
+    """One context vector an image, from floats [K] for all or [n, K]."""
+    size = model.context_size
+    if list(contexts.shape) not in ([size], [count, size]):
+        raise ValueError(
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+        )
+    if not bool(contexts.isfinite().all()):
+        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
+    return [tuple(row) for row in contexts.expand(count, size).tolist()]
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

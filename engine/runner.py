@@ -37,7 +37,7 @@ class Ticket:
     row: int
     seed: int
     index: int
-    label: int = 0
+    label: int | tuple[float, ...] = 0
     guidance: float = 1.0
 
 
@@ -48,7 +48,8 @@ class Settings:
     ``lanes``, how many; ``shape`` of one image; ``dtype`` of the network's input; ``null_label``, the label without a
     condition where lanes are guided; ``separate``: call the network for the labels and for the null label one after
     the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
-    the network learned; ``capacity``: rows of a table to make room for.
+    the network learned; ``capacity``: rows of a table to make room for; ``context_size``: labels are contexts with so
+    many entries, all zero where there is no condition.
     """
 
     lanes: int
@@ -59,6 +60,7 @@ class Settings:
     separate: bool = False
     learned_variance: bool = False
     capacity: int = 0
+    context_size: int | None = None
 
 
 class Runner:
@@ -84,8 +86,12 @@ class Runner:
         self._rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
-        self._labels = torch.zeros_like(self._seeds)
-        self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+        if settings.context_size is None:
+            self._labels = torch.zeros_like(self._seeds)
+            self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+        else:
+            self._labels = torch.zeros(lanes, settings.context_size, device=device, dtype=settings.dtype)
+            self._nothing = torch.zeros_like(self._labels)
         self._guidance = torch.ones(lanes, device=device)
         self._table: StepTable | None = None
         self._coefficients: Tensor
@@ -142,8 +148,9 @@ class Runner:
     def admit(self, lanes: list[int], tickets: Sequence[Ticket], start: Tensor | None = None) -> None:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own."""
         device = self.x.device
-        numbers = [[t.row, as_int64(t.seed), t.index, t.label] for t in tickets]
-        rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
+        numbers = [[t.row, as_int64(t.seed), t.index] for t in tickets]
+        rows, seeds, indices = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
+        labels = upload(torch.tensor([t.label for t in tickets], dtype=self._labels.dtype), device)
         if start is None:
             shape = self._settings.shape
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
