@@ -326,8 +326,8 @@ class Engine:
     ) -> torch.Tensor:
         """Images to their noise by :meth:`encode`, and back by DDIM with eta 0 (Song et al. 2021, section 5.4).
 
-        Both walk the same timesteps without a clip, which would break the round trip. The more steps, the closer
-        what comes back is to ``x``: each half is Euler's method on one differential equation.
+        Both walk the same timesteps without a clip, each by Euler's method on one differential equation: the more
+        steps, the closer what comes back is to ``x``.
 
         Args:
             x: float [n, C, H, W] in [-1, 1].
