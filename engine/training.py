@@ -88,7 +88,7 @@ class TrainConfig:
         label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022).
         flip: mirror half of the images.
         seed: of weights, data order, timesteps, noise and label dropout.
-        precision: of the network's arithmetic; weights, moments, loss and moving average are always float32.
+        precision: of the network's arithmetic (the context UNet's is float32); weights, moments, loss and moving average are always float32.
         save_every: steps between two saved states.
         log_every: steps between two lines of metrics.
 
@@ -139,6 +139,8 @@ class TrainConfig:
         _checks.choice("prediction", self.prediction, PREDICTIONS)
         _checks.choice("schedule", self.schedule, SCHEDULES)
         _checks.choice("precision", self.precision, PRECISIONS)
+        if self.network == "context" and self.precision != "float32":
+            raise ValueError(f"precision must be 'float32' for network 'context', got {self.precision!r}")
         _checks.number("learning_rate", self.learning_rate, 0, 1, open_low=True)
         _checks.number("weight_decay", self.weight_decay, 0, 1)
         _checks.number("grad_clip", self.grad_clip, 0, open_low=True)
