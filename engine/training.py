@@ -88,7 +88,8 @@ class TrainConfig:
         label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022).
         flip: mirror half of the images.
         seed: of weights, data order, timesteps, noise and label dropout.
-        precision: of the network's arithmetic (the context UNet's is float32); weights, moments, loss and moving average are always float32.
+        precision: of the network's arithmetic, float32 for the context UNet; weights, moments, loss and moving
+            average are always float32.
         save_every: steps between two saved states.
         log_every: steps between two lines of metrics.
 
