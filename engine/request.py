@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -74,7 +74,7 @@ def make_request(
     noise: torch.Tensor | None,
 ) -> Request:
     """The request that :meth:`stepfusion.Engine.sample` describes; TypeError or ValueError naming the argument."""
-    contexts = labels if _are_contexts(model, labels) else None
+    contexts = _given_contexts(model, labels)
     one_for_all = contexts is not None and contexts.ndim == 1
     count = _count(n, table, seed, indices, None if one_for_all else labels, guidance, start)
     joined, parts = _tables(model, count, table)
@@ -153,8 +153,11 @@ def _labels(model: Model, labels: Labels, count: int) -> list[int | tuple[float,
     return [_checks.integer("labels", label, 0, model.num_classes - 1) for label in _each("labels", labels, count)]
 
 
-def _are_contexts(model: Model, labels: Labels) -> TypeGuard[torch.Tensor]:
-    return isinstance(labels, torch.Tensor) and labels.is_floating_point() and model.context_size is not None
+def _given_contexts(model: Model, labels: Labels) -> torch.Tensor | None:
+    """The labels, where they are contexts."""
+    if model.context_size is None or not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
+        return None
+    return labels
 
 
 def _contexts(model: Model, contexts: torch.Tensor, count: int) -> list[int | tuple[float, ...]]:
@@ -166,7 +169,7 @@ def _contexts(model: Model, contexts: torch.Tensor, count: int) -> list[int | tu
         )
     if not bool(contexts.isfinite().all()):
         raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
-    return [tuple(row) for row in contexts.expand(count, size).tolist()]
+    return [tuple(row) for row in contexts.expand(count, -1).tolist()]
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

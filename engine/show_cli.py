@@ -79,7 +79,8 @@ def _show_schedule(args: argparse.Namespace) -> Pixels:
     if max(image.shape) > _MAX_SIDE:
         raise ValueError(f"--image must be at most {_MAX_SIDE} pixels wide and high, got {list(image.shape)[1:]}")
     x = (image.to(torch.float32) / 127.5 - 1).expand(len(times), *image.shape).contiguous()
-    noise = reference.normal(*(torch.tensor([value]) for value in (seed, 0, 0)), tuple(image.shape)).expand_as(x)
+    zero = torch.tensor([0])
+    noise = reference.normal(torch.tensor([seed]), zero, zero, tuple(image.shape)).expand_as(x)
     schedules = {"linear": NoiseSchedule.linear(total), "cosine": NoiseSchedule.cosine(total)}
     cells: list[Pixels] = []
     for schedule in schedules.values():
