@@ -104,9 +104,11 @@ def _show_steps(args: argparse.Namespace) -> Pixels:
     engine, count = open_engine(args), _checks.integer("--num", args.num, 1, 64)
     steps = integers("--steps", args.steps, 1, engine.schedule.num_timesteps)
     etas = numbers("--eta", args.eta, float, "numbers in [0, 1]")
-    tables = [engine.table("ddim", n, eta=eta) for n in steps for eta in etas]
-    pixels = pixels_of(engine, _sample(engine, args, [table for table in tables for _ in range(count)], count))
-    cells = [strip(part) for part in pixels.reshape(len(tables), count, *pixels.shape[1:])]
+    rows = [[engine.table("ddim", n, eta=eta) for eta in etas] for n in steps]
+    cells: list[Pixels] = []
+    for row in rows:  # a batch each: its lanes are done together
+        pixels = pixels_of(engine, _sample(engine, args, [table for table in row for _ in range(count)], count))
+        cells += [strip(part) for part in pixels.reshape(len(row), count, *pixels.shape[1:])]
     return figure(cells, [f"{n} steps" for n in steps], [f"eta = {eta:g}" for eta in etas], scale=args.scale)
 
 
