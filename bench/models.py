@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepfusion.bench.optional import need
 from stepfusion.checkpoint import load_pretrained
+from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.sampler_config import read_config
 from stepfusion.schedule import NoiseSchedule
@@ -135,4 +136,6 @@ def load_model(source: str | os.PathLike[str]) -> BenchModel:
             torch.manual_seed(0)
             return BenchModel(str(source), UNet2D(config).eval(), _SCHEDULER)
     loaded = load_pretrained(source)
+    if not isinstance(loaded.network, UNet2D):
+        raise CheckpointError(f"{loaded.path} is a {type(loaded.network).__name__}; peers can run a UNet2D only")
     return BenchModel(loaded.path.name, loaded.network, loaded.scheduler_config, loaded.null_label)

@@ -8,6 +8,7 @@ Commands::
 
     python -m stepfusion.bench.quality train-classifier DATA
     python -m stepfusion.bench.quality evaluate MODEL_DIR --data DATA --json FILE
+    python -m stepfusion.bench.quality folders SAMPLES IMAGES    # Inception distances, by torch-fidelity or clean-fid
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import Engine, StepTable
+from stepfusion.bench.folder_distance import LIBRARIES, folder_distance
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.engine import SAMPLERS
 from stepfusion.files import atomic_write
@@ -315,6 +317,11 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0 if row["accuracy_gate"]["passed"] and row["frechet_gate"]["passed"] else 1
 
 
+def _run_folders(args: argparse.Namespace) -> int:
+    print(json.dumps(folder_distance(args.a, args.b, args.library, args.device), indent=2))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one of the commands; evaluate returns 1 when a gate is missed."""
     parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.quality", description=__doc__.splitlines()[0])
@@ -338,10 +345,17 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--other-guidance", type=_guidance, default=None, help="reported beside: a number, or none")
     command.add_argument("--frechet-samples", type=int, default=5000)
     command.set_defaults(run=_run_evaluate)
+    command = commands.add_parser("folders", help="Frechet and kernel Inception distances of two folders of images")
+    command.add_argument("a", type=Path, help="folder of PNG or JPEG images")
+    command.add_argument("b", type=Path, help="another")
+    text = "installed apart; downloads its Inception weights when it is first used (default: the first one installed)"
+    command.add_argument("--library", choices=("auto", *LIBRARIES), default="auto", help=text)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    command.set_defaults(run=_run_folders)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     return status

@@ -13,6 +13,7 @@ from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.interpolation import slerp
 from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -41,4 +42,5 @@ __all__ = [
     "networks",
     "save_pretrained",
     "serving",
+    "slerp",
 ]

@@ -2,6 +2,7 @@
 
 Everything that a directory says is checked before it is used: config values, then every weight's name, shape and
 dtype against the network that the config describes (built without memory), then every number. No pickle is executed.
+The context UNet, which diffusers does not have, is kept in the same layout under the class name "ContextUNet".
 """
 
 import json
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfusion.errors import CheckpointError
 from stepfusion.files import atomic_directory, read_json, write_synced
-from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -32,6 +33,7 @@ _WEIGHTS = "diffusion_pytorch_model"
 _WEIGHT_FILES = tuple(f"{_WEIGHTS}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
 _FACTS_FILE = "stepfusion.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGER = ("I64", str(torch.int64))
 _LEGACY_KEY = re.compile(r"(?P<block>.*attentions\.\d+)\.(?P<name>query|key|value|proj_attn)\.(?P<kind>weight|bias)")
 _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -48,7 +50,7 @@ class Pretrained:
         path: the directory.
     """
 
-    network: UNet2D
+    network: UNet2D | ContextUNet
     scheduler_config: dict[str, Any]
     class_names: tuple[str, ...] | None
     null_label: int | None
@@ -71,20 +73,18 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
     path = _resolve(source)
     nested = (path / "unet").is_dir()
     folder = path / "unet" if nested else path
-    config = _read_config(folder / "config.json")
+    network = _read_network(folder / "config.json")
     scheduler_file = path / "scheduler" / "scheduler_config.json" if nested else path / "scheduler_config.json"
     scheduler = _read_json(scheduler_file) if nested or scheduler_file.exists() else {}
     facts_file = path / _FACTS_FILE
-    facts = _read_facts(facts_file, config) if facts_file.exists() else _Facts(None, None)
-    with torch.device("meta"):
-        network = UNet2D(config)
+    facts = _read_facts(facts_file, network.num_classes) if facts_file.exists() else _Facts(None, None)
     network.load_state_dict(_read_weights(_find_weights(folder), network), strict=True, assign=True)
     return Pretrained(network.eval(), scheduler, facts.class_names, facts.null_label, path)
 
 
 def save_pretrained(
     directory: str | os.PathLike[str],
-    network: UNet2D,
+    network: UNet2D | ContextUNet,
     scheduler_config: Mapping[str, Any],
     *,
     class_names: Sequence[str] | None = None,
@@ -107,16 +107,19 @@ def save_pretrained(
         CheckpointError: an argument does not fit, or the directory may not be replaced.
         OSError: a write failed; `directory` is as it was.
     """
-    if not isinstance(network, UNet2D):
-        raise CheckpointError(f"network is a {type(network).__name__}; accepted is a UNet2D")
-    facts = _check_facts({"class_names": class_names, "null_label": null_label}, network.config, "the arguments")
+    if not isinstance(network, UNet2D | ContextUNet):
+        raise CheckpointError(f"network is a {type(network).__name__}; accepted are UNet2D and ContextUNet")
+    given = {"class_names": class_names, "null_label": null_label}
+    facts = _check_facts(given, network.num_classes, "the arguments")
+    config = network.config.to_dict() if isinstance(network, UNet2D) else network.to_config()
+    library = "diffusers" if isinstance(network, UNet2D) else "stepfusion"
     scheduler_class = _scheduler_class(scheduler_config)
     pipeline = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"
-    parts = {"scheduler": ["diffusers", scheduler_class], "unet": ["diffusers", "UNet2DModel"]}
+    parts = {"scheduler": ["diffusers", scheduler_class], "unet": [library, config["_class_name"]]}
     contents = {
         "model_index.json": _to_json({"_class_name": pipeline, **parts}),
         "scheduler/scheduler_config.json": _to_json({"_class_name": scheduler_class, **scheduler_config}),
-        "unet/config.json": _to_json(network.config.to_dict()),
+        "unet/config.json": _to_json(config),
         f"unet/{_WEIGHT_FILES[0]}": save(_storable_state(network, dtype), metadata={"format": "pt"}),
     }
     if facts != _Facts(None, None):
@@ -155,10 +158,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, CheckpointError, MAX_JSON_BYTES)
 
 
-def _read_config(path: Path) -> UNet2DConfig:
+def _read_network(path: Path) -> UNet2D | ContextUNet:
+    """The network that a config describes, on the meta device."""
     config = _read_json(path)
     try:
-        return UNet2DConfig.from_dict(config)
+        with torch.device("meta"):
+            if config.get("_class_name") == "ContextUNet":
+                return ContextUNet.from_config(config)
+            return UNet2D(UNet2DConfig.from_dict(config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -171,20 +178,19 @@ class _Facts:
     null_label: int | None
 
 
-def _read_facts(path: Path, config: UNet2DConfig) -> _Facts:
+def _read_facts(path: Path, classes: int | None) -> _Facts:
     given = {key: value for key, value in _read_json(path).items() if not key.startswith("_")}
     for key in given:
         if key not in ("class_names", "null_label"):
             raise CheckpointError(f"{path} has the unknown key {short(key)}; accepted are class_names, null_label")
-    return _check_facts(given, config, str(path))
+    return _check_facts(given, classes, str(path))
 
 
-def _check_facts(given: Mapping[str, Any], config: UNet2DConfig, where: str) -> _Facts:
+def _check_facts(given: Mapping[str, Any], classes: int | None, where: str) -> _Facts:
     """Hold class names and null label against the number of classes."""
     names, null_label = given.get("class_names"), given.get("null_label")
     if names is None and null_label is None:
         return _Facts(None, None)
-    classes = config.num_classes
     if classes is None:
         raise CheckpointError(f"{where}: class_names or null_label is given, but the network has no class embedding")
     is_label = isinstance(null_label, int) and not isinstance(null_label, bool) and 0 <= null_label < classes
@@ -220,8 +226,11 @@ class _Stored:
     read: Callable[[], Tensor]
 
 
-def _read_weights(path: Path, network: UNet2D) -> dict[str, Tensor]:
-    """Read the weights of `network` (on the meta device) as float32, after checking all that the file declares."""
+def _read_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    """Read the state of `network` (on the meta device), after checking all that the file declares.
+
+    What is floating point becomes float32; a counter, as batch normalisation has, stays int64.
+    """
     if path.suffix == ".bin":
         return _checked_state(_stored_in_bin(path), network, path)
     try:
@@ -267,10 +276,12 @@ def _stored_in_bin(path: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _checked_state(stored: Mapping[str, _Stored], network: UNet2D, path: Path) -> dict[str, Tensor]:
+def _checked_state(stored: Mapping[str, _Stored], network: nn.Module, path: Path) -> dict[str, Tensor]:
     """Compare the stored tensors with the wanted ones, then read them."""
     stored = _modern_names(stored, path)
-    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    state = network.state_dict()
+    wanted = {key: tuple(value.shape) for key, value in state.items()}
+    integers = {key for key, value in state.items() if not value.is_floating_point()}
     problems = [
         _problem("missing", sorted(wanted.keys() - stored.keys())),
         _problem("unexpected", sorted(stored.keys() - wanted.keys())),
@@ -284,12 +295,27 @@ def _checked_state(stored: Mapping[str, _Stored], network: UNet2D, path: Path) -
         ),
         _problem(
             "not floating point",
-            [f"{key} {stored[key].dtype}" for key in wanted if key in stored and stored[key].dtype not in _DTYPES],
+            [
+                f"{key} {stored[key].dtype}"
+                for key in wanted
+                if key in stored and key not in integers and stored[key].dtype not in _DTYPES
+            ],
+        ),
+        _problem(
+            "not int64",
+            [
+                f"{key} {stored[key].dtype}"
+                for key in sorted(integers & stored.keys())
+                if stored[key].dtype not in _INTEGER
+            ],
         ),
     ]
     if any(problems):
         raise CheckpointError(f"{path} does not fit its config: {'; '.join(filter(None, problems))}")
-    return {key: _finite_float32(key, stored[key].read(), path) for key in wanted}
+    return {
+        key: stored[key].read().clone() if key in integers else _finite_float32(key, stored[key].read(), path)
+        for key in wanted
+    }
 
 
 def _problem(what: str, entries: list[str], shown: int = 3) -> str:
@@ -330,13 +356,13 @@ def _scheduler_class(config: Mapping[str, Any]) -> str:
     return name
 
 
-def _storable_state(network: UNet2D, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    dtype = dtype or network.conv_in.weight.dtype
+def _storable_state(network: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    dtype = dtype or next(network.parameters()).dtype
     if dtype not in _DTYPES.values():
         raise CheckpointError(f"dtype is {dtype}; accepted are {', '.join(map(str, _DTYPES.values()))}")
     state = {}
     for key, value in network.state_dict().items():
-        state[key] = value.to("cpu", dtype).contiguous()
+        state[key] = value.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         if not state[key].isfinite().all():
             raise CheckpointError(f"network: {key} has values that are not finite in {dtype}")
     return state

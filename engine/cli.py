@@ -14,7 +14,16 @@ from typing import NoReturn
 
 import stepfusion
 from stepfusion.env_cli import add_env_arguments, run_env
+from stepfusion.invert_cli import (
+    add_encode_arguments,
+    add_interpolate_arguments,
+    add_reconstruct_arguments,
+    run_encode,
+    run_interpolate,
+    run_reconstruct,
+)
 from stepfusion.sample_cli import add_sample_arguments, run_sample
+from stepfusion.show_cli import add_show_arguments, run_show
 from stepfusion.train_cli import add_train_arguments, run_train
 
 _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why; 2 the command line is wrong;
@@ -87,6 +96,10 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
         ("sample", "make images with a model", add_sample_arguments, run_sample),
         ("env", "versions, devices, which path runs here and why, and a self-test", add_env_arguments, run_env),
         ("train", "train a small model on a folder of images", add_train_arguments, run_train),
+        ("show", "draw a figure: of a schedule, of steps, of noise, of contexts", add_show_arguments, run_show),
+        ("encode", "pictures to the noise that they come from", add_encode_arguments, run_encode),
+        ("reconstruct", "pictures to their noise and back", add_reconstruct_arguments, run_reconstruct),
+        ("interpolate", "images between two noises, or pictures", add_interpolate_arguments, run_interpolate),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         declare(command)

@@ -9,6 +9,7 @@ import gzip
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,8 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
+
+from stepfusion import _checks
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_DATASET_BYTES = 8 * 2**30
@@ -80,6 +83,49 @@ def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     raise ValueError(
         f"{path} holds neither {_IDX_PREFIXES[split]}-images-idx3-ubyte(.gz) nor class folders of images"
     )
+
+
+def resize(dataset: ImageDataset, size: int) -> ImageDataset:
+    """Shrink the images to `size` x `size`: every new pixel is the mean of the area it covers, rounded.
+
+    Raises:
+        TypeError, ValueError: `size` is no integer from 1 to the images' height and width.
+    """
+    height, width = dataset.images.shape[2:]
+    size = _checks.integer("size", size, 1, min(height, width))
+    rows, columns = _area_weights(height, size), _area_weights(width, size)
+    parts = [(rows @ part.to(torch.float32) @ columns.T).round_() for part in torch.split(dataset.images, 4096)]
+    return ImageDataset(torch.cat([part.to(torch.uint8) for part in parts]), dataset.labels, dataset.class_names)
+
+
+def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) -> ImageDataset:
+    """Make one class of each group of labels, in their order and named after it; images of no group are left out.
+
+    Raises:
+        ValueError: the data set has no labels, or a group is empty or has a label that is unknown or another's.
+    """
+    if dataset.labels is None:
+        raise ValueError("classes can only be merged where the data set has labels, and it has none")
+    new = torch.full((dataset.num_classes,), -1, dtype=torch.int64)
+    for label, (name, members) in enumerate(groups.items()):
+        for member in members:
+            if not 0 <= member < dataset.num_classes or new[member] != -1:
+                accepted = f"labels from 0 to {dataset.num_classes - 1}, each in one group"
+                raise ValueError(f"group {name!r} has the label {member}; accepted are {accepted}")
+            new[member] = label
+        if not len(members):
+            raise ValueError(f"group {name!r} has no labels")
+    labels = new[dataset.labels]
+    kept = labels >= 0
+    return ImageDataset(dataset.images[kept], labels[kept], tuple(groups))
+
+
+def _area_weights(old: int, new: int) -> Tensor:
+    """Weights [new, old]: the share of each old pixel in the mean that a new one is."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
+    pixels = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return (overlap.clamp(min=0) * (new / old)).to(torch.float32)
 
 
 def read_idx(path: str | Path) -> Tensor:
@@ -200,7 +246,7 @@ def _load_folders(path: Path) -> ImageDataset:
         if not files:
             raise ValueError(f"{path / name} holds no PNG or JPEG image")
         for file in files:
-            image = _read_image(file)
+            image = read_image(file)
             if images and image.shape != images[0].shape:
                 raise ValueError(
                     f"{file} is {list(image.shape)} (C, H, W), but the images before it are {list(images[0].shape)}"
@@ -210,7 +256,7 @@ def _load_folders(path: Path) -> ImageDataset:
     return ImageDataset(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(names))
 
 
-def _read_image(file: Path) -> Tensor:
+def read_image(file: Path) -> Tensor:
     """Read a PNG or JPEG: uint8 [1, H, W] if it is grey, else [3, H, W]."""
     from PIL import Image
 

@@ -21,7 +21,8 @@ from stepfusion.editing import make_edit, noised
 from stepfusion.errors import BackendError, SamplingCancelled
 from stepfusion.evaluator import Evaluator, Network
 from stepfusion.graph import capture
-from stepfusion.kernels import reference
+from stepfusion.interpolation import slerp
+from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.memory import free_bytes, largest_batch, peak_bytes
 from stepfusion.networks import prepare_network
@@ -222,7 +223,9 @@ class Engine:
             seed: in [0, 2**64), one for all or one each.
             indices: the images' numbers under their seeds, in [0, 2**32); 0 .. n-1 by default. An image is a function
                 of model, table, seed, index and label, and of nothing else (to the bit with ``invariant=True``).
-            labels: one for all or one each; the null label by default.
+            labels: one for all or one each; the null label by default. A context UNet
+                (:class:`stepfusion.networks.ContextUNet`) also takes contexts as they are, mixed as one likes: float
+                [K] for all or [n, K], zeros for none.
             guidance: classifier-free guidance scale (Ho & Salimans 2022), one for all or one each; 1 is none.
             start: float [n, C, H, W], states to start from instead of noise.
             image: float [n, C, H, W] in [-1, 1], or [1, C, H, W] for all: make images from this one, with
@@ -384,6 +387,67 @@ class Engine:
             raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
+    def reconstruct(
+        self,
+        x: torch.Tensor,
+        *,
+        steps: int | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        progress: bool | None = None,
+    ) -> torch.Tensor:
+        """Images to their noise by :meth:`encode`, and back by DDIM with eta 0 (Song et al. 2021, section 5.4).
+
+        Both walk the same timesteps without a clip, each by Euler's method on one differential equation: the more
+        steps, the closer what comes back is to ``x``.
+
+        Args:
+            x: float [n, C, H, W] in [-1, 1].
+            steps: of each half, 50 by default.
+            labels, progress: as for :meth:`sample`.
+
+        Returns:
+            float32 [n, C, H, W], not clipped.
+        """
+        noise = self.encode(x, steps=steps, labels=labels, progress=progress)
+        table = self.table("ddim", steps, eta=0.0, clip=None)
+        return self.sample(table=table, start=noise, labels=labels, progress=progress)
+
+    def interpolate(
+        self,
+        a: int | torch.Tensor,
+        b: int | torch.Tensor,
+        weights: int | Sequence[float] = 7,
+        table: StepTable | None = None,
+        *,
+        steps: int | None = None,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+        progress: bool | None = None,
+    ) -> torch.Tensor:
+        """The images of the noises on the arc from ``a`` to ``b`` (:func:`stepfusion.slerp`), by DDIM with eta 0.
+
+        Two pictures are mixed through what :meth:`encode` makes of them; a table of as many steps without a clip then
+        takes both ends back, as :meth:`reconstruct` does.
+
+        Args:
+            a, b: float [C, H, W], noises; or seeds in [0, 2**64), for the noise that their image 0 starts from.
+            weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
+            table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
+
+        Returns:
+            float32 [k, C, H, W], one image for each weight.
+        """
+        start = slerp(self._noise("a", a), self._noise("b", b), weights)
+        return self.sample(
+            None,
+            self.table("ddim", steps, eta=0.0) if table is None else table,
+            steps=None if table is None else steps,
+            start=start,
+            labels=labels,
+            guidance=guidance,
+            progress=progress,
+        )
+
     @property
     def network(self) -> Network:
         """The model as this engine runs it: on its device, in its dtype."""
@@ -458,7 +522,19 @@ class Engine:
     @property
     def _facts(self) -> Model:
         """What a request is checked against."""
-        return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label)
+        contexts = getattr(self._model, "context_size", None)
+        return Model(self.schedule, self.prediction, self.shape, self.num_classes, self.null_label, contexts)
+
+    def _noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
+        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from."""
+        device = self.plan.device
+        if isinstance(value, torch.Tensor):
+            check_images(name, value, self.shape)
+            return value.to(device)
+        seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
+        zero = torch.zeros_like(seed)
+        noise: torch.Tensor = self.plan.ops.normal(seed, zero, zero, self.shape, STREAM_INITIAL)[0]
+        return noise
 
     def _table(
         self, table: StepTable | Sequence[StepTable] | None, sampler: str | None, steps: int | None, eta: float | None
@@ -572,6 +648,7 @@ class Engine:
             known=request.known is not None,
             threshold=request.table.thresholds,
             capacity=self.schedule.num_timesteps if captured else 0,
+            context_size=self._facts.context_size if request.mixed else None,
         )
 
     def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:

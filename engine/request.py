@@ -14,7 +14,7 @@ from stepfusion.runner import Ticket
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 
-Labels = int | Sequence[int] | torch.Tensor | None
+Labels = int | Sequence[int] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
 Each = float | Sequence[float] | None
 
 
@@ -27,6 +27,7 @@ class Model:
     shape: tuple[int, ...]
     num_classes: int | None
     null_label: int | None
+    context_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Request:
     """Images to make: for each a ticket, and the part of ``table`` that it walks.
 
     ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise; ``guided`` says that some image
-    is guided. ``image`` [n, ...] is to be noised to where each starts, and ``known`` [n, ...] is what each keeps, NaN
-    elsewhere. ``first`` is the number of the first image where this is a part of a request.
+    is guided, ``mixed`` that the tickets' labels are contexts. ``image`` [n, ...] is to be noised to where each
+    starts, and ``known`` [n, ...] is what each keeps, NaN elsewhere. ``first`` is the number of the first image where
+    this is a part of a request.
     """
 
     table: StepTable
@@ -44,6 +46,7 @@ class Request:
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
+    mixed: bool = False
     image: torch.Tensor | None = None
     known: torch.Tensor | None = None
     first: int = 0
@@ -78,8 +81,10 @@ def make_request(
     edit: Edit | None = None,
 ) -> Request:
     """The request that :meth:`stepfusion.Engine.sample` describes; TypeError or ValueError naming the argument."""
+    contexts = _given_contexts(model, labels)
+    one_for_all = contexts is not None and contexts.ndim == 1
     image = None if edit is None else edit.image
-    count = _count(n, table, seed, indices, labels, guidance, start, image)
+    count = _count(n, table, seed, indices, None if one_for_all else labels, guidance, start, image)
     if edit is not None:
         check_edit(edit, count, model.shape)
     joined, parts = _tables(model, count, table, edit)
@@ -93,7 +98,8 @@ def make_request(
     guided = any(scale != 1.0 for scale in scales)
     if guided and model.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
-    identities = zip(seeds, numbers, _labels(model, labels, count), scales, strict=True)
+    conditions = _labels(model, labels, count) if contexts is None else _contexts(model, contexts, count)
+    identities = zip(seeds, numbers, conditions, scales, strict=True)
     tickets = [Ticket(joined.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
     if start is not None:
         check_images("start", start, (count, *model.shape))
@@ -102,10 +108,11 @@ def make_request(
     if noise is not None:
         longest = max((joined.steps(part) for part in parts), default=0)
         check_images("noise", noise, (longest, count, *model.shape))
+    mixed = contexts is not None
     if edit is None:
-        return Request(joined, parts, tickets, start, noise, guided)
+        return Request(joined, parts, tickets, start, noise, guided, mixed)
     image = edit.images(count) if edit.noised else None
-    return Request(joined, parts, tickets, start, noise, guided, image, edit.known(count))
+    return Request(joined, parts, tickets, start, noise, guided, mixed, image, edit.known(count))
 
 
 def _count(n: int | None, *others: Any) -> int:
@@ -148,7 +155,7 @@ def _check_table(model: Model, table: StepTable) -> None:
         raise ValueError(f"table is for {table.schedule!r}, and the network's is {model.schedule!r}")
 
 
-def _labels(model: Model, labels: Labels, count: int) -> list[int]:
+def _labels(model: Model, labels: Labels, count: int) -> list[int | tuple[float, ...]]:
     """One label an image; 0, which nobody reads, for a model without labels."""
     if model.num_classes is None:
         if labels is not None:
@@ -161,6 +168,25 @@ def _labels(model: Model, labels: Labels, count: int) -> list[int]:
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     return [_checks.integer("labels", label, 0, model.num_classes - 1) for label in _each("labels", labels, count)]
+
+
+def _given_contexts(model: Model, labels: Labels) -> torch.Tensor | None:
+    """The labels, where they are contexts."""
+    if model.context_size is None or not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
+        return None
+    return labels
+
+
+def _contexts(model: Model, contexts: torch.Tensor, count: int) -> list[int | tuple[float, ...]]:
+    """One context vector an image, from floats [K] for all or [n, K]."""
+    size = model.context_size
+    if list(contexts.shape) not in ([size], [count, size]):
+        raise ValueError(
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+        )
+    if not bool(contexts.isfinite().all()):
+        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
+    return [tuple(row) for row in contexts.expand(count, -1).tolist()]
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

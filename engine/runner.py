@@ -38,7 +38,7 @@ class Ticket:
     row: int
     seed: int
     index: int
-    label: int = 0
+    label: int | tuple[float, ...] = 0
     guidance: float = 1.0
 
 
@@ -51,7 +51,7 @@ class Settings:
     the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
     the network learned; ``history``: the table has rows that use the x0 of the row before; ``known``: some lane keeps
     a part of an image; ``threshold``: the table has dynamic thresholding; ``capacity``: rows of a table to make room
-    for.
+    for; ``context_size``: labels are contexts with so many entries, all zero where there is no condition.
     """
 
     lanes: int
@@ -65,6 +65,7 @@ class Settings:
     known: bool = False
     threshold: bool = False
     capacity: int = 0
+    context_size: int | None = None
 
 
 class Runner:
@@ -97,8 +98,12 @@ class Runner:
         self._rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
-        self._labels = torch.zeros_like(self._seeds)
-        self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+        if settings.context_size is None:
+            self._labels = torch.zeros_like(self._seeds)
+            self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+        else:
+            self._labels = torch.zeros(lanes, settings.context_size, device=device, dtype=settings.dtype)
+            self._nothing = torch.zeros_like(self._labels)
         self._guidance = torch.ones(lanes, device=device)
         self.tables = TableStore(evaluator, device, settings.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
@@ -155,10 +160,9 @@ class Runner:
         """
         device = self.x.device
         places = [first] * len(tickets) if isinstance(first, int) else first
-        numbers = [
-            [place + t.row, as_int64(t.seed), t.index, t.label] for place, t in zip(places, tickets, strict=True)
-        ]
-        rows, seeds, indices, labels = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
+        numbers = [[place + t.row, as_int64(t.seed), t.index] for place, t in zip(places, tickets, strict=True)]
+        rows, seeds, indices = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
+        labels = upload(torch.tensor([t.label for t in tickets], dtype=self._labels.dtype), device)
         if start is None:
             shape = self._settings.shape
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)

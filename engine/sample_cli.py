@@ -123,7 +123,7 @@ def run_sample(args: argparse.Namespace) -> int:
     )
     options = {name: value for name in ("eta", "spacing") if (value := getattr(args, name)) is not None}
     table = engine.table(args.sampler, args.steps, **options)
-    labels = _labels(engine, args.labels, args.num)
+    labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)
     steps = len(table) if edit is None else len(edit.shorten(table))
     shown = _shown_steps(steps) if args.animate else []
@@ -239,14 +239,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .png, got {args.out}")
     if args.single and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, and --single needs a directory")
-    _check_folder("--out", args.out, args.out if args.out.is_dir() else args.out.parent)
+    check_folder("--out", args.out, args.out if args.out.is_dir() else args.out.parent)
     if args.animate is not None:
         if args.animate.suffix.lower() != ".gif" or args.animate.is_dir():
             raise ValueError(f"--animate must be a file that ends in .gif, got {args.animate}")
-        _check_folder("--animate", args.animate, args.animate.parent)
+        check_folder("--animate", args.animate, args.animate.parent)
 
 
-def _check_folder(name: str, path: Path, folder: Path) -> None:
+def check_folder(name: str, path: Path, folder: Path) -> None:
     """Try to make a file, which vanishes at once: a directory's permissions say too little."""
     if not folder.is_dir():
         raise ValueError(f"{name} {path} cannot be written: {folder} is not a directory")
@@ -272,7 +272,7 @@ def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> Non
         raise ValueError(f"the grid must have at most {_MAX_PIXELS} pixels, got {given}: lower --scale or --num")
 
 
-def _labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
+def chosen_labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
     """The labels that the command line names, repeated to ``count``."""
     if engine.num_classes is None:
         if text is not None:

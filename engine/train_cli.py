@@ -19,12 +19,12 @@ import torch
 
 from stepfusion import _checks
 from stepfusion.checkpoint import save_pretrained
-from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.datasets import ImageDataset, load_dataset, merge_classes, resize
 from stepfusion.files import atomic_write
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.plan import choose_device
 from stepfusion.train_state import latest_state, load_state
-from stepfusion.training import PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
+from stepfusion.training import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
@@ -36,12 +36,19 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
     parser.add_argument("--class-names", help="names of the classes, separated by commas")
+    parser.add_argument(
+        "--merge",
+        metavar="GROUPS",
+        help='join classes into named ones and leave the others out: "shoe=5,7,9; bag=8", by number',
+    )
+    parser.add_argument("--resize", type=int, metavar="N", help="average the images' areas to N x N pixels")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="CPU threads, one microbatch each (default: one for each core)")
     numbers = {
         "steps": "optimiser steps in all",
         "batch_size": "images a step",
         "microbatch": "images that go through the network together",
+        "features": "channels of the context UNet at full size",
         "layers_per_block": "residual blocks a level",
         "head_dim": "channels of an attention head",
         "norm_groups": "groups of every GroupNorm",
@@ -60,6 +67,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         default = _DEFAULTS[name]
         parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     chosen = {
+        "network": (NETWORKS, "what to train"),
         "prediction": (PREDICTIONS, "what the network learns to return"),
         "schedule": (SCHEDULES, "noise schedule"),
         "precision": (PRECISIONS, "of the network's arithmetic"),
@@ -83,13 +91,18 @@ def run_train(args: argparse.Namespace) -> int:
     """
     config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
     _check_arguments(args)
-    dataset = _named(load_dataset(args.data), args.class_names)
+    dataset = load_dataset(args.data)
+    if args.merge is not None:
+        dataset = merge_classes(dataset, _groups(args.merge))
+    if args.resize is not None:
+        dataset = resize(dataset, args.resize)
+    dataset = _named(dataset, args.class_names)
     if args.export_only:
         export(_newest(config, dataset, args), args.export or args.out / "model")
         return 0
     workers = args.workers
     if args.device == "cpu":
-        workers = workers or os.cpu_count() or 1
+        workers = workers or (1 if config.network == "context" else os.cpu_count())
         torch.set_num_threads(1)
     with _stop_signals() as stopped:
         trainer = train(
@@ -184,6 +197,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _groups(text: str) -> dict[str, list[int]]:
+    """The groups of classes that ``--merge`` describes: "shoe=5,7,9; bag=8"."""
+    groups: dict[str, list[int]] = {}
+    for part in text.split(";"):
+        name, _, numbers = (piece.strip() for piece in part.partition("="))
+        classes = [number.strip() for number in numbers.split(",")]
+        if not name or name in groups or not all(number.isascii() and number.isdecimal() for number in classes):
+            raise ValueError(f'--merge must be like "shoe=5,7,9; bag=8", every name once, got {text!r}')
+        groups[name] = [int(number) for number in classes]
+    return groups
 
 
 def _named(dataset: ImageDataset, names: str | None) -> ImageDataset:

@@ -10,12 +10,14 @@ Everything random in step k (which images, which timesteps, which noise, which l
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,16 @@ from stepfusion.datasets import ImageDataset
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.files import atomic_write
 from stepfusion.kernels.coefficients import PREDICTIONS
-from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.train_state import TrainState, latest_state, load_state, remove_leftovers, save_state
 
 SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {
     "linear": ("linear", NoiseSchedule.linear),
     "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine),
+    "course": ("linear", partial(NoiseSchedule.linear, scaled=False)),
 }
+NETWORKS = ("unet2d", "context")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # May differ between a run and its continuation; everything else must be equal.
@@ -45,6 +49,7 @@ _POSITIVE = (
     "steps",
     "batch_size",
     "microbatch",
+    "features",
     "layers_per_block",
     "head_dim",
     "norm_groups",
@@ -63,13 +68,18 @@ class TrainConfig:
         batch_size: images a step, at most as many as the data set has.
         microbatch: images that go through the network together; their gradients are summed in a fixed order, so the
             result depends on this number (by rounding) and on no count of workers.
+        network: "unet2d" (`UNet2D`) or "context" (`ContextUNet`, whose contexts are the classes; it has no use for
+            the next five fields).
+        features: of the context UNet.
         channels: of each level of the UNet; each level halves height and width.
         layers_per_block: residual blocks a level (one more on the way up).
         attention_levels: levels that attend, counted from 0; the lowest part of the network always attends.
         head_dim: channels of one attention head.
         norm_groups: groups of every GroupNorm; divides every entry of `channels`.
         prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
-        schedule: "cosine" (Nichol & Dhariwal 2021) or "linear" (Ho et al. 2020).
+        schedule: "cosine" (Nichol & Dhariwal 2021), "linear" (Ho et al. 2020), or "course": the same betas, from 1e-4
+            to 0.02 whatever T is. The course on sprites counts t from 1 to 500 in 501 of them; here t = 0, whose
+            beta it passes over, is a timestep too, so that its 1 .. 500 are ours with ``train_timesteps=501``.
         train_timesteps: T of the schedule.
         learning_rate: the highest one, after `warmup_steps` of linear warm-up; then a cosine down to zero.
         weight_decay: of AdamW, on weights of two and more dimensions.
@@ -78,7 +88,8 @@ class TrainConfig:
         label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022).
         flip: mirror half of the images.
         seed: of weights, data order, timesteps, noise and label dropout.
-        precision: of the network's arithmetic; weights, moments, loss and moving average are always float32.
+        precision: of the network's arithmetic, float32 for the context UNet; weights, moments, loss and moving
+            average are always float32.
         save_every: steps between two saved states.
         log_every: steps between two lines of metrics.
 
@@ -89,6 +100,8 @@ class TrainConfig:
     steps: int = 20_000
     batch_size: int = 64
     microbatch: int = 16
+    network: str = "unet2d"
+    features: int = 64
     channels: tuple[int, ...] = (32, 48, 96)
     layers_per_block: int = 1
     attention_levels: tuple[int, ...] = ()
@@ -123,9 +136,12 @@ class TrainConfig:
             _checks.integer(f"channels[{level}]", width, 1, 2**14)
         for level in self.attention_levels:
             _checks.integer("attention_levels", level, 0, len(self.channels) - 1)
+        _checks.choice("network", self.network, NETWORKS)
         _checks.choice("prediction", self.prediction, PREDICTIONS)
         _checks.choice("schedule", self.schedule, SCHEDULES)
         _checks.choice("precision", self.precision, PRECISIONS)
+        if self.network == "context" and self.precision != "float32":
+            raise ValueError(f"precision must be 'float32' for network 'context', got {self.precision!r}")
         _checks.number("learning_rate", self.learning_rate, 0, 1, open_low=True)
         _checks.number("weight_decay", self.weight_decay, 0, 1)
         _checks.number("grad_clip", self.grad_clip, 0, open_low=True)
@@ -164,7 +180,8 @@ class TrainConfig:
     def scheduler_config(self) -> dict[str, Any]:
         """Return the diffusers scheduler config of a model trained this way."""
         beta_schedule = SCHEDULES[self.schedule][0]
-        ends = {"beta_start": 0.1 / self.train_timesteps, "beta_end": 20 / self.train_timesteps}
+        scale = 1.0 if self.schedule == "course" else 1000 / self.train_timesteps
+        ends = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.train_timesteps,
@@ -176,6 +193,20 @@ class TrainConfig:
             "clip_sample_range": 1.0,
             "timestep_spacing": "trailing",
         }
+
+    def make_network(self, dataset: ImageDataset) -> UNet2D | ContextUNet:
+        """Return the network for these images, with PyTorch's random weights.
+
+        Raises:
+            ValueError: the network cannot be made for images of this size, or needs labels.
+        """
+        if self.network == "unet2d":
+            return UNet2D(self.network_config(dataset))
+        channels, height, width = dataset.images.shape[1:]
+        if dataset.labels is None or height != width:
+            given = f"{height}x{width} images {'without' if dataset.labels is None else 'with'} labels"
+            raise ValueError(f"network 'context' needs square images with labels, got {given}")
+        return ContextUNet(channels, self.features, dataset.num_classes, height, self.train_timesteps - 1)
 
     def network_config(self, dataset: ImageDataset) -> UNet2DConfig:
         """Return the UNet for these images; with labels, its class embedding has one more entry, the null label.
@@ -265,7 +296,8 @@ class Trainer:
             than splitting every operation. Each computes with PyTorch's threads, of which there should be one then.
 
     Raises:
-        ValueError: the batch is larger than the data set, or the network does not fit the images.
+        ValueError: the batch is larger than the data set, the network does not fit the images, or it normalises
+            by running statistics and there are several workers.
     """
 
     def __init__(
@@ -283,9 +315,13 @@ class Trainer:
         self.elapsed = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = UNet2D(config.network_config(dataset))
+            self.network = config.make_network(dataset)
+        if workers > 1 and any(True for _ in self.network.buffers()):
+            raise ValueError(
+                f"workers must be 1 for network {config.network!r}: its running statistics have an order"
+            )
         self.network.to(self.device)
-        self.ema = {name: value.detach().clone() for name, value in self.network.named_parameters()}
+        self.ema = {name: value.clone() for name, value in _averaged(self.network).items()}
         self.optimizer = _make_optimizer(self.network, config)
         self._parameters = list(self.network.parameters())
         self._workers = ThreadPoolExecutor(workers) if workers > 1 else None
@@ -306,7 +342,7 @@ class Trainer:
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
         self.optimizer.step()
-        weights = [parameter.detach() for parameter in self._parameters]
+        weights = list(_averaged(self.network).values())
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.config.ema_decay_at(self.step))
         self.step += 1
         return loss
@@ -339,7 +375,7 @@ class Trainer:
 
     def state(self) -> TrainState:
         """Return what is needed to go on, tensors by reference."""
-        tensors = {f"weights.{name}": value.detach() for name, value in self.network.named_parameters()}
+        tensors = {f"weights.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, parameter in self.network.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -360,10 +396,11 @@ class Trainer:
         """
         _check_same_run(self.config, state.facts, _fingerprint(self.dataset))
         step = _checks.integer("step of the saved state", state.facts.get("step"), 0, 2**31)
-        parameters = dict(self.network.named_parameters())
-        for name, parameter in parameters.items():
-            parameter.data.copy_(_stored(state, f"weights.{name}", parameter))
-            self.ema[name].copy_(_stored(state, f"ema.{name}", parameter))
+        for name, value in self.network.state_dict().items():
+            value.copy_(_stored(state, f"weights.{name}", value))
+        for name, value in self.ema.items():
+            value.copy_(_stored(state, f"ema.{name}", value))
+        for name, parameter in self.network.named_parameters():
             if step:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(step), device=parameter.device),
@@ -375,11 +412,16 @@ class Trainer:
         self.step = step
         self.elapsed = _checks.number("elapsed_s of the saved state", state.facts.get("elapsed_s"), 0)
 
-    def ema_network(self) -> UNet2D:
+    def ema_network(self) -> UNet2D | ContextUNet:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
-        network = UNet2D(self.network.config)
-        network.load_state_dict(self.ema)
-        return network.eval().to(self.device)
+        network = copy.deepcopy(self.network)
+        network.load_state_dict({**network.state_dict(), **self.ema})
+        return network.eval()
+
+
+def _averaged(network: nn.Module) -> dict[str, Tensor]:
+    """What is averaged: parameters, and running statistics where there are any."""
+    return {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
 
 
 def _make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

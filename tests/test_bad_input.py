@@ -625,7 +625,7 @@ CHECKPOINTS = [
     Case("from_pretrained: device", lambda: sf.Engine.from_pretrained("model", device="quantum"),
          ValueError, f"device must be 'auto' or one that PyTorch finds here ({DEVICES}), got 'quantum'"),
     Case("save: no network", lambda: sf.save_pretrained("new", network, SCHEDULER),
-         sf.CheckpointError, "network is a function; accepted is a UNet2D"),
+         sf.CheckpointError, "network is a function; accepted are UNet2D and ContextUNet"),
     Case("save: directory in use", lambda: sf.save_pretrained("model", tiny_network(), SCHEDULER),
          sf.CheckpointError, "directory CWD/model is not empty; give another directory, or overwrite=True"),
     Case("save: no parent", lambda: sf.save_pretrained("no/where", tiny_network(), SCHEDULER),

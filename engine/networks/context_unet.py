@@ -9,17 +9,21 @@ is a function of its inputs.
 Its forward pass is in the parts of :class:`stepfusion.networks.time_conditioned.TimeConditioned`.
 """
 
-from typing import cast
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from stepfusion import _checks
+from stepfusion.errors import CheckpointError
 from stepfusion.networks.config import MAX_CHANNELS, MAX_SIZE
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 _GROUPS = 8
 _RESIDUAL_SCALE = 1.414  # the course's sqrt(2)
+_SIZES = ("in_channels", "features", "context_size", "sample_size", "num_timesteps")
 
 
 class ContextUNet(TimeConditioned):
@@ -84,6 +88,27 @@ class ContextUNet(TimeConditioned):
             nn.ReLU(),
             nn.Conv2d(width, self.in_channels, kernel_size=3, padding=1),
         )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The network that `to_config` described; keys that start with ``_`` are notes and are skipped.
+
+        Raises:
+            CheckpointError: a key is missing or unknown, or its value does not fit.
+        """
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        for key in (*given, *_SIZES):
+            if key not in _SIZES or key not in given:
+                problem = "lacks" if key in _SIZES else "has the unknown key"
+                raise CheckpointError(f"the ContextUNet config {problem} {short(key)}; it has {', '.join(_SIZES)}")
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(str(error)) from None
+
+    def to_config(self) -> dict[str, Any]:
+        """Return what `from_config` reads, JSON types only."""
+        return {"_class_name": "ContextUNet", **{name: getattr(self, name) for name in _SIZES}}
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict eps.

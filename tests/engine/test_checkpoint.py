@@ -562,7 +562,7 @@ def test_save_checks_its_arguments(network: UNet2D, tmp_path: Path) -> None:
             save_pretrained(tmp_path / "model", *args, **options)
         return str(caught.value)
 
-    assert message(UNet2DModel(**SMALL), SCHEDULER) == "network is a UNet2DModel; accepted is a UNet2D"
+    assert message(UNet2DModel(**SMALL), SCHEDULER) == "network is a UNet2DModel; accepted are UNet2D and ContextUNet"
     assert message(network, None) == "scheduler_config is a NoneType; accepted is a dict"
     named = {"_class_name": 5}
     assert message(network, named) == "scheduler_config: _class_name is 5; accepted is a string"

@@ -139,7 +139,7 @@ def test_samplers_guidance_and_labels_change_the_images() -> None:
     ],
 )
 def test_labels_by_name_and_number(text: str | None, labels: list[int]) -> None:
-    assert sample_cli._labels(Engine.from_pretrained("model", device="cpu"), text, 4) == labels
+    assert sample_cli.chosen_labels(Engine.from_pretrained("model", device="cpu"), text, 4) == labels
 
 
 def test_labels_say_the_same_by_name_and_by_number() -> None:

@@ -1,0 +1,86 @@
+"""What the commands that draw figures have in common: which model, where it runs, numbers on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stepfusion import _checks
+from stepfusion.checkpoint import bundled_models
+from stepfusion.datasets import read_image
+from stepfusion.engine import Engine
+from stepfusion.images import CHANNELS, Pixels
+from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+
+_Number = TypeVar("_Number", int, float)
+_MOST = 1 << 16
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the model."""
+    names = ", ".join(bundled_models()) or "none in this installation"
+    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare the figure's file, ``out`` by default, its scale, and where and how the model runs."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
+    add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
+    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no report")
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The engine that ``args`` describe; ValueError where its images are no pictures."""
+    _checks.integer("--scale", args.scale, 1, 64)
+    how = {name: getattr(args, name) for name in ("device", "dtype", "backend", "network")}
+    engine = Engine.from_pretrained(args.model, **how)
+    if engine.shape[0] not in CHANNELS[:2] or len(engine.shape) != 3:
+        raise ValueError(f"a figure is of images with 1 or 3 channels, and this model's have shape {engine.shape}")
+    return engine
+
+
+def bar(args: argparse.Namespace) -> bool | None:
+    """Whether to show progress: not when quiet, else where stderr is a terminal."""
+    return False if args.quiet else None
+
+
+def pixels_of(engine: Engine, x: Tensor) -> Pixels:
+    """Images [n, C, H, W] in [-1, 1] as pixels on the host, uint8 [n, H, W, C]."""
+    pixels: Pixels = engine.to_uint8(x).cpu().numpy()
+    return pixels
+
+
+def read_pictures(engine: Engine, paths: list[Path]) -> Tensor:
+    """Pictures of the model's size, float32 [n, C, H, W] in [-1, 1] on its device; ValueError naming the file."""
+    images = []
+    for path in paths:
+        image = read_image(path)
+        if tuple(image.shape) != engine.shape:
+            given, wanted = list(image.shape), list(engine.shape)
+            raise ValueError(f"{path} is {given} (channels, height, width), and this model's images are {wanted}")
+        images.append(image)
+    return torch.stack(images).to(engine.plan.device, torch.float32) / 127.5 - 1
+
+
+def numbers(name: str, text: str, kind: Callable[[str], _Number], accepted: str) -> list[_Number]:
+    """The numbers of a list separated by commas; ValueError naming the option."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be {accepted}, separated by commas, got {text!r}") from None
+
+
+def integers(name: str, text: str, low: int, high: int = _MOST) -> list[int]:
+    """Integers in [low, high], separated by commas; ValueError naming the option."""
+    values = numbers(name, text, int, f"integers in [{low}, {high}]")
+    return [_checks.integer(name, value, low, high) for value in values]
