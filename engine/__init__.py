@@ -12,7 +12,7 @@ from stepfusion import kernels, networks
 from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
-from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BulkError",
     "CheckpointError",
     "Engine",
     "Event",
