@@ -16,7 +16,9 @@ class BulkError(RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """An image became NaN or infinite; the message names it and the step."""
+    """An image became NaN or infinite; the message names it and the step. ``image`` is its place in the request."""
+
+    image: int | None = None
 
 
 class SamplingCancelled(RuntimeError):

@@ -73,7 +73,7 @@ def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
 
 
 def remove_leftovers(directory: Path, of: Callable[[str], bool]) -> None:
-    """Remove what killed processes were writing in `directory`, where `of` says so of the name that it was to have."""
+    """Remove what killed processes were writing in `directory`, where `of` accepts the name it was to get."""
     for path in directory.glob(".*.tmp"):
         name = _TEMPORARY.fullmatch(path.name)
         if name is None or not of(name["name"]):

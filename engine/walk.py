@@ -138,7 +138,9 @@ class Walk:
     def _nonfinite(self, image: int, row: int) -> NonFiniteError:
         table, part, ticket = self._request.table, self._request.parts[image], self._request.tickets[image]
         number = self._request.first + image
-        return NonFiniteError(
+        error = NonFiniteError(
             f"image {number} (seed {ticket.seed}, index {ticket.index}) became non-finite at step "
             f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
         )
+        error.image = number
+        return error

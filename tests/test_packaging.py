@@ -34,7 +34,17 @@ MAY_IMPORT = {
     "export": {"export", "engine", "kernels"},
     "bench": {"bench", "export", "engine", "kernels"},
 }
-NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "openvino", "tensorrt", "torch_tensorrt"}
+NEVER_EAGER = {
+    "diffusers",
+    "matplotlib",
+    "scipy",
+    "PIL.ImageShow",
+    "onnx",
+    "openvino",
+    "tensorrt",
+    "torch_tensorrt",
+    "ray",
+}
 
 
 def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:

@@ -23,7 +23,9 @@ def find_faults(
     """
     for number in range(job.units):
         record = records.get(number)
-        fault = "is not in the manifest" if record is None else _fault(job, out, job.unit_at(number, labels), record)
+        fault: str | None = "is not in the manifest"
+        if record is not None:
+            fault = _fault(job, out, job.unit_at(number, labels).without(record.left_out), record)
         if fault is not None:
             yield number, f"unit {number} {fault}"
     for number in sorted(records.keys() - set(range(job.units))):

@@ -42,16 +42,20 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", help=f"a bundled model ({names}), or the path of a diffusers model directory"
     )
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="only check what is there: hashes, every image once")
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="only check what is there: hashes, every image once"
+    )
 
     add = parser.add_argument_group("what to make").add_argument
     add("-n", "--num", type=int, metavar="N", help="how many images")
     add(
         "--labels",
         metavar="LIST",
-        help="names or numbers of classes, separated by commas, which the indices take in turn (default: all classes)",
+        help="names or numbers of classes, separated by commas, taken in turn by index (default: all classes)",
     )
-    add("--labels-file", type=Path, metavar="FILE", help="a label for each image: one on a line, or int64 [N] in .npy")
+    add(
+        "--labels-file", type=Path, metavar="FILE", help="a label for each image: one on a line, or int64 [N] in .npy"
+    )
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
     add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
     add(
@@ -73,10 +77,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(FORMATS), default="webdataset", help="of the shards (default: %(default)s)")
     add("--unit", type=int, default=DEFAULT_UNIT, metavar="K", help="images a shard (default: %(default)s)")
     add("--npz", action="store_true", help="at the end, also one samples_NxHxWxC.npz with arr_0 and arr_1 (labels)")
+    add("--leave-out-nonfinite", action="store_true", help="go on without images that become NaN or infinite")
     add("--quiet", action="store_true", help="no progress, no report")
 
     add = parser.add_argument_group("where and how to run").add_argument
-    add("--devices", metavar="LIST", help="separated by commas, a process each: cuda:0,cuda:1 (default: the best one)")
+    add(
+        "--devices", metavar="LIST", help="separated by commas, a process each: cuda:0,cuda:1 (default: the best one)"
+    )
     add("--ray", metavar="ADDRESS", help="a Ray cluster's address, auto, or local to start one")
     add("--workers", type=int, metavar="N", help="engines with --ray (default: one for each GPU of the cluster)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
@@ -129,7 +136,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be in [1, {most}], got {value}")
     if -(-args.num // args.unit) > MAX_UNITS:
         least = -(-args.num // MAX_UNITS)
-        raise ValueError(f"--unit must be at least {least} for {args.num} images ({MAX_UNITS} shards), got {args.unit}")
+        raise ValueError(
+            f"--unit must be at least {least} for {args.num} images ({MAX_UNITS} shards), got {args.unit}"
+        )
     if not 0 <= args.seed < 1 << 64:
         raise ValueError(f"--seed must be in [0, 2**64 - 1], got {args.seed}")
     if not 0 <= args.first_index <= _MAX_INDEX - args.num:
@@ -206,6 +215,7 @@ def _order(engine: Engine, args: argparse.Namespace, where: Where, labels: NDArr
         batch=args.batch,
         invariant=args.invariant,
         threads=args.threads,
+        leave_out=args.leave_out_nonfinite,
         cpu_workers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if where.world > 1 else len(where.devices),
     )
 
@@ -259,8 +269,8 @@ def _summary(args: argparse.Namespace, report: dict[str, Any]) -> str:
     engine = report["engine"]
     versions = ", ".join(f"{name} {value}" for name, value in engine["versions"].items())
     lines = [
-        f"{args.out}: {report['images']} images of {height}x{width}x{channels} in {report['units']} shards, every one "
-        f"checked, {report['non_finite']} non-finite; {speed}",
+        f"{args.out}: {report['images']} images of {height}x{width}x{channels} in {report['units']} shards, all "
+        f"checked, {len(report['non_finite'])} non-finite; {speed}",
         f"{engine['device']}, {engine['dtype']}, network {engine['network']}, step {engine['backend']}; {versions}; "
         f"{args.out / REPORT} has the rest",
     ]

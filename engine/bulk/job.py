@@ -16,7 +16,8 @@ import dataclasses
 import hashlib
 import io
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,19 @@ class Unit:
 
     number: int
     seed: int
-    indices: range
+    indices: Sequence[int]
     labels: list[int] | None
 
     @property
     def name(self) -> str:
         """The name of its shard, without a suffix."""
         return f"{self.number:06d}"
+
+    def without(self, left_out: Collection[int]) -> Unit:
+        """The unit without the images of these indices."""
+        kept = [place for place, index in enumerate(self.indices) if index not in left_out]
+        labels = None if self.labels is None else [self.labels[place] for place in kept]
+        return replace(self, indices=[self.indices[place] for place in kept], labels=labels)
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,17 @@ class Job:
         channels, height, width = self.shape
         return height, width, channels
 
+    def indices(self, number: int) -> range:
+        """The indices of unit ``number``."""
+        start = self.first_index + number * self.unit
+        return range(start, min(start + self.unit, self.first_index + self.num))
+
     def unit_at(self, number: int, labels: NDArray[np.int64] | None) -> Unit:
         """Unit ``number``; ``labels`` int64 [num] where they came from a file."""
-        start = number * self.unit
-        stop = min(start + self.unit, self.num)
-        indices = range(self.first_index + start, self.first_index + stop)
+        indices = self.indices(number)
         each: list[int] | None = None
         if labels is not None:
-            each = labels[start:stop].tolist()
+            each = labels[indices.start - self.first_index : indices.stop - self.first_index].tolist()
         elif self.classes is not None:
             each = [self.classes[index % len(self.classes)] for index in indices]
         return Unit(number, self.seed, indices, each)
@@ -177,7 +187,9 @@ def read_job(out: Path) -> Job:
         raise BulkError(f"{out / JOB} is not of {VERSION!r}")
     names = {field.name for field in dataclasses.fields(Job)}
     if set(value) != names:
-        raise BulkError(f"{out / JOB} must have the entries {', '.join(sorted(names))}, got {', '.join(sorted(value))}")
+        raise BulkError(
+            f"{out / JOB} must have the entries {', '.join(sorted(names))}, got {', '.join(sorted(value))}"
+        )
     value["shape"] = tuple(value["shape"])
     value["classes"] = None if value["classes"] is None else tuple(value["classes"])
     return Job(**value)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -21,14 +21,14 @@ from stepfusion.errors import BulkError, NonFiniteError, first_line
 _PATIENCE = 5.0  # seconds that a process has to end
 
 
-def make_here(order: Order, device: str, units: Sequence[int]) -> Iterator[Record]:
+def make_here(order: Order, device: str, units: Sequence[int]) -> Generator[Record, None, None]:
     """Make the units one after the other on one device, in this process."""
     worker = Worker(order, device)
     for unit in units:
         yield worker.make(unit)
 
 
-def make_in_processes(order: Order, devices: Sequence[str], units: Sequence[int]) -> Iterator[Record]:
+def make_in_processes(order: Order, devices: Sequence[str], units: Sequence[int]) -> Generator[Record, None, None]:
     """Make the units with one process a device; each takes the next when it is done.
 
     A process that dies is reported on stderr, and its unit goes back to the others.

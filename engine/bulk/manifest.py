@@ -1,7 +1,7 @@
 """The manifest: one line of JSON for each finished unit, appended and synced when its shard is on disk.
 
-Every line carries a digest of itself. A line that was cut off or damaged is no line: its unit is made again, and comes
-out the same. Several writers each append to a part of their own; :func:`write_sorted` joins them when all is done.
+Every line carries a digest of itself. A line that was cut off or damaged is no line: its unit is made again, and
+comes out the same. Several writers each append to a part of their own; :func:`write_sorted` joins them when all is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _DIGITS = 16
 
 @dataclass(frozen=True)
 class Record:
-    """A finished unit: its shard in images/, with hash and size, holds ``count`` images from index ``first``."""
+    """A finished unit: its shard in images/, with hash and size, holds ``count`` images from index ``first``.
+
+    ``left_out`` are the indices of images that became non-finite, which are not in it.
+    """
 
     unit: int
     first: int
@@ -33,6 +36,7 @@ class Record:
     shard: str
     bytes: int
     sha256: str
+    left_out: tuple[int, ...] = ()
 
 
 class Manifest:
@@ -84,7 +88,7 @@ def to_json(record: Record) -> str:
 
 def from_json(text: str | bytes) -> Record:
     """The record of :func:`to_json`."""
-    return Record(**json.loads(text))
+    return _from_facts(json.loads(text))
 
 
 def _line(record: Record) -> bytes:
@@ -97,9 +101,13 @@ def _record(line: bytes) -> Record | None:
     try:
         facts = json.loads(line)
         check = facts.pop(_CHECK)
-        return Record(**facts) if check == _digest(facts) else None
+        return _from_facts(facts) if check == _digest(facts) else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _from_facts(facts: dict[str, Any]) -> Record:
+    return Record(**{**facts, "left_out": tuple(facts["left_out"])})
 
 
 def _digest(facts: dict[str, Any]) -> str:

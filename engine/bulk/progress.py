@@ -17,7 +17,12 @@ class Progress:
     def __init__(self, total: int, done: int, *, quiet: bool) -> None:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, initial=done, unit=" images", disable=quiet or not terminal, dynamic_ncols=True, smoothing=0.1
+            total=total,
+            initial=done,
+            unit=" images",
+            disable=quiet or not terminal,
+            dynamic_ncols=True,
+            smoothing=0.1,
         )
         self._total, self._before, self.done = total, done, done
         self._lines = not quiet and not terminal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class EngineActor:
 
 def make_with_ray(
     order: Order, address: str, workers: int | None, device: str, units: Sequence[int]
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """Make the units with actors on a Ray cluster, and yield their records as they come.
 
     Args:
@@ -58,7 +58,7 @@ def make_with_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BulkError(f"--ray {address}: {first_line(error)}") from None
     try:
-        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         size = workers or max(1, gpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

@@ -1,11 +1,10 @@
-"""Running a job: what is missing is made, each unit is entered in the manifest, and at the end all of it is checked."""
+"""Running a job: what is missing is made, each unit is entered in the manifest, and at the end all is checked."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ class Where:
     ray: str | None = None
     workers: int | None = None
 
-    def make(self, order: Order, units: list[int]) -> Iterator[Record]:
+    def make(self, order: Order, units: list[int]) -> Generator[Record, None, None]:
         """Make the units; yields the records of finished ones."""
         if self.ray is not None:
             return make_with_ray(order, self.ray, self.workers, self.devices[0], units)
@@ -95,7 +94,7 @@ def run(
                 return None
             _check_all(job, out, records)
             write_sorted(out, records.values())
-            report = _report(order, where, made, seconds)
+            report = _report(order, where, records, made, seconds)
             if samples:
                 report["samples"] = _write_samples(job, out, records)
             atomic_write(out / REPORT, to_json(report))
@@ -125,7 +124,9 @@ def check_out(out: Path) -> None:
     if out.is_dir() and not (out / JOB).exists():
         others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
         if others:
-            raise ValueError(f"out {out} holds {others[0]} and no {JOB}: name a new directory, or one of this command")
+            raise ValueError(
+                f"out {out} holds {others[0]} and no {JOB}: name a new directory, or one of this command"
+            )
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _make_missing(order: Order, where: Where, quiet: bool) -> int:
     records = _present(out)
     before = sum(record.count for unit, record in records.items() if where.mine(unit))
     missing = [unit for unit in range(job.units) if unit not in records and where.mine(unit)]
-    total = before + sum(len(job.unit_at(unit, None).indices) for unit in missing)
+    total = before + sum(len(job.indices(unit)) for unit in missing)
     manifest = Manifest(out, where.rank if where.world > 1 else None)
     with Progress(total, before, quiet=quiet) as progress:
         state = f"{before} of {total} images"
@@ -208,14 +209,14 @@ def _sentence(out: Path, faults: list[str]) -> str:
 def _write_samples(job: Job, out: Path, records: Mapping[int, Record]) -> dict[str, str]:
     """Write samples_NxHxWxC.npz, a shard at a time: arr_0 uint8 [N, H, W, C] and, with labels, arr_1 int64 [N]."""
     labels = read_labels(job, out)
-    form = FORMATS[job.format]
-    shards = (out / IMAGES / records[unit].shard for unit in range(job.units))
-    pixels = (form.read(shard).pixels.tobytes() for shard in shards)
-    arrays: dict[str, Any] = {"arr_0": (np.dtype(np.uint8), (job.num, *job.pixels_shape), pixels)}
+    ordered = [records[unit] for unit in range(job.units)]
+    count = sum(record.count for record in ordered)
+    pixels = (FORMATS[job.format].read(out / IMAGES / record.shard).pixels.tobytes() for record in ordered)
+    arrays: dict[str, Any] = {"arr_0": (np.dtype(np.uint8), (count, *job.pixels_shape), pixels)}
     if job.labelled:
-        each = (np.array(job.unit_at(unit, labels).labels, dtype=np.int64).tobytes() for unit in range(job.units))
-        arrays["arr_1"] = (np.dtype(np.int64), (job.num,), each)
-    path = out / f"samples_{'x'.join(map(str, (job.num, *job.pixels_shape)))}.npz"
+        kept = (job.unit_at(record.unit, labels).without(record.left_out).labels for record in ordered)
+        arrays["arr_1"] = (np.dtype(np.int64), (count,), (np.array(each, dtype=np.int64).tobytes() for each in kept))
+    path = out / f"samples_{'x'.join(map(str, (count, *job.pixels_shape)))}.npz"
     try:
         with atomic_file(path) as file:
             write_npz(file, arrays)
@@ -224,20 +225,23 @@ def _write_samples(job: Job, out: Path, records: Mapping[int, Record]) -> dict[s
     return {"file": path.name, "sha256": shard_digest(path)[0]}
 
 
-def _report(order: Order, where: Where, made: int, seconds: float) -> dict[str, Any]:
-    """What was made, how, and how fast; ``made`` and ``seconds`` are of this run and this process's units."""
+def _report(order: Order, where: Where, records: Mapping[int, Record], made: int, seconds: float) -> dict[str, Any]:
+    """What was made, how, and how fast; ``made`` and ``seconds`` are of this run and this process's units.
+
+    ``non_finite`` are the indices that were left out.
+    """
     job = order.job
     settings = read_settings(order.out)
     assert settings is not None
     return {
-        "images": job.num,
+        "images": sum(record.count for record in records.values()),
         "shape": list(job.pixels_shape),
         "labelled": job.labelled,
         "format": job.format,
         "units": job.units,
         "table": job.table,
         "seed": job.seed,
-        "non_finite": 0,  # an image that is not finite ends the run: it is in no shard
+        "non_finite": sorted(index for record in records.values() for index in record.left_out),
         "images_made_now": made,
         "seconds": round(seconds, 3),
         "images_per_second": round(made / seconds, 3) if made else None,

@@ -2,7 +2,7 @@
 
 ::
 
-    images/000003.tar              0000000768.png, .cls (the label), .json (seed, index, label); as WebDataset reads it
+    images/000003.tar              0000000768.png, .cls (the label), .json (seed, index, label): a WebDataset
     images/000003/                 0000000768.png, ..., metadata.csv (file_name, label)
     images/000003.npz              arr_0 uint8 [k, H, W, C], arr_1 int64 [k] (the labels), indices int64 [k]
 """
@@ -16,11 +16,11 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ from stepfusion.images import Pixels, encode_png
 
 _SYNCS_AT_ONCE = 16  # a file system commits them together
 _METADATA = "metadata.csv"
+
+#: An array as dtype, shape, and its bytes in parts, so that no memory need hold all of it.
+Parts = tuple[np.dtype[Any], tuple[int, ...], Iterable[bytes]]
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ def shard_size(path: Path) -> int:
         return -1
 
 
-def write_npz(file: IO[bytes], arrays: dict[str, tuple[np.dtype[np.generic], tuple[int, ...], Iterable[bytes]]]) -> None:
-    """An uncompressed .npz of arrays given as dtype, shape and their bytes in parts; the same arrays, the same bytes."""
+def write_npz(file: IO[bytes], arrays: Mapping[str, Parts]) -> None:
+    """An uncompressed .npz of arrays by name; the same arrays give the same bytes."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, (dtype, shape, parts) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(entry, header)  # type: ignore[no-untyped-call]
+                np.lib.format.write_array_header_1_0(entry, header)
                 for part in parts:
                     entry.write(part)
 
@@ -161,7 +164,7 @@ def _read_folder(path: Path) -> Contents:
 
 def _write_arrays(path: Path, unit: Unit, images: Sequence[bytes], shape: tuple[int, int, int]) -> None:
     count = (len(images),)
-    arrays = {"arr_0": (np.dtype(np.uint8), count + shape, images)}
+    arrays: dict[str, Parts] = {"arr_0": (np.dtype(np.uint8), count + shape, images)}
     numbers = {"arr_1": unit.labels, "indices": unit.indices}
     for name, values in numbers.items():
         if values is not None:

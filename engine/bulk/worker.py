@@ -18,11 +18,13 @@ from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.shards import FORMATS, shard_digest
 from stepfusion.bulk.table import TableRequest
 from stepfusion.engine import Engine
-from stepfusion.errors import BulkError
+from stepfusion.errors import BulkError, NonFiniteError
 from stepfusion.files import publish_once, read_json
 
 _MAX_JSON_BYTES = 1 << 20
 _ENCODERS = 8
+
+MOST_LEFT_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Order:
         dtype, backend, network, batch, invariant: as for :class:`stepfusion.Engine`.
         threads: CPU threads of a worker on a CPU. None, as for ``batch``, is what the job was begun with, and when it
             is begun, PyTorch's own number divided by ``cpu_workers``, the CPU workers of this machine.
+        leave_out: leave out images that become non-finite, up to :data:`MOST_LEFT_OUT` of a unit, instead of stopping.
     """
 
     job: Job
@@ -48,6 +51,7 @@ class Order:
     invariant: bool = False
     threads: int | None = None
     cpu_workers: int = 1
+    leave_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,37 +104,60 @@ class Worker:
         """Make one unit; its shard is whole and on disk when this returns.
 
         Raises:
-            NonFiniteError: naming the image; no shard is written.
+            NonFiniteError: naming the image, unless it may be left out; no shard is written.
             BulkError: memory ran out, and a smaller batch would give other bits.
             OSError: the shard cannot be written.
         """
         job = self._order.job
         unit = job.unit_at(number, self._labels)
-        images = self._images(unit)
+        left_out, images = self._finite_images(unit)
+        unit = unit.without(left_out)
         path = self._order.out / IMAGES / f"{unit.name}{self._format.suffix}"
         try:
             self._format.write(path, unit, images, job.pixels_shape)
             digest, size = shard_digest(path)
         except OSError as error:  # which names a temporary file
             raise OSError(error.errno, error.strerror, str(path)) from error
-        return Record(number, unit.indices[0], len(unit.indices), path.name, size, digest)
+        return Record(number, unit.indices[0], len(unit.indices), path.name, size, digest, tuple(left_out))
 
-    def _images(self, unit: Unit) -> list[bytes]:
-        """The unit's images, encoded while the device makes the next batch."""
+    def _finite_images(self, unit: Unit) -> tuple[list[int], list[bytes]]:
+        """The indices of images that became non-finite, if these may be left out, and the others, encoded.
+
+        One that is left out gives its lane to the unit's first good image, again: batches stay as they are, and with
+        them the bits of the others.
+        """
+        bad: dict[int, None] = {}
+        while True:
+            stand_in = next(place for place in range(len(unit.indices)) if place not in bad)
+            places = [stand_in if place in bad else place for place in range(len(unit.indices))]
+            try:
+                images = self._images(unit, places)
+            except NonFiniteError as error:
+                if not self._order.leave_out or error.image is None:
+                    raise
+                bad[places[error.image]] = None
+                if len(bad) > MOST_LEFT_OUT or len(bad) == len(unit.indices):
+                    raise NonFiniteError(f"{len(bad)} images of unit {unit.number} are not finite: {error}") from None
+                continue
+            left_out = [unit.indices[place] for place in sorted(bad)]
+            return left_out, [image for place, image in enumerate(images) if place not in bad]
+
+    def _images(self, unit: Unit, places: list[int]) -> list[bytes]:
+        """The unit's images at these places, encoded while the device makes the next batch."""
         job, images = self._order.job, list[bytes]()
         batches = self._engine.generate(
-            len(unit.indices),
+            len(places),
             self._table,
             seed=unit.seed,
-            indices=unit.indices,
-            labels=unit.labels,
+            indices=[unit.indices[place] for place in places],
+            labels=None if unit.labels is None else [unit.labels[place] for place in places],
             guidance=job.guidance,
         )
         for pixels in batches:
             if self._engine.batch != self.settings.batch:
                 raise BulkError(
-                    f"out of memory with {self.settings.batch} lanes at a time, which the job was begun with: another "
-                    "batch would give other bits. Free memory, or begin again with a smaller --batch"
+                    f"out of memory with {self.settings.batch} lanes at a time, with which the job was begun: other "
+                    "batches would give other bits. Free memory, or begin again with a smaller --batch"
                 )
             images.extend(self._encoders.map(self._format.encode, pixels.numpy()))
         return images
