@@ -1,7 +1,7 @@
 """The manifest: one line of JSON for each finished unit, appended and synced when its shard is on disk.
 
 Every line carries a digest of itself. A line that was cut off or damaged is no line: its unit is made again, and
-comes out the same. Several writers each append to a part of their own; :func:`write_sorted` joins them when all is done.
+comes out the same. Several writers append to a part each; :func:`write_sorted` joins them when all is done.
 """
 
 from __future__ import annotations

@@ -57,6 +57,9 @@ def make_with_ray(
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BulkError(f"--ray {address}: {first_line(error)}") from None
+    chatter = logging.getLogger("ray.data")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
     try:
         gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         size = workers or max(1, gpus)
@@ -78,6 +81,7 @@ def make_with_ray(
         text = str(cause) if isinstance(cause, (BulkError, NonFiniteError)) else first_line(cause)
         raise kind(f"a Ray worker: {text}") from error
     finally:
+        chatter.setLevel(level)
         ray.shutdown()
 
 

@@ -156,7 +156,6 @@ def _make_missing(order: Order, where: Where, quiet: bool) -> int:
     total = before + sum(len(job.indices(unit)) for unit in missing)
     manifest = Manifest(out, where.rank if where.world > 1 else None)
     with Progress(total, before, quiet=quiet) as progress:
-        state = f"{before} of {total} images"
         try:
             if missing:
                 with closing(where.make(order, missing)) as made:
@@ -167,7 +166,10 @@ def _make_missing(order: Order, where: Where, quiet: bool) -> int:
             state = f"{progress.done} of {total} images are finished, and the same command goes on"
             raise BulkError(f"{_reason(error)}; {state}") from error
         except (KeyboardInterrupt, SystemExit):
-            print(f"stepfusion: stopped: {progress.done} of {total} images are finished", file=sys.stderr)
+            print(
+                f"stepfusion: stopped: {progress.done} of {total} images are finished in {order.out.name}",
+                file=sys.stderr,
+            )
             raise
         finally:
             _sweep(out, where)

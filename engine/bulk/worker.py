@@ -37,7 +37,7 @@ class Order:
         dtype, backend, network, batch, invariant: as for :class:`stepfusion.Engine`.
         threads: CPU threads of a worker on a CPU. None, as for ``batch``, is what the job was begun with, and when it
             is begun, PyTorch's own number divided by ``cpu_workers``, the CPU workers of this machine.
-        leave_out: leave out images that become non-finite, up to :data:`MOST_LEFT_OUT` of a unit, instead of stopping.
+        leave_out: leave out images that become non-finite, up to :data:`MOST_LEFT_OUT` of a unit; else, an error.
     """
 
     job: Job

@@ -16,7 +16,7 @@ from bulk_jobs import TINY, finished, generate, tree
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_model import NULL_LABEL, SIZE, save_tiny_model
+from tiny_model import NULL_LABEL, save_tiny_model
 
 import stepfusion as sf
 from stepfusion import bulk

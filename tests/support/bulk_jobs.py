@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -39,9 +40,16 @@ def finished(out: Path | str = "out") -> int:
 def start(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """Call a function in a process of its own, which is there in milliseconds: its parent has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepfusion.cli", "bulk_jobs"])
-    process = context.Process(target=function, args=arguments)
-    process.start()
+    context.set_forkserver_preload(["bulk_warm", "bulk_jobs"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), path)))  # for the preloading
+    try:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
     return process
 
 
@@ -75,3 +83,16 @@ def die_at(folder: str, arguments: str, call: int) -> None:
 
     os.fsync = synced
     run_in(folder, arguments)
+
+
+def run_ranked(folder: str, arguments: str, rank: int) -> None:
+    """The body of a process as ``torchrun`` would start it: one of three ranks."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+    run_in(folder, arguments)
+
+
+def run_limited(folder: str, arguments: str) -> None:
+    """The body of a process whose files may have 4,000 bytes; what it says goes into the file ``error``."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    with open(Path(folder, "error"), "w", buffering=1) as sys.stderr:
+        run_in(folder, arguments)
