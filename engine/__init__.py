@@ -12,7 +12,7 @@ from stepfusion import kernels, networks, serving
 from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
-from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.interpolation import slerp
 from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.schedule import NoiseSchedule
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BulkError",
     "CheckpointError",
     "Engine",
     "Event",

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 import stepfusion
+from stepfusion.bulk.cli import add_generate_arguments, run_generate
 from stepfusion.env_cli import add_env_arguments, run_env
 from stepfusion.invert_cli import (
     add_encode_arguments,
@@ -94,6 +95,7 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text, declare, run in (
         ("sample", "make images with a model", add_sample_arguments, run_sample),
+        ("generate", "make many images as shards, resumable at any moment", add_generate_arguments, run_generate),
         ("env", "versions, devices, which path runs here and why, and a self-test", add_env_arguments, run_env),
         ("train", "train a small model on a folder of images", add_train_arguments, run_train),
         ("show", "draw a figure: of a schedule, of steps, of noise, of contexts", add_show_arguments, run_show),

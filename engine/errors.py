@@ -11,8 +11,14 @@ class ExportError(RuntimeError):
     """A network cannot be exported, or an exported artefact cannot be used here."""
 
 
+class BulkError(RuntimeError):
+    """A directory of bulk images cannot be gone on with, or is not what its manifest says."""
+
+
 class NonFiniteError(ArithmeticError):
-    """An image became NaN or infinite; the message names it and the step."""
+    """An image became NaN or infinite; the message names it and the step. ``image`` is its place in the request."""
+
+    image: int | None = None
 
 
 class SamplingCancelled(RuntimeError):
@@ -25,4 +31,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-__all__ = ["BackendError", "CheckpointError", "ExportError", "NonFiniteError", "SamplingCancelled", "first_line"]
+__all__ = [
+    "BackendError",
+    "BulkError",
+    "CheckpointError",
+    "ExportError",
+    "NonFiniteError",
+    "SamplingCancelled",
+    "first_line",
+]

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
 def write_synced(path: str | os.PathLike[str], data: bytes) -> None:
@@ -26,15 +29,59 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: the file cannot be written; `path` is unchanged and no temporary file is left.
     """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yield a new binary file that becomes `path` when the block ends, on disk, and is removed if anything fails.
+
+    Raises:
+        OSError: the file cannot be written; `path` is unchanged and no temporary file is left.
+    """
     path = Path(path)
     temporary = _sibling(path)
     try:
-        write_synced(temporary, data)
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
+    """Write `data` to `path` if nothing is there, whole or not at all; False where something is.
+
+    Of several processes that publish at once, one wins.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    try:
+        write_synced(temporary, data)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+    return True
+
+
+def remove_leftovers(directory: Path, of: Callable[[str], bool]) -> None:
+    """Remove what killed processes were writing in `directory`, where `of` accepts the name it was to get."""
+    for path in directory.glob(".*.tmp"):
+        name = _TEMPORARY.fullmatch(path.name)
+        if name is None or not of(name["name"]):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -65,9 +65,14 @@ def read_picture(path: str | Path, shape: Sequence[int]) -> Pixels:
 
 def save_png(path: str | Path, pixels: Pixels) -> None:
     """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG."""
+    _write(path, encode_png(pixels, optimize=True))
+
+
+def encode_png(pixels: Pixels, *, optimize: bool = False) -> bytes:
+    """The PNG of one image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels; smaller and slower with ``optimize``."""
     buffer = io.BytesIO()
-    _picture(pixels).save(buffer, format="PNG", optimize=True)
-    _write(path, buffer.getvalue())
+    _picture(pixels).save(buffer, format="PNG", optimize=optimize)
+    return buffer.getvalue()
 
 
 def save_gif(path: str | Path, frames: Sequence[Pixels], *, milliseconds: int = 60, hold: int = 1500) -> None:

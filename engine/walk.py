@@ -141,7 +141,9 @@ class Walk:
 def nonfinite(request: Request, image: int, row: int) -> NonFiniteError:
     """The error that names an image of a request and the ``row`` of its table at which it became non-finite."""
     table, part, ticket = request.table, request.parts[image], request.tickets[image]
-    return NonFiniteError(
+    error = NonFiniteError(
         f"image {request.first + image} (seed {ticket.seed}, index {ticket.index}) became non-finite at step "
         f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
     )
+    error.image = request.first + image
+    return error

@@ -1,0 +1,11 @@
+"""Bulk generation that survives: many images as shards, resumable at any moment, with the same bytes in the end.
+
+``stepfusion generate`` is its command line, and docs/bulk.md its guide.
+"""
+
+from stepfusion.bulk.job import Job
+from stepfusion.bulk.run import Where, run, verify
+from stepfusion.bulk.table import TableRequest
+from stepfusion.bulk.worker import Order
+
+__all__ = ["Job", "Order", "TableRequest", "Where", "run", "verify"]
