@@ -13,6 +13,7 @@ from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.guided_checkpoint import load_guided_diffusion
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -35,6 +36,7 @@ __all__ = [
     "ddim_inversion",
     "ddpm",
     "kernels",
+    "load_guided_diffusion",
     "load_pretrained",
     "networks",
     "save_pretrained",

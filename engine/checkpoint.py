@@ -212,7 +212,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """One tensor of a file: what the file says of it, and how to read it."""
 
     shape: tuple[int, ...]
@@ -223,14 +223,14 @@ class _Stored:
 def _read_weights(path: Path, network: UNet2D) -> dict[str, Tensor]:
     """Read the weights of `network` (on the meta device) as float32, after checking all that the file declares."""
     if path.suffix == ".bin":
-        return _checked_state(_stored_in_bin(path), network, path)
+        return check_state(_modern_names(stored_in_archive(path), path), _shapes(network), path)
     try:
         with safe_open(path, framework="pt") as file:
             stored = {}
             for key in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                 header = file.get_slice(key)
-                stored[key] = _Stored(tuple(header.get_shape()), header.get_dtype(), _reader(file, key))
-            return _checked_state(stored, network, path)
+                stored[key] = Stored(tuple(header.get_shape()), header.get_dtype(), _reader(file, key))
+            return check_state(_modern_names(stored, path), _shapes(network), path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {_first_line(error)}") from None
 
@@ -243,7 +243,11 @@ def _reader(file: Any, key: str) -> Callable[[], Tensor]:
     return read
 
 
-def _stored_in_bin(path: Path) -> dict[str, _Stored]:
+def _shapes(network: UNet2D) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def stored_in_archive(path: Path) -> dict[str, Stored]:
     """Open a state dict saved by ``torch.save``, memory-mapped, with PyTorch's restricted unpickler."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is not a torch.save archive (a zip file); other pickles are never opened")
@@ -263,14 +267,18 @@ def _stored_in_bin(path: Path) -> dict[str, _Stored]:
             raise CheckpointError(
                 f"{path}: {short(key)} is not a name with a dense tensor, but {type(value).__name__}"
             )
-        stored[key] = _Stored(tuple(value.shape), codes.get(value.dtype, str(value.dtype)), value.detach)
+        stored[key] = Stored(tuple(value.shape), codes.get(value.dtype, str(value.dtype)), value.detach)
     return stored
 
 
-def _checked_state(stored: Mapping[str, _Stored], network: UNet2D, path: Path) -> dict[str, Tensor]:
-    """Compare the stored tensors with the wanted ones, then read them."""
-    stored = _modern_names(stored, path)
-    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+def check_state(
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], path: Path, source: str = "config"
+) -> dict[str, Tensor]:
+    """Compare the stored tensors with the shapes that are wanted, as `source` says, then read them as float32.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, misshapen, not floating point or not finite; it names them.
+    """
     problems = [
         _problem("missing", sorted(wanted.keys() - stored.keys())),
         _problem("unexpected", sorted(stored.keys() - wanted.keys())),
@@ -288,7 +296,7 @@ def _checked_state(stored: Mapping[str, _Stored], network: UNet2D, path: Path) -
         ),
     ]
     if any(problems):
-        raise CheckpointError(f"{path} does not fit its config: {'; '.join(filter(None, problems))}")
+        raise CheckpointError(f"{path} does not fit its {source}: {'; '.join(filter(None, problems))}")
     return {key: _finite_float32(key, stored[key].read(), path) for key in wanted}
 
 
@@ -301,9 +309,9 @@ def _problem(what: str, entries: list[str], shown: int = 3) -> str:
     return f"{len(entries)} {what} ({', '.join(safe)}{rest})"
 
 
-def _modern_names(stored: Mapping[str, _Stored], path: Path) -> dict[str, _Stored]:
+def _modern_names(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
     """Rename the attention weights of directories from 2022: query, key, value and proj_attn."""
-    renamed: dict[str, _Stored] = {}
+    renamed: dict[str, Stored] = {}
     for key, value in stored.items():
         legacy = _LEGACY_KEY.fullmatch(key)
         name = f"{legacy['block']}.{_LEGACY_NAMES[legacy['name']]}.{legacy['kind']}" if legacy else key
