@@ -14,6 +14,7 @@ from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.guided_checkpoint import load_guided_diffusion
+from stepfusion.likelihood import bits_per_dimension
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -32,6 +33,7 @@ __all__ = [
     "NonFiniteError",
     "SamplingCancelled",
     "StepTable",
+    "bits_per_dimension",
     "ddim",
     "ddim_inversion",
     "ddpm",

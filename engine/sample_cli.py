@@ -55,6 +55,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
     add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
     add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--timesteps",
+        metavar="SECTIONS",
+        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
+        "from the data on, and ddim25 strides through them",
+    )
     add("--eta", type=float, help="noise of ddim, from 0, none (the default), to 1, as much as ddpm's")
 
     add = parser.add_argument_group("what to write").add_argument
@@ -93,7 +99,9 @@ def run_sample(args: argparse.Namespace) -> int:
         batch=args.batch,
         invariant=args.invariant,
     )
-    table = engine.table(args.sampler, args.steps, **({} if args.eta is None else {"eta": args.eta}))
+    options = {"eta": args.eta, "timesteps": args.timesteps}
+    given = {name: value for name, value in options.items() if value is not None}
+    table = engine.table(args.sampler, args.steps, **given)
     labels = _labels(engine, args.labels, args.num)
     shown = _shown_steps(len(table)) if args.animate else []
     _check_picture(engine, args, len(shown))

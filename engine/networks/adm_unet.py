@@ -1,7 +1,7 @@
 """The UNet of guided-diffusion and improved-diffusion (Dhariwal & Nichol 2021; Nichol & Dhariwal 2021).
 
-Stages are numbered as in their checkpoints; :mod:`stepfusion.guided_checkpoint` converts those. Its forward pass is in
-the parts of :class:`stepfusion.networks.time_conditioned.TimeConditioned`.
+Stages are numbered as in their checkpoints, which :mod:`stepfusion.guided_checkpoint` converts. Its forward pass is
+in the parts of :class:`stepfusion.networks.time_conditioned.TimeConditioned`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_every_stage_equals_an_independent_forward(case: str, tmp_path: Path) ->
     network = sf.load_guided_diffusion(save(tmp_path / "model.pt", state), **flags).network
     seen: dict[str, torch.Tensor] = {}
     for name, stage in network.named_modules():
-        if name.startswith(("input_blocks.", "output_blocks.")) and name.count(".") == 1 or name == "middle_block":
+        if (name.startswith(("input_blocks.", "output_blocks.")) and name.count(".") == 1) or name == "middle_block":
             stage.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
     x, t = torch.randn(2, 3, size, size), torch.tensor([999, 17])
     labels = torch.tensor([3, 999]) if architecture.classes else None
@@ -199,7 +199,7 @@ class TestEngine:
             assert not torch.allclose(rescaled.embed_time(t), plain.embed_time(t))
 
     def test_a_published_name_needs_no_flags(self, tmp_path: Path) -> None:
-        """The file is found wanting, not the flags: an empty file of that name lacks every key of its architecture."""
+        """The file is found wanting, not the flags: an empty file of that name lacks every key."""
         torch.save({}, tmp_path / "64x64_diffusion.pt")
         missing = rf"does not fit its flags: {len(shapes(ADM_64))} missing \(input_blocks\.0\.0\.bias,"
         with pytest.raises(sf.CheckpointError, match=missing):
@@ -321,7 +321,7 @@ class TestRefused:
             with pytest.raises(ValueError) as error:
                 network(*arguments)
             assert str(error.value) == message
-        with pytest.raises(TypeError, match="^config must be an ADMUNetConfig, got dict$"):
+        with pytest.raises(TypeError, match=r"^config must be an ADMUNetConfig, got dict$"):
             ADMUNet({})  # type: ignore[arg-type]
 
 
