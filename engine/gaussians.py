@@ -22,12 +22,16 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     is the tanh approximation of Ho et al.'s code, and probabilities below 1e-12 count as that.
     """
     centred, inverse = x - means, (-log_scales).exp()
-    below = _standard_normal_cdf(inverse * (centred + 1 / 255))
-    above = _standard_normal_cdf(inverse * (centred - 1 / 255))
-    inside = torch.where(x > 0.999, 1 - above, below - above)
-    return torch.where(x < -0.999, below, inside).clamp(min=1e-12).log()
+    distance = centred.abs()  # the tail of small probabilities: near 1, they would drown in rounding
+    inside = _standard_normal_cdf(inverse * (1 / 255 - distance)) - _standard_normal_cdf(
+        -inverse * (1 / 255 + distance)
+    )
+    first = _standard_normal_cdf(inverse * (centred + 1 / 255))
+    last = _standard_normal_cdf(inverse * (1 / 255 - centred))
+    probability = torch.where(x < -0.999, first, torch.where(x > 0.999, last, inside))
+    return probability.clamp(min=1e-12).log()
 
 
 def _standard_normal_cdf(x: Tensor) -> Tensor:
-    """Page 1977's approximation, as in GELU."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    """(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 (Page 1977), as a sigmoid, which keeps small values exact."""
+    return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))

@@ -64,7 +64,7 @@ def sections(num_train_timesteps: int, counts: str | Sequence[int]) -> Timesteps
     numbers = _counts(counts)
     if numbers is None:
         steps = _count(str(counts)[len(_DDIM) :], counts)
-        strides = [stride for stride in range(1, total + 1) if -(-total // stride) == steps]
+        strides = [stride for stride in range(1, total) if -(-total // stride) == steps]
         if not strides:
             raise ValueError(f"timesteps {counts!r}: no stride through {total} timesteps gives {steps}")
         return np.arange(0, total, strides[0], dtype=np.int64)[::-1].copy()

@@ -309,7 +309,7 @@ ENGINES = [
     Case("sample: eta of ddpm", lambda: ENGINE.sample(2, sampler="ddpm", eta=1.0),
          TypeError,
          "sampler 'ddpm' takes no option 'eta'; it takes clip, compat, prediction, spacing, steps_offset, "
-        "timesteps, variance"),
+        "timesteps, v_posterior, variance"),
     Case("sample: table and sampler", lambda: ENGINE.sample(2, TABLE, sampler="ddpm"),
          ValueError, "table and sampler exclude each other, got both"),
     Case("sample: callback is no function", lambda: ENGINE.sample(2, TABLE, callback=5),
@@ -486,7 +486,7 @@ DIFFUSIONS = [
     Case("p_sample_loop: noise", lambda: DIFFUSION.p_sample_loop(network, (2, 1, 4, 4), steps=2, noise=X),
          ValueError, "noise must have shape [2, 2, 1, 4, 4], got [2, 1, 4, 4]"),
     Case("training_losses: loss", lambda: DIFFUSION.training_losses(network, X, T, loss="l3", noise=X),
-         ValueError, "loss must be one of 'l1', 'l2', 'huber', got 'l3'"),
+         ValueError, "loss must be one of 'l1', 'l2', 'huber', 'mse', 'rescaled_mse', 'kl', 'rescaled_kl', got 'l3'"),
     Case("training_losses: no noise", lambda: DIFFUSION.training_losses(network, X, T),
          ValueError, "q_sample needs noise, or seeds and indices to draw it"),
 ]

@@ -19,7 +19,7 @@ Function = Callable[[Array, int], Array]
 def space_timesteps(total: int, text: str) -> list[int]:
     """Increasing timesteps: sections of nearly equal length, or one stride."""
     if text.startswith("ddim"):
-        for stride in range(1, total + 1):
+        for stride in range(1, total):
             if len(range(0, total, stride)) == int(text[4:]):
                 return list(range(0, total, stride))
         raise ValueError(text)
