@@ -397,8 +397,9 @@ class GaussianDiffusion:
         table = samplers.ddim(self.schedule, steps, timesteps=timesteps, eta=eta, **self._options())
 
         def hooked(spaced: GaussianDiffusion, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> Step:
-            hooks = {"cond_fn": cond_fn, "denoised_fn": denoised_fn}
-            return spaced.ddim_sample(model, x, t, eta=eta, noise=z, **hooks, **model_kwargs)
+            return spaced.ddim_sample(
+                model, x, t, eta=eta, cond_fn=cond_fn, denoised_fn=denoised_fn, noise=z, **model_kwargs
+            )
 
         hook = None if cond_fn is None and denoised_fn is None else hooked
         return self._loop(table, hook, model, shape, start, noise, seed, device, False, model_kwargs)
@@ -604,7 +605,8 @@ class GaussianDiffusion:
             "posterior_log_variance_clipped",
         )
         tables = [self._table(name, x.device) for name in names]
-        return ops.q_posterior_mean_variance(x0, x.to(torch.float32), t, *tables)[0]
+        mean: torch.Tensor = ops.q_posterior_mean_variance(x0, x.to(torch.float32), t, *tables)[0]
+        return mean
 
     def _ddpm_table(self, x0_given: bool) -> StepTable:
         """All single ancestral steps, from the model's output or from an x0 that is final."""

@@ -31,7 +31,11 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion sample``."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
     names = ", ".join(bundled_models()) or "none in this installation"
-    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+    parser.add_argument(
+        "model",
+        help=f"a bundled model ({names}), or the path of a diffusers model directory, or of a .pt file of "
+        "guided-diffusion (with a published name, or its flags in a .json file beside it)",
+    )
 
     add = parser.add_argument_group("what to make").add_argument
     add("-n", "--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
@@ -59,7 +63,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--timesteps",
         metavar="SECTIONS",
         help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
-        "from the data on, and ddim25 strides through them",
+        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
     )
     add("--eta", type=float, help="noise of ddim, from 0, none (the default), to 1, as much as ddpm's")
 

@@ -105,7 +105,7 @@ class AnnotatedUNet(TimeConditioned):
             resnet.time_start = self.projection_size
             self.projection_size += resnet.time_emb.out_features
 
-    def forward(self, x: Tensor, timesteps: Tensor, class_labels: None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict eps, x0 or v, whatever the weights were trained for.
 
         Args:

@@ -12,6 +12,7 @@ import torch
 from adm_forward import Architecture, forward, random_state, shapes
 
 import stepfusion as sf
+from stepfusion import cli
 from stepfusion.export import export_program
 from stepfusion.guided_checkpoint import PUBLISHED, our_weights, their_shapes
 from stepfusion.networks import ADMUNet, ADMUNetConfig
@@ -204,6 +205,23 @@ class TestEngine:
         missing = rf"does not fit its flags: {len(shapes(ADM_64))} missing \(input_blocks\.0\.0\.bias,"
         with pytest.raises(sf.CheckpointError, match=missing):
             sf.Engine.from_pretrained(tmp_path / "64x64_diffusion.pt")
+
+    def test_the_command_line(self, tmp_path: Path) -> None:
+        out = tmp_path / "images"
+        arguments = [
+            "sample",
+            str(tiny(tmp_path)),
+            "--device",
+            "cpu",
+            "-n",
+            "1",
+            "--labels",
+            "7",
+            "--single",
+            "--quiet",
+        ]
+        assert cli.main([*arguments, "--timesteps", "ddim2", "--out", str(out)]) == 0
+        assert [path.name for path in out.iterdir()] == ["0-0.png"]
 
     def test_export(self, tmp_path: Path) -> None:
         engine = sf.Engine.from_pretrained(tiny(tmp_path), device="cpu")
