@@ -13,7 +13,9 @@ from stepfusion.checkpoint import load_pretrained, save_pretrained
 from stepfusion.diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.guided_checkpoint import load_guided_diffusion
 from stepfusion.interpolation import slerp
+from stepfusion.likelihood import bits_per_dimension
 from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -33,12 +35,14 @@ __all__ = [
     "NonFiniteError",
     "SamplingCancelled",
     "StepTable",
+    "bits_per_dimension",
     "ddim",
     "ddim_inversion",
     "ddpm",
     "dpmpp_2m",
     "euler_ancestral",
     "kernels",
+    "load_guided_diffusion",
     "load_pretrained",
     "networks",
     "save_pretrained",

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -218,7 +218,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """One tensor of a file: what the file says of it, and how to read it."""
 
     shape: tuple[int, ...]
@@ -232,14 +232,14 @@ def _read_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
     What is floating point becomes float32; a counter, as batch normalisation has, stays int64.
     """
     if path.suffix == ".bin":
-        return _checked_state(_stored_in_bin(path), network, path)
+        return _fit(stored_in_archive(path), network, path)
     try:
         with safe_open(path, framework="pt") as file:
             stored = {}
             for key in file.keys():  # noqa: SIM118 - a safetensors file, not a dict
                 header = file.get_slice(key)
-                stored[key] = _Stored(tuple(header.get_shape()), header.get_dtype(), _reader(file, key))
-            return _checked_state(stored, network, path)
+                stored[key] = Stored(tuple(header.get_shape()), header.get_dtype(), _reader(file, key))
+            return _fit(stored, network, path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {_first_line(error)}") from None
 
@@ -252,7 +252,15 @@ def _reader(file: Any, key: str) -> Callable[[], Tensor]:
     return read
 
 
-def _stored_in_bin(path: Path) -> dict[str, _Stored]:
+def _fit(stored: Mapping[str, Stored], network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The stored tensors as the state of `network`, under the names of today."""
+    state = network.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    integers = {key for key, value in state.items() if not value.is_floating_point()}
+    return check_state(_modern_names(stored, path), shapes, path, integers=integers)
+
+
+def stored_in_archive(path: Path) -> dict[str, Stored]:
     """Open a state dict saved by ``torch.save``, memory-mapped, with PyTorch's restricted unpickler."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is not a torch.save archive (a zip file); other pickles are never opened")
@@ -272,16 +280,25 @@ def _stored_in_bin(path: Path) -> dict[str, _Stored]:
             raise CheckpointError(
                 f"{path}: {short(key)} is not a name with a dense tensor, but {type(value).__name__}"
             )
-        stored[key] = _Stored(tuple(value.shape), codes.get(value.dtype, str(value.dtype)), value.detach)
+        stored[key] = Stored(tuple(value.shape), codes.get(value.dtype, str(value.dtype)), value.detach)
     return stored
 
 
-def _checked_state(stored: Mapping[str, _Stored], network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Compare the stored tensors with the wanted ones, then read them."""
-    stored = _modern_names(stored, path)
-    state = network.state_dict()
-    wanted = {key: tuple(value.shape) for key, value in state.items()}
-    integers = {key for key, value in state.items() if not value.is_floating_point()}
+def check_state(
+    stored: Mapping[str, Stored],
+    wanted: Mapping[str, tuple[int, ...]],
+    path: Path,
+    source: str = "config",
+    *,
+    integers: Set[str] = frozenset(),
+) -> dict[str, Tensor]:
+    """Compare the stored tensors with the shapes that are wanted, as `source` says, then read them as float32.
+
+    Those that `integers` names stay int64.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, misshapen, of another kind or not finite; it names them.
+    """
     problems = [
         _problem("missing", sorted(wanted.keys() - stored.keys())),
         _problem("unexpected", sorted(stored.keys() - wanted.keys())),
@@ -311,7 +328,7 @@ def _checked_state(stored: Mapping[str, _Stored], network: nn.Module, path: Path
         ),
     ]
     if any(problems):
-        raise CheckpointError(f"{path} does not fit its config: {'; '.join(filter(None, problems))}")
+        raise CheckpointError(f"{path} does not fit its {source}: {'; '.join(filter(None, problems))}")
     return {
         key: stored[key].read().clone() if key in integers else _finite_float32(key, stored[key].read(), path)
         for key in wanted
@@ -327,9 +344,9 @@ def _problem(what: str, entries: list[str], shown: int = 3) -> str:
     return f"{len(entries)} {what} ({', '.join(safe)}{rest})"
 
 
-def _modern_names(stored: Mapping[str, _Stored], path: Path) -> dict[str, _Stored]:
+def _modern_names(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
     """Rename the attention weights of directories from 2022: query, key, value and proj_attn."""
-    renamed: dict[str, _Stored] = {}
+    renamed: dict[str, Stored] = {}
     for key, value in stored.items():
         legacy = _LEGACY_KEY.fullmatch(key)
         name = f"{legacy['block']}.{_LEGACY_NAMES[legacy['name']]}.{legacy['kind']}" if legacy else key

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from stepfusion import _checks, samplers
-from stepfusion.checkpoint import load_pretrained
+from stepfusion.checkpoint import Pretrained, load_pretrained
 from stepfusion.editing import make_edit, noised
 from stepfusion.errors import BackendError, SamplingCancelled
 from stepfusion.evaluator import Evaluator, Network
 from stepfusion.graph import capture
+from stepfusion.guided_checkpoint import GuidedDiffusionModel, load_guided_diffusion
 from stepfusion.interpolation import slerp
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.coefficients import PREDICTIONS
@@ -128,13 +129,19 @@ class Engine:
         self._exported: str | None = None
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **arguments: Any) -> Self:
-        """An engine for a bundled model (by name) or a diffusers directory; ``arguments`` as for :class:`Engine`.
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] | Pretrained | GuidedDiffusionModel, **arguments: Any
+    ) -> Self:
+        """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, or what
+        :func:`stepfusion.load_guided_diffusion` or :func:`stepfusion.load_pretrained` returned.
+
+        ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
+        file beside it.
 
         Raises:
-            CheckpointError: what is missing or wrong in the directory.
+            CheckpointError: what is missing or wrong in the directory or file.
         """
-        loaded = load_pretrained(source)
+        loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else _load(source)
         schedule, prediction, options = read_config(loaded.scheduler_config)
         found = {
             "prediction": prediction,
@@ -724,6 +731,11 @@ class Engine:
         if not isinstance(model, torch.nn.Module):
             return model
         return prepare_network(model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network)
+
+
+def _load(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionModel:
+    """A ``.pt`` file or a model directory."""
+    return load_guided_diffusion(source) if os.fspath(source).endswith(".pt") else load_pretrained(source)
 
 
 def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

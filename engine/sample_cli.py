@@ -37,7 +37,11 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion sample``."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
     names = ", ".join(bundled_models()) or "none in this installation"
-    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+    parser.add_argument(
+        "model",
+        help=f"a bundled model ({names}), or the path of a diffusers model directory, or of a .pt file of "
+        "guided-diffusion (with a published name, or its flags in a .json file beside it)",
+    )
 
     add = parser.add_argument_group("what to make").add_argument
     add("-n", "--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
@@ -82,6 +86,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
     add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
     add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--timesteps",
+        metavar="SECTIONS",
+        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
+        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
+    )
     add("--eta", type=float, help="noise of ddim and euler_ancestral, from 0, none (ddim's default), to 1, ddpm's")
     add("--spacing", choices=(*SPACINGS, "karras"), help="of the steps (default: the model's own)")
 
@@ -121,7 +131,8 @@ def run_sample(args: argparse.Namespace) -> int:
         batch=args.batch,
         invariant=args.invariant,
     )
-    options = {name: value for name in ("eta", "spacing") if (value := getattr(args, name)) is not None}
+    names = ("eta", "spacing", "timesteps")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     table = engine.table(args.sampler, args.steps, **options)
     labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)

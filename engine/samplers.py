@@ -36,7 +36,7 @@ def ddpm(
     schedule: NoiseSchedule,
     steps: int | None = None,
     *,
-    timesteps: Sequence[int] | Visits | None = None,
+    timesteps: Sequence[int] | Visits | str | None = None,
     spacing: str = "leading",
     steps_offset: int = 0,
     prediction: str = "epsilon",
@@ -44,6 +44,7 @@ def ddpm(
     threshold: float | None = None,
     sample_max_value: float = 1.0,
     variance: str = "fixed_small",
+    v_posterior: float = 0.0,
     compat: str | None = None,
 ) -> StepTable:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over all timesteps or a subsequence.
@@ -55,14 +56,17 @@ def ddpm(
         steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset``
             (:func:`stepfusion.timesteps.spaced`), or with "karras" by noise level
             (:func:`stepfusion.timesteps.karras`).
-        timesteps: or the very list, strictly decreasing.
+        timesteps: or the very list, strictly decreasing; or sections of [0, T), "10,10,5" or "ddim25"
+            (:func:`stepfusion.timesteps.sections`).
         prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
         clip: the bound of the predicted |x0|, or None.
         threshold: in place of the clip, dynamic thresholding (Saharia et al. 2022, section 2.3): x0 becomes
             clip(x0, -s, s) / s, with s this quantile of an image's |x0|, e.g. 0.995, in [1, ``sample_max_value``].
             It runs on the reference path.
-        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (the network returns twice the
-            channels).
+        variance: "fixed_small" (beta-tilde), "fixed_large" (beta), "learned" or "learned_range" (the network returns
+            twice the channels; the second half is the log variance, or its place between those two).
+        v_posterior: with "fixed_small", the weight of beta in a variance (1 - v) beta-tilde + v beta, as in latent
+            diffusion's code (Rombach et al. 2022).
         compat: None, "diffusers" or "guided-diffusion" (module docstring).
 
     Raises:
@@ -71,8 +75,16 @@ def ddpm(
     _checks.choice("variance", variance, algebra.VARIANCES)
     visits, abar = _levels(schedule, steps, timesteps, spacing, steps_offset, prediction, compat)
     bounds = _bounds(clip, threshold, sample_max_value, len(visits))
+    if variance == "learned" and compat == "diffusers":
+        raise ValueError("variance 'learned' is not reproduced with compat='diffusers', which takes v as a variance")
+    v_posterior = _checks.number("v_posterior", v_posterior, 0.0, 1.0)
+    if v_posterior and variance != "fixed_small":
+        raise ValueError(f"v_posterior must be 0 with variance {variance!r}, got {v_posterior:g}")
     abar_prev = np.append(abar[1:], abar.dtype.type(1.0))
     columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
+    if v_posterior:
+        large = algebra.ddpm(abar, abar_prev, prediction=prediction, variance="fixed_large")["sigma"]
+        columns["sigma"] = ((1 - v_posterior) * columns["sigma"] ** 2 + v_posterior * large**2) ** 0.5
     if variance == "learned_range":
         columns |= _log_range(columns.pop("small"), columns.pop("large"), compat)
     elif compat == "diffusers" and variance == "fixed_small":
@@ -82,7 +94,7 @@ def ddpm(
         if name in columns:
             columns[name] = np.where(noisy, columns[name], 0.0)
     columns |= bounds
-    learned = variance == "learned_range"
+    learned = variance in ("learned", "learned_range")
     known = _ending_known(columns)
     return StepTable.from_columns("ddpm", prediction, schedule, visits, known, learned_variance=learned)
 
@@ -92,7 +104,7 @@ def ddim(
     steps: int | None = None,
     *,
     eta: float = 0.0,
-    timesteps: Sequence[int] | Visits | None = None,
+    timesteps: Sequence[int] | Visits | str | None = None,
     spacing: str = "leading",
     steps_offset: int = 0,
     prediction: str = "epsilon",
@@ -223,7 +235,7 @@ def ddim_inversion(
     schedule: NoiseSchedule,
     steps: int | None = None,
     *,
-    timesteps: Sequence[int] | Visits | None = None,
+    timesteps: Sequence[int] | Visits | str | None = None,
     spacing: str = "leading",
     steps_offset: int = 0,
     prediction: str = "epsilon",
@@ -259,7 +271,7 @@ def ddim_inversion(
 def _levels(
     schedule: NoiseSchedule,
     steps: int | None,
-    timesteps: Sequence[int] | Visits | None,
+    timesteps: Sequence[int] | Visits | str | None,
     spacing: str,
     steps_offset: int,
     prediction: str,

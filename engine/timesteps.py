@@ -14,6 +14,7 @@ from stepfusion import _checks
 Timesteps = NDArray[np.int64]
 
 SPACINGS = ("leading", "trailing", "linspace")
+_DDIM = "ddim"
 COMPATS = (None, "diffusers", "guided-diffusion")
 
 
@@ -80,8 +81,37 @@ def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7
     return visits[::-1].copy()
 
 
-def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any]) -> Timesteps:
-    """``timesteps`` checked: a non-empty, strictly decreasing list of integers in [0, T)."""
+def sections(num_train_timesteps: int, counts: str | Sequence[int]) -> Timesteps:
+    """guided-diffusion's ``timestep_respacing``: timesteps out of [0, T), strictly decreasing, int64.
+
+    [0, T) is cut into as many sections as there are counts, the first ones longer by 1 where T leaves a remainder;
+    each gives so many timesteps, evenly spaced with both ends: "10,10,5" takes 10 of the third nearest to the
+    data (Nichol & Dhariwal 2021, section 4). "ddimN" is one stride through all of [0, T) that gives exactly N
+    timesteps (Song et al. 2021), which not every N has.
+    """
+    total = _checks.integer("num_train_timesteps", num_train_timesteps, 1, 1 << 20)
+    numbers = _counts(counts)
+    if numbers is None:
+        steps = _count(str(counts)[len(_DDIM) :], counts)
+        strides = [stride for stride in range(1, total) if -(-total // stride) == steps]
+        if not strides:
+            raise ValueError(f"timesteps {counts!r}: no stride through {total} timesteps gives {steps}")
+        return np.arange(0, total, strides[0], dtype=np.int64)[::-1].copy()
+    size, longer = divmod(total, len(numbers))
+    start, parts = 0, []
+    for i, count in enumerate(numbers):
+        length = size + (i < longer)
+        if not 1 <= count <= length:
+            raise ValueError(f"timesteps {counts!r}: section {i} has {length} timesteps, and {count} were asked for")
+        parts.append(start + _sections(length, count))
+        start += length
+    return np.concatenate(parts)[::-1].astype(np.int64)
+
+
+def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any] | str) -> Timesteps:
+    """``timesteps`` checked: a non-empty, strictly decreasing list of integers in [0, T); or :func:`sections`."""
+    if isinstance(timesteps, str):
+        return sections(num_train_timesteps, timesteps)
     try:
         array = np.asarray(timesteps)
     except ValueError as error:
@@ -109,6 +139,25 @@ def _ascending(total: int, steps: int, spacing: str, offset: int, compat: str | 
     if compat == "guided-diffusion":
         return _sections(total, steps)
     return np.round(np.linspace(0, total - 1, steps))
+
+
+def _counts(counts: str | Sequence[int]) -> list[int] | None:
+    """The counts of :func:`sections` as numbers, or None for "ddimN"."""
+    if isinstance(counts, str):
+        if counts.startswith(_DDIM):
+            return None
+        return [_count(part, counts) for part in counts.split(",")]
+    if not isinstance(counts, Sequence) or not counts:
+        raise TypeError(f"counts must be a text like '10,10,5' or 'ddim25', or a list of integers, got {counts!r}")
+    return [_checks.integer("counts", count, 1, 1 << 20) for count in counts]
+
+
+def _count(text: str, whole: object) -> int:
+    """A number of steps in a text."""
+    text = text.strip()
+    if not (text.isascii() and text.isdecimal()) or len(text) > 7 or int(text) == 0:
+        raise ValueError(f"timesteps must be a list of integers, or a text like '10,10,5' or 'ddim25', got {whole!r}")
+    return int(text)
 
 
 def _sections(total: int, steps: int) -> NDArray[np.float64]:

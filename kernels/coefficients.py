@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 Levels = TypeVar("Levels", bound=Any)  # a NumPy array or a PyTorch tensor
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 #: The columns of a coefficient table, in order.
 COLUMNS = (
@@ -70,12 +70,15 @@ def ddpm(abar: Levels, abar_prev: Levels, *, prediction: str, variance: str) -> 
     The network's eps, x0 or v becomes x0, and x_next ~ q(x_prev | x, x0) with the variance beta-tilde
     (``fixed_small``), beta (``fixed_large``), or interpolated between the two in the log domain by the network
     (``learned_range``, Nichol & Dhariwal 2021, equation 15: sigma is then 1 and the kernel multiplies by
-    exp(half_log_min + frac * half_log_span)).
+    exp(half_log_min + frac * half_log_span)), or its log is the network's v itself (``learned``: half of it is
+    -1/2 + frac).
     """
     mean_x0, mean_x, small, large = posterior(abar, abar_prev)
     x0_x, x0_out = predict_x0(abar, prediction)
     columns = {"x0_x": x0_x, "x0_out": x0_out, "next_x0": mean_x0, "next_x": mean_x, "next_out": abar * 0}
     columns |= known(abar_prev)
+    if variance == "learned":
+        return {**columns, "sigma": abar * 0 + 1, "half_log_min": abar * 0 - 0.5, "half_log_span": abar * 0 + 1}
     if variance == "learned_range":
         return {**columns, "sigma": abar * 0 + 1, "small": small, "large": large}
     return {**columns, "sigma": (small if variance == "fixed_small" else large) ** 0.5}

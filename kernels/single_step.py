@@ -89,7 +89,8 @@ def ddpm_step(
 
     Args:
         x, out, t, t_prev, alphas_cumprod, prediction, clip, step: as in :func:`ddim_step`.
-        variance: "fixed_small" (beta-tilde), "fixed_large" (beta) or "learned_range" (out has twice x's channels).
+        variance: "fixed_small" (beta-tilde), "fixed_large" (beta), "learned" or "learned_range" (out has twice x's
+            channels).
 
     Returns:
         float32 like x, the state at t_prev; no noise is added where t_prev is -1.

@@ -5,7 +5,7 @@ on the timestep alone is computed before the blocks run and can be kept from ste
 Sub-module names are those of diffusers' ``UNet2DModel``, so that its state dicts load strictly.
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,24 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
 }
+
+
+class BlockConfig(Protocol):
+    """What the blocks read of a network's config; :class:`stepfusion.networks.UNet2DConfig` is one."""
+
+    @property
+    def norm_num_groups(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def act_fn(self) -> str: ...
+    @property
+    def resnet_time_scale_shift(self) -> str: ...
+    @property
+    def time_embed_dim(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    def head_dim(self, channels: int) -> int: ...
 
 
 def activation(name: str) -> nn.Module:
@@ -110,7 +128,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(
         self,
-        config: UNet2DConfig,
+        config: BlockConfig,
         in_channels: int,
         out_channels: int,
         resample: Literal["up", "down"] | None = None,
@@ -136,7 +154,7 @@ class ResnetBlock(nn.Module):
 
         With `skip`, the input is the concatenation of x and skip along the channels.
         """
-        if skip is not None and not self.norm1.fused:
+        if skip is not None and (not self.norm1.fused or self.conv_shortcut is None):
             x, skip = torch.cat((x, skip), dim=1), None
         h = self.norm1(x, skip=skip)
         if self.resample is not None:
@@ -175,7 +193,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual (Ho et al. 2020; Wang et al. 2018)."""
 
-    def __init__(self, config: UNet2DConfig, channels: int, groups: int | None, output_scale: float = 1.0) -> None:
+    def __init__(self, config: BlockConfig, channels: int, groups: int | None, output_scale: float = 1.0) -> None:
         super().__init__()
         self.head_dim = config.head_dim(channels)
         self.heads = channels // self.head_dim

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.errors import CheckpointError
 from stepfusion.networks.config import MAX_CHANNELS, MAX_SIZE
+from stepfusion.networks.inputs import check_batch, check_projections, check_timesteps
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 _GROUPS = 8
@@ -125,16 +126,12 @@ class ContextUNet(TimeConditioned):
         Raises:
             ValueError: an argument's shape or dtype does not fit.
         """
-        if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
-            raise ValueError(
-                f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has"
-            )
+        check_batch(x, timesteps)
         return super().forward(x, timesteps, labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps, int64 [B], once for each upper level: [B, 3 * features] in the weights' dtype."""
-        if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
-            raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [B]")
+        check_timesteps(timesteps)
         fraction = timesteps.to(torch.promote_types(self._dtype, torch.float32)) / self.num_timesteps
         return torch.cat((self.timeembed1(fraction), self.timeembed2(fraction)), dim=1)
 
@@ -154,9 +151,7 @@ class ContextUNet(TimeConditioned):
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
         self._check_image(x)
-        if list(projections.shape) != [x.shape[0], self.projection_size]:
-            accepted = f"[{x.shape[0]}, {self.projection_size}]"
-            raise ValueError(f"projections is {_checks.describe(projections)}; accepted is {accepted}, as x has")
+        check_projections(projections, x, self.projection_size)
         width = self.features
         scale1, scale2, shift1, shift2 = torch.split(projections[:, :, None, None], [2 * width, width] * 2, dim=1)
         full = self.init_conv(x)  # [B, F, H, H]

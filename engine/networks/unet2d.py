@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
 from stepfusion.networks.config import UNet2DConfig
+from stepfusion.networks.inputs import check_batch, check_image, check_projections, check_timesteps
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
@@ -74,14 +75,13 @@ class UNet2D(TimeConditioned):
         Raises:
             ValueError: an argument's shape or dtype does not fit.
         """
-        self._check_batch(x, timesteps)
+        check_batch(x, timesteps)
         self._check_labels(timesteps, class_labels)
         return super().forward(x, timesteps, class_labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps, int64 [B], by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
-        if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
-            raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [B]")
+        check_timesteps(timesteps)
         embedding: Tensor = self.time_embedding(self._embed_position(timesteps))
         return embedding
 
@@ -100,10 +100,8 @@ class UNet2D(TimeConditioned):
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
-        self._check_image(x)
-        if list(projections.shape) != [x.shape[0], self.projection_size]:
-            accepted = f"[{x.shape[0]}, {self.projection_size}]"
-            raise ValueError(f"projections is {_checks.describe(projections)}; accepted is {accepted}, as x has")
+        check_image(x, self.in_channels, self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1))
+        check_projections(projections, x, self.projection_size)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:
@@ -134,22 +132,6 @@ class UNet2D(TimeConditioned):
             return learned
         waves = sinusoid(timesteps, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
         return waves.to(self.conv_in.weight.dtype)
-
-    def _check_batch(self, x: Tensor, timesteps: Tensor) -> None:
-        if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
-            raise ValueError(
-                f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has"
-            )
-
-    def _check_image(self, x: Tensor) -> None:
-        dtype, factor = self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1)
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.dtype != dtype:
-            accepted = f"{str(dtype).removeprefix('torch.')} [B, {self.in_channels}, H, W]"
-            raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
-                f"x is {_checks.describe(x)}; accepted are height and width that are multiples of {factor}"
-            )
 
     def _check_labels(self, timesteps: Tensor, class_labels: Tensor | None) -> None:
         if class_labels is None:

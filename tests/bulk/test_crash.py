@@ -237,7 +237,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         generate(f"{TINY} --out out", status=1)
     error = capsys.readouterr().err
     assert "No space left on device; " in error
-    assert error.endswith(f"of 22 images are finished, and the same command goes on\n")
+    assert error.endswith("of 22 images are finished, and the same command goes on\n")
     assert temporary() == []
     generate(f"{TINY} --out out")
     assert tree("out") == tree("whole")

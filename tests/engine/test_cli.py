@@ -119,6 +119,15 @@ def test_the_command_makes_what_the_library_makes() -> None:
         np.testing.assert_array_equal(tile(picture, 0, i), image)
 
 
+def test_sections_of_timesteps() -> None:
+    arguments = ["sample", "model", "--device", "cpu", "--single", "-n", "1", "--labels", "Dog", "--quiet"]
+    assert cli.main([*arguments, "--timesteps", "2,1", "--sampler", "ddpm"]) == 0
+    engine = sf.Engine.from_pretrained("model", device="cpu")
+    table = engine.table("ddpm", timesteps=[50, 49, 0])
+    expected = engine.to_uint8(engine.sample(1, table, labels=1))[0].numpy()
+    assert np.array_equal(pixels("samples/0-0.png"), expected[:, :, 0])
+
+
 def test_samplers_guidance_and_labels_change_the_images() -> None:
     variants = ["", "--eta 0.5", "--sampler ddpm", "--guidance 3", "--labels dog", "--labels none", "--steps 4"]
     for i, options in enumerate(variants):

@@ -312,7 +312,7 @@ def test_single_steps_equal_rows(sampler: str, prediction: str, clip: float | No
          "prediction must be one of 'epsilon', 'sample', 'v_prediction', got 'eps'"),
         (lambda: ddpm(LINEAR, 5, clip=0), ValueError, "clip must be a finite number in (0, inf], got 0"),
         (lambda: ddpm(LINEAR, 5, variance="fixed_small_log"), ValueError,
-         "variance must be one of 'fixed_small', 'fixed_large', 'learned_range', got 'fixed_small_log'"),
+         "variance must be one of 'fixed_small', 'fixed_large', 'learned', 'learned_range', got 'fixed_small_log'"),
         (lambda: ddpm(LINEAR, 5, compat="peer"), ValueError,
          "compat must be None, 'diffusers' or 'guided-diffusion', got 'peer'"),
         (lambda: ddpm(LINEAR, 5, timesteps=[3]), ValueError, "steps and timesteps exclude each other, got both"),

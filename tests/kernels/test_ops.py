@@ -382,9 +382,9 @@ def test_bad_options_of_ddim(step: Callable[..., object], options: dict[str, Any
 
 
 def test_bad_options_of_ddpm() -> None:
-    message = "variance must be one of 'fixed_small', 'fixed_large', 'learned_range', got 'learned'"
+    message = "variance must be one of 'fixed_small', 'fixed_large', 'learned', 'learned_range', got 'small'"
     for step in (kernels.ddpm_step, reference.ddpm_step):
-        _refuses(lambda s=step: s(**_single(torch.device("cpu")), variance="learned"), ValueError, message)  # type: ignore[misc]
+        _refuses(lambda s=step: s(**_single(torch.device("cpu")), variance="small"), ValueError, message)  # type: ignore[misc]
 
 
 def test_too_large_an_image() -> None:
