@@ -47,12 +47,25 @@ class Plan:
 
     def choices(self) -> dict[str, Choice]:
         """The decisions by the name of what was decided."""
-        return {
+        choices = {
             "device": self.device_choice,
             "network dtype": self.dtype_choice,
             "step": self.backend,
             "network": self.network,
         }
+        if self.network.value == "compile" and self.device.type == "cpu":
+            choices["convolutions"] = self._convolutions
+        return choices
+
+    @property
+    def _convolutions(self) -> Choice:
+        """How a network compiled for a CPU runs its 3x3 convolutions."""
+        from stepfusion.compiled import why_not_winograd
+
+        reason = why_not_winograd(self.device, self.dtype)
+        if reason is None:
+            return Choice("winograd", "3x3 of our own networks: a quarter of the products, in bfloat16")
+        return Choice("direct", reason)
 
     @property
     def ops(self) -> ModuleType:

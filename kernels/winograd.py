@@ -7,9 +7,9 @@ channels, they are (m + 2)^2 matrix products, which are nearly all of the work.
 =====  ==================================================  ========  ====================  =========================
 name   points                                              products  of the definition     rounding, against direct
 =====  ==================================================  ========  ====================  =========================
-F2     0, 1, -1, infinity                                  16        36, for 2 x 2         1.5
-F4     0, +-sqrt(1/2), +-sqrt(2), infinity                 36        144, for 4 x 4        3.5
-Up     a 3x3 convolution of an image whose pixels are       9        36, for 2 x 2         1.4
+F2     0, 1, -1, infinity                                  16        36, for 2 x 2         1.5 to 1.7
+F4     0, +-sqrt(1/2), +-sqrt(2), infinity                 36        144, for 4 x 4        4.0 to 4.5
+Up     a 3x3 convolution of an image whose pixels are       9        36, for 2 x 2         1.4 to 1.6
        repeated in 2 x 2 squares, from the small image
 =====  ==================================================  ========  ====================  =========================
 
@@ -197,7 +197,7 @@ def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @_winograd_conv2d.register_fake
 def _winograd_conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    scale = SCHEMES[weight.shape[1]].scale
+    scale = SCHEMES[int(weight.shape[1])].scale
     shape = (x.shape[0], len(bias), scale * x.shape[2], scale * x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
