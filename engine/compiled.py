@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.errors import first_line
-from stepfusion.kernels import winograd
-from stepfusion.networks.winograd import WinogradForms
+from stepfusion.kernels.cpu_library import why_not_cpu_kernels
+from stepfusion.networks.cpu_form import CpuForms
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -63,15 +63,15 @@ def compile_network(module: nn.Module, device: torch.device, dtype: torch.dtype)
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCE))}, got {dtype}")
     options = CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS
-    forms = WinogradForms(module) if why_not_winograd(device, dtype) is None else None
+    forms = CpuForms(module) if why_not_cpu_form(device, dtype) is None else None
     return CompiledNetwork(module, options, TOLERANCE[dtype], forms)
 
 
-def why_not_winograd(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why 3x3 convolutions are not compiled as Winograd's on ``device`` in ``dtype``; None if they are."""
+def why_not_cpu_form(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why networks of ours are not compiled as their CPU form on ``device``; None if they are."""
     if device.type != "cpu" or dtype != torch.bfloat16:
-        return "Winograd's algorithm is for bfloat16 on CPUs"
-    return winograd.why_not_winograd()
+        return "the C++ kernels are for bfloat16 on CPUs"
+    return why_not_cpu_kernels()
 
 
 class CompiledNetwork:

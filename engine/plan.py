@@ -54,18 +54,18 @@ class Plan:
             "network": self.network,
         }
         if self.network.value == "compile" and self.device.type == "cpu":
-            choices["convolutions"] = self._convolutions
+            choices["layers"] = self._layers
         return choices
 
     @property
-    def _convolutions(self) -> Choice:
-        """How a network compiled for a CPU runs its 3x3 convolutions."""
-        from stepfusion.compiled import why_not_winograd
+    def _layers(self) -> Choice:
+        """What runs the layers of a network of ours that is compiled for a CPU."""
+        from stepfusion.compiled import why_not_cpu_form
 
-        reason = why_not_winograd(self.device, self.dtype)
+        reason = why_not_cpu_form(self.device, self.dtype)
         if reason is None:
-            return Choice("winograd", "3x3 of our own networks: a quarter of the products, in bfloat16")
-        return Choice("direct", reason)
+            return Choice("C++", "3x3 convolutions of our networks by Winograd's algorithm, group norms fused")
+        return Choice("PyTorch", reason)
 
     @property
     def ops(self) -> ModuleType:

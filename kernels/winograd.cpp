@@ -4,19 +4,9 @@
 // to bfloat16, multiplies it by the transformed weights, and transforms the float32 products to the output, all in
 // buffers of its own that stay in its cache: no two threads share anything but the arguments.
 
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
-#include <algorithm>
-#include <string>
-#include <vector>
-
 namespace {
-
-using at::BFloat16;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
 
 struct Problem {
   int64_t batch, height, width, in, out;
@@ -24,17 +14,7 @@ struct Problem {
   int64_t block;  // output channels of a block, a divisor of out
 };
 
-inline Vec load(const BFloat16* from) {
-  Vec value;
-  at::vec::load_fp32_from_bf16(from, value);
-  return value;
-}
-
-inline void store(BFloat16* to, const Vec& value) {
-  at::vec::convert_float_bfloat16(value, value).store(to, LANES);
-}
-
-// sum_i ROW[i] get(i); zeros and ones cost nothing.
+// sum_i row[i] get(i); zeros and ones cost nothing.
 template <int N, class Get>
 __attribute__((always_inline)) inline Vec combine(const float (&row)[N], const Get& get) {
   Vec sum(0.0f);

@@ -7,9 +7,9 @@ channels, they are (m + 2)^2 matrix products, which are nearly all of the work.
 =====  ==================================================  ========  ====================  =========================
 name   points                                              products  of the definition     rounding, against direct
 =====  ==================================================  ========  ====================  =========================
-F2     0, 1, -1, infinity                                  16        36, for 2 x 2         1.5 to 1.7
-F4     0, +-sqrt(1/2), +-sqrt(2), infinity                 36        144, for 4 x 4        4.0 to 4.5
-Up     a 3x3 convolution of an image whose pixels are       9        36, for 2 x 2         1.4 to 1.6
+F2     0, 1, -1, infinity                                  16        36, for 2 x 2         1.7 to 2.0
+F4     0, +-sqrt(1/2), +-sqrt(2), infinity                 36        144, for 4 x 4        4.6 to 5.2
+Up     a 3x3 convolution of an image whose pixels are       9        36, for 2 x 2         1.6 to 1.9
        repeated in 2 x 2 squares, from the small image
 =====  ==================================================  ========  ====================  =========================
 
@@ -24,17 +24,16 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepfusion.kernels import launch
+from stepfusion.kernels.cpu_library import LANES, library
 
 Matrix = tuple[tuple[float, ...], ...]
 
-_LANES = 16  # channels of a vector
 _WIDEST = 64  # output channels of a block
 _TILES = 64, 16  # of a block: at most; and at least, even if threads are left without work
 
@@ -105,18 +104,9 @@ UP = Scheme(
 SCHEMES = {scheme.products: scheme for scheme in (F2, F4, UP)}
 
 
-def why_not_winograd() -> str | None:
-    """The reason why these convolutions cannot run on this machine's CPU; None if they can."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "this CPU has no AVX512-BF16"
-    if not torch.backends.mkldnn.is_available():
-        return "this PyTorch has no oneDNN, which multiplies the matrices"
-    return None
-
-
 def fits(in_channels: int, out_channels: int) -> bool:
     """Whether a convolution between so many channels can be transformed."""
-    return in_channels > 0 and out_channels > 0 and in_channels % _LANES == 0 and out_channels % _LANES == 0
+    return in_channels > 0 and out_channels > 0 and in_channels % LANES == 0 and out_channels % LANES == 0
 
 
 def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -131,7 +121,7 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """
     launch.check_dtype("weight", weight, (*launch.FLOATS, torch.float64))
     if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not fits(weight.shape[1], weight.shape[0]):
-        raise ValueError(f"weight must be [K, C, 3, 3], C and K multiples of {_LANES}, got {list(weight.shape)}")
+        raise ValueError(f"weight must be [K, C, 3, 3], C and K multiples of {LANES}, got {list(weight.shape)}")
     out_channels, in_channels = weight.shape[:2]
     block = _block(out_channels)
     g = torch.tensor(scheme.weight, dtype=torch.float64)
@@ -142,22 +132,14 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
 
 def _block(channels: int) -> int:
     """Output channels of a block: the largest multiple of 16 up to 64 that divides `channels`."""
-    return max(width for width in range(_LANES, _WIDEST + 1, _LANES) if channels % width == 0)
+    return max(width for width in range(LANES, _WIDEST + 1, LANES) if channels % width == 0)
 
 
 @functools.cache
 def load() -> Any:
-    """Compile the kernel with Inductor's C++ compiler and settings, or find it in Inductor's cache, and load it.
-
-    Raises:
-        Whatever Inductor raises where there is no working C++ compiler.
-    """
-    from torch._inductor.codecache import CppCodeCache
-
-    text = "\n".join(_constants(scheme) for scheme in SCHEMES.values())
-    text += Path(__file__).with_name("winograd.cpp").read_text(encoding="utf-8")
-    library = CppCodeCache.load(text, needs_vec_isa=True)
-    function = library.winograd_conv2d
+    """The C++ function, compiled or found; see :func:`stepfusion.kernels.cpu_library.library`."""
+    constants = "\n".join(_constants(scheme) for scheme in SCHEMES.values())
+    function = library("winograd", constants).winograd_conv2d
     function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7
     function.restype = ctypes.c_char_p
     return function

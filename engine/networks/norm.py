@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import kernels
+from stepfusion.kernels import group_norm_cpu
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -15,6 +16,7 @@ class GroupNormAct(nn.GroupNorm):
     Attributes:
         fused: run it as :func:`stepfusion.kernels.group_norm_silu`, which needs a GPU that Triton drives and has no
             gradient; otherwise as PyTorch's own operators.
+        on_cpu: what is fused runs as :func:`stepfusion.kernels.group_norm_cpu.group_norm_silu_cpu`, where it fits.
         by_rows: normalise rows of a matrix, a row for each group, which some runtimes do faster than group norms.
     """
 
@@ -22,6 +24,7 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.act = nn.Identity() if act is None else act
         self.fused = False
+        self.on_cpu = False
         self.by_rows = False
 
     def forward(
@@ -38,9 +41,11 @@ class GroupNormAct(nn.GroupNorm):
         `time` [B, C] is added before the norm; `scale` and `shift` [B, C] make ``norm * (1 + scale) + shift`` of it
         (Dhariwal & Nichol 2021, section 3.1).
         """
-        if self.fused:
+        skipped = 0 if skip is None else skip.shape[1]
+        if self.fused and (not self.on_cpu or group_norm_cpu.fits(x.shape[1], skipped, self.num_groups)):
             silu = isinstance(self.act, nn.SiLU)
-            fused: Tensor = kernels.group_norm_silu(
+            function = group_norm_cpu.group_norm_silu_cpu if self.on_cpu else kernels.group_norm_silu
+            fused: Tensor = function(
                 x,
                 self.weight,
                 self.bias,

@@ -1,4 +1,7 @@
-"""A network of ours with its 3x3 convolutions replaced by Winograd's, for CPUs that multiply bfloat16 matrices."""
+"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest, by the C++ kernels of `stepfusion.kernels`.
+
+3x3 convolutions by Winograd's algorithm, and group norms with what surrounds them in one kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from stepfusion.kernels import winograd
 from stepfusion.networks.blocks import Upsample
+from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 _SMALL = 8  # up to this height and width F2 is as fast as F4, with half the weights and less rounding
@@ -33,12 +37,12 @@ class WinogradConv2d(nn.Module):
         return winograd.winograd_conv2d(x, self.weight, self.bias)
 
 
-class WinogradForms:
-    """Makes copies of a network that compute their 3x3 convolutions by Winograd's algorithm.
+class CpuForms:
+    """Makes copies of a bfloat16 network that run on the C++ kernels.
 
     A copy shares every parameter with the network and owns the transformed weights, which copies for other shapes
     share where they use the same scheme: 1.8 times the bytes of a convolution's own weights with F2, 4 times with F4,
-    as often as 1 time for an upsampling one. Replaced are, in :class:`TimeConditioned` networks only, convolutions of
+    once with an upsampling. Replaced are, in :class:`TimeConditioned` networks only, convolutions of
     stride 1 between numbers of channels that are multiples of 16, and :class:`Upsample`.
     """
 
@@ -47,14 +51,17 @@ class WinogradForms:
         self._made: dict[tuple[str, str], WinogradConv2d] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> nn.Module | None:
-        """The copy for inputs of these shapes; None where nothing can be replaced."""
-        sizes = _input_sizes(self._module, tensors)
-        if not sizes:
+        """The copy for inputs of these shapes; None for a network that is not ours."""
+        if not any(isinstance(network, TimeConditioned) for network in self._module.modules()):
             return None
+        sizes = _input_sizes(self._module, tensors)
         shared = {id(t): t for t in chain(self._module.parameters(), self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
         for name, size in sizes.items():
             form.set_submodule(name, self._layer(name, size))
+        for norm in form.modules():
+            if isinstance(norm, GroupNormAct):
+                norm.fused = norm.on_cpu = True
         return form
 
     def _layer(self, name: str, size: tuple[int, int]) -> WinogradConv2d:
