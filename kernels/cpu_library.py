@@ -31,4 +31,6 @@ def library(name: str, constants: str = "") -> Any:
 
     folder = Path(__file__).parent
     text = (folder / "bfloat16.h").read_text(encoding="utf-8") + constants
-    return CppCodeCache.load(text + (folder / name).with_suffix(".cpp").read_text(encoding="utf-8"), needs_vec_isa=True)
+    return CppCodeCache.load(
+        text + (folder / name).with_suffix(".cpp").read_text(encoding="utf-8"), needs_vec_isa=True
+    )

@@ -1,6 +1,6 @@
 """Group normalisation and SiLU for bfloat16 images in channels_last on a CPU: the C++ form of `group_norm_silu`.
 
-y = act((norm([x, skip] + time)) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of
+y = act((norm(x + time)) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of
 work is an image and a run of its groups; moments are float32 for each channel about its first pixel, combined to those
 of a group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for each
 channel, so that two passes over the pixels remain.
@@ -22,10 +22,9 @@ from stepfusion.kernels.cpu_library import LANES, library
 _WIDTH = 64  # channels of a piece of work, at least, where there are so many: two cache lines of every pixel
 
 
-def fits(channels: int, skip_channels: int, groups: int) -> bool:
-    """Whether an input of so many channels, the skip's included apart, can be normalised."""
-    total = channels + skip_channels
-    return total > 0 and channels % LANES == 0 and skip_channels % LANES == 0 and total % groups == 0
+def fits(channels: int) -> bool:
+    """Whether so many channels can be normalised."""
+    return channels > 0 and channels % LANES == 0
 
 
 def _width(channels: int, groups: int) -> int:
@@ -39,7 +38,7 @@ def _width(channels: int, groups: int) -> int:
 def load() -> Any:
     """The C++ function, compiled or found; see :func:`stepfusion.kernels.cpu_library.library`."""
     function = library("group_norm").group_norm_silu
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 9 + [ctypes.c_double, ctypes.c_bool]
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 8 + [ctypes.c_double, ctypes.c_bool]
     function.restype = None
     return function
 
@@ -47,7 +46,6 @@ def load() -> Any:
 @torch.library.custom_op("stepfusion::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
 def _group_norm_silu_cpu(
     x: Tensor,
-    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     groups: int,
@@ -57,24 +55,22 @@ def _group_norm_silu_cpu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    y = _group_norm_silu_cpu_fake(x, skip, weight)
+    y = _group_norm_silu_cpu_fake(x)
     if y.numel() == 0:
         return y
     batch, channels, height, width = y.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
     rows = [None if row is None else row if row.stride(1) == 1 else row.contiguous() for row in (time, scale, shift)]
-    tensors = (x, skip, weight.contiguous(), bias.contiguous(), *rows, y)
+    tensors = (x, weight.contiguous(), bias.contiguous(), *rows, y)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = batch, height * width, x.shape[1], channels - x.shape[1], groups, _width(channels, groups)
+    sizes = batch, height * width, channels, groups, _width(channels, groups)
     load()(*pointers, *sizes, *(0 if row is None else row.stride(0) for row in rows), eps, silu)
     return y
 
 
 @_group_norm_silu_cpu.register_fake
-def _group_norm_silu_cpu_fake(x: Tensor, skip: object, weight: Tensor, *_: object, **__: object) -> Tensor:
-    shape = (x.shape[0], len(weight), *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _group_norm_silu_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def group_norm_silu_cpu(
@@ -84,17 +80,16 @@ def group_norm_silu_cpu(
     groups: int,
     eps: float,
     *,
-    skip: Tensor | None = None,
     time: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """Normalise groups of channels of every image, and activate: :func:`stepfusion.kernels.group_norm_silu`'s twin.
+    """Normalise groups of channels of every image, and activate: :func:`stepfusion.kernels.group_norm_silu`, no skip.
 
     Args:
-        x, skip: bfloat16 [B, C1, H, W] and [B, C2, H, W] or None, read as channels_last; C1 and C2 multiples of 16.
-        weight, bias: bfloat16 [C], C = C1 + C2. groups: a divisor of C. eps: added to the variance.
+        x: bfloat16 [B, C, H, W], read as channels_last; C a multiple of 16.
+        weight, bias: bfloat16 [C]. groups: a divisor of C. eps: added to the variance.
         time, scale, shift: bfloat16 [B, C] or None, scale and shift together; rows may lie apart.
         silu: whether to activate.
 
@@ -107,23 +102,15 @@ def group_norm_silu_cpu(
     launch.check_dtype("x", x, (torch.bfloat16,))
     if x.ndim != 4:
         raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
-    batch, channels, skip_channels = x.shape[0], x.shape[1], 0
-    if skip is not None:
-        launch.check_dtype("skip", skip, (torch.bfloat16,))
-        skip_channels = skip.shape[1] if skip.ndim == 4 else 0
-        launch.check_like("skip", skip, (batch, skip_channels, *x.shape[2:]), x.device, (torch.bfloat16,))
-    total = channels + skip_channels
-    if not fits(channels, skip_channels, groups):
-        raise ValueError(
-            f"x and skip must have multiples of {LANES} channels, together a multiple of groups ({groups}),"
-            f" got {channels} and {skip_channels}"
-        )
+    batch, channels = x.shape[:2]
+    if not fits(channels) or groups < 1 or channels % groups:
+        raise ValueError(f"x must have a multiple of {LANES} and of groups ({groups}) channels, got {channels}")
     for name, vector in (("weight", weight), ("bias", bias)):
-        launch.check_like(name, vector, (total,), x.device, (torch.bfloat16,))
+        launch.check_like(name, vector, (channels,), x.device, (torch.bfloat16,))
     for name, row in (("time", time), ("scale", scale), ("shift", shift)):
         if row is not None:
-            launch.check_like(name, row, (batch, total), x.device, (torch.bfloat16,))
+            launch.check_like(name, row, (batch, channels), x.device, (torch.bfloat16,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got one of them")
-    y: Tensor = _group_norm_silu_cpu(x, skip, weight, bias, groups, eps, time, scale, shift, silu)
+    y: Tensor = _group_norm_silu_cpu(x, weight, bias, groups, eps, time, scale, shift, silu)
     return y

@@ -61,7 +61,7 @@ class CpuForms:
             form.set_submodule(name, self._layer(name, size))
         for norm in form.modules():
             if isinstance(norm, GroupNormAct):
-                norm.fused = norm.on_cpu = True
+                norm.fused_on_cpu = True
         return form
 
     def _layer(self, name: str, size: tuple[int, int]) -> WinogradConv2d:

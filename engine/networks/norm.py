@@ -16,7 +16,7 @@ class GroupNormAct(nn.GroupNorm):
     Attributes:
         fused: run it as :func:`stepfusion.kernels.group_norm_silu`, which needs a GPU that Triton drives and has no
             gradient; otherwise as PyTorch's own operators.
-        on_cpu: what is fused runs as :func:`stepfusion.kernels.group_norm_cpu.group_norm_silu_cpu`, where it fits.
+        fused_on_cpu: run it as :func:`stepfusion.kernels.group_norm_cpu.group_norm_silu_cpu`, where it fits.
         by_rows: normalise rows of a matrix, a row for each group, which some runtimes do faster than group norms.
     """
 
@@ -24,7 +24,7 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.act = nn.Identity() if act is None else act
         self.fused = False
-        self.on_cpu = False
+        self.fused_on_cpu = False
         self.by_rows = False
 
     def forward(
@@ -41,11 +41,9 @@ class GroupNormAct(nn.GroupNorm):
         `time` [B, C] is added before the norm; `scale` and `shift` [B, C] make ``norm * (1 + scale) + shift`` of it
         (Dhariwal & Nichol 2021, section 3.1).
         """
-        skipped = 0 if skip is None else skip.shape[1]
-        if self.fused and (not self.on_cpu or group_norm_cpu.fits(x.shape[1], skipped, self.num_groups)):
-            silu = isinstance(self.act, nn.SiLU)
-            function = group_norm_cpu.group_norm_silu_cpu if self.on_cpu else kernels.group_norm_silu
-            fused: Tensor = function(
+        silu = isinstance(self.act, nn.SiLU)
+        if self.fused:
+            fused: Tensor = kernels.group_norm_silu(
                 x,
                 self.weight,
                 self.bias,
@@ -60,6 +58,12 @@ class GroupNormAct(nn.GroupNorm):
             return fused if silu else self.act(fused)
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
+        if self.fused_on_cpu and group_norm_cpu.fits(x.shape[1]):
+            options = {"time": time, "scale": scale, "shift": shift}
+            fused = group_norm_cpu.group_norm_silu_cpu(
+                x, self.weight, self.bias, self.num_groups, self.eps, **options, silu=silu
+            )
+            return fused if silu else self.act(fused)
         if time is not None:
             x = x + time[:, :, None, None]
         x = self._normalise_rows(x) if self.by_rows else super().forward(x)

@@ -17,9 +17,7 @@ SCHEMES = [F2, F4, UP]
 #: Root-mean-square error, relative to that of PyTorch's bfloat16 convolution: the most that the module states.
 LOSS = {"F2": 2.0, "F4": 5.2, "Up": 1.9}
 
-needs_kernel = pytest.mark.skipif(
-    why_not_cpu_kernels() is not None, reason=f"Winograd: {why_not_cpu_kernels()}"
-)
+needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"Winograd: {why_not_cpu_kernels()}")
 
 
 def name(scheme: Scheme) -> str:
@@ -186,7 +184,12 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
 @needs_kernel
 def test_threads_do_not_disturb_each_other() -> None:
     """Different problems at once, again and again: buffers are every thread's own."""
-    problems = [problem(2, 32, 64, 16, 16), problem(3, 64, 32, 9, 9), problem(1, 128, 16, 8, 8), problem(4, 16, 80, 5, 5)]
+    problems = [
+        problem(2, 32, 64, 16, 16),
+        problem(3, 64, 32, 9, 9),
+        problem(1, 128, 16, 8, 8),
+        problem(4, 16, 80, 5, 5),
+    ]
     arguments = [
         (x, transform_weight(weight, scheme), bias.float())
         for (x, weight, bias), scheme in zip(problems, (F4, F2, UP, F4), strict=True)
@@ -237,7 +240,11 @@ def test_the_transformed_weights_have_the_stated_size_and_leave_the_weights_alon
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        (torch.ones(16, 16, 5, 5), ValueError, r"weight must be \[K, C, 3, 3\].*multiples of 16, got \[16, 16, 5, 5\]"),
+        (
+            torch.ones(16, 16, 5, 5),
+            ValueError,
+            r"weight must be \[K, C, 3, 3\].*multiples of 16, got \[16, 16, 5, 5\]",
+        ),
         (torch.ones(16, 24, 3, 3), ValueError, "multiples of 16"),
         (torch.ones(0, 16, 3, 3), ValueError, "multiples of 16"),
         (torch.ones(16, 16, 3, 3, dtype=torch.int8), TypeError, "weight must be float16 or .*, got int8"),
