@@ -4,7 +4,8 @@ What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bf
 one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of interleaved evaluations. CUDA: not measured yet.
 
 ====  ======================================  =================================================================
-CPU   Winograd's convolutions in bfloat16     PLACEHOLDER
+CPU   bfloat16: networks of ours in their     XXXPLACE
+      CPU form (`networks.cpu_form`)
 CPU   ``freezing`` off                        288 and 293 ms in two runs, 278 and 302 with it: no gain to be sure of,
                                               and the graph's packed weights cannot be cached: the next process
                                               starts in 22 s, without freezing in 8
@@ -83,7 +84,7 @@ class CompiledNetwork:
         declined: why the module itself is compiled for signatures that come from now on, and not its ``forms``.
 
     Args:
-        forms: makes a faster form of the module for given inputs, or None for these; it is checked against the module.
+        forms: makes a faster form of the module for given inputs, or None; it is checked against the module.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class CompiledNetwork:
         return self._trusted[signature](*tensors)
 
     def _faster_form_is_trusted(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> bool:
-        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, there is none again."""
+        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, none is made again."""
         forms = self._forms
         if forms is None:
             return False

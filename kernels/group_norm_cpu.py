@@ -1,8 +1,8 @@
 """Group normalisation and SiLU for bfloat16 images in channels_last on a CPU: the C++ form of `group_norm_silu`.
 
-y = act((norm(x + time)) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of
-work is an image and a run of its groups; moments are float32 for each channel about its first pixel, combined to those
-of a group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for each
+y = act(norm(x + time) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of work is an
+image and a run of its groups; moments are float32 for each channel about its first pixel, combined to those of a
+group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for each
 channel, so that two passes over the pixels remain.
 """
 
@@ -55,7 +55,7 @@ def _group_norm_silu_cpu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    y = _group_norm_silu_cpu_fake(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
     batch, channels, height, width = y.shape
@@ -70,7 +70,7 @@ def _group_norm_silu_cpu(
 
 @_group_norm_silu_cpu.register_fake
 def _group_norm_silu_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def group_norm_silu_cpu(

@@ -76,7 +76,8 @@ def toom_cook(m: int, points: tuple[float, ...]) -> tuple[Matrix, Matrix, Matrix
         raise ValueError(f"points must be {n - 1} different numbers, got {points}")
     others = [[q for q in points if q != p] for p in points]
     inputs = [(*_polynomial(rest), 0.0) for rest in others]
-    weights = [tuple(p**k / math.prod(p - q for q in rest) for k in range(3)) for p, rest in zip(points, others)]
+    scales = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
+    weights = [tuple(p**k / scale for k in range(3)) for p, scale in zip(points, scales, strict=True)]
     outputs = [(*(p**k for p in points), 1.0 if k == m - 1 else 0.0) for k in range(m)]
     return (*inputs, tuple(_polynomial(points))), (*weights, (0.0, 0.0, 1.0)), tuple(outputs)
 
@@ -93,7 +94,7 @@ def _polynomial(roots: list[float] | tuple[float, ...]) -> list[float]:
 _NEAR, _FAR = math.sqrt(0.5), math.sqrt(2.0)
 F2 = Scheme("F2", 2, *toom_cook(2, (0.0, 1.0, -1.0)))
 F4 = Scheme("F4", 4, *toom_cook(4, (0.0, _NEAR, -_NEAR, _FAR, -_FAR)))
-#: Of d = (left, middle, right) the two outputs are ``g0 left + (g1 + g2) middle`` and ``(g0 + g1) middle + g2 right``.
+#: Of d = (left, middle, right): ``g0 left + (g1 + g2) middle`` and ``(g0 + g1) middle + g2 right``.
 UP = Scheme(
     "Up",
     1,
@@ -160,7 +161,7 @@ def _array(matrix: Matrix) -> str:
 
 @torch.library.custom_op("stepfusion::winograd_conv2d", mutates_args=(), device_types="cpu")
 def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = _winograd_conv2d_fake(x, weight, bias)
+    y = _empty(x, weight, bias)
     if y.numel() == 0:
         return y
     batch, channels, height, width = x.shape
@@ -179,6 +180,10 @@ def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @_winograd_conv2d.register_fake
 def _winograd_conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _empty(x, weight, bias)
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     scale = SCHEMES[int(weight.shape[1])].scale
     shape = (x.shape[0], len(bias), scale * x.shape[2], scale * x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest, by the C++ kernels of `stepfusion.kernels`.
+"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest: by C++ kernels.
 
 3x3 convolutions by Winograd's algorithm, and group norms with what surrounds them in one kernel.
 """
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stepfusion.kernels import winograd
@@ -27,6 +26,9 @@ class WinogradConv2d(nn.Module):
     Args:
         weight: from :func:`stepfusion.kernels.winograd.transform_weight`. bias: float32 [K].
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()

@@ -200,9 +200,8 @@ def test_threads_do_not_disturb_each_other() -> None:
 
     def repeat(index: int) -> None:
         barrier.wait()
-        for _ in range(100):
-            if not torch.equal(winograd_conv2d(*arguments[index]), expected[index]):
-                wrong.append(index)
+        outputs = [winograd_conv2d(*arguments[index]) for _ in range(100)]
+        wrong.extend(index for output in outputs if not torch.equal(output, expected[index]))
 
     threads = [threading.Thread(target=repeat, args=(index,)) for index in range(len(arguments))]
     for thread in threads:
