@@ -4,6 +4,8 @@ What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bf
 one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of interleaved evaluations. CUDA: not measured yet.
 
 ====  ======================================  =================================================================
+CPU   bfloat16: networks of ours in their     XXXPLACE
+      CPU form (`networks.cpu_form`)
 CPU   ``freezing`` off                        288 and 293 ms in two runs, 278 and 302 with it: no gain to be sure of,
                                               and the graph's packed weights cannot be cached: the next process
                                               starts in 22 s, without freezing in 8
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.errors import first_line
+from stepfusion.kernels.cpu_library import why_not_cpu_kernels
+from stepfusion.networks.cpu_form import CpuForms
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -59,7 +63,16 @@ def compile_network(module: nn.Module, device: torch.device, dtype: torch.dtype)
     """
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCE))}, got {dtype}")
-    return CompiledNetwork(module, CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS, TOLERANCE[dtype])
+    options = CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS
+    forms = CpuForms(module) if why_not_cpu_form(device, dtype) is None else None
+    return CompiledNetwork(module, options, TOLERANCE[dtype], forms)
+
+
+def why_not_cpu_form(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why networks of ours are not compiled as their CPU form on ``device``; None if they are."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "the C++ kernels are for bfloat16 on CPUs"
+    return why_not_cpu_kernels()
 
 
 class CompiledNetwork:
@@ -68,14 +81,26 @@ class CompiledNetwork:
     Attributes:
         compilations: graphs compiled so far: one for each signature, unless something was compiled again.
         failure: why the eager network is used for signatures that come from now on; None while all is well.
+        declined: why the module itself is compiled for signatures that come from now on, and not its ``forms``.
+
+    Args:
+        forms: makes a faster form of the module for given inputs, or None; it is checked against the module.
     """
 
-    def __init__(self, module: nn.Module, options: dict[str, Any], tolerance: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        options: dict[str, Any],
+        tolerance: float,
+        forms: Callable[[tuple[Tensor, ...]], nn.Module | None] | None = None,
+    ) -> None:
         self.compilations = 0
         self.failure: str | None = None
+        self.declined: str | None = None
         self._module = module
         self._options = options
         self._tolerance = tolerance
+        self._forms = forms
         self._trusted: dict[_Signature, Callable[..., Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -98,18 +123,41 @@ class CompiledNetwork:
                     self._trusted[signature] = self._module
                 elif not bool(expected.isfinite().all()):
                     return expected  # nothing to check against, until another call
-                else:
-                    self.failure = self._try_compiled(signature, tensors, expected)
+                elif not self._faster_form_is_trusted(signature, tensors, expected):
+                    self.failure = self._try_compiled(lambda: self._module, signature, tensors, expected)
                     if self.failure is not None:
                         warnings.warn(f"the network runs eagerly: {self.failure}", RuntimeWarning, stacklevel=4)
         return self._trusted[signature](*tensors)
 
-    def _try_compiled(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> str | None:
-        """Trust what is compiled for these inputs and return None; or trust the eager network and return why."""
+    def _faster_form_is_trusted(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> bool:
+        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, none is made again."""
+        forms = self._forms
+        if forms is None:
+            return False
+        self.declined = self._try_compiled(lambda: forms(tensors), signature, tensors, expected)
+        if self.declined is not None:
+            self._forms = None
+            warnings.warn(f"the network is compiled as it is: {self.declined}", RuntimeWarning, stacklevel=5)
+        return self._trusted[signature] is not self._module
+
+    def _try_compiled(
+        self,
+        make: Callable[[], nn.Module | None],
+        signature: _Signature,
+        tensors: tuple[Tensor, ...],
+        expected: Tensor,
+    ) -> str | None:
+        """Trust what is compiled for these inputs and return None; or trust the eager network and return why.
+
+        Where ``make`` makes nothing to compile, there is no reason either.
+        """
         self._trusted[signature] = self._module
         try:
             with compiler_cache():
-                compiled = self._compile()
+                module = make()
+                if module is None:
+                    return None
+                compiled = self._compile(module)
                 actual = compiled(*tensors)
         except torch.OutOfMemoryError:
             del self._trusted[signature]
@@ -122,13 +170,12 @@ class CompiledNetwork:
             self._trusted[signature] = compiled
         return difference
 
-    def _compile(self) -> Callable[..., Tensor]:
-        """`torch.compile` the module behind a code object of its own.
+    def _compile(self, module: nn.Module) -> Callable[..., Tensor]:
+        """`torch.compile` a module behind a code object of its own.
 
         Dynamo counts recompilations by code object: a class's ``forward`` is shared by its instances, so that several
         engines, or several signatures, would run into its limit together.
         """
-        module = self._module
 
         def forward(*tensors: Tensor) -> Tensor:
             out: Tensor = module(*tensors)

@@ -503,6 +503,8 @@ class Engine:
             lines.append(f"{'exported':<14} {self._exported}")
         if self._uncaptured is not None:
             lines.append(f"{'':<14} {'eager':<13} no tick was captured: {self._uncaptured}")
+        if (declined := self._evaluator.declined) is not None:
+            lines.append(f"{'':<14} {'declined':<13} {declined}")
         if self._batch is None:
             bucket = "buckets of lanes up to what fits, found before the first images"
         elif self.invariant:

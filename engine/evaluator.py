@@ -39,6 +39,12 @@ class Evaluator:
         """Call the network through what `compiler` makes of its form from now on."""
         self._call = compiler(self.form)
 
+    @property
+    def declined(self) -> str | None:
+        """Why the network does not run as it was to be compiled; None while it does."""
+        reason: str | None = getattr(self._call, "failure", None) or getattr(self._call, "declined", None)
+        return reason
+
     @torch.no_grad()
     def features(self, timesteps: Tensor) -> Tensor:
         """The features [R, ...] of the rows with these timesteps, int64 [R]."""

@@ -48,12 +48,25 @@ class Plan:
 
     def choices(self) -> dict[str, Choice]:
         """The decisions by the name of what was decided."""
-        return {
+        choices = {
             "device": self.device_choice,
             "network dtype": self.dtype_choice,
             "step": self.backend,
             "network": self.network,
         }
+        if self.network.value == "compile" and self.device.type == "cpu":
+            choices["layers"] = self._layers
+        return choices
+
+    @property
+    def _layers(self) -> Choice:
+        """What runs the layers of a network of ours that is compiled for a CPU."""
+        from stepfusion.compiled import why_not_cpu_form
+
+        reason = why_not_cpu_form(self.device, self.dtype)
+        if reason is None:
+            return Choice("C++", "3x3 convolutions of our networks by Winograd's algorithm, group norms fused")
+        return Choice("PyTorch", reason)
 
     @property
     def ops(self) -> ModuleType:

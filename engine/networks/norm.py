@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import kernels
+from stepfusion.kernels import group_norm_cpu
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -15,6 +16,7 @@ class GroupNormAct(nn.GroupNorm):
     Attributes:
         fused: run it as :func:`stepfusion.kernels.group_norm_silu`, which needs a GPU that Triton drives and has no
             gradient; otherwise as PyTorch's own operators.
+        fused_on_cpu: run it as :func:`stepfusion.kernels.group_norm_cpu.group_norm_silu_cpu`, where it fits.
         by_rows: normalise rows of a matrix, a row for each group, which some runtimes do faster than group norms.
     """
 
@@ -22,6 +24,7 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.act = nn.Identity() if act is None else act
         self.fused = False
+        self.fused_on_cpu = False
         self.by_rows = False
 
     def forward(
@@ -38,8 +41,8 @@ class GroupNormAct(nn.GroupNorm):
         `time` [B, C] is added before the norm; `scale` and `shift` [B, C] make ``norm * (1 + scale) + shift`` of it
         (Dhariwal & Nichol 2021, section 3.1).
         """
+        silu = isinstance(self.act, nn.SiLU)
         if self.fused:
-            silu = isinstance(self.act, nn.SiLU)
             fused: Tensor = kernels.group_norm_silu(
                 x,
                 self.weight,
@@ -55,6 +58,12 @@ class GroupNormAct(nn.GroupNorm):
             return fused if silu else self.act(fused)
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
+        if self.fused_on_cpu and group_norm_cpu.fits(x.shape[1]):
+            options = {"time": time, "scale": scale, "shift": shift}
+            fused = group_norm_cpu.group_norm_silu_cpu(
+                x, self.weight, self.bias, self.num_groups, self.eps, **options, silu=silu
+            )
+            return fused if silu else self.act(fused)
         if time is not None:
             x = x + time[:, :, None, None]
         x = self._normalise_rows(x) if self.by_rows else super().forward(x)

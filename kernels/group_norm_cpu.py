@@ -1,0 +1,116 @@
+"""Group normalisation and SiLU for bfloat16 images in channels_last on a CPU: the C++ form of `group_norm_silu`.
+
+y = act(norm(x + time) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of work is an
+image and a run of its groups; moments are float32 for each channel about its first pixel, combined to those of a
+group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for each
+channel, so that two passes over the pixels remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.cpu_library import LANES, library
+
+_WIDTH = 64  # channels of a piece of work, at least, where there are so many: two cache lines of every pixel
+
+
+def fits(channels: int) -> bool:
+    """Whether so many channels can be normalised."""
+    return channels > 0 and channels % LANES == 0
+
+
+def _width(channels: int, groups: int) -> int:
+    """Channels of a piece of work: whole vectors, whole groups, a divisor of all."""
+    least = math.lcm(LANES, channels // groups)
+    widths = [width for width in range(least, channels + 1, least) if channels % width == 0]
+    return next((width for width in widths if width >= _WIDTH), channels)
+
+
+@functools.cache
+def load() -> Any:
+    """The C++ function, compiled or found; see :func:`stepfusion.kernels.cpu_library.library`."""
+    function = library("group_norm").group_norm_silu
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 8 + [ctypes.c_double, ctypes.c_bool]
+    function.restype = None
+    return function
+
+
+@torch.library.custom_op("stepfusion::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
+def _group_norm_silu_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    time: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    batch, channels, height, width = y.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows = [None if row is None else row if row.stride(1) == 1 else row.contiguous() for row in (time, scale, shift)]
+    tensors = (x, weight.contiguous(), bias.contiguous(), *rows, y)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = batch, height * width, channels, groups, _width(channels, groups)
+    load()(*pointers, *sizes, *(0 if row is None else row.stride(0) for row in rows), eps, silu)
+    return y
+
+
+@_group_norm_silu_cpu.register_fake
+def _group_norm_silu_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def group_norm_silu_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    time: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """Normalise groups of channels of every image, and activate: :func:`stepfusion.kernels.group_norm_silu`, no skip.
+
+    Args:
+        x: bfloat16 [B, C, H, W], read as channels_last; C a multiple of 16.
+        weight, bias: bfloat16 [C]. groups: a divisor of C. eps: added to the variance.
+        time, scale, shift: bfloat16 [B, C] or None, scale and shift together; rows may lie apart.
+        silu: whether to activate.
+
+    Returns:
+        bfloat16 [B, C, H, W] in channels_last. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    launch.check_dtype("x", x, (torch.bfloat16,))
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
+    batch, channels = x.shape[:2]
+    if not fits(channels) or groups < 1 or channels % groups:
+        raise ValueError(f"x must have a multiple of {LANES} and of groups ({groups}) channels, got {channels}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        launch.check_like(name, vector, (channels,), x.device, (torch.bfloat16,))
+    for name, row in (("time", time), ("scale", scale), ("shift", shift)):
+        if row is not None:
+            launch.check_like(name, row, (batch, channels), x.device, (torch.bfloat16,))
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got one of them")
+    y: Tensor = _group_norm_silu_cpu(x, weight, bias, groups, eps, time, scale, shift, silu)
+    return y

@@ -1,0 +1,243 @@
+"""The form in which a network of ours is compiled for a CPU in bfloat16: what it replaces, shares, and promises."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stepfusion as sf
+from stepfusion import compiled
+from stepfusion.compiled import TOLERANCE, compile_network, describe_difference
+from stepfusion.kernels import winograd
+from stepfusion.kernels.cpu_library import why_not_cpu_kernels
+from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks.cpu_form import CpuForms, WinogradConv2d
+from stepfusion.networks.norm import GroupNormAct
+
+needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
+
+CPU = torch.device("cpu")
+
+
+def unet(**changes: Any) -> UNet2D:
+    """Three levels of 16, 8 and 4 pixels, with what is replaced and what is not."""
+    options: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (32, 48, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    torch.manual_seed(0)
+    network = UNet2D(UNet2DConfig(**(options | changes))).eval()
+    return network.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def inputs(batch: int = 2, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 3, size, size, generator=generator).bfloat16()
+    return x, torch.arange(batch)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo traces as ever, but what it traced runs as it is."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, example, options: graph.forward)
+
+
+def layers(form: nn.Module) -> dict[str, int]:
+    """The number of products of every convolution that was replaced."""
+    return {name: m.weight.shape[1] for name, m in form.named_modules() if isinstance(m, WinogradConv2d)}
+
+
+@needs_kernel
+@pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet"}])
+@torch.no_grad()
+def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
+    """Held to the float32 network: at most three times the rounding of the bfloat16 network itself."""
+    network = unet(**changes)
+    form = CpuForms(network)(inputs())
+    assert form is not None
+    exact = network.float()(inputs()[0].float(), inputs()[1])
+    network.bfloat16()
+    error, direct = (float((out - exact).pow(2).mean().sqrt()) for out in (form(*inputs()), network(*inputs())))
+    assert error < 3 * direct
+    assert describe_difference(form(*inputs()), exact.bfloat16(), TOLERANCE[torch.bfloat16]) is None
+
+
+@needs_kernel
+@torch.no_grad()
+def test_the_scheme_follows_the_size_of_the_image() -> None:
+    network = unet()
+    forms = CpuForms(network)
+    small, large = forms(inputs()), forms(inputs(1, 32))
+    assert small is not None
+    assert large is not None
+    assert {layers(small)["down_blocks.0.resnets.0.conv1"], layers(large)["down_blocks.0.resnets.0.conv1"]} == {36}
+    assert (layers(small)["down_blocks.1.resnets.0.conv1"], layers(large)["down_blocks.1.resnets.0.conv1"]) == (
+        16,
+        36,
+    )
+    assert layers(small)["up_blocks.0.upsamplers.0"] == layers(large)["up_blocks.0.upsamplers.0"] == 9
+    direct = {name for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    assert direct == {
+        *("conv_in", "conv_out", "down_blocks.0.downsamplers.0.conv", "down_blocks.1.downsamplers.0.conv"),
+        *(name for name, _ in network.named_modules() if name.endswith("conv_shortcut")),
+    }
+    shared = small.get_submodule("mid_block.resnets.0.conv1")
+    assert shared is large.get_submodule("mid_block.resnets.0.conv1"), "transformed once"
+
+
+@needs_kernel
+@torch.no_grad()
+def test_the_network_stays_as_it_is() -> None:
+    network = unet()
+    before = {name: (t.data_ptr(), t.clone()) for name, t in network.state_dict().items()}
+    expected = network(*inputs())
+    form = CpuForms(network)(inputs())
+    assert form is not None
+    form(*inputs())
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(after[name].data_ptr() == at and torch.equal(after[name], t) for name, (at, t) in before.items())
+    assert torch.equal(network(*inputs()), expected)
+    assert not any(norm.fused_on_cpu for norm in network.modules() if isinstance(norm, GroupNormAct))
+    mine = {t.data_ptr() for t in form.parameters()}
+    assert mine <= {t.data_ptr() for t in network.parameters()}, "no parameter was copied"
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_other_networks_are_compiled_as_they_are() -> None:
+    other = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).bfloat16().eval()
+    network = compile_network(other, CPU, torch.bfloat16)
+    x = torch.randn(1, 16, 8, 8).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(network(x), other(x))
+    assert (network.compilations, network.failure, network.declined) == (1, None, None)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiled_network_is_its_form() -> None:
+    network = unet()
+    own = compile_network(network, CPU, torch.bfloat16)
+    form = CpuForms(network)(inputs())
+    assert form is not None
+    with torch.no_grad():
+        assert torch.equal(own(*inputs()), form(*inputs()))
+        assert not torch.equal(own(*inputs()), network(*inputs()))
+    own(*inputs(4))
+    own(*inputs())
+    assert (own.compilations, own.failure, own.declined) == (2, None, None)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_a_form_that_differs_too_much_is_declined_once_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights whose transform overflows what rounding explains: the network itself is compiled, and says why."""
+    right = winograd.transform_weight
+    monkeypatch.setattr(winograd, "transform_weight", lambda weight, scheme: 1.5 * right(weight, scheme))
+    network = unet()
+    own = compile_network(network, CPU, torch.bfloat16)
+    with pytest.warns(
+        RuntimeWarning, match=r"compiled as it is: the compiled network differs by .* where the largest"
+    ):
+        out = own(*inputs())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(out, network(*inputs()))
+        assert torch.equal(own(*inputs(4)), network(*inputs(4)))
+    assert own.failure is None
+    assert own.declined is not None
+    assert own.compilations == 3
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no working C++ compiler\nand so on")
+
+    monkeypatch.setattr(winograd, "load", fail)
+    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16")
+    with pytest.warns(RuntimeWarning, match=r"compiled as it is: torch.compile failed with RuntimeError: no working"):
+        assert engine.sample(2, steps=2).isfinite().all()
+    assert "declined      torch.compile failed with RuntimeError: no working C++ compiler" in engine.explain()
+
+
+@needs_kernel
+def test_explain_says_what_runs_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explain(**options: Any) -> str:
+        arguments = {"device": "cpu", "network": "compile", "dtype": "bfloat16"} | options
+        return sf.Engine(unet(), sf.NoiseSchedule.linear(1000), **arguments).explain()
+
+    assert "layers         C++           3x3 convolutions of our networks by Winograd" in explain()
+    assert "layers         PyTorch       the C++ kernels are for bfloat16 on CPUs" in explain(dtype="float32")
+    assert "layers" not in explain(network="eager")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert "layers         PyTorch       this CPU has no AVX512-BF16" in explain()
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_an_invariant_engine_gives_the_same_bits_in_any_company() -> None:
+    options: dict[str, Any] = {"device": "cpu", "network": "compile", "dtype": "bfloat16", "batch": 4}
+    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), invariant=True, **options)
+    images = engine.sample(6, steps=3, eta=1.0)
+    assert torch.equal(engine.sample(indices=[5], steps=3, eta=1.0), images[5:])
+    assert torch.equal(engine.sample(indices=[4, 0, 2], steps=3, eta=1.0), images[[4, 0, 2]])
+
+
+@needs_kernel
+@pytest.mark.usefixtures("uncompiled")
+def test_two_engines_in_two_threads_do_not_disturb_each_other() -> None:
+    def engine(size: int) -> sf.Engine:
+        made = sf.Engine(
+            unet(sample_size=size), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16"
+        )
+        made.sample(2, steps=1)
+        return made
+
+    engines = [engine(16), engine(32)]
+    expected = [one.sample(2, steps=4) for one in engines]
+    results: list[list[Tensor]] = [[], []]
+
+    def run(index: int) -> None:
+        for _ in range(4):
+            results[index].append(engines[index].sample(2, steps=4))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for images, wanted in zip(results, expected, strict=True):
+        assert len(images) == 4
+        assert all(torch.equal(image, wanted) for image in images)
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_what_inductor_makes_of_the_form_is_trusted() -> None:
+    network = unet()
+    own = compile_network(network, CPU, torch.bfloat16)
+    out = own(*inputs())
+    with torch.no_grad():
+        assert describe_difference(out, network(*inputs()), TOLERANCE[torch.bfloat16]) is None
+    assert (own.compilations, own.failure, own.declined) == (1, None, None)
+
+
+def test_other_dtypes_and_devices_have_no_form() -> None:
+    check: Callable[..., str | None] = compiled.why_not_cpu_form
+    assert check(CPU, torch.float32) == check(torch.device("cuda"), torch.bfloat16)
+    assert check(CPU, torch.float32) == "the C++ kernels are for bfloat16 on CPUs"
