@@ -174,13 +174,13 @@ class Smooth(torch.nn.Module):
 
 out, inputs = Path(sys.argv[1], "bundle"), (torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
 export_openvino(cpu_engine(Smooth(), shape=(1, 4, 4)), out, batch=Batch.fixed(2))
-networks = [*(openvino_network(Smooth(), torch.float32) for _ in range(2)), *(load_network(out) for _ in range(2))]
-for network in networks:
-    network(*inputs)
-del network
-while networks:
-    del networks[0]  # in the order in which they were made
-for _ in range(2):
+for make in (lambda: load_network(out), lambda: openvino_network(Smooth(), torch.float32)):
+    networks = [make(), make()]
+    for network in networks:
+        network(*inputs)
+    del network
+    while networks:
+        del networks[0]  # in the order in which they were made
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
