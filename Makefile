@@ -9,19 +9,39 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench lint types wheel clean
+.PHONY: help demo test partition server bench lint types wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.png
 	@$(BIN)/stepfusion sample fashion-mnist --guidance 1.5 --out samples.png
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+
+# Packages that stay out of .venv, for they ask for PyTorch's CUDA build and for a web stack: without what they depend
+# on, in a folder of their own. Where they cannot be installed their tests are skipped.
+PARTITIONER := torch-tensorrt-rtx==2.13.0 dllist==2.0.0 psutil==7.2.2
+SERVER := nvidia-pytriton==0.7.0
+
+partition: $(VENV)/.dev  ## torch-tensorrt's partitioner over every network, no GPU needed
+	@$(call aside,build/partitioner,$(PARTITIONER))
+	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) \
+		tests/export/test_to_torch_tensorrt.py
+
+server: $(VENV)/.dev  ## an exported model repository in a Triton Inference Server
+	@$(call aside,build/server,$(SERVER))
+	@STEPFUSION_PYTRITON=$(CURDIR)/build/server $(BIN)/python -m pytest -n 0 --benchmark-disable $(PYTEST_ARGS) \
+		tests/export/test_in_triton_server.py
+
+define aside
+test -d $(1) || { rm -rf $(1).part && $(BIN)/pip install -qq --no-deps --target $(1).part $(2) && mv $(1).part $(1); } \
+	|| echo "make $@: pip cannot install $(2) into $(1): the tests that need it are skipped"
+endef
 
 bench: $(VENV)/.dev  ## time kernels and network blocks; `stepfusion bench` measures the rest, beside peers
 	@$(BIN)/python -m pytest -n 0 --benchmark-only $(PYTEST_ARGS) tests/bench

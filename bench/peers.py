@@ -27,6 +27,7 @@ from stepfusion.errors import ExportError
 from stepfusion.export.formats import FORMATS, exporter
 from stepfusion.export.program import Batch
 from stepfusion.kernels import BackendError
+from stepfusion.openvino_network import openvino_core
 from stepfusion.sampler_config import read_config
 
 _OPSET = 20  # the first with a native GroupNormalization in the runtimes measured
@@ -347,7 +348,7 @@ class OpenVINO(_Loop):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        model = need("openvino").Core().compile_model(str(case.onnx), "CPU", settings)
+        model = openvino_core().compile_model(str(case.onnx), "CPU", settings)
         return lambda x, t: torch.from_numpy(model(list(_arrays(x, t, case.labels)))[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,21 @@ def openvino_network(module: nn.Module, dtype: torch.dtype) -> Callable[..., Ten
     return _OpenVINONetwork(module, dtype)
 
 
+@functools.cache
+def openvino_core() -> openvino.Core:
+    """The process's one ``openvino.Core``, which lives as long as the process does.
+
+    On Linux the first model that a core compiles gives the calling thread another stack for signal handlers, and a
+    core's end gives back the one before, which is unmapped by then where an older core ended first
+    (``SigAltStackSetup`` in OpenVINO's CPU plugin). The next signal, as Ctrl-C, would then kill the process.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    core: openvino.Core = _import_openvino().Core()
+    return core
+
+
 class _OpenVINONetwork:
     """Compiled models by signature (shapes and dtypes) of the inputs."""
 
@@ -70,10 +86,10 @@ class _Request:
     """One compiled model with its own inference request, whose inputs and output are memory of torch tensors."""
 
     def __init__(self, module: nn.Module, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-        ov = _import_openvino()
+        ov, core = _import_openvino(), openvino_core()
         self._inputs = [torch.empty(tensor.shape, dtype=_exchanged(tensor.dtype)) for tensor in tensors]
         try:
-            compiled = ov.Core().compile_model(_convert(module, self._inputs), "CPU", _settings(dtype))
+            compiled = core.compile_model(_convert(module, self._inputs), "CPU", _settings(dtype))
         except Exception as error:
             raise BackendError(f"OpenVINO cannot take this network: {first_line(error)}") from error
         self._request = compiled.create_infer_request()

@@ -6,7 +6,7 @@ sampler's table and a page that says how to run it. :mod:`stepfusion.export.form
 
 from stepfusion.export.bundle import Bundle, Manifest, Tensorspec, read_bundle
 from stepfusion.export.formats import FORMATS
-from stepfusion.export.load import ExportedNetwork, load_network
+from stepfusion.export.load import ExportedNetwork, ExportedTick, load_network, load_tick
 from stepfusion.export.program import Batch, export_program
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "Batch",
     "Bundle",
     "ExportedNetwork",
+    "ExportedTick",
     "Manifest",
     "Tensorspec",
     "export_program",
     "load_network",
+    "load_tick",
     "read_bundle",
 ]

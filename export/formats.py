@@ -38,7 +38,7 @@ class Format:
 _ONNX = ("onnx", "onnxscript")
 
 FORMATS = {
-    "onnx": Format("stepfusion.export.to_onnx", "export_onnx", _ONNX, "onnx"),
+    "onnx": Format("stepfusion.export.to_onnx", "export_onnx", _ONNX, "onnx", kinds=("network", "tick")),
     "openvino": Format(
         "stepfusion.export.to_openvino", "export_openvino", (*_ONNX, "openvino"), "openvino", ("float32", "bfloat16")
     ),
@@ -67,8 +67,8 @@ def find_format(name: str, *, kind: str = "network", dtype: str = "float32") -> 
     found = FORMATS[_checks.choice("format", name, FORMATS)]
     _checks.choice("kind", kind, ("network", "tick"))
     if kind not in found.kinds:
-        able = ", ".join(other for other, entry in FORMATS.items() if kind in entry.kinds)
-        raise ExportError(f"the format {name} does not carry a {kind}; {able} does")
+        able = " and ".join(other for other, entry in FORMATS.items() if kind in entry.kinds)
+        raise ExportError(f"the format {name} does not carry a {kind}; {able} do")
     if dtype not in found.dtypes:
         raise ExportError(f"the format {name} has no {dtype} networks; it has {', '.join(found.dtypes)}")
     return found

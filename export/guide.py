@@ -61,14 +61,59 @@ From C++: `torch::inductor::AOTIModelPackageLoader("model.pt2")`, from LibTorch'
 The model's name and its tensors are in `models/*/config.pbtxt`.""",
 }
 
+_RUN_TICK = {
+    "onnx": """\
+```python
+import json
+
+import numpy
+import onnxruntime
+
+tick, initial_noise = (
+    onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
+    for name in ("model.onnx", "initial_noise.onnx")
+)
+table = json.load(open("table.json"))
+index = numpy.arange({lanes})  # the images' numbers
+seed = numpy.full_like(index, 0)
+feed = {{
+    "coefficients": numpy.array(
+        [[numpy.inf if value is None else value for value in row] for row in table["coefficients"]], numpy.float32
+    ),
+    "timesteps": numpy.array(table["timesteps"]),
+    "seed": seed,
+    "index": index,
+{condition}}}
+(x,) = initial_noise.run(None, {{"seed": seed, "index": index}})
+row = table["starts"][0]
+while row >= 0:
+    (x,) = tick.run(None, {{"x": x, "row": numpy.full_like(index, row), **feed}})
+    row = table["next_row"][row]  # x: float32 {image}, in the end images in [-1, 1]
+```""",
+    "aoti": """\
+```python
+import torch
+
+tick, initial_noise = (torch._inductor.aoti_load_package(name) for name in ("model.pt2", "initial_noise.pt2"))
+x = initial_noise(seed, index)  # int64 [B] each, on {device}: seeds, and the images' numbers
+x = tick({names})  # for row 0, then `next_row` of `table.json`, until that is -1
+```
+
+From C++: `torch::inductor::AOTIModelPackageLoader("model.pt2")`, from LibTorch's
+`torch/csrc/inductor/aoti_package/model_package_loader.h`.""",
+}
+_CONDITION = {
+    "labels": '    "labels": numpy.zeros_like(index),\n',
+    "guidance": '    "guidance": numpy.full(len(index), 1.0, numpy.float32),  # 1: none\n',
+}
+
 _TICK = """\
 ```python
-from stepfusion.export import read_bundle
-from stepfusion.export.to_aoti import load_aoti, load_initial_noise
+from stepfusion.export import load_tick
 
-bundle = read_bundle("DIR")
-x = load_initial_noise(bundle, "{device}")(seed, index)
-tick = load_aoti(bundle, "{device}")
+loaded = load_tick("DIR")
+x = loaded.initial_noise(seed, index)
+x = loaded.tick({names})
 ```"""
 
 
@@ -76,8 +121,14 @@ def guide(manifest: Manifest, table: StepTable | None, notes: str | None = None)
     """The page of a bundle, in Markdown; ``notes`` is what its export has to say."""
     rows = [_row("input", spec) for spec in manifest.inputs] + [_row("output", spec) for spec in manifest.outputs]
     names = [spec.name for spec in manifest.inputs]
-    run = _RUN.get(manifest.format, f"See the documentation of the format {manifest.format}.").format(
+    pages = _RUN if manifest.kind == "network" else _RUN_TICK
+    image = list(manifest.inputs[0].shape)
+    low, _, high = manifest.model.get("batch") or (1, 4, 4)
+    run = pages.get(manifest.format, f"See the documentation of the format {manifest.format}.").format(
         names=", ".join(names),
+        lanes=min(max(4, low), high),
+        image=str(image).replace("'", ""),
+        condition="".join(_CONDITION.get(name, "") for name in names),
         feed=", ".join(f'"{name}": {name}' for name in names),
         device=manifest.device,
         openvino_type={"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(manifest.dtype, "f32"),
@@ -93,7 +144,7 @@ def guide(manifest: Manifest, table: StepTable | None, notes: str | None = None)
         "Back in stepfusion, which verifies every hash in `manifest.json` first:",
         '```python\nimport stepfusion as sf\n\nengine = sf.Engine.from_exported("DIR")\n```'
         if manifest.kind == "network"
-        else _TICK.format(device=manifest.device),
+        else _TICK.format(names=", ".join(names)),
     ]
     if table is not None:
         parts += [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stepfusion.errors import ExportError
-from stepfusion.export.bundle import ANY_DEVICE, Bundle, check_runs_here, read_bundle
+from stepfusion.export.bundle import ANY_DEVICE, Bundle, Manifest, check_runs_here, read_bundle
 from stepfusion.export.facts import read_facts
 from stepfusion.export.formats import FORMATS, require
 from stepfusion.export.program import Batch
@@ -80,13 +81,55 @@ def load_network(
         raise ExportError(
             f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a network as {able} can be loaded"
         )
-    wanted = "auto" if manifest.device == ANY_DEVICE else manifest.device
-    try:
-        where = choose_device(wanted if device == "auto" else device)[0]
-    except ValueError as error:
-        raise ExportError(f"the {manifest.format} bundle cannot run here: {error}") from None
+    where = _device(manifest, device)
     check_runs_here(manifest, device=where, dtype=manifest.dtype if dtype == "auto" else dtype)
     return ExportedNetwork(bundle, loader(bundle, where), where)
+
+
+@dataclass(frozen=True)
+class ExportedTick:
+    """One step of a sampler, exported: what a consumer without stepfusion runs, for trying it from Python.
+
+    Attributes:
+        tick: the inputs that the manifest lists -> x float32 [B, C, H, W]
+            (:meth:`stepfusion.export.tick.Tick.forward`).
+        initial_noise: (seed, index), int64 [B] each -> the state that an image starts from.
+        bundle: where it comes from, with the table.
+    """
+
+    tick: Runtime
+    initial_noise: Runtime
+    bundle: Bundle
+
+
+def load_tick(bundle: Bundle | str | os.PathLike[str], device: str | torch.device = "auto") -> ExportedTick:
+    """Load the tick of a bundle. Every hash and version is checked before anything is deserialised.
+
+    Raises:
+        ExportError: as :func:`load_network`.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = read_bundle(bundle)
+    manifest = bundle.manifest
+    loader = _TICK_LOADERS.get(manifest.format)
+    if manifest.kind != "tick" or loader is None:
+        able = ", ".join(_TICK_LOADERS)
+        raise ExportError(
+            f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a tick as {able} can be loaded"
+        )
+    where = _device(manifest, device)
+    check_runs_here(manifest, device=where, dtype=manifest.dtype)
+    tick, initial_noise = loader(bundle, where)
+    return ExportedTick(tick, initial_noise, bundle)
+
+
+def _device(manifest: Manifest, device: str | torch.device) -> torch.device:
+    """The device to load on; "auto" is the manifest's."""
+    wanted = "auto" if manifest.device == ANY_DEVICE else manifest.device
+    try:
+        return choose_device(wanted if device == "auto" else device)[0]
+    except ValueError as error:
+        raise ExportError(f"the {manifest.format} bundle cannot run here: {error}") from None
 
 
 def _load_onnx(bundle: Bundle, device: torch.device) -> Runtime:
@@ -102,7 +145,7 @@ def _load_openvino(bundle: Bundle, device: torch.device) -> Runtime:
 def _load_tensorrt(bundle: Bundle, device: torch.device) -> Runtime:
     package = bundle.manifest.format.replace("-", "_")
     require((package,), FORMATS[bundle.manifest.format].extra)
-    stripped = bundle.manifest.versions.get("weights") == "stripped"
+    stripped = bundle.manifest.model.get("weights") == "stripped"
     weights = bundle.path / "model.onnx" if stripped else None
     return TensorRTNetwork(bundle.path / "model.engine", bundle.manifest, device, package, weights)
 
@@ -116,8 +159,20 @@ def _load_torch_tensorrt(bundle: Bundle, device: torch.device) -> Runtime:
 def _load_aoti(bundle: Bundle, device: torch.device) -> Runtime:
     from stepfusion.export.to_aoti import load_aoti
 
-    run: Runtime = load_aoti(bundle, device)
-    return run
+    return load_aoti(bundle, device)
+
+
+def _load_onnx_tick(bundle: Bundle, device: torch.device) -> tuple[Runtime, Runtime]:
+    from stepfusion.export.to_onnx import load_onnx_tick
+
+    require(("onnxruntime",), "onnx")
+    return load_onnx_tick(bundle.path, bundle.manifest, device)
+
+
+def _load_aoti_tick(bundle: Bundle, device: torch.device) -> tuple[Runtime, Runtime]:
+    from stepfusion.export.to_aoti import load_aoti, load_initial_noise
+
+    return load_aoti(bundle, device), load_initial_noise(bundle, device)
 
 
 _LOADERS: dict[str, Loader] = {
@@ -127,4 +182,8 @@ _LOADERS: dict[str, Loader] = {
     "tensorrt-rtx": _load_tensorrt,
     "torch-tensorrt": _load_torch_tensorrt,
     "aoti": _load_aoti,
+}
+_TICK_LOADERS: dict[str, Callable[[Bundle, torch.device], tuple[Runtime, Runtime]]] = {
+    "onnx": _load_onnx_tick,
+    "aoti": _load_aoti_tick,
 }

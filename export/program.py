@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,16 +103,28 @@ def export_program(engine: Engine, batch: Batch = DYNAMIC) -> ExportedProgram:
     if batch.dynamic:
         size = Dim("batch", min=batch.low, max=batch.high)
         shapes = tuple({0: size} for _ in examples[0])
-    try:
-        program = torch.export.export(network, examples[0], dynamic_shapes=shapes)
-    except Exception as error:  # whatever a user's module raises when it is traced
-        raise ExportError(f"torch.export cannot trace the network: {first_line(error)}") from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which would go into what is written
+    program = trace(network, examples[0], shapes, "network")
     module = program.module()
     with torch.no_grad():
         for example in examples:
             check_close(module(*example), network(*example), "exported program", len(example[0]))
+    return program
+
+
+def trace(
+    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...] | None, what: str
+) -> ExportedProgram:
+    """A module as a program, for the dynamic dimensions ``shapes`` of its inputs.
+
+    Raises:
+        ExportError: it cannot be traced; ``what`` names it.
+    """
+    try:
+        program = torch.export.export(module, example, dynamic_shapes=shapes)
+    except Exception as error:  # whatever a user's module raises when it is traced
+        raise ExportError(f"torch.export cannot trace the {what}: {first_line(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which would go into what is written
     return program
 
 
@@ -141,9 +154,14 @@ def output_specs(program: ExportedProgram, batch: Batch, dtype: str | None = Non
     return (Tensorspec("out", dtype or name_of(value.dtype), (batch.dimension, *map(int, value.shape[1:]))),)
 
 
-def check_close(actual: Tensor, expected: Tensor, what: str, batch: int) -> float:
-    """The largest difference between two outputs of a network; ExportError where rounding does not explain it."""
-    allowed = _ROUNDINGS[expected.dtype] * UNIT[expected.dtype] * float(expected.abs().max())
+def check_close(
+    actual: Tensor, expected: Tensor, what: str, batch: int, computed_in: torch.dtype | None = None
+) -> float:
+    """The largest difference between two outputs of a network, or of a tick whose network is in ``computed_in``;
+    ExportError where rounding does not explain it.
+    """
+    dtype = computed_in or expected.dtype
+    allowed = _ROUNDINGS[dtype] * UNIT[dtype] * float(expected.abs().max())
     error = float((actual.to(expected.device).double() - expected.double()).abs().max())
     if not error <= allowed:
         raise ExportError(

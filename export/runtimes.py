@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepfusion.errors import ExportError
+from stepfusion.openvino_network import openvino_core
 from stepfusion.plan import DTYPES
 
 if TYPE_CHECKING:
@@ -93,12 +94,11 @@ class OpenVINONetwork:
     """OpenVINO IR on a CPU, computing in the dtype of its manifest."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        openvino = import_module("openvino")
         settings = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[manifest.dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        core = openvino.Core()
+        core = openvino_core()
         self._manifest = manifest
         self._request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
         self._lock = threading.Lock()  # a request serves one call at a time

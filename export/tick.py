@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.errors import ExportError, first_line
-from stepfusion.export.bundle import Tensorspec
-from stepfusion.export.program import Batch, example_inputs, plain_network
+from stepfusion.errors import ExportError
+from stepfusion.export.bundle import KINDS, Tensorspec
+from stepfusion.export.program import Batch, check_close, example_inputs, plain_network, trace
+from stepfusion.export.runtimes import Runtime
 from stepfusion.kernels import COLUMNS, launch, philox
 from stepfusion.table import StepTable
 
@@ -37,6 +39,8 @@ _LARGEST_EXPONENT = 32  # of a word + 1
 _MOST_ROWS = 1 << 24
 _EXAMPLE_ROWS = 8
 _EXAMPLE_SEED = 0x0123456789ABCDEF
+_LOOP_EVALUATIONS = 50  # of one image, in the loop that checks an export
+_LOOP_DRIFT = 1e-3  # float32, after that loop
 
 
 class Tick(nn.Module):
@@ -205,6 +209,15 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     return philox._quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
 
 
+def check_kind(engine: Engine, kind: str, table: StepTable | None, guided: bool) -> None:
+    """Refuse a kind that there is not, guidance of a network, and what :func:`check_tick` refuses of a tick."""
+    _checks.choice("kind", kind, KINDS)
+    if kind == "network" and guided:
+        raise ExportError("guided is for kind='tick': a network runs once, with the labels that it is given")
+    if kind == "tick":
+        check_tick(engine, table, guided)
+
+
 def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
     """Refuse a tick that could not run.
 
@@ -241,13 +254,14 @@ def tick_program(engine: Engine, batch: Batch, *, guided: bool = False) -> Expor
     example = tick_example(engine, batch.examples()[0], guided=guided)
     shapes = [_lanes(batch) for _ in example]
     shapes[2] = shapes[3] = {0: Dim("rows", min=1, max=_MOST_ROWS)}
-    return _trace(tick_module(engine, guided=guided), example, shapes)
+    return trace(tick_module(engine, guided=guided), example, tuple(shapes), "tick")
 
 
 def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
     """Where the engine's images start, as a program (seed, index) -> x_T for these batch sizes."""
     numbers = torch.arange(batch.examples()[0], device=engine.plan.device)
-    return _trace(InitialNoise(engine.shape).eval(), (numbers, numbers.clone()), [_lanes(batch), _lanes(batch)])
+    shapes = (_lanes(batch), _lanes(batch))
+    return trace(InitialNoise(engine.shape).eval(), (numbers, numbers.clone()), shapes, "initial noise")
 
 
 def tick_example(engine: Engine, batch: int, *, guided: bool = False) -> tuple[Tensor, ...]:
@@ -281,13 +295,66 @@ def tick_specs(
     return tuple(inputs), (Tensorspec("x_next", "float32", image),)
 
 
+def initial_noise_specs(
+    shape: Sequence[int], lanes: int | str
+) -> tuple[tuple[Tensorspec, ...], tuple[Tensorspec, ...]]:
+    """The inputs and outputs of the initial noise of images of a shape, for ``lanes`` of them, a number or a name."""
+    return (Tensorspec("seed", "int64", (lanes,)), Tensorspec("index", "int64", (lanes,))), (
+        Tensorspec("x", "float32", (lanes, *shape)),
+    )
+
+
+@torch.no_grad()
+def compare_tick(
+    engine: Engine,
+    batch: Batch,
+    table: StepTable,
+    tick: Runtime,
+    initial_noise: Runtime,
+    what: str,
+    *,
+    guided: bool = False,
+) -> str:
+    """Hold an exported tick and its initial noise against the engine's, alone and in a loop; says what was found.
+
+    Raises:
+        ExportError: ``what`` computes something else.
+    """
+    reference, start, dtype = tick_module(engine, guided=guided), InitialNoise(engine.shape), engine.plan.dtype
+    largest = noise = 0.0
+    for size in sorted(set(batch.examples())):
+        example = tick_example(engine, size, guided=guided)
+        largest = max(largest, check_close(tick(*example), reference(*example), f"{what} tick", size, dtype))
+        lanes = example[4], example[5]
+        noise = max(noise, check_close(initial_noise(*lanes), start(*lanes), f"{what} initial noise", size))
+    rows = _loop_rows(table, max(2, _LOOP_EVALUATIONS // batch.low))
+    _, _, _, _, seed, index, *condition = tick_example(engine, batch.low, guided=guided)
+    values, expected = table.on(engine.plan.device), start(seed, index)
+    actual = initial_noise(seed, index)
+    for row in rows:
+        data = torch.full_like(index, row), values.coefficients, values.timesteps, seed, index, *condition
+        actual, expected = tick(actual, *data), reference(expected, *data)
+    drift = float((actual.to(expected.device) - expected).abs().max())
+    if dtype == torch.float32 and engine.plan.device.type == "cpu" and not drift <= _LOOP_DRIFT:
+        raise ExportError(
+            f"the {what} tick differs from the engine's by {drift:.2g} after {len(rows)} rows; "
+            f"{_LOOP_DRIFT} is allowed"
+        )
+    same = "bit for bit the engine's" if noise == 0.0 else f"the engine's to {noise:.2g}"
+    return (
+        f"a tick differs from the engine's by at most {largest:.2g}, and the state by {drift:.2g} after {len(rows)} "
+        f"row(s) of {table.name}; the initial noise is {same}."
+    )
+
+
+def _loop_rows(table: StepTable, most: int) -> list[int]:
+    """The rows that an image goes through from row 0 on, up to ``most`` of them."""
+    rows = [0]
+    while len(rows) < most and (row := int(table.next_row[rows[-1]])) >= 0:
+        rows.append(row)
+    return rows
+
+
 def _lanes(batch: Batch) -> dict[int, Any]:
     """The dynamic dimensions of an input with one entry for each lane."""
     return {0: Dim("batch", min=batch.low, max=batch.high)} if batch.dynamic else {}
-
-
-def _trace(module: nn.Module, example: tuple[Tensor, ...], shapes: list[dict[int, Any]]) -> ExportedProgram:
-    try:
-        return torch.export.export(module, example, dynamic_shapes=tuple(shapes))
-    except Exception as error:  # whatever a user's module raises when it is traced
-        raise ExportError(f"torch.export cannot trace the {type(module).__name__}: {first_line(error)}") from error

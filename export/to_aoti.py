@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.compiled import CUDA_OPTIONS
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.export.bundle import (
-    KINDS,
     Bundle,
     Manifest,
     Tensorspec,
@@ -40,13 +37,12 @@ from stepfusion.export.program import (
     output_specs,
     plain_network,
 )
-from stepfusion.export.runtimes import as_specified
+from stepfusion.export.runtimes import Runtime, as_specified
 from stepfusion.export.tick import (
-    InitialNoise,
-    check_tick,
+    check_kind,
+    compare_tick,
     initial_noise_program,
-    tick_example,
-    tick_module,
+    initial_noise_specs,
     tick_program,
     tick_specs,
 )
@@ -63,8 +59,6 @@ _TICK_OPTIONS = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
 #: ``freezing``, which :mod:`stepfusion.compiled` uses, gives wrong numbers in a package (PyTorch 2.13), and
 #: threads are counted where the package runs, not where it was made.
 _CPU_OPTIONS: dict[str, Any] = {"freezing": False, "cpp.dynamic_threads": True}
-
-Runtime = Callable[..., Tensor]
 
 
 def export_aoti(
@@ -93,18 +87,14 @@ def export_aoti(
         ExportError: ``out`` exists; there is no table for a tick; the network cannot be exported or compiled; or what
             was compiled does not compute what the engine does.
     """
-    _checks.choice("kind", kind, KINDS)
     if engine.plan.device.type not in ("cpu", "cuda"):
         raise ExportError(f"AOTInductor compiles for cpu and cuda, and the engine is on {engine.plan.device}")
-    if kind == "network" and guided:
-        raise ExportError("guided is for kind='tick': a network runs once, with the labels that it is given")
-    if kind == "tick":
-        check_tick(engine, table, guided)
+    check_kind(engine, kind, table, guided)
     check_out(out)
-    if kind == "network":
-        _export_network(engine, out, batch, table)
-    else:
+    if kind == "tick" and table is not None:
         _export_tick(engine, out, batch, table, guided)
+    else:
+        _export_network(engine, out, batch, table)
 
 
 def _export_network(engine: Engine, out: Path, batch: Batch, table: StepTable | None) -> None:
@@ -114,14 +104,17 @@ def _export_network(engine: Engine, out: Path, batch: Batch, table: StepTable | 
     def build(folder: Path) -> str:
         compile_program(program, folder / MODEL, engine.plan.device)
         run, network = load_package(folder / MODEL, engine.plan.device), plain_network(engine)
-        examples = [example_inputs(engine, size) for size in batch.examples()]
-        largest = _compare(run, network, examples, "compiled network")
+        largest = 0.0
+        with torch.no_grad():
+            for size in batch.examples():
+                example = example_inputs(engine, size)
+                largest = max(largest, check_close(run(*example), network(*example), "compiled network", size))
         return f"Run before the bundle was finished: it differs from the engine's network by at most {largest:.2g}."
 
     write_bundle(out, manifest, build, table=table)
 
 
-def _export_tick(engine: Engine, out: Path, batch: Batch, table: StepTable | None, guided: bool) -> None:
+def _export_tick(engine: Engine, out: Path, batch: Batch, table: StepTable, guided: bool) -> None:
     program = tick_program(engine, batch, guided=guided)
     manifest = _manifest(engine, "tick", batch, *tick_specs(engine, batch, guided=guided))
     device = engine.plan.device
@@ -130,16 +123,8 @@ def _export_tick(engine: Engine, out: Path, batch: Batch, table: StepTable | Non
         compile_program(program, folder / MODEL, device, _TICK_OPTIONS)
         compile_program(initial_noise_program(engine, batch), folder / INITIAL_NOISE, device, _TICK_OPTIONS)
         run, noise = load_package(folder / MODEL, device), load_package(folder / INITIAL_NOISE, device)
-        examples = [tick_example(engine, size, guided=guided) for size in batch.examples()]
-        largest = _compare(run, tick_module(engine, guided=guided), examples, "compiled tick")
-        identities = [(example[4], example[5]) for example in examples]
-        difference = _compare(noise, InitialNoise(engine.shape), identities, "compiled initial noise")
-        return (
-            f"Run before the bundle was finished: a tick differs from the engine's by at most {largest:.2g}, "
-            f"the initial noise by {difference:.2g}.\n\n"
-            f"`{INITIAL_NOISE}` maps (seed, index), int64, to the state that an image starts from. Go on with row 0 "
-            "of the table, then `next_row`, until that is -1."
-        )
+        found = compare_tick(engine, batch, table, run, noise, "compiled", guided=guided)
+        return f"Run before the bundle was finished: {found}"
 
     write_bundle(out, manifest, build, table=table)
 
@@ -158,10 +143,8 @@ def load_aoti(bundle: Bundle, device: str | torch.device) -> Runtime:
 
 def load_initial_noise(bundle: Bundle, device: str | torch.device) -> Runtime:
     """The function (seed, index) -> x_T of a tick's bundle; errors as those of :func:`load_aoti`."""
-    batch = bundle.manifest.inputs[0].shape[0]
-    return _load(
-        bundle, INITIAL_NOISE, tuple(Tensorspec(name, "int64", (batch,)) for name in ("seed", "index")), device
-    )
+    lanes, *shape = bundle.manifest.inputs[0].shape
+    return _load(bundle, INITIAL_NOISE, initial_noise_specs(list(map(int, shape)), lanes)[0], device)
 
 
 def _load(bundle: Bundle, name: str, specs: tuple[Tensorspec, ...], device: str | torch.device) -> Runtime:
@@ -228,11 +211,6 @@ def _manifest(
         model=model_facts(engine, batch),
         files={},
     )
-
-
-@torch.no_grad()
-def _compare(run: Runtime, module: nn.Module, examples: Iterable[tuple[Tensor, ...]], what: str) -> float:
-    return max(check_close(run(*example), module(*example), what, len(example[0])) for example in examples)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def export_openvino(engine: Engine, out: Path, *, batch: Batch = DYNAMIC, table:
 
     def build(folder: Path) -> str:
         with tempfile.TemporaryDirectory() as scratch:
-            write_onnx(program, Path(scratch, "model.onnx"))
+            write_onnx(program, Path(scratch, "model.onnx"), manifest.inputs, manifest.outputs)
             try:
                 model = openvino.convert_model(Path(scratch, "model.onnx"))
             except RuntimeError as error:  # OpenVINO's conversion errors derive from it

@@ -134,7 +134,7 @@ def _export(
     def build(folder: Path) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             onnx = folder / ONNX_MODEL if strip_weights else Path(scratch, ONNX_MODEL)
-            write_onnx(program, onnx)
+            write_onnx(program, onnx, manifest.inputs, manifest.outputs)
             blob, tensors = build_engine(onnx, package, batch, strip_weights=strip_weights, progress=progress)
         check_precisions(tensors, manifest.dtype)
         (folder / MODEL).write_bytes(blob)

@@ -115,7 +115,7 @@ def export_triton_server(
         config = server_config(name, backend, manifest.inputs, manifest.outputs, batch)
         (model / "config.pbtxt").write_text(config)
         if backend == "onnx":
-            write_onnx(program, model / "1" / "model.onnx")
+            write_onnx(program, model / "1" / "model.onnx", manifest.inputs, manifest.outputs)
             return compare_in_onnxruntime(engine, model / "1" / "model.onnx", manifest, batch)
         if backend == "python":
             _make_contiguous(program)
@@ -124,7 +124,7 @@ def export_triton_server(
             (model / "1" / "model.py").write_text(_PYTHON_MODEL.replace("INPUTS", repr(names)))
             return None
         with tempfile.TemporaryDirectory() as scratch:
-            write_onnx(program, Path(scratch, "model.onnx"))
+            write_onnx(program, Path(scratch, "model.onnx"), manifest.inputs, manifest.outputs)
             blob, tensors = build_engine(Path(scratch, "model.onnx"), "tensorrt", batch)
         check_precisions(tensors, manifest.dtype)
         (model / "1" / "model.plan").write_bytes(blob)

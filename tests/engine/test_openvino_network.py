@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import builtins
 import copy
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +156,51 @@ class TestWithOpenVINO:
         x, labels = inputs(1)
         with pytest.raises(BackendError, match="input 1 is on meta"):
             openvino_network(Small().eval(), torch.float32)(x, labels.to("meta"))
+
+
+SIGNALLED = """
+import signal, sys
+from pathlib import Path
+import torch
+from exports import cpu_engine
+from stepfusion.export.load import load_network
+from stepfusion.export.program import Batch
+from stepfusion.export.to_openvino import export_openvino
+from stepfusion.openvino_network import openvino_network
+
+class Smooth(torch.nn.Module):
+    def forward(self, x, t):
+        return torch.tanh(x) * t[:, None, None, None]
+
+out, inputs = Path(sys.argv[1], "bundle"), (torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
+export_openvino(cpu_engine(Smooth(), shape=(1, 4, 4)), out, batch=Batch.fixed(2))
+for make in (lambda: load_network(out), lambda: openvino_network(Smooth(), torch.float32)):
+    networks = [make(), make()]
+    for network in networks:
+        network(*inputs)
+    del network
+    while networks:
+        del networks[0]  # in the order in which they were made
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO changes the stack of signal handlers on Linux")
+def test_ctrl_c_interrupts_a_process_whose_models_are_gone(tmp_path: Path) -> None:
+    for package in ("openvino", "onnxscript"):
+        pytest.importorskip(package)
+    support = Path(__file__).parents[1] / "support"
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", SIGNALLED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(support)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n" * 2), done.stderr[-1000:]
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 from exports import cpu_engine
-from networks import tiny_unet
 from test_to_onnx import published
 
 import stepfusion as sf
+from stepfusion.networks import ContextUNet
 
 GPU = SimpleNamespace(name="a stub", major=8, minor=9, multi_processor_count=64, total_memory=24 << 30)
 LOOK_UPS: dict[str, Any] = {
@@ -36,9 +36,9 @@ LOOK_UPS: dict[str, Any] = {
 
 
 def engine_for(name: str, dtype: str) -> sf.Engine:
-    """The engine of a bundled model, a published UNet with random weights, or a tiny one."""
-    if name == "tiny":
-        return cpu_engine(tiny_unet(), dtype=dtype)
+    """The engine of a bundled model, or of a published UNet or a ContextUNet with random weights."""
+    if name == "context-unet":
+        return cpu_engine(ContextUNet(), prediction="epsilon", dtype=dtype)
     if name.startswith("google"):
         return cpu_engine(published(name).network, prediction="epsilon", dtype=dtype)
     return sf.Engine.from_pretrained(name, device="cpu", dtype=dtype, backend="reference", network="eager")

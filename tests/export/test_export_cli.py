@@ -50,7 +50,10 @@ def test_a_model_is_exported_in_one_command(model: Path, tmp_path: Path, capsys:
             ("--batch-range", "4:2:8"),
             r"^--batch-range must have 1 <= LOW <= BEST <= HIGH and LOW < HIGH, got '4:2:8'$",
         ),
-        (("--kind", "tick"), r"^the format onnx does not carry a tick; aoti does$"),
+        (
+            ("--format", "openvino", "--kind", "tick"),
+            r"^the format openvino does not carry a tick; onnx and aoti do$",
+        ),
         (("--strip-weights",), r"^--strip-weights is an option of --format tensorrt and tensorrt-rtx, got onnx$"),
         (("--dry-run",), r"^--dry-run is an option of --format torch-tensorrt, got onnx$"),
         (("--guided",), r"^--guided is an option of --kind tick, got --kind network$"),

@@ -15,7 +15,7 @@ import stepfusion as sf
 from stepfusion.export import to_tensorrt
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
-from stepfusion.export.program import Batch, export_program
+from stepfusion.export.program import Batch, export_program, input_specs, output_specs
 from stepfusion.export.to_onnx import write_onnx
 from stepfusion.export.to_tensorrt import (
     LAYERS,
@@ -86,7 +86,9 @@ def test_a_bundle_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tensorrt") / "model.onnx"
-    write_onnx(export_program(cpu_engine(tiny_network()), Batch(1, 2, 4)), path)
+    engine, batch = cpu_engine(tiny_network()), Batch(1, 2, 4)
+    program = export_program(engine, batch)
+    write_onnx(program, path, input_specs(engine, batch), output_specs(program, batch))
     return path
 
 
