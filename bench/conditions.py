@@ -14,7 +14,17 @@ import torch
 import stepfusion
 from stepfusion.bench.rows import Conditions
 
-_PACKAGES = ("torch", "triton", "numpy", "diffusers", "openvino", "onnx", "onnxruntime", "matplotlib", "mlcommons-loadgen")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "matplotlib",
+    "mlcommons-loadgen",
+)
 
 
 def conditions(part: str, device: torch.device) -> Conditions:
