@@ -185,7 +185,7 @@ class Engine:
 
     def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type, with the checkpoint's options where none
-        are given.
+        are given; its clip only for samplers that clip by default.
 
         ``steps`` is 50 by default, all timesteps for "ddpm".
         """
@@ -199,6 +199,8 @@ class Engine:
                 f"sampler {sampler!r} takes no option {unknown[0]!r}; it takes {', '.join(sorted(accepted))}"
             )
         chosen = {name: value for name, value in self.options.items() if name in accepted}
+        if accepted.get("clip") is None:
+            chosen.pop("clip", None)
         return function(self.schedule, steps, **{**chosen, "prediction": self.prediction, **options})
 
     def sample(

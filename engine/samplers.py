@@ -158,7 +158,7 @@ def dpmpp_2m(
     spacing: str = "trailing",
     steps_offset: int = 0,
     prediction: str = "epsilon",
-    clip: float | None = 1.0,
+    clip: float | None = None,
     threshold: float | None = None,
     sample_max_value: float = 1.0,
     lower_order_final: bool | None = None,
@@ -171,6 +171,8 @@ def dpmpp_2m(
     ("leading", "linspace") the row before the last does, and a few steps of it may be worse than DDIM's.
 
     Args:
+        clip: None by default, as in the authors' code: where x0 reaches a clip, its difference to the row before says
+            nothing of where it goes.
         lower_order_final: make the last row of first order too; by default with fewer than 15 steps, as the authors'
             code does.
         Others: as in :func:`ddim`.

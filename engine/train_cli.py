@@ -39,9 +39,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge",
         metavar="GROUPS",
-        help='join classes into named ones and leave the others out: "shoe=5,7,9; bag=8", by number',
+        help='join classes, by number, into named ones, leaving out others: "shoe=5,7; bag=8" (default: do not)',
     )
-    parser.add_argument("--resize", type=int, metavar="N", help="average the images' areas to N x N pixels")
+    parser.add_argument(
+        "--resize", type=int, metavar="N", help="shrink the images to N x N pixels, by area (default: do not)"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="CPU threads, one microbatch each (default: one for each core)")
     numbers = {

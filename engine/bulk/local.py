@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -14,9 +13,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from stepfusion.bulk.manifest import Record, from_json, to_json
+from stepfusion.bulk.answers import failure, record_of, success
+from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.worker import Order, Worker
-from stepfusion.errors import BulkError, NonFiniteError, first_line
+from stepfusion.errors import BulkError
 
 _PATIENCE = 5.0  # seconds that a process has to end
 
@@ -79,14 +79,12 @@ class _Member:
     def result(self) -> Record | None:
         """What the process sent: a finished unit, or None where it died. BulkError where it sent an error."""
         try:
-            message = json.loads(self.pipe.recv_bytes())
+            answer = self.pipe.recv_bytes()
         except (EOFError, OSError):
             return None
-        if "error" in message:
-            kind = NonFiniteError if message["nonfinite"] else BulkError
-            raise kind(f"{self.name}: {message['error']}")
+        record = record_of(answer, self.name)
         self.unit = None
-        return from_json(message["record"])
+        return record
 
     def end(self) -> None:
         """Let an idle process go, and stop a busy one."""
@@ -126,11 +124,9 @@ def _serve(pipe: Connection, order: Order, device: str) -> None:
                 unit = int(pipe.recv_bytes())
             except EOFError:
                 return
-            pipe.send_bytes(json.dumps({"record": to_json(worker.make(unit))}).encode())
+            pipe.send_bytes(success(worker.make(unit)).encode())
     except Exception as error:
-        nonfinite = isinstance(error, NonFiniteError)
-        text = str(error) if isinstance(error, (BulkError, NonFiniteError)) else first_line(error)
-        pipe.send_bytes(json.dumps({"error": text, "nonfinite": nonfinite}).encode())
+        pipe.send_bytes(failure(error).encode())
 
 
 def _end_with_parent() -> None:

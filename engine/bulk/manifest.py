@@ -81,14 +81,9 @@ def parts(out: Path) -> list[Path]:
     return sorted(out.glob(_PARTS))
 
 
-def to_json(record: Record) -> str:
-    """A record as JSON, between processes."""
-    return json.dumps(asdict(record))
-
-
-def from_json(text: str | bytes) -> Record:
-    """The record of :func:`to_json`."""
-    return _from_facts(json.loads(text))
+def from_facts(facts: dict[str, Any]) -> Record:
+    """A record of its fields as JSON has them."""
+    return Record(**{**facts, "left_out": tuple(facts["left_out"])})
 
 
 def _line(record: Record) -> bytes:
@@ -101,13 +96,9 @@ def _record(line: bytes) -> Record | None:
     try:
         facts = json.loads(line)
         check = facts.pop(_CHECK)
-        return _from_facts(facts) if check == _digest(facts) else None
+        return from_facts(facts) if check == _digest(facts) else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _from_facts(facts: dict[str, Any]) -> Record:
-    return Record(**{**facts, "left_out": tuple(facts["left_out"])})
 
 
 def _digest(facts: dict[str, Any]) -> str:

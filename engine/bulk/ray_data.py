@@ -9,23 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from stepfusion.bulk.manifest import Record, from_json, to_json
+from stepfusion.bulk.answers import failure, record_of, success
+from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.worker import Order, Worker
-from stepfusion.errors import BulkError, NonFiniteError, first_line
+from stepfusion.errors import BulkError, first_line
 
 _SPARE_CPUS = 2  # Ray Data reads the range in tasks of their own, and waits for ever where the actors hold every CPU
 
 
 class EngineActor:
-    """A :class:`Worker` as Ray Data calls it: a batch of places in ``units`` in, their records out."""
+    """A :class:`Worker` as Ray Data calls it: a batch of places in ``units`` in, an answer for each out.
+
+    What goes wrong is an answer too: Ray repeats what raises, and wraps it in errors of its own.
+    """
 
     def __init__(self, order: Order, units: Sequence[int], device: str) -> None:
-        self._units = units
-        self._worker = Worker(order, device)
+        self._order, self._units, self._device = order, units, device
+        self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the units at the places ``id``; ``record`` is a JSON text for each."""
-        return {"record": np.array([to_json(self._worker.make(self._units[place])) for place in batch["id"]])}
+        """Make the units at the places ``id``; ``answer`` is a JSON text for each."""
+        return {"answer": np.array([self._answer(int(place)) for place in batch["id"]])}
+
+    def _answer(self, place: int) -> str:
+        try:
+            if self._worker is None:
+                self._worker = Worker(self._order, self._device)
+            return success(self._worker.make(self._units[place]))
+        except Exception as error:
+            return failure(error)
 
 
 def make_with_ray(
@@ -74,21 +86,9 @@ def make_with_ray(
             num_gpus=1 if gpus else 0,
         )
         for row in made.iter_rows():
-            yield from_json(row["record"])
+            yield record_of(row["answer"], "a Ray worker")
     except ray.exceptions.RayError as error:
-        cause = _cause(error)
-        kind = NonFiniteError if isinstance(cause, NonFiniteError) else BulkError
-        text = str(cause) if isinstance(cause, (BulkError, NonFiniteError)) else first_line(cause)
-        raise kind(f"a Ray worker: {text}") from error
+        raise BulkError(f"Ray: {first_line(error)}") from error
     finally:
         chatter.setLevel(level)
         ray.shutdown()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What an actor raised, without the layers that Ray Data puts around it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_model import save_tiny_model
 
 from stepfusion.cli import main
 
 EXAMPLE = "as in: stepfusion generate fashion-mnist --num 1000 --out images"
+DEVICES = ", ".join(("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))
 LABELS = "numbers from 0 to 3; Cat, Dog, T-shirt/top; none"
 
 
@@ -58,7 +60,8 @@ def _files(place: Path) -> None:
         ("model --num 4 --out out --labels-file horse.txt", f"--labels-file must be among {LABELS}, got 'horse'"),
         ("model --num 4 --out out --labels-file bytes.txt",
          "--labels-file bytes.txt is not text; accepted are lines of text, or .npy"),
-        ("model --num 4 --out out --labels-file floats.npy", "--labels-file floats.npy must hold integers, got float64"),
+        ("model --num 4 --out out --labels-file floats.npy",
+         "--labels-file floats.npy must hold integers, got float64"),
         ("model --num 4 --out out --labels-file high.npy", "--labels-file must have labels from 0 to 3, got 4"),
         ("model --num 2 --out out --labels-file objects.npy",
          "--labels-file objects.npy is not an array: Object arrays cannot be loaded when allow_pickle=False"),
@@ -69,13 +72,14 @@ def _files(place: Path) -> None:
         ("wide --num 4 --out out",
          "--format webdataset needs images of 1, 3 or 4 channels, and this model's have 2: use --format npz"),
         ("model --num 4 --out file", "out file is a file; it must be a directory"),
-        ("model --num 4 --out full", "out full holds notes.txt and no job.json: name a new directory, or one of this command"),
+        ("model --num 4 --out full",
+         "out full holds notes.txt and no job.json: name a new directory, or one of this command"),
         ("model --num 4 --out no/out", "out no/out cannot be made: {place}/no is not a directory"),
         ("model --num 4 --out out --devices cpu,abacus",
-         "device must be 'auto' or a device such as 'cuda:0', got 'abacus'"),
+         f"device must be 'auto' or one that PyTorch finds here ({DEVICES}), got 'abacus'"),
         ("model --num 4 --out out --devices cpu,cpu --ray local",
          "--devices must be one kind of device with --ray, such as cuda, got cpu,cpu"),
-        ("horse --num 4 --out out", "horse is neither a bundled model (fashion-mnist) nor a directory"),
+        ("horse --num 4 --out out", "'horse' is neither a bundled model (fashion-mnist) nor a directory"),
         ("--verify full", "full/job.json is missing"),
         ("model --verify full", "--verify takes a directory, and no model and no --out"),
     ],

@@ -61,18 +61,21 @@ def test_dying_before_any_change_of_the_file_system(place: Path, form: str, stri
     assert died * stride > 30
 
 
+def killed_after(units: int, seconds: float, place: Path, command: str) -> None:
+    """Run a command, and kill it so long after so many units are finished; it must not have ended before."""
+    process = start(run_in, str(place), command)
+    wait_for(lambda: finished() >= units or not process.is_alive(), 300)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 def test_killed_at_random_moments(place: Path) -> None:
     generate(f"{MANY} whole")
     moments = random.Random(6)
-    kills = 0
     for units in sorted(moments.sample(range(28), 8)):
-        process = start(run_in, str(place), f"{MANY} out")
-        wait_for(lambda: finished() >= units or not process.is_alive())
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills == 8
+        killed_after(units, moments.uniform(0, 0.03), place, f"{MANY} out")
     assert finished() < 30
     generate(f"{MANY} out")
     assert tree("out") == tree("whole")
@@ -85,12 +88,7 @@ def test_two_thousand_bundled_images_killed_twenty_times(place: Path) -> None:
     generate(f"{command} whole")
     moments = random.Random(2000)
     for units in sorted(moments.sample(range(40), 20)):
-        process = start(run_in, str(place), f"{command} out")
-        wait_for(lambda: finished() >= units or not process.is_alive(), 300)
-        time.sleep(moments.uniform(0, 0.6))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        killed_after(units, moments.uniform(0, 0.6), place, f"{command} out")
     generate(f"{command} out")
     assert tree("out") == tree("whole")
 

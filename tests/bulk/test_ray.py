@@ -70,16 +70,18 @@ def test_a_worker_and_the_driver_die() -> None:
     again = ray_run()
     output = again.communicate(timeout=240)
     assert again.returncode == 0, output
-    assert output == ("", "")
     assert tree("out") == tree("whole")
 
 
 def test_what_goes_wrong_in_an_actor_is_one_sentence() -> None:
-    generate(f"{COMMAND} out".replace("--num 60", "--num 4"))
+    generate(f"{COMMAND} out")
     Path("out/engine.json").write_bytes(Path("out/engine.json").read_bytes().replace(b"float32", b"float16"))
     Path("out/manifest.jsonl").unlink()
     run = ray_run()
     _, error = run.communicate(timeout=240)
     assert run.returncode == 1
-    assert error.startswith("stepfusion: ")
-    assert "num was 4 and is 60" in error
+    (line,) = (line for line in error.splitlines() if line.startswith("stepfusion: "))
+    assert line.startswith(
+        f"stepfusion: a Ray worker: {Path('out').absolute()} was begun otherwise: dtype was 'float16' "
+    )
+    assert line.endswith("; 0 of 60 images are finished, and the same command goes on")

@@ -102,10 +102,22 @@ def test_what_is_kept_ends_as_the_image(
     assert not torch.isclose(got[~kept], image[~kept]).any()
     if strength is None:
         assert torch.equal(got[0], engine.sample(table=table, indices=[0])[0]), "a lane that keeps nothing is free"
-    for compat in ("diffusers", "guided-diffusion"):
-        table = sf.ddpm(LINEAR, 7, spacing="trailing", variance="fixed_large", compat=compat)
-        got = engine.sample(table=table, image=image, mask=mask)
-        assert torch.equal(got[kept], image[kept]), "noise that a library leaves at the end is the sampler's"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        sf.ddpm(LINEAR, 4, spacing="trailing", variance="fixed_large", compat="diffusers"),
+        sf.ddim(LINEAR, 4, final_alpha_cumprod=float(LINEAR.alphas_cumprod[0])),
+        sf.dpmpp_2m(LINEAR, 4, final_alpha_cumprod=float(LINEAR.alphas_cumprod[0])),
+    ],
+    ids=str,
+)
+def test_noise_that_a_sampler_leaves_is_not_the_images(
+    engine: sf.Engine, image: torch.Tensor, mask: torch.Tensor, table: sf.StepTable
+) -> None:
+    kept = (mask == 0).expand_as(image)
+    assert torch.equal(engine.sample(table=table, image=image, mask=mask)[kept], image[kept])
 
 
 def test_what_is_kept_is_noised_to_the_level_of_every_step(

@@ -95,7 +95,8 @@ def test_only_the_rows_between_use_a_history() -> None:
     )
     assert not first.history
     assert (
-        sf.dpmpp_2m(LINEAR, 1).coefficients.tolist() == sf.ddim(LINEAR, 1, spacing="trailing").coefficients.tolist()
+        sf.dpmpp_2m(LINEAR, 1).coefficients.tolist()
+        == sf.ddim(LINEAR, 1, spacing="trailing", clip=None).coefficients.tolist()
     )
 
 
@@ -280,6 +281,15 @@ def test_thresholding_of_a_checkpoint_is_taken_over() -> None:
 
 
 # In an engine
+
+
+def test_a_checkpoints_clip_is_for_samplers_that_clip() -> None:
+    engine = sf.Engine(smooth, LINEAR, shape=(2, 4, 4), device="cpu", options={"clip": 0.8, "spacing": "linspace"})
+    for sampler, clip in (("ddim", 0.8), ("ddpm", 0.8), ("dpmpp_2m", np.inf), ("euler_ancestral", np.inf)):
+        table = engine.table(sampler, 4)
+        assert (table.column("clip") == clip).all(), sampler
+        assert table.timesteps.tolist() == [999, 666, 333, 0]
+        assert (engine.table(sampler, 4, clip=0.5).column("clip") == 0.5).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])

@@ -43,6 +43,19 @@ def test_a_table_and_a_table_for_each_image() -> None:
         assert torch.equal(result.images, engine.sample(2, table, labels=0))
 
 
+@pytest.mark.parametrize(("invariant", "widths"), [(True, {8}), (False, {1, 2, 4, 8})])
+def test_an_invariant_engine_has_one_width(invariant: bool, widths: set[int]) -> None:
+    seen: set[int] = set()
+
+    def sees(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        return x
+
+    engine = small_engine(sees, num_classes=None, null_label=None, invariant=invariant)
+    asyncio.run(run(engine, n=3, steps=2))
+    assert seen == widths
+
+
 def test_threads_submit() -> None:
     engine = small_engine()
     wanted = [engine.sample(n=2, steps=4, labels=0, seed=seed) for seed in range(8)]

@@ -14,7 +14,6 @@ import torch
 
 from stepfusion.cli import main
 
-NOT_IMAGES = {"report.json", ".lock", ".finish.lock"}  # times and locks
 TINY = "generate model --num 22 --unit 8 --steps 2 --batch 4 --threads 1 --quiet"  # units of 8, 8 and 6
 
 
@@ -25,10 +24,14 @@ def generate(arguments: str, status: int = 0) -> None:
 
 
 def tree(out: Path | str = "out") -> dict[str, bytes]:
-    """Every byte that a job leaves, but for its report and locks."""
+    """Every byte that a job leaves, but for its report, which has times, and its locks."""
     out = Path(out)
-    files = (path for path in out.rglob("*") if path.is_file())
-    return {str(path.relative_to(out)): path.read_bytes() for path in files if path.name not in NOT_IMAGES}
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "report.json")
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in files
+        if not path.name.startswith((".lock", ".finish"))
+    }
 
 
 def finished(out: Path | str = "out") -> int:
