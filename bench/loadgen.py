@@ -36,7 +36,7 @@ class Length:
 
 def loadgen_rows(part: str, name: str, engine: Engine, options: Options) -> Iterator[Row]:
     """A row for each scenario: latencies of a request of one image; for Offline the time of all."""
-    device, steps = engine.plan.device.type, options.steps or (2 if options.tiny else 25)
+    device, steps = engine.plan.device.type, options.steps or (2 if options.tiny else 10)
     length = Length(4, 0.0) if options.tiny else Length(64, 10.0)
     common: dict[str, Any] = {
         "model": name,
@@ -54,7 +54,7 @@ def loadgen_rows(part: str, name: str, engine: Engine, options: Options) -> Iter
         offline = run_scenario(service, "Offline", steps, length, rate=1e9 / single["50.00 percentile latency (ns)"])
         yield _row(part, "Offline", device, steps, offline, common)
         asked = _SERVER_LOAD * offline["Samples per second"]
-        limit = 4e-9 * single["90.00 percentile latency (ns)"] * engine.batch
+        limit = 4e-9 * single["90.00 percentile latency (ns)"]
         server = run_scenario(service, "Server", steps, length, rate=asked, limit_seconds=limit)
         yield _row(part, "Server", device, steps, server, common, f", {asked:.3g} a second, limit {limit:.3g} s")
     finally:

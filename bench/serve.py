@@ -58,18 +58,19 @@ def serve_rows(options: Options) -> Iterator[Row]:
     names = options.models or (("tiny",) if tiny else ("cifar10",) if device.type == "cuda" else ("fashion-mnist",))
     for name in names:
         lanes = (options.batches or (4 if tiny else 32 if device.type == "cuda" else 8,))[0]
-        engine = make_engine(load_model(name), device, lanes)
+        model = load_model(name)
+        engine = make_engine(model, device, lanes, invariant=True)
         count = (2 if tiny else 12) * lanes
         traffic = poisson_traffic(engine, count, [max(1, steps // 10) if tiny else steps for steps in STEPS])
         yield from _compare(name, engine, traffic)
-        yield from loadgen_rows(PART, name, engine, options)
+        yield from loadgen_rows(PART, name, make_engine(model, device, lanes, invariant=False), options)
 
 
-def make_engine(model: BenchModel, device: torch.device, lanes: int) -> Engine:
-    """An engine of so many lanes, never fewer, so that both ways of batching have ticks of one cost."""
+def make_engine(model: BenchModel, device: torch.device, lanes: int, *, invariant: bool) -> Engine:
+    """An engine of so many lanes; never fewer where it is invariant, so that all ticks have one cost."""
     schedule, prediction, options = read_config(model.scheduler_config)
-    facts = {"null_label": model.null_label, "options": options, "prediction": prediction}
-    return Engine(model.network, schedule, **facts, device=device, batch=lanes, invariant=True)
+    facts: dict[str, Any] = {"null_label": model.null_label, "options": options, "prediction": prediction}
+    return Engine(model.network, schedule, **facts, device=device, batch=lanes, invariant=invariant)
 
 
 def poisson_traffic(engine: Engine, count: int, steps: Sequence[int]) -> list[Arrival]:
@@ -175,7 +176,7 @@ def _compare(name: str, engine: Engine, traffic: Sequence[Arrival]) -> Iterator[
         )
         row = Row(PART, "one request", provider, engine.plan.device.type, **common, notes=notes)
         yield replace(row, median_ms=median, p20_ms=p20, p80_ms=p80, p95_ms=p95[provider], min_ms=low)
-        whole = {"batch": len(traffic), "steps": mean, "median_ms": 1e3 * outcome.seconds}
+        whole: dict[str, Any] = {"batch": len(traffic), "steps": mean, "median_ms": 1e3 * outcome.seconds}
         yield replace(row, op="all requests", **whole)
     faster = outcomes[STATIC].seconds / outcomes[CONTINUOUS].seconds
     yield Row(

@@ -46,7 +46,7 @@ def test_a_rehearsal_runs_the_scenarios_of_loadgen(rows: list[Row]) -> None:
 
 def test_without_loadgen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loadgen, "why_not", lambda *names: f"not installed: {names}")
-    engine = serve.make_engine(load_model("tiny"), CPU, 2)
+    engine = serve.make_engine(load_model("tiny"), CPU, 2, invariant=True)
     (row,) = loadgen.loadgen_rows("serve", "tiny", engine, Options(CPU, tiny=True))
     assert row.notes == "not installed: ('mlperf_loadgen',)"
 
@@ -70,7 +70,7 @@ def test_images_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_traffic_is_the_same_each_time_and_near_what_the_lanes_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_tick_seconds", lambda engine: 0.01)
-    engine = serve.make_engine(load_model("tiny"), CPU, 4)
+    engine = serve.make_engine(load_model("tiny"), CPU, 4, invariant=True)
     traffic = serve.poisson_traffic(engine, 4000, (10, 30))
     again = serve.poisson_traffic(engine, 4000, (10, 30))
     assert [(a.seconds, len(a.table)) for a in traffic] == [(a.seconds, len(a.table)) for a in again]
@@ -80,7 +80,7 @@ def test_traffic_is_the_same_each_time_and_near_what_the_lanes_can_do(monkeypatc
 
 
 def test_latency_counts_from_the_arrival() -> None:
-    engine = serve.make_engine(load_model("tiny"), CPU, 2)
+    engine = serve.make_engine(load_model("tiny"), CPU, 2, invariant=True)
     table = engine.table("ddim", 1)
     pending: list[Future[Result]] = []
 
