@@ -18,6 +18,7 @@ from stepfusion.plan import DTYPES
 if TYPE_CHECKING:
     from stepfusion.export.bundle import Manifest, Tensorspec
 
+LAYER_REPORT = "Layers:\n"
 #: ``onnx.TensorProto.DataType`` of each dtype.
 _ONNX_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 
@@ -156,16 +157,21 @@ class TensorRTNetwork:
 
 
 def collecting_logger(trt: Any) -> Any:
-    """A logger of TensorRT that keeps errors in its list ``errors`` and is silent otherwise."""
+    """A logger of TensorRT that keeps errors in its list ``errors``, what a builder says of an engine's layers in
+    ``reports``, and is silent otherwise.
+    """
 
     class Collecting(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.reports: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif message.startswith(LAYER_REPORT):
+                self.reports.append(message)
 
     return Collecting()
 

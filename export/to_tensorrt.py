@@ -7,6 +7,7 @@ builds without a GPU and its engines run on the GPUs of :data:`RTX_GPUS`; Tensor
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -47,6 +48,10 @@ Progress = Callable[[str, int, int], bool]
 
 #: Types whose layers do the arithmetic of a UNet: these must have the network's dtype.
 _HEAVY = ("CONVOLUTION", "NORMALIZATION", "MATRIX_MULTIPLY")
+_REPORTED_TENSOR = re.compile(r"Name: (.+?), IOMode: (Input|Output), DataType: (\w+), Dimensions: \[([-\d,]*)\]")
+_REPORTED_LAYER = re.compile(
+    r"^Name: (.+?), LayerType: (\w+), .*?Outputs: \[ \{ Name: .+?, Datatype: (\w+)", re.MULTILINE
+)
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
@@ -135,10 +140,11 @@ def _export(
         with tempfile.TemporaryDirectory() as scratch:
             onnx = folder / ONNX_MODEL if strip_weights else Path(scratch, ONNX_MODEL)
             write_onnx(program, onnx, manifest.inputs, manifest.outputs)
-            blob, tensors = build_engine(onnx, package, batch, strip_weights=strip_weights, progress=progress)
+            blob, tensors, built = build_engine(onnx, package, batch, strip_weights=strip_weights, progress=progress)
         check_precisions(tensors, manifest.dtype)
         (folder / MODEL).write_bytes(blob)
-        built = inspect_engine(blob, package) if _gpu_for(manifest) is not None else None
+        if _gpu_for(manifest) is not None:
+            built = inspect_engine(blob, package)
         layers = {"network": vars(tensors), "engine": None if built is None else vars(built)}
         (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
         return _compare(engine, folder, manifest, package, batch)
@@ -148,11 +154,12 @@ def _export(
 
 def build_engine(
     onnx: Path, package: str, batch: Batch, *, strip_weights: bool = False, progress: Progress | None = None
-) -> tuple[bytes, Tensors]:
+) -> tuple[bytes, Tensors, Tensors | None]:
     """Build an engine from an ONNX file with ``package``, "tensorrt" or "tensorrt_rtx".
 
     Returns:
-        The engine, and the strongly typed network that it was built from.
+        The engine, the strongly typed network that it was built from, and the engine's tensors and layers as the
+        builder reports them, where it does.
 
     Raises:
         ExportError: the parser refuses an operator, which is named, or the builder fails.
@@ -181,7 +188,8 @@ def build_engine(
         raise ExportError(f"{package} cannot build the network: {reason(logger)}")
     if measured is not None:
         atomic_write(measured, memoryview(config.get_timing_cache().serialize()).tobytes())
-    return memoryview(blob).tobytes(), inspect_network(network)
+    report = read_report(logger.reports[-1]) if logger.reports else None
+    return memoryview(blob).tobytes(), inspect_network(network), report
 
 
 def inspect_network(network: Any) -> Tensors:
@@ -191,6 +199,21 @@ def inspect_network(network: Any) -> Tensors:
         [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
         [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
         [(layer.name, layer.type.name, layer.get_output(0).dtype.name) for layer in layers if layer.num_outputs],
+    )
+
+
+def read_report(text: str) -> Tensors:
+    """The tensors and layers of a built engine, as its builder logs them: with the types that the engine computes in,
+    and no GPU needed.
+    """
+    layers, _, tensors = text.partition("I/O Tensors:")
+    found: dict[str, list[tuple[str, str, list[int]]]] = {"Input": [], "Output": []}
+    for name, mode, kind, sizes in _REPORTED_TENSOR.findall(tensors):
+        found[mode].append((name, _reported(kind), [int(size) for size in sizes.split(",") if size]))
+    return Tensors(
+        found["Input"],
+        found["Output"],
+        [(name, kind, _reported(dtype)) for name, kind, dtype in _REPORTED_LAYER.findall(layers)],
     )
 
 
@@ -290,6 +313,11 @@ def _tensor(tensor: Any) -> tuple[str, str, list[int]]:
     return tensor.name, tensor.dtype.name, list(tensor.shape)
 
 
+def _reported(dtype: str) -> str:
+    """A type of a report in the words of TensorRT's ``DataType``."""
+    return {"BFLOAT16": "BF16"}.get(dtype.upper(), dtype.upper())
+
+
 def _engine_layer(layer: dict[str, Any] | str) -> tuple[str, str, str]:
     if isinstance(layer, str):  # without detailed verbosity
         return layer, "UNKNOWN", "UNKNOWN"
@@ -312,7 +340,8 @@ def _compare(engine: Engine, folder: Path, manifest: Manifest, package: str, bat
     if where is None:
         return (
             "Not run after it was written: there was no GPU that it runs on. `layers.json` lists inputs, outputs and "
-            "layers of the strongly typed network that the engine was built from."
+            "layers of the strongly typed network that the engine was built from, and of the engine as its builder "
+            "reports them."
         )
     weights = folder / ONNX_MODEL if manifest.model["weights"] == "stripped" else None
     with warnings.catch_warnings():

@@ -125,7 +125,7 @@ def export_triton_server(
             return None
         with tempfile.TemporaryDirectory() as scratch:
             write_onnx(program, Path(scratch, "model.onnx"), manifest.inputs, manifest.outputs)
-            blob, tensors = build_engine(Path(scratch, "model.onnx"), "tensorrt", batch)
+            blob, tensors, _ = build_engine(Path(scratch, "model.onnx"), "tensorrt", batch)
         check_precisions(tensors, manifest.dtype)
         (model / "1" / "model.plan").write_bytes(blob)
         return None

@@ -16,7 +16,8 @@ from exports import cpu_engine
 from networks import smooth, tiny_unet
 
 import stepfusion as sf
-from stepfusion.export.bundle import Manifest
+from stepfusion.export import load
+from stepfusion.export.bundle import Bundle, Manifest
 from stepfusion.export.formats import FORMATS, exporter, find_format
 from stepfusion.export.guide import guide
 from stepfusion.export.load import load_network
@@ -145,3 +146,16 @@ def test_importing_export_imports_no_format() -> None:
     heavy = ["onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch_tensorrt"]
     done = subprocess.run([sys.executable, "-P", "-c", script, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("weights", "file"), [("stripped", "model.onnx"), ("included", None)])
+def test_an_engine_without_weights_gets_them_from_the_bundle(
+    weights: str, file: str | None, engine: sf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(load, "require", lambda *_: None)
+    monkeypatch.setattr(load, "TensorRTNetwork", lambda *arguments: given.append(arguments[-1]))
+    specs, model = input_specs(engine, DYNAMIC), {"weights": weights}
+    manifest = Manifest("tensorrt", "network", "cuda", "float32", specs, specs[:1], {}, model, {})
+    load._load_tensorrt(Bundle(manifest, tmp_path, None), torch.device("cuda"))
+    assert given == [None if file is None else tmp_path / file]
