@@ -95,6 +95,7 @@ def mixed_traffic(
     return requests, expected, {number: rng.choice([0.0, 0.05, 0.3]) for number in numbers[count // 10 :]}
 
 
+@pytest.mark.slow
 def test_500_requests_each_get_what_they_would_have_got_alone() -> None:
     requests, expected, cancelled = mixed_traffic(random.Random(0), 500)
     engine = small_engine()
@@ -147,6 +148,7 @@ def growth(service: AsyncEngine, requests: int) -> int:
     return blocks[1] - blocks[0]
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_10000_requests() -> None:
     service = AsyncEngine(small_engine()).start()
     assert growth(service, 10_000) < 2_000
