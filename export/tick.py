@@ -133,7 +133,7 @@ def step(x: Tensor, out: Tensor, columns: Tensor, z: Tensor) -> Tensor:
     Args:
         x, z: float32 [B, C, H, W]. out: the same, or [B, 2 C, H, W] with learned variance.
         columns: float32 [B, 14], each lane's row of the table. A row that uses the x0 before it, or a quantile of its
-            own, gives NaN, as in the fused step without an x0 buffer.
+            own, gives NaN: a tick has neither.
     """
     c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns.unbind(1), strict=True)}
     sigma, clip = c["sigma"], c["clip"]

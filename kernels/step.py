@@ -23,8 +23,6 @@ Kernels are compiled without FMA contraction, so that the fused step and the ref
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from stepfusion.kernels import launch
@@ -89,11 +87,8 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
     next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
     sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
-    next_prev = tl.load(coefficient_ptr + 9, mask=inside, other=0.0)
-    undone = tl.load(coefficient_ptr + 12, mask=inside, other=0.0)  # a threshold, which takes the whole image
-    if x0_ptr is None:
-        undone += tl.abs(next_prev)
-    x0_x = tl.where(undone == 0.0, x0_x, float("nan"))
+    threshold = tl.load(coefficient_ptr + 12, mask=inside)  # it takes the whole image: NaN, and no wrong one
+    x0_x = tl.where(threshold == 0.0, x0_x, float("nan"))
 
     x = tl.load(x_ptr + start + offs, mask=mask)
     out = tl.load(out_ptr + out_start + offs, mask=mask).to(tl.float32)
@@ -104,7 +99,8 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     x_next = next_x0 * x0 + next_x * x + next_out * out
-    if x0_ptr is not None:  # noqa: SIM102 (known when the kernel is compiled; the other when it runs)
+    if x0_ptr is not None:
+        next_prev = tl.load(coefficient_ptr + 9, mask=inside, other=0.0)
         if next_prev != 0.0:
             x_next += next_prev * tl.load(x0_ptr + start + offs, mask=mask)
     noisy = sigma != 0.0
@@ -243,7 +239,8 @@ def diffusion_step(
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
         x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
         x0: float32 like x, receives the predicted (clipped) x0. Where a row has next_prev != 0 it holds the x0 of the
-            lane's row before, and is read first; without this buffer such a row gives NaN.
+            lane's row before, and is read first; without this buffer every row in use must have next_prev = 0: the
+            term is left out.
         flags: int64 [B], receives the row at which a lane first became non-finite, where it is still :data:`FINITE`.
         known: float32 like x, the pixels of an image that are known, and NaN where the sampler is free. The next
             state of what is known is known_x * known + known_sigma * z, with the same z as the sampler's.
@@ -335,9 +332,8 @@ def diffusion_step_reference(
     result = c["next_x0"] * start
     result += torch.mul(c["next_x"], x, out=term)
     result += torch.mul(c["next_out"], eps, out=term)
-    if bool((next_prev != 0).any()):
-        previous = torch.full_like(x, math.nan) if x0 is None else x0
-        result = torch.where(next_prev != 0, result + torch.mul(next_prev, previous, out=term), result)
+    if x0 is not None and bool((next_prev != 0).any()):
+        result = torch.where(next_prev != 0, result + torch.mul(next_prev, x0, out=term), result)
     noisy = (sigma != 0) & active
     renoised = (c["known_sigma"] != 0) & active & (known is not None)
     fixed = None if known is None else c["known_x"] * known

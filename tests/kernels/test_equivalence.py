@@ -143,11 +143,14 @@ def test_parked_lanes_are_neither_read_nor_written(device: torch.device) -> None
 
 
 @pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
-def test_a_row_that_needs_a_history_and_has_none_gives_nan(step: Any, device: torch.device) -> None:
+def test_without_an_x0_buffer_there_is_no_history(step: Any, device: torch.device) -> None:
+    """Nothing is read for it, and with one everything comes from there."""
     given = StepCase((7,), torch.float32, "none", history=True, rows=(0, 1)).arguments(device)
-    got = outputs(step, {name: tensor for name, tensor in given.items() if name != "x0"})
-    assert got["x_next"][0].isfinite().all()
-    assert got["x_next"][1].isnan().all()
+    bare = {name: tensor for name, tensor in given.items() if name != "x0"}
+    without = {**bare, "coefficients": given["coefficients"].clone()}
+    without["coefficients"][:, algebra.COLUMNS.index("next_prev")] = 0.0
+    assert_same_bits("x_next", outputs(step, bare)["x_next"], outputs(step, without)["x_next"])
+    assert not torch.equal(outputs(step, given)["x_next"][1], outputs(step, bare)["x_next"][1])
 
 
 def test_a_threshold_is_for_the_reference(device: torch.device) -> None:

@@ -207,7 +207,9 @@ def test_silent_rows_skip_the_noise(report: list[dict[str, Any]]) -> None:
     for code in _steps(report, "drawn"):
         sass = code["sass"]
         assert (sass["instructions"] - sass["skipped"]) / code["elements"] <= NO_NOISE
-    assert all(code["sass"]["skipped"] == 0 for code in _steps(report, "none"))
+    nothing_to_skip = [code for code in _steps(report, "none") if "x0" not in code["variant"]]
+    assert len(nothing_to_skip) >= 4
+    assert all(code["sass"]["skipped"] == 0 for code in nothing_to_skip)
 
 
 @pytest.mark.slow
