@@ -407,3 +407,34 @@ def test_a_smaller_batch_after_out_of_memory_is_refused(
     assert finished() >= 1
     generate(f"{TINY} --out out")
     assert tree("out") == tree("whole")
+
+
+def test_a_line_is_written_when_its_shard_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut may reorder is synced in between: the file, its name, then the line."""
+    seen: list[str] = []
+
+    def spy(name: str, path: Any) -> None:
+        if "/images/" in str(path) or "manifest" in str(path):
+            seen.append(f"{name} {'manifest' if 'manifest' in str(path) else 'shard'}")
+
+    fsync, replace, append = os.fsync, os.replace, Manifest.append
+
+    def synced(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        spy("directory of" if path.endswith("/images") else "fsync", f"{path}/")
+        fsync(descriptor)
+
+    def replaced(source: Any, target: Any) -> None:
+        spy("rename", target)
+        replace(source, target)
+
+    def appended(self: Manifest, record: Record) -> None:
+        seen.append("append")
+        append(self, record)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(Manifest, "append", appended)
+    generate(f"{TINY} --out out")
+    unit = ["fsync shard", "rename shard", "directory of shard", "append", "fsync manifest"]
+    assert seen[:15] == unit * 3
