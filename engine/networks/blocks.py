@@ -154,7 +154,7 @@ class ResnetBlock(nn.Module):
 
         With `skip`, the input is the concatenation of x and skip along the channels.
         """
-        if skip is not None and (not self.norm1.fused or self.conv_shortcut is None):
+        if skip is not None and not self.norm1.fused:
             x, skip = torch.cat((x, skip), dim=1), None
         h = self.norm1(x, skip=skip)
         if self.resample is not None:

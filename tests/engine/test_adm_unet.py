@@ -243,18 +243,15 @@ class TestEngine:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("shift", "mults"), [(True, (1, 1)), (False, (1, 1)), (True, (2, 1))])
-def test_fused_norms_give_the_same_network(shift: bool, mults: tuple[int, ...]) -> None:
-    """The concatenation, the time and its scale and shift go through the fused norm.
-
-    With (2, 1) a concatenation has as many channels as its block returns, whose shortcut is then the concatenation.
-    """
+@pytest.mark.parametrize("shift", [True, False])
+def test_fused_norms_give_the_same_network(shift: bool) -> None:
+    """The concatenation, the time and its scale and shift go through the fused norm."""
     torch.manual_seed(0)
     config = ADMUNetConfig(
         image_size=8,
         num_channels=32,
         num_res_blocks=1,
-        channel_mult=mults,
+        channel_mult=(1, 1),
         attention_resolutions=(),
         num_heads=1,
         use_scale_shift_norm=shift,

@@ -129,14 +129,14 @@ def test_it_trains_and_samples() -> None:
     """Flat images of one grey: the loss falls to a part, and samples are of that grey."""
     network = make_network(image_channels=1, dropout=0.0, sample_size=8, **SMALL).train()
     diffusion = sf.GaussianDiffusion(sf.NoiseSchedule.linear(100), prediction="sample")
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    images, losses = torch.full((8, 1, 8, 8), 0.5), []
-    for step in range(40):
-        identity = {"seeds": torch.full((8,), step), "indices": torch.arange(8)}
-        loss = diffusion.training_losses(network, images, torch.randint(0, 100, (8,)), **identity).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    weights = list(network.parameters())
+    images, losses = torch.full((4, 1, 8, 8), 0.5), []
+    for step in range(25):
+        identity = {"seeds": torch.full((4,), step), "indices": torch.arange(4)}
+        loss = diffusion.training_losses(network, images, torch.randint(0, 100, (4,)), **identity).mean()
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            torch._foreach_add_(weights, [gradient.sign() for gradient in gradients], alpha=-1e-3)
         losses.append(float(loss.detach()))
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
     engine = sf.Engine(network, diffusion.schedule, prediction="sample", device="cpu", dtype="float32")
