@@ -16,16 +16,17 @@ import torch
 from tqdm import tqdm
 
 from stepfusion import _checks, samplers
-from stepfusion.checkpoint import Pretrained, load_pretrained
+from stepfusion.checkpoint import Pretrained
 from stepfusion.editing import make_edit, noised
 from stepfusion.errors import BackendError, SamplingCancelled
 from stepfusion.evaluator import Evaluator, Network
 from stepfusion.graph import capture
-from stepfusion.guided_checkpoint import GuidedDiffusionModel, load_guided_diffusion
+from stepfusion.guided_checkpoint import GuidedDiffusionModel
 from stepfusion.interpolation import slerp
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.memory import free_bytes, largest_batch, peak_bytes
+from stepfusion.model_source import load_model
 from stepfusion.networks import prepare_network
 from stepfusion.plan import make_plan
 from stepfusion.request import Model, Request, check_images, make_request
@@ -141,7 +142,7 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else _load(source)
+        loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else load_model(source)
         schedule, prediction, options = read_config(loaded.scheduler_config)
         found = {
             "prediction": prediction,
@@ -735,11 +736,6 @@ class Engine:
         if not isinstance(model, torch.nn.Module):
             return model
         return prepare_network(model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network)
-
-
-def _load(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionModel:
-    """A ``.pt`` file or a model directory."""
-    return load_guided_diffusion(source) if os.fspath(source).endswith(".pt") else load_pretrained(source)
 
 
 def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -206,7 +206,8 @@ class Runner:
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
         single = (self.x, self.x0, self.flags, self._rows, self._seeds, self._indices, self._labels, self._guidance)
-        return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in single)]
+        known = () if self._known is None else (self._known,)
+        return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in (*single, *known))]
 
     def _move(self, noise: Tensor | None, keep_x0: bool) -> None:
         """The launches of a tick, which read and write nothing but this runner's buffers."""

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepfusion.checkpoint import load_pretrained
 from stepfusion.errors import BulkError
 from stepfusion.files import atomic_write, publish_once, read_json
+from stepfusion.model_source import load_model, network_config
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
 
@@ -126,9 +126,9 @@ def model_digest(source: str) -> str:
 
     The layout of the directory and of its files does not count.
     """
-    loaded = load_pretrained(source)
+    loaded = load_model(source)
     digest = hashlib.sha256()
-    facts = [loaded.network.config.to_dict(), loaded.scheduler_config, loaded.class_names, loaded.null_label]
+    facts = [network_config(loaded.network), loaded.scheduler_config, loaded.class_names, loaded.null_label]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(loaded.network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
