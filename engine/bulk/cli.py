@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
   stepfusion generate fashion-mnist --num 50000 --out images --npz        # for FID evaluators
   stepfusion generate path/to/model --num 1000000 --out images --devices cuda:0,cuda:1
   stepfusion generate path/to/model --num 1000000 --out /shared/images --ray auto
-  torchrun --nproc-per-node 8 -m stepfusion.cli generate path/to/model --num 1000000 --out images
+  torchrun --nproc-per-node 8 -m stepfusion.cli generate path/to/model -n 1000000 --out images
   stepfusion generate --verify images"""
 _MAX_INDEX = 1 << 32
 _MAX_WORKERS = 1 << 16

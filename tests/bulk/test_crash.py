@@ -184,8 +184,9 @@ def children_of(parent: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_processes_end_with_their_parent(place: Path) -> None:
-    process = start(run_in, str(place), f"{MANY.replace('120', '4000')} out --devices cpu,cpu")
-    wait_for(lambda: finished() >= 2)
+    command = MANY.replace("--num 120 --unit 4", "--num 90000 --unit 30000")  # units that take minutes
+    process = start(run_in, str(place), f"{command} out --devices cpu,cpu")
+    wait_for(Path("out/engine.json").exists)
     assert process.pid is not None
     children = children_of(process.pid)
     assert len(children) >= 2
