@@ -32,8 +32,10 @@ _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why;
 
 Command = Callable[[argparse.Namespace], int]
 
-#: Commands that other folders bring. The engine does not depend on these: they are imported when they are called.
+#: Commands that are imported when they are called: they come from folders that the engine does not depend on, or need
+#: more than it does.
 _BROUGHT = {
+    "serve": ("put a model behind HTTP, with a form to try it", "stepfusion.serving.serve_cli"),
     "export": ("write a network, or a whole step, for another runtime", "stepfusion.export.cli"),
     "bench": ("measure speed, beside peers", "stepfusion.bench.cli"),
 }
