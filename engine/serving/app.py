@@ -26,9 +26,9 @@ from starlette.types import Receive, Scope, Send
 
 import stepfusion
 from stepfusion.engine import Engine
-from stepfusion.errors import NonFiniteError, first_line
+from stepfusion.errors import NonFiniteError
 from stepfusion.serving import answer
-from stepfusion.serving.ask import OFFERED, Ask, Limits, Order, PictureAsk, StreamAsk, check_ask
+from stepfusion.serving.ask import OFFERED, Ask, Limits, Order, PictureAsk, Refused, StreamAsk, check_ask
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.job import Result
@@ -224,7 +224,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise HTTPException(400, first_line(error)) from error
+        raise HTTPException(400, _sentence(error)) from error
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -235,7 +235,7 @@ def _said(error: Exception) -> tuple[int, str]:
     """The status of an error, and what a caller is told: nothing of what is none of theirs."""
     for kind, status in _STATUS.items():
         if isinstance(error, kind):
-            return status, first_line(error)
+            return status, _sentence(error)
     logger.error("a request failed", exc_info=error)
     return 500, "the server failed; its log says why"
 
@@ -243,7 +243,7 @@ def _said(error: Exception) -> tuple[int, str]:
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         headers = None if error.headers is None else dict(error.headers)
-        return _error(error.status_code, error.detail, headers)
+        return _error(error.status_code, _ROUTING.get(error.status_code, error.detail), headers)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=_GONE)
     status, message = _said(error)
@@ -251,7 +251,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return _error(status, message, retry)
 
 
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_ROUTING = {
+    404: "there is nothing at this path; /openapi.json says what there is",
+    405: "this path takes no such method",
+}
 _STATUS: dict[type[Exception], int] = {
+    Refused: 400,
     Overloaded: 429,
     DeadlineExceeded: 504,
     EngineClosed: 503,

@@ -208,7 +208,7 @@ def _label(engine: Engine, given: int | str | None) -> int:
     if isinstance(given, str) and given.lower() in names:
         return names.index(given.lower())
     accepted = [f"numbers from 0 to {engine.num_classes - 1}"]
-    accepted += [f"{names[0]}, ... (GET /v1/model has the names)"] if names else []
+    accepted += [f"names such as {engine.class_names[0]!r} (GET /v1/model has them)"] if engine.class_names else []
     accepted += ["null"] if engine.null_label is not None else []
     raise Refused(f"labels must be among {'; '.join(accepted)}, got {_shown(given)}")
 

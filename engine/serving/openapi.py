@@ -17,8 +17,8 @@ _PROBLEMS = {
     503: "the engine is starting, closing or dead",
     504: "the deadline is, or was, out of reach",
 }
-_STREAM = """Server-sent events: "accepted" {images, steps}; "progress" {step, steps, timestep, images, previews}, with
-a small base64 PNG of the predicted image of each; at last "result" {images: [{name, seed, index, label, class, png}],
+_STREAM = """Server-sent events: "accepted" {images, steps}; "progress" {step, steps, timestep, images, previews}, the
+last a small base64 PNG for each of the images; at the end "result" {images: [{name, seed, index, label, class, png}],
 seconds: {queued, running, total}}, or "error" {status, error}. Closing the connection cancels."""
 
 
@@ -30,7 +30,7 @@ def describe(limits: Limits) -> dict[str, Any]:
         "info": {
             "title": "stepfusion",
             "version": stepfusion.__version__,
-            "description": "Images of a diffusion model: an image is a function of model, sampler, seed, index, label "
+            "description": "An image is a function of model, sampler, seed, index, label "
             f"and guidance. Limits of a request: {limits.images} images, {limits.steps} steps an image, "
             f"{limits.evaluations} evaluations of the network (n * steps, twice that with guidance), "
             f"{limits.elements} elements (n * C * H * W) and a body of {limits.body} bytes.",
