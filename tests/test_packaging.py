@@ -27,15 +27,30 @@ PACKAGES = {
     "export": "stepfusion.export",
     "bench": "stepfusion.bench",
 }
-DATA = ("engine/py.typed", "engine/models/*/**/*", "bench/classifier/**/*")
+DATA = ("engine/py.typed", "engine/models/*/**/*", "bench/classifier/**/*", "engine/serving/form.html")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
     "export": {"export", "engine", "kernels"},
     "bench": {"bench", "export", "engine", "kernels"},
 }
+<<<<<<< HEAD
 NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "openvino", "tensorrt", "torch_tensorrt"}
 NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray"}
+=======
+NEVER_EAGER = {
+    "diffusers",
+    "matplotlib",
+    "scipy",
+    "PIL.ImageShow",
+    "onnx",
+    "openvino",
+    "tensorrt",
+    "torch_tensorrt",
+    "starlette",
+    "uvicorn",
+}
+>>>>>>> cab9cf7 (The serve command, the form and malformed requests, tested in processes, in a browser and by the hundred)
 
 
 def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:

@@ -68,7 +68,9 @@ class Ask(BaseModel):
     indices: list[_Index] | None = Field(
         None, description="a list of integers from 0 to 2**32 - 1, one for each image"
     )
-    priority: int = Field(0, description="an integer; higher ones get lanes first")
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="an integer from -1000 to 1000, of which higher ones get lanes first"
+    )
     deadline_s: _Number | None = Field(None, description="the seconds after which the images are of no use")
 
     @classmethod

@@ -170,7 +170,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"seed": 2**64}, "seed must be"),
     ({"indices": [2**32]}, "indices must be"),
     ({"indices": 3}, "indices must be"),
-    ({"priority": 1001}, "priority must be in [-1000, 1000]"),
+    ({"priority": 1001}, "priority must be an integer from -1000 to 1000"),
     ({"deadline_s": 0}, "deadline"),
     ({"format": "bmp"}, "format must be 'png' or 'npz', got 'bmp'"),
     ({"nn": 1}, "unknown field 'nn'; accepted are n, sampler"),
