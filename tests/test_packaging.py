@@ -34,23 +34,8 @@ MAY_IMPORT = {
     "export": {"export", "engine", "kernels"},
     "bench": {"bench", "export", "engine", "kernels"},
 }
-<<<<<<< HEAD
 NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "openvino", "tensorrt", "torch_tensorrt"}
-NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray"}
-=======
-NEVER_EAGER = {
-    "diffusers",
-    "matplotlib",
-    "scipy",
-    "PIL.ImageShow",
-    "onnx",
-    "openvino",
-    "tensorrt",
-    "torch_tensorrt",
-    "starlette",
-    "uvicorn",
-}
->>>>>>> cab9cf7 (The serve command, the form and malformed requests, tested in processes, in a browser and by the hundred)
+NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray", "starlette", "uvicorn", "pydantic"}
 
 
 def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:

@@ -95,27 +95,23 @@ class _Handlers:
     # Images
 
     async def generate(self, request: Request) -> Response:
-        order = await self._order(request, PictureAsk)
-        as_png = order.ask.format == "png"
+        ask, order = await self._order(request, PictureAsk)
+        as_png = ask.format == "png"
         if as_png:
             answer.check_picture(self._service.engine)
         with _refusing():
             future = self._service.submit(**order.arguments, output="uint8")
-        try:
-            result = await _unless_gone(request, asyncio.wrap_future(future))
-        finally:
-            future.cancel()
-        pixels = answer.pixels_of(result)
+        pixels = answer.pixels_of(await _unless_gone(request, asyncio.wrap_future(future)))
         if as_png:
             return Response(await asyncio.to_thread(answer.picture, pixels), media_type="image/png")
         data = await asyncio.to_thread(answer.arrays, order, pixels)
         return Response(data, media_type="application/x-npz", headers=_saved_as("images.npz"))
 
     async def stream(self, request: Request) -> Response:
-        order = await self._order(request, StreamAsk)
+        ask, order = await self._order(request, StreamAsk)
         answer.check_picture(self._service.engine)
         with _refusing():
-            watch = Watch(self._service, **order.arguments, output="uint8", every=order.every)
+            watch = Watch(self._service, **order.arguments, output="uint8", every=order.every(ask.every))
         return _EventStream(self._told(order, watch), watch)
 
     async def _told(self, order: Order, watch: Watch) -> AsyncIterator[bytes]:
@@ -129,10 +125,11 @@ class _Handlers:
             status, message = _said(error)
             yield answer.sent_event("error", {"status": status, "error": message})
 
-    async def _order(self, request: Request, kind: type[Ask]) -> Order:
+    async def _order(self, request: Request, kind: type[AnyAsk]) -> tuple[AnyAsk, Order]:
         body = await _body(request, self._limits)
         with _refusing():
-            return check_ask(kind.read(body), self._service.engine, self._limits)
+            ask = kind.read(body)
+            return ask, check_ask(ask, self._service.engine, self._limits)
 
     # What is there
 
@@ -184,7 +181,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 
 async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
-    """Wait for ``result``; ClientDisconnect as soon as nobody waits for the response."""
+    """Wait for ``result``, and cancel it as soon as nobody waits for the response: ClientDisconnect."""
     working, gone = asyncio.ensure_future(result), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,7 +23,6 @@ _MAX_SHOWN = 60  # characters of a value in a message
 
 _Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 _Index = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
 _Label = int | str | None
 
 
@@ -50,15 +49,14 @@ class Limits:
 class Ask(BaseModel):
     """Images to make. Everything has a default; an image is a function of model, sampler, seed, index and label."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # building at import would look for plugins in every installed package
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     sampler: str = Field("ddim", description="the name of a sampler")
     steps: int | None = Field(None, ge=1, description="an integer of at least 1")
-    eta: _Number | None = Field(None, description="a finite number")
-    guidance: _Number | list[_Number] | None = Field(
-        None, description="a finite number, or a list of one for each image"
-    )
+    eta: float | None = Field(None, description="a finite number")
+    guidance: float | list[float] | None = Field(None, description="a finite number, or a list of one for each image")
     labels: _Label | list[_Label] = Field(
         None, description="a class's number or name, null for none, or a list of one for each image"
     )
@@ -71,7 +69,7 @@ class Ask(BaseModel):
     priority: int = Field(
         0, ge=-1000, le=1000, description="an integer from -1000 to 1000, of which higher ones get lanes first"
     )
-    deadline_s: _Number | None = Field(None, description="the seconds after which the images are of no use")
+    deadline_s: float | None = Field(None, description="the seconds after which the images are of no use")
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -141,10 +139,8 @@ class Order:
             "deadline": self.ask.deadline_s,
         }
 
-    @property
-    def every(self) -> int:
-        """Steps between two previews."""
-        asked = getattr(self.ask, "every", None)
+    def every(self, asked: int | None) -> int:
+        """Steps between two previews: as asked for, or some ten previews an image."""
         return asked or math.ceil(len(self.table) / _PREVIEWS)
 
     def name(self, image: int) -> str:
@@ -215,7 +211,7 @@ def _label(engine: Engine, given: int | str | None) -> int:
     raise Refused(f"labels must be among {'; '.join(accepted)}, got {_shown(given)}")
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 

@@ -49,7 +49,7 @@ class _Server(uvicorn.Server):
     """uvicorn forces an end on a second SIGINT only, and dies of the first signal when all is done."""
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         with stopping(self._stop):
             yield
 

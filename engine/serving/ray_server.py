@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray import serve
 from starlette.applications import Starlette
 
 from stepfusion.serving.model_app import ModelApp
 from stepfusion.serving.stopping import stopping
+
+if TYPE_CHECKING:
+    from ray import serve
 
 _NAME = "stepfusion"
 _ONGOING = 1024  # requests at a replica, of which its own queue refuses what is too much
@@ -30,6 +32,7 @@ class Replicas:
 
 def deployment(model: ModelApp, replicas: Replicas, drain: float) -> serve.Application:
     """What ``serve.run`` runs. A replica loads the model when it starts."""
+    from ray import serve
 
     def build() -> Starlette:
         return model.make()
@@ -42,15 +45,15 @@ def deployment(model: ModelApp, replicas: Replicas, drain: float) -> serve.Appli
             if not self.app.state.service.live:
                 raise RuntimeError("the engine is dead")  # Ray replaces the replica
 
-    made = serve.deployment(
-        Model,
+    deployed = serve.deployment(
         name=_NAME,
         num_replicas=replicas.number,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=_ONGOING,
         graceful_shutdown_timeout_s=drain,
-    )
-    return made.bind()
+    )(Model)
+    application: serve.Application = deployed.bind()
+    return application
 
 
 def serve_with_ray(
@@ -66,13 +69,16 @@ def serve_with_ray(
     """Run the deployment until SIGINT or SIGTERM; then let replicas finish what they have, ``drain`` seconds at most.
 
     Args:
-        address: of a Ray cluster; None starts one here, which ends with this process, however that ends.
+        address: of a Ray cluster; None starts one here, which ends with this process.
         ready: called when it serves.
     """
+    import ray
+    from ray import serve
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
     stopped = threading.Event()
-    ray.init(**options, log_to_driver=False, logging_level="warning")
+    ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
     try:
         with stopping(stopped.set):
             serve.start(http_options={"host": host, "port": port})
@@ -83,6 +89,6 @@ def serve_with_ray(
                 pass
             serve.delete(_NAME)
             if address is None:
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()

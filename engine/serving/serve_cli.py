@@ -158,6 +158,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _check_installed(args: argparse.Namespace) -> None:
     for module in ("starlette", "pydantic", "uvicorn"):
         if find_spec(module) is None:
-            raise ImportError(f"stepfusion serve needs {module}: pip install 'stepfusion[serve]'")
+            raise ImportError(
+                f"stepfusion serve needs {module}: pip install 'stepfusion[serve]', or [http] for --local"
+            )
     if not args.local and (find_spec("ray") is None or find_spec("ray.serve") is None):
         raise ImportError("stepfusion serve needs Ray: pip install 'stepfusion[serve]', or use --local, without Ray")

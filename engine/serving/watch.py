@@ -24,7 +24,6 @@ class Watch:
     def __init__(self, service: AsyncEngine, **arguments: Any) -> None:
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         self._events: deque[Event] = deque(maxlen=_KEPT)
-        # cancelling a concurrent future is a plain call: it works where awaiting is over
         self._request = service.submit(progress=self._send, **arguments)
         self._result = asyncio.wrap_future(self._request)
         self._result.add_done_callback(lambda _: self._arrived.set())
@@ -44,7 +43,6 @@ class Watch:
     def cancel(self) -> None:
         """Free the lanes by the next tick. Nothing happens where the request is over."""
         self._request.cancel()
-        self._result.cancel()
 
     def _send(self, event: Event) -> None:
         """Called in the worker's thread."""

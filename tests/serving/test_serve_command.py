@@ -91,7 +91,7 @@ def test_it_serves_and_drains(model: Path) -> None:
 def refused(server: Served) -> bool:
     try:
         get(server, "/readyz")
-    except httpx2.ConnectError:
+    except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # or met while it was being closed
         return True
     return False
 
@@ -172,7 +172,11 @@ def test_bad_arguments_are_one_sentence(
 @pytest.mark.parametrize(
     ("absent", "arguments", "message"),
     [
-        ("uvicorn", ["--local"], "stepfusion serve needs uvicorn: pip install 'stepfusion[serve]'"),
+        (
+            "uvicorn",
+            ["--local"],
+            "stepfusion serve needs uvicorn: pip install 'stepfusion[serve]', or [http] for --local",
+        ),
         ("ray", [], "stepfusion serve needs Ray: pip install 'stepfusion[serve]', or use --local, without Ray"),
     ],
 )
