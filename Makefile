@@ -24,12 +24,14 @@ test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKER
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
 
 # Packages that stay out of .venv, for they ask for PyTorch's CUDA build and for a web stack: without what they depend
-# on, in a folder of their own. Where they cannot be installed their tests are skipped.
+# on, in a folder of their own. Where they cannot be installed their tests are skipped. Torch-tensorrt's own libraries
+# link PyTorch's CUDA build; without them the package imports, and partitions.
 PARTITIONER := torch-tensorrt-rtx==2.13.0 dllist==2.0.0 psutil==7.2.2
 SERVER := nvidia-pytriton==0.7.0
 
 partition: $(VENV)/.dev  ## torch-tensorrt's partitioner over every network, no GPU needed
 	@$(call aside,build/partitioner,$(PARTITIONER))
+	@find build/partitioner/torch_tensorrt -name '*.so' -delete 2>/dev/null || true
 	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) \
 		tests/export/test_to_torch_tensorrt.py
 
