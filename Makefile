@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test partition server bench lint types wheel clean
+.PHONY: help demo test soak partition server bench lint types wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -22,6 +22,9 @@ demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev  ## the tests that take minutes
+	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) -m soak
 
 # Packages that stay out of .venv, for they ask for PyTorch's CUDA build and for a web stack: without what they depend
 # on, in a folder of their own. Where they cannot be installed their tests are skipped. Torch-tensorrt's own libraries

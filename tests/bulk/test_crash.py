@@ -82,7 +82,7 @@ def test_killed_at_random_moments(place: Path) -> None:
     assert temporary() == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_thousand_bundled_images_killed_twenty_times(place: Path) -> None:
     command = "generate fashion-mnist --num 2000 --unit 50 --steps 1 --threads 1 --quiet --npz --out"
     generate(f"{command} whole")
