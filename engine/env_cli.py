@@ -41,7 +41,7 @@ def run_env(args: argparse.Namespace) -> int:
             "versions": versions,
             "platform": platform.platform(),
             "devices": _devices(),
-            "plan": {name: vars(choice) for name, choice in plan.choices().items()},
+            "plan": {name: {"value": one.value, "reason": one.reason} for name, one in plan.choices().items()},
             "fused": fused,
             "models": bundled_models(),
             "self_test": [_facts(check) for check in checks],

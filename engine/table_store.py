@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stepfusion.evaluator import Evaluator
 from stepfusion.kernels import COLUMNS, PARKED
@@ -28,7 +29,7 @@ class _Place:
 class TableStore:
     """Room for the rows of tables: what a tick reads of them.
 
-    ``coefficients`` float32 [R, 9], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
+    ``coefficients`` float32 [R, 14], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
     The last row is no table's: parked lanes, whose row is -1, read it.
 
     Args:
@@ -47,6 +48,14 @@ class TableStore:
         return len(self.timesteps) - 1
 
     @property
+    def features(self) -> Tensor:
+        """What the network makes of each row's timestep, [R, ...]."""
+        if self._features is None:
+            self._allocate(self._evaluator.features(self.timesteps[:1]))
+        assert self._features is not None
+        return self._features
+
+    @property
     def held(self) -> int:
         """How many tables somebody holds."""
         return sum(place.holders > 0 for place in self._places.values())
@@ -54,12 +63,11 @@ class TableStore:
     def grow(self, rows: int) -> None:
         """Make new buffers for at least so many rows, and forget every table; nobody must be walking one."""
         size = 1 << rows.bit_length()
-        features = self._evaluator.features(torch.zeros(1, dtype=torch.int64, device=self._device))
         self._places.clear()
         self.coefficients = torch.zeros((size, len(COLUMNS)), device=self._device)
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
         self.next_row = torch.full_like(self.timesteps, PARKED)
-        self.features = features.new_zeros((size, *features.shape[1:]))
+        self._features: Tensor | None = None  # their shape is not known before the network is asked
 
     def hold(self, table: StepTable) -> int | None:
         """The first row of ``table``, which stays there until it is released; None where there is no room now."""
@@ -107,4 +115,10 @@ class TableStore:
         self.coefficients[where] = values.coefficients
         self.timesteps[where] = values.timesteps
         self.next_row[where] = torch.where(values.next_row == PARKED, PARKED, values.next_row + first)
-        self.features[where] = self._evaluator.features(values.timesteps)
+        features = self._evaluator.features(values.timesteps)
+        if self._features is None:
+            self._allocate(features)
+        self.features[where] = features
+
+    def _allocate(self, like: Tensor) -> None:
+        self._features = like.new_zeros((len(self.timesteps), *like.shape[1:]))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "literature.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in PAGE.splitlines()
+    for line in PAGE.partition("\n## ")[0].splitlines()
     if line.startswith("| ") and not line.startswith(("| ---", "| text or peer"))
 ]
 KEYED = {match[1]: float(match[2]) for row in ROWS if (match := re.fullmatch(r"`(\w+)` ([\d.e-]+)", row[-1]))}

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "bench": {"bench", "export", "engine", "kernels"},
 }
 NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "openvino", "tensorrt", "torch_tensorrt"}
-NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray", "starlette", "uvicorn", "pydantic"}
+NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray"}
 
 
 def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tiny_model import save_tiny_model
 
+from stepfusion.checkpoint import bundled_models
 from stepfusion.cli import main
 
 EXAMPLE = "as in: stepfusion generate fashion-mnist --num 1000 --out images"
 DEVICES = ", ".join(("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))
+MODELS = ", ".join(bundled_models())
 LABELS = "numbers from 0 to 3; Cat, Dog, T-shirt/top; none"
 
 
@@ -79,7 +81,7 @@ def _files(place: Path) -> None:
          f"device must be 'auto' or one that PyTorch finds here ({DEVICES}), got 'abacus'"),
         ("model --num 4 --out out --devices cpu,cpu --ray local",
          "--devices must be one kind of device with --ray, such as cuda, got cpu,cpu"),
-        ("horse --num 4 --out out", "'horse' is neither a bundled model (fashion-mnist) nor a directory"),
+        ("horse --num 4 --out out", f"'horse' is neither a bundled model ({MODELS}) nor a directory"),
         ("--verify full", "full/job.json is missing"),
         ("model --verify full", "--verify takes a directory, and no model and no --out"),
     ],

@@ -298,10 +298,16 @@ def test_trap_8_a_variance_of_zero_stays_zero() -> None:
     assert ddpm(LINEAR, 50, compat="diffusers", **options).column("sigma")[-1] == pytest.approx(1e-10, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fixed_small_log", "fixed_large_log", "learned"])
+@pytest.mark.parametrize("name", ["fixed_small_log", "fixed_large_log"])
 def test_trap_8_variances_that_mean_different_things_are_not_offered(name: str) -> None:
     with pytest.raises(ValueError, match=f"^variance must be one of .*, got '{name}'$"):
         ddpm(LINEAR, 50, variance=name)
+
+
+def test_trap_8_learned_is_a_log_variance_and_not_what_diffusers_takes() -> None:
+    assert ddpm(LINEAR, 50, variance="learned").learned_variance
+    with pytest.raises(ValueError, match=r"^variance 'learned' is not reproduced with compat='diffusers'"):
+        ddpm(LINEAR, 50, variance="learned", compat="diffusers")
 
 
 def test_trap_8_learned_range_interpolates_between_the_respaced_variances() -> None:

@@ -18,7 +18,7 @@ from stepfusion.export.bundle import Bundle, Manifest, Tensorspec, read_bundle, 
 from stepfusion.export.program import Batch
 from stepfusion.export.tick import InitialNoise
 from stepfusion.export.to_aoti import export_aoti, load_aoti, load_initial_noise, load_package
-from stepfusion.kernels import philox, reference
+from stepfusion.kernels import COLUMNS, philox, reference
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_the_compiled_noise_is_the_kernels_bit_for_bit() -> None:
 def test_the_compiled_tick_draws_the_kernels_noise_bit_for_bit() -> None:
     """A row whose only coefficient is sigma = 1 returns z itself."""
     engine, tick = bundled_engine(), load_aoti(read_bundle(bundled_tick()), CPU)
-    coefficients = torch.zeros(1, 9)
+    coefficients = torch.zeros(1, len(COLUMNS))
     coefficients[0, 6] = 1.0
     timesteps, seeds, indices = torch.tensor([123]), torch.tensor([-7, 1 << 40]), torch.tensor([0, 2**32 - 1])
     rows, labels = torch.zeros(2, dtype=torch.int64), torch.tensor([1, 2])
