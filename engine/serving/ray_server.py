@@ -89,6 +89,6 @@ def serve_with_ray(
                 pass
             serve.delete(_NAME)
             if address is None:
-                serve.shutdown()  # type: ignore[no-untyped-call]
+                serve.shutdown()
     finally:
         ray.shutdown()
