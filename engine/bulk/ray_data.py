@@ -73,7 +73,7 @@ def make_with_ray(
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         size = workers or max(1, gpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
