@@ -27,7 +27,10 @@ PACKAGES = {
     "export": "stepfusion.export",
     "bench": "stepfusion.bench",
 }
-DATA = ("engine/py.typed", "engine/models/*/**/*", "bench/classifier/**/*", "engine/serving/form.html")
+DATA = (
+    *("engine/py.typed", "engine/models/*/**/*", "engine/serving/form.html"),
+    *("kernels/*.cpp", "kernels/*.h", "bench/classifier/**/*"),
+)
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},

@@ -82,11 +82,9 @@ def test_the_scheme_follows_the_size_of_the_image() -> None:
     small, large = forms(inputs()), forms(inputs(1, 32))
     assert small is not None
     assert large is not None
-    assert {layers(small)["down_blocks.0.resnets.0.conv1"], layers(large)["down_blocks.0.resnets.0.conv1"]} == {36}
-    assert (layers(small)["down_blocks.1.resnets.0.conv1"], layers(large)["down_blocks.1.resnets.0.conv1"]) == (
-        16,
-        36,
-    )
+    first, second = "down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv1"
+    assert (layers(small)[first], layers(small)[second]) == (36, 16)  # at 16 x 16 and 8 x 8
+    assert (layers(large)[first], layers(large)[second]) == (16, 36)  # at 32 x 32 and 16 x 16
     assert layers(small)["up_blocks.0.upsamplers.0"] == layers(large)["up_blocks.0.upsamplers.0"] == 9
     direct = {name for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
     assert direct == {
