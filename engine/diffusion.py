@@ -32,6 +32,7 @@ Step = dict[str, torch.Tensor]
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 VARIATIONAL_LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
+_POSTERIOR = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "posterior_log_variance_clipped")
 _LEARNED = ("learned", "learned_range")
 
 
@@ -163,13 +164,7 @@ class GaussianDiffusion:
         Source: Ho et al. 2020, equations 6 and 7.
         """
         self._check_t(t, x_t, "x_t")
-        names = (
-            "posterior_mean_coef1",
-            "posterior_mean_coef2",
-            "posterior_variance",
-            "posterior_log_variance_clipped",
-        )
-        tables = [self._table(name, x_t.device) for name in names]
+        tables = [self._table(name, x_t.device) for name in _POSTERIOR]
         return self._ops(x_t.device).q_posterior_mean_variance(x_start, x_t, t, *tables)  # type: ignore[no-any-return]
 
     # Changes of prediction type
@@ -598,13 +593,7 @@ class GaussianDiffusion:
     def _posterior_mean(self, x0: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The mean of q(x_{t-1} | x_t, x_0), by the reference where a gradient has to pass: kernels have none."""
         ops = kernels.reference if x0.requires_grad else self._ops(x.device)
-        names = (
-            "posterior_mean_coef1",
-            "posterior_mean_coef2",
-            "posterior_variance",
-            "posterior_log_variance_clipped",
-        )
-        tables = [self._table(name, x.device) for name in names]
+        tables = [self._table(name, x.device) for name in _POSTERIOR]
         mean: torch.Tensor = ops.q_posterior_mean_variance(x0, x.to(torch.float32), t, *tables)[0]
         return mean
 

@@ -488,12 +488,14 @@ class Engine:
             return x
         check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
         latents = x.to(self.plan.device, torch.float32)
-        parts = [self._decoder(part) for part in torch.split(latents, self.batch)]
-        for part, latent in zip(parts, torch.split(latents, self.batch), strict=True):
+        parts = []
+        for latent in torch.split(latents, self.batch):
+            part = self._decoder(latent)
             image = isinstance(part, torch.Tensor) and part.is_floating_point()
             if not image or part.ndim != 4 or len(part) != len(latent):
                 given = _checks.describe(part) if isinstance(part, torch.Tensor) else type(part).__name__
                 raise ValueError(f"decode must return floating-point images [{len(latent)}, C, H, W], got {given}")
+            parts.append(part)
         return torch.cat(parts)
 
     def explain(self) -> str:

@@ -1,4 +1,4 @@
-"""What the commands that draw figures have in common: which model, where it runs, numbers on the command line."""
+"""What commands have in common: which model, where and how it runs, and what figures need."""
 
 from __future__ import annotations
 
@@ -21,10 +21,23 @@ _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
+def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     """Declare the model."""
     names = ", ".join(bundled_models()) or "none in this installation"
-    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+    text = f"a bundled model ({names}), or the path of a diffusers model directory"
+    parser.add_argument("model", nargs=nargs, help=text)
+
+
+def add_device_argument(add: Callable[..., object]) -> None:
+    """Declare the device, by the ``add_argument`` of a parser or of a group."""
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+
+
+def add_path_arguments(add: Callable[..., object]) -> None:
+    """Declare the network's dtype, and which path runs the step and the network."""
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
+    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -32,10 +45,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
-    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add_device_argument(add)
+    add_path_arguments(add)
     add("--quiet", action="store_true", help="no progress bar, no report")
 
 

@@ -16,7 +16,7 @@ from stepfusion.checkpoint import bundled_models
 from stepfusion.editing import Edit, make_edit
 from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
 from stepfusion.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
-from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.model_arguments import add_device_argument, add_path_arguments
 from stepfusion.timesteps import SPACINGS
 from stepfusion.walk import Event
 
@@ -104,10 +104,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar, no report")
 
     add = parser.add_argument_group("where and how to run").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
-    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add_device_argument(add)
+    add_path_arguments(add)
     add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, 256 on a GPU)")
     add(
         "--invariant",

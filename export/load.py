@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runt
 from stepfusion.plan import DTYPES, choose_device
 
 Loader = Callable[[Bundle, torch.device], Runtime]
+_Loads = TypeVar("_Loads")
 
 
 class ExportedNetwork:
@@ -72,17 +74,7 @@ def load_network(
         ExportError: the bundle is damaged, holds no network, or is for another device, dtype, GPU or version; or a
             package is missing.
     """
-    if not isinstance(bundle, Bundle):
-        bundle = read_bundle(bundle)
-    manifest = bundle.manifest
-    loader = _LOADERS.get(manifest.format)
-    if manifest.kind != "network" or loader is None:
-        able = ", ".join(_LOADERS)
-        raise ExportError(
-            f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a network as {able} can be loaded"
-        )
-    where = _device(manifest, device)
-    check_runs_here(manifest, device=where, dtype=manifest.dtype if dtype == "auto" else dtype)
+    bundle, loader, where = _open(bundle, "network", _LOADERS, device, dtype)
     return ExportedNetwork(bundle, loader(bundle, where), where)
 
 
@@ -108,19 +100,31 @@ def load_tick(bundle: Bundle | str | os.PathLike[str], device: str | torch.devic
     Raises:
         ExportError: as :func:`load_network`.
     """
+    bundle, loader, where = _open(bundle, "tick", _TICK_LOADERS, device, "auto")
+    tick, initial_noise = loader(bundle, where)
+    return ExportedTick(tick, initial_noise, bundle)
+
+
+def _open(
+    bundle: Bundle | str | os.PathLike[str],
+    kind: str,
+    loaders: Mapping[str, _Loads],
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[Bundle, _Loads, torch.device]:
+    """A bundle of this kind that runs here, what loads it, and the device to load it on."""
     if not isinstance(bundle, Bundle):
         bundle = read_bundle(bundle)
     manifest = bundle.manifest
-    loader = _TICK_LOADERS.get(manifest.format)
-    if manifest.kind != "tick" or loader is None:
-        able = ", ".join(_TICK_LOADERS)
+    loader = loaders.get(manifest.format)
+    if manifest.kind != kind or loader is None:
+        able = ", ".join(loaders)
         raise ExportError(
-            f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a tick as {able} can be loaded"
+            f"{bundle.path} holds a {manifest.kind} as {manifest.format}; a {kind} as {able} can be loaded"
         )
     where = _device(manifest, device)
-    check_runs_here(manifest, device=where, dtype=manifest.dtype)
-    tick, initial_noise = loader(bundle, where)
-    return ExportedTick(tick, initial_noise, bundle)
+    check_runs_here(manifest, device=where, dtype=manifest.dtype if dtype == "auto" else dtype)
+    return bundle, loader, where
 
 
 def _device(manifest: Manifest, device: str | torch.device) -> torch.device:

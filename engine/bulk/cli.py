@@ -20,7 +20,8 @@ from stepfusion.bulk.worker import Order
 from stepfusion.checkpoint import bundled_models
 from stepfusion.engine import SAMPLERS, Engine
 from stepfusion.images import CHANNELS
-from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES, make_plan
+from stepfusion.model_arguments import add_model_argument, add_path_arguments
+from stepfusion.plan import make_plan
 from stepfusion.sample_cli import read_classes, read_label
 
 _EXAMPLES = """examples:
@@ -38,10 +39,7 @@ _MAX_LABELS_BYTES = 1 << 32
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion generate``."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
-    names = ", ".join(bundled_models()) or "none in this installation"
-    parser.add_argument(
-        "model", nargs="?", help=f"a bundled model ({names}), or the path of a diffusers model directory"
-    )
+    add_model_argument(parser, nargs="?")
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="only check what is there: hashes, every image once"
     )
@@ -86,9 +84,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--ray", metavar="ADDRESS", help="a Ray cluster's address, auto, or local to start one")
     add("--workers", type=int, metavar="N", help="engines with --ray (default: one for each GPU of the cluster)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
-    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add_path_arguments(add)
     add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, what fits up to 256 on a GPU)")
     add("--threads", type=int, help="CPU threads of an engine on a CPU (default: all, divided by the engines)")
     add(

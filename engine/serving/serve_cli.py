@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepfusion.checkpoint import bundled_models
-from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.model_arguments import add_device_argument, add_model_argument, add_path_arguments
 from stepfusion.serving.stopping import terminate_with
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ _MOST = 1 << 31
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion serve``."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
-    names = ", ".join(bundled_models()) or "none in this installation"
-    parser.add_argument("model", help=f"a bundled model ({names}), or the path of a diffusers model directory")
+    add_model_argument(parser)
 
     add = parser.add_argument_group("where").add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s: this machine only)")
@@ -54,10 +52,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("how to run the model").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
-    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+    add_device_argument(add)
+    add_path_arguments(add)
     add("--lanes", type=int, metavar="N", help="the most images at a time (default: 64 on a CPU, what fits on a GPU)")
     add("--invariant", action="store_true", help="an image's bits do not depend on what else runs")
 
