@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.errors import first_line
-from stepfusion.kernels.cpu_library import why_not_cpu_kernels
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.networks.cpu_form import CpuForms
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]

@@ -1,19 +1,22 @@
-"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest: by C++ kernels.
+"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest: by the C++ kernels.
 
-3x3 convolutions by Winograd's algorithm, and group norms with what surrounds them in one kernel.
+Residual and attention blocks become one operator each, other 3x3 convolutions Winograd's, and the rest a matrix
+product for the pixels under each output.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from stepfusion.kernels import winograd
-from stepfusion.networks.blocks import Upsample
+from stepfusion.kernels.cpu import attention, convolution, resnet, winograd
+from stepfusion.kernels.cpu.library import LANES
+from stepfusion.kernels.cpu.schemes import F2, F4, UP, Scheme
+from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
@@ -22,95 +25,213 @@ from stepfusion.networks.time_conditioned import TimeConditioned
 # at 16, where channels are many, and costs most accuracy at 32.
 _SIZES_OF_F4 = range(9, 17)
 
+_Shapes = tuple[torch.Size, ...]
+
+
+class CpuResnetBlock(nn.Module):
+    """A :class:`ResnetBlock` by :func:`stepfusion.kernels.cpu.resnet.resnet_block`, with the same arguments."""
+
+    def __init__(self, block: ResnetBlock, scheme: Scheme) -> None:
+        super().__init__()
+        shortcut = block.conv_shortcut
+        norm = block.norm1
+        self.weights = resnet.ResnetWeights(
+            norm1_weight=norm.weight.detach(),
+            norm1_bias=norm.bias.detach(),
+            conv1=winograd.transform_weight(block.conv1.weight, scheme),
+            conv1_bias=_bias(block.conv1),
+            norm2_weight=block.norm2.weight.detach(),
+            norm2_bias=block.norm2.bias.detach(),
+            conv2=winograd.transform_weight(block.conv2.weight, scheme),
+            conv2_bias=_bias(block.conv2),
+            shortcut=None if shortcut is None else resnet.pack_shortcut(shortcut.weight),
+            shortcut_bias=None if shortcut is None else _bias(shortcut),
+            groups=norm.num_groups,
+            eps=norm.eps,
+            output_scale=float(block.output_scale),
+        )
+        self._scale_shift = block.scale_shift
+        self._columns = block.time_start, block.time_emb_proj.out_features
+
+    def forward(self, x: Tensor, projections: Tensor, skip: Tensor | None = None) -> Tensor:
+        time = projections.narrow(1, *self._columns)
+        if self._scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            return resnet.resnet_block(x, self.weights, skip=skip, scale=scale, shift=shift)
+        return resnet.resnet_block(x, self.weights, skip=skip, time=time)
+
+
+class CpuAttention(nn.Module):
+    """An :class:`Attention` by :func:`stepfusion.kernels.cpu.attention.attention_block`."""
+
+    def __init__(self, block: Attention) -> None:
+        super().__init__()
+        result = block.to_out[0]
+        assert isinstance(result, nn.Linear)
+        layers = block.to_q, block.to_k, block.to_v, result
+        norm = block.group_norm
+        self.weights = attention.AttentionWeights(
+            norm_weight=None if norm is None else norm.weight.detach(),
+            norm_bias=None if norm is None else norm.bias.detach(),
+            projections=attention.pack_projections([layer.weight for layer in layers], block.heads),
+            biases=torch.stack([_bias(layer) for layer in layers]),
+            heads=block.heads,
+            groups=1 if norm is None else norm.num_groups,
+            eps=0.0 if norm is None else norm.eps,
+            output_scale=float(block.output_scale),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attention.attention_block(x, self.weights)
+
 
 class WinogradConv2d(nn.Module):
-    """A 3x3 convolution with padding 1: x [B, C, H, W] -> [B, K, H', W'], bfloat16.
-
-    Args:
-        weight: from :func:`stepfusion.kernels.winograd.transform_weight`. bias: float32 [K].
-    """
+    """A 3x3 convolution with padding 1, of an image whose pixels are repeated in squares with the scheme `UP`."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, conv: nn.Conv2d, scheme: Scheme) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.register_buffer("weight", winograd.transform_weight(conv.weight, scheme))
+        self.register_buffer("bias", _bias(conv))
 
     def forward(self, x: Tensor) -> Tensor:
         return winograd.winograd_conv2d(x, self.weight, self.bias)
 
 
+class GatheredConv2d(nn.Module):
+    """A convolution with a square kernel; `before` and `after` zeros around the image."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, before: int, after: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", convolution.pack_weight(conv.weight))
+        self.register_buffer("bias", _bias(conv))
+        self._window = {"kernel": conv.kernel_size[0], "stride": conv.stride[0], "before": before, "after": after}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolution.gathered_conv2d(x, self.weight, self.bias, **self._window)
+
+
 class CpuForms:
     """Makes copies of a bfloat16 network that run on the C++ kernels.
 
-    A copy shares every parameter with the network and owns the transformed weights, which copies for other shapes
-    share where they use the same scheme: 1.8 times the bytes of a convolution's own weights with F2, 4 times with F4,
-    once with an upsampling. Replaced are, in :class:`TimeConditioned` networks only, convolutions of
-    stride 1 between numbers of channels that are multiples of 16, and :class:`Upsample`.
+    A copy shares every parameter with the network and owns the weights of what it replaces, as the kernels read
+    them; copies for other shapes share those where they use the same scheme: 1.8 times the bytes of a convolution's
+    own weights with F2, 4 times with F4, and as many as the weights have elsewhere. Replaced are layers of
+    :class:`TimeConditioned` networks only, where a kernel takes them.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._made: dict[tuple[str, str], WinogradConv2d] = {}
+        self._made: dict[tuple[str, Scheme | None], nn.Module] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> nn.Module | None:
         """The copy for inputs of these shapes; None for a network that is not ours."""
-        if not any(isinstance(network, TimeConditioned) for network in self._module.modules()):
+        roots = [name for name, network in self._module.named_modules() if isinstance(network, TimeConditioned)]
+        if not roots:
             return None
-        sizes = _input_sizes(self._module, tensors)
-        shared = {id(t): t for t in chain(self._module.parameters(), self._module.buffers())}
+        shared = {id(t): t for t in (*self._module.parameters(), *self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
-        for name, size in sizes.items():
-            form.set_submodule(name, self._layer(name, size))
+        replaced: list[str] = []
+        for name, shapes in _input_shapes(self._module, tensors).items():
+            inside = any(_is_inside(name, root) for root in roots)
+            layer = self._layer(name, shapes) if inside and not any(_is_inside(name, r) for r in replaced) else None
+            if layer is not None:
+                form.set_submodule(name, layer)
+                replaced.append(name)
         for norm in form.modules():
             if isinstance(norm, GroupNormAct):
                 norm.fused_on_cpu = True
         return form
 
-    def _layer(self, name: str, size: tuple[int, int]) -> WinogradConv2d:
-        layer = self._module.get_submodule(name)
-        scheme = winograd.F4 if max(size) in _SIZES_OF_F4 else winograd.F2
-        if isinstance(layer, Upsample):
-            layer, scheme = layer.conv, winograd.UP
-        assert isinstance(layer, nn.Conv2d)
-        if (name, scheme.name) not in self._made:
-            weight = winograd.transform_weight(layer.weight, scheme)
-            bias = weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
-            self._made[name, scheme.name] = WinogradConv2d(weight, bias.float())
-        return self._made[name, scheme.name]
+    def _layer(self, name: str, shapes: _Shapes) -> nn.Module | None:
+        """What replaces a layer whose inputs have these shapes, made once; None if nothing does."""
+        found = _replacement(self._module.get_submodule(name), shapes)
+        if found is None:
+            return None
+        scheme, make = found
+        if (name, scheme) not in self._made:
+            self._made[name, scheme] = make()
+        return self._made[name, scheme]
 
 
-def _input_sizes(module: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, tuple[int, int]]:
-    """Height and width of the input of every layer to replace, by its name; found on the meta device."""
+def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Callable[[], nn.Module]] | None:
+    """The scheme, if any, and the maker of what replaces a layer for inputs of these shapes; None if nothing does."""
+    if len(shapes[0]) != 4:
+        return None
+    height, width = shapes[0][2:]
+    scheme = F4 if max(height, width) in _SIZES_OF_F4 else F2
+    if isinstance(layer, ResnetBlock) and _is_usual(layer, shapes):
+        return scheme, lambda: CpuResnetBlock(layer, scheme)
+    if isinstance(layer, Attention) and layer.heads * layer.head_dim == shapes[0][1]:
+        fits = attention.fits(shapes[0][1], layer.heads, height * width)
+        return (None, lambda: CpuAttention(layer)) if fits else None
+    if isinstance(layer, Upsample) and _fits_winograd(layer.conv):
+        return UP, lambda: WinogradConv2d(layer.conv, UP)
+    if isinstance(layer, Downsample):
+        before, after = (0, 1) if layer.pads_one_side else 2 * (int(layer.conv.padding[0]),)
+        return None, lambda: GatheredConv2d(layer.conv, before, after)
+    if type(layer) is nn.Conv2d and _fits_winograd(layer):
+        return scheme, lambda: WinogradConv2d(layer, scheme)
+    if type(layer) is nn.Conv2d and _is_square(layer):
+        padding = int(layer.padding[0])
+        return None, lambda: GatheredConv2d(layer, padding, padding)
+    return None
+
+
+def _is_usual(block: ResnetBlock, shapes: _Shapes) -> bool:
+    """Whether a residual block is one that the kernel knows; it takes x, the projections, and perhaps a skip."""
+    smooth = isinstance(block.norm1.act, nn.SiLU) and isinstance(block.norm2.act, nn.SiLU)
+    channels = shapes[0][1], *(shape[1] for shape in shapes[2:])
+    whole = (
+        all(count % LANES == 0 for count in channels) and _fits_winograd(block.conv1) and _fits_winograd(block.conv2)
+    )
+    return block.resample is None and smooth and whole
+
+
+def _fits_winograd(conv: nn.Conv2d) -> bool:
+    usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
+    return usual and _is_plain(conv) and winograd.fits(conv.in_channels, conv.out_channels)
+
+
+def _is_square(conv: nn.Conv2d) -> bool:
+    same = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+    return same and _is_plain(conv) and not isinstance(conv.padding, str)
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """float32 [K]; zeros where a layer has none."""
+    return layer.weight.new_zeros(len(layer.weight)).float() if layer.bias is None else layer.bias.detach().float()
+
+
+def _input_shapes(module: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, _Shapes]:
+    """The shapes of what every block and convolution takes, by its name, blocks before what is inside of them.
+
+    Found on the meta device.
+    """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): b.to("meta") for b in module.buffers()}
     shadow = copy.deepcopy(module, memo)
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, layer in _replaceable(shadow):
+    shapes: dict[str, _Shapes] = {}
+    for name, layer in shadow.named_modules():
+        if not isinstance(layer, (ResnetBlock, Attention, Upsample, Downsample, nn.Conv2d)):
+            continue
 
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            sizes[name] = (inputs[0].shape[2], inputs[0].shape[3])
+        def record(_: nn.Module, inputs: tuple[Tensor | None, ...], name: str = name) -> None:
+            shapes[name] = tuple(tensor.shape for tensor in inputs if tensor is not None)
 
         layer.register_forward_pre_hook(record)
     shadow(*(tensor.to("meta") for tensor in tensors))
-    return sizes
+    return shapes
 
 
-def _replaceable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for root, network in module.named_modules():
-        if isinstance(network, TimeConditioned):
-            inside: set[str] = set()
-            for name, layer in network.named_modules(prefix=root):
-                if isinstance(layer, Upsample) and _fits(layer.conv):
-                    inside.add(f"{name}.conv")
-                    yield name, layer
-                elif name not in inside and type(layer) is nn.Conv2d and _fits(layer):
-                    yield name, layer
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    usual = conv.kernel_size == (3, 3) and conv.stride == conv.dilation == (1, 1) and conv.padding == (1, 1)
-    plain = conv.groups == 1 and conv.padding_mode == "zeros"
-    return usual and plain and winograd.fits(conv.in_channels, conv.out_channels)
+def _is_inside(name: str, of: str) -> bool:
+    return not of or name == of or name.startswith(f"{of}.")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import kernels
-from stepfusion.kernels import group_norm_cpu
+from stepfusion.kernels.cpu import group_norm as cpu
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -16,7 +16,7 @@ class GroupNormAct(nn.GroupNorm):
     Attributes:
         fused: run it as :func:`stepfusion.kernels.group_norm_silu`, which needs a GPU that Triton drives and has no
             gradient; otherwise as PyTorch's own operators.
-        fused_on_cpu: run it as :func:`stepfusion.kernels.group_norm_cpu.group_norm_silu_cpu`, where it fits.
+        fused_on_cpu: run it as :func:`stepfusion.kernels.cpu.group_norm.group_norm_silu_cpu`, where it fits.
         by_rows: normalise rows of a matrix, a row for each group, which some runtimes do faster than group norms.
     """
 
@@ -58,9 +58,9 @@ class GroupNormAct(nn.GroupNorm):
             return fused if silu else self.act(fused)
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
-        if self.fused_on_cpu and group_norm_cpu.fits(x.shape[1]):
+        if self.fused_on_cpu and cpu.fits(x.shape[1]):
             options = {"time": time, "scale": scale, "shift": shift}
-            fused = group_norm_cpu.group_norm_silu_cpu(
+            fused = cpu.group_norm_silu_cpu(
                 x, self.weight, self.bias, self.num_groups, self.eps, **options, silu=silu
             )
             return fused if silu else self.act(fused)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import stepfusion as sf
 from stepfusion import compiled
 from stepfusion.compiled import TOLERANCE, compile_network, describe_difference
-from stepfusion.kernels import winograd
-from stepfusion.kernels.cpu_library import why_not_cpu_kernels
+from stepfusion.kernels.cpu import library, winograd
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.cpu_form import CpuForms, WinogradConv2d
 from stepfusion.networks.norm import GroupNormAct
 
@@ -54,13 +55,23 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, example, options: graph.forward)
 
 
-def layers(form: nn.Module) -> dict[str, int]:
-    """The number of products of every convolution that was replaced."""
-    return {name: m.weight.shape[1] for name, m in form.named_modules() if isinstance(m, WinogradConv2d)}
+def products(layer: nn.Module) -> int:
+    """The number of products of Winograd's convolutions in a layer."""
+    return int(layer.weight.shape[1] if isinstance(layer, WinogradConv2d) else layer.weights.conv1.shape[1])
 
 
 @needs_kernel
-@pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"downsample_type": "resnet"},
+        {"downsample_padding": 0, "mid_block_scale_factor": 1.5},
+        {"block_out_channels": (32, 64, 64), "attention_head_dim": 32},
+        {"act_fn": "gelu"},
+    ],
+)
 @torch.no_grad()
 def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
     """Held to the float32 network: at most three times the rounding of the bfloat16 network itself."""
@@ -77,22 +88,40 @@ def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
 @needs_kernel
 @torch.no_grad()
 def test_the_scheme_follows_the_size_of_the_image() -> None:
-    network = unet()
-    forms = CpuForms(network)
+    forms = CpuForms(unet())
     small, large = forms(inputs()), forms(inputs(1, 32))
     assert small is not None
     assert large is not None
-    first, second = "down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv1"
-    assert (layers(small)[first], layers(small)[second]) == (36, 16)  # at 16 x 16 and 8 x 8
-    assert (layers(large)[first], layers(large)[second]) == (16, 36)  # at 32 x 32 and 16 x 16
-    assert layers(small)["up_blocks.0.upsamplers.0"] == layers(large)["up_blocks.0.upsamplers.0"] == 9
-    direct = {name for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
-    assert direct == {
-        *("conv_in", "conv_out", "down_blocks.0.downsamplers.0.conv", "down_blocks.1.downsamplers.0.conv"),
-        *(name for name, _ in network.named_modules() if name.endswith("conv_shortcut")),
+    blocks = "down_blocks.0.resnets.0", "down_blocks.1.resnets.0"
+    assert [products(small.get_submodule(name)) for name in blocks] == [36, 16], "at 16 x 16 and 8 x 8"
+    assert [products(large.get_submodule(name)) for name in blocks] == [16, 36], "at 32 x 32 and 16 x 16"
+    assert products(small.get_submodule("up_blocks.0.upsamplers.0")) == 9
+    name = "mid_block.resnets.0"
+    assert small.get_submodule(name) is large.get_submodule(name), "transformed once"
+
+
+def left(**changes: Any) -> set[str]:
+    """The blocks and layers that PyTorch runs in the form of a network, time path apart."""
+    form = CpuForms(unet(**changes))(inputs())
+    assert form is not None
+    kinds = (nn.Conv2d, nn.Linear, ResnetBlock, Attention, Upsample, Downsample)
+    return {name for name, layer in form.named_modules() if isinstance(layer, kinds) and "time" not in name}
+
+
+@needs_kernel
+@torch.no_grad()
+def test_every_layer_is_replaced_where_a_kernel_fits() -> None:
+    wide = {"block_out_channels": (32, 64, 64), "attention_head_dim": 32}
+    assert left(**wide) == set()
+    assert "down_blocks.1.attentions.0" in left(**wide | {"attention_head_dim": 16}), "heads of 16 channels"
+    assert left(**wide, downsample_type="resnet", upsample_type="resnet") == {
+        *("down_blocks.1.downsamplers.0", "up_blocks.1.upsamplers.0"),  # their convolutions alone
     }
-    shared = small.get_submodule("mid_block.resnets.0.conv1")
-    assert shared is large.get_submodule("mid_block.resnets.0.conv1"), "transformed once"
+    assert "mid_block.resnets.0" in left(**wide, act_fn="gelu")
+    assert not any("conv" in name for name in left(**wide, act_fn="gelu"))
+    odd = left(block_out_channels=(24, 64, 64), attention_head_dim=32)
+    assert {"down_blocks.0.resnets.0", "up_blocks.2.resnets.0"} <= odd, "24 channels"
+    assert "mid_block.resnets.0" not in odd
 
 
 @needs_kernel
@@ -166,7 +195,9 @@ def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatc
     def fail() -> None:
         raise RuntimeError("no working C++ compiler\nand so on")
 
-    monkeypatch.setattr(winograd, "load", fail)
+    library._function.cache_clear()
+
+    monkeypatch.setattr(library, "load", fail)
     engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16")
     with pytest.warns(RuntimeWarning, match=r"compiled as it is: torch.compile failed with RuntimeError: no working"):
         assert engine.sample(2, steps=2).isfinite().all()

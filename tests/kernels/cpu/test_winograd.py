@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepfusion.kernels import winograd
-from stepfusion.kernels.cpu_library import why_not_cpu_kernels
-from stepfusion.kernels.winograd import F2, F4, UP, Scheme, toom_cook, transform_weight, winograd_conv2d
+from stepfusion.kernels.cpu import library, winograd
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion.kernels.cpu.schemes import F2, F4, UP, Scheme, toom_cook
+from stepfusion.kernels.cpu.winograd import transform_weight, winograd_conv2d
 
 SCHEMES = [F2, F4, UP]
 #: Root-mean-square error, relative to that of PyTorch's bfloat16 convolution: the most that the module states.
@@ -165,7 +166,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     expected = winograd_conv2d(x, transform_weight(weight, F4), bias.float())
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: whole[1:3] if k.get("memory_format") else empty(*a, **k))
-    winograd.load()  # before, for it asks for memory too
+    library.load()  # before, for it asks for memory too
     y = winograd._winograd_conv2d._init_fn(x, transform_weight(weight, F4), bias.float())
     assert y.data_ptr() == whole[1:3].data_ptr()
     assert torch.equal(y, expected)
@@ -222,8 +223,8 @@ def test_the_op_is_what_torch_library_wants(scheme: Scheme) -> None:
 
 @needs_kernel
 def test_what_the_library_cannot_do_is_an_error_not_a_crash() -> None:
-    function = winograd.load()
-    assert b"no scheme" in function(25, None, None, None, None, 1, 1, 1, 16, 16, 16, 16)
+    with pytest.raises(RuntimeError, match="winograd_conv2d failed: there is no scheme with so many products"):
+        library.call("winograd_conv2d", (None,) * 4, (1, 1, 1, 16, 16, 25, 16))
 
 
 def test_the_transformed_weights_have_the_stated_size_and_leave_the_weights_alone() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepfusion.kernels import group_norm_cpu, reference
-from stepfusion.kernels.cpu_library import why_not_cpu_kernels
-from stepfusion.kernels.group_norm_cpu import group_norm_silu_cpu
+from stepfusion.kernels import reference
+from stepfusion.kernels.cpu import group_norm
+from stepfusion.kernels.cpu.group_norm import group_norm_silu_cpu
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 
 needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
@@ -116,7 +117,7 @@ def test_the_op_is_what_torch_library_wants() -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     x, time = images(2, 48, 4, 6), images(2, 48)
     arguments = (x, images(48), images(48), 8, 1e-6, time, None, None, True)
-    torch.library.opcheck(group_norm_cpu._group_norm_silu_cpu, arguments, test_utils=tests)
+    torch.library.opcheck(group_norm._group_norm_silu_cpu, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize(

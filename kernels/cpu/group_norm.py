@@ -8,39 +8,17 @@ channel, so that two passes over the pixels remain.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.cpu_library import LANES, library
-
-_WIDTH = 64  # channels of a piece of work, at least, where there are so many: two cache lines of every pixel
+from stepfusion.kernels.cpu import library
+from stepfusion.kernels.cpu.library import LANES
 
 
 def fits(channels: int) -> bool:
     """Whether so many channels can be normalised."""
     return channels > 0 and channels % LANES == 0
-
-
-def _width(channels: int, groups: int) -> int:
-    """Channels of a piece of work: whole vectors, whole groups, a divisor of all."""
-    least = math.lcm(LANES, channels // groups)
-    widths = [width for width in range(least, channels + 1, least) if channels % width == 0]
-    return next((width for width in widths if width >= _WIDTH), channels)
-
-
-@functools.cache
-def load() -> Any:
-    """The C++ function, compiled or found; see :func:`stepfusion.kernels.cpu_library.library`."""
-    function = library("group_norm").group_norm_silu
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 8 + [ctypes.c_double, ctypes.c_bool]
-    function.restype = None
-    return function
 
 
 @torch.library.custom_op("stepfusion::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
@@ -56,15 +34,12 @@ def _group_norm_silu_cpu(
     silu: bool,
 ) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    if y.numel() == 0:
-        return y
-    batch, channels, height, width = y.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    rows = [None if row is None else row if row.stride(1) == 1 else row.contiguous() for row in (time, scale, shift)]
-    tensors = (x, weight.contiguous(), bias.contiguous(), *rows, y)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = batch, height * width, channels, groups, _width(channels, groups)
-    load()(*pointers, *sizes, *(0 if row is None else row.stride(0) for row in rows), eps, silu)
+    if y.numel() > 0:
+        batch, channels, height, width = y.shape
+        x = x.contiguous(memory_format=torch.channels_last)
+        rows, strides = rows_of(time, scale, shift)
+        sizes = batch, height * width, channels, groups, *strides, int(silu)
+        library.call("group_norm_silu", (x, weight.contiguous(), bias.contiguous(), *rows, y), sizes, (eps,))
     return y
 
 
@@ -114,3 +89,9 @@ def group_norm_silu_cpu(
         raise ValueError("scale and shift must be given together, got one of them")
     y: Tensor = _group_norm_silu_cpu(x, weight, bias, groups, eps, time, scale, shift, silu)
     return y
+
+
+def rows_of(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Rows [B, C] or None as the kernels read them: elements of a row together, and how far rows lie apart."""
+    rows = [None if t is None else t if t.stride(1) == 1 else t.contiguous() for t in tensors]
+    return rows, [0 if row is None else row.stride(0) for row in rows]

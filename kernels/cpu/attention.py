@@ -1,0 +1,114 @@
+"""A self-attention block of a UNet in bfloat16 on a CPU: norm, projections, softmax and residual in one op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.cpu import library, panels
+
+_PAIRS = 2 * library.LANES  # channels of a head: a multiple of it
+MOST_TOKENS = 4096  # the scores of 64 queries are in memory at once: 1 MiB
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """What an attention block of C channels is made of.
+
+    Attributes:
+        norm_weight, norm_bias: bfloat16 [C]; None without a norm.
+        projections: of queries, keys, values and the result, from :func:`pack_projections`.
+        biases: float32 [4, C], in the same order.
+        heads: a divisor of C. groups: of the norm. eps: added to its variances.
+        output_scale: what the sum is divided by.
+    """
+
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    projections: Tensor
+    biases: Tensor
+    heads: int
+    groups: int
+    eps: float
+    output_scale: float = 1.0
+
+
+def fits(channels: int, heads: int, tokens: int) -> bool:
+    """Whether so many heads over so many channels and pixels can be computed."""
+    whole = channels % heads == 0 and channels // heads % _PAIRS == 0
+    return channels > 0 and whole and tokens % library.LANES == 0 and tokens <= MOST_TOKENS
+
+
+def pack_projections(weights: list[Tensor], heads: int) -> Tensor:
+    """Four weights [C, C], as ``nn.Linear`` has them: bfloat16 [4, C / c, 1, C / 2, c, 2], c channels of a panel."""
+    width = panels.width(len(weights[0]) // heads, _PAIRS)
+    return torch.stack([panels.pack(weight.detach()[None], width) for weight in weights])
+
+
+@torch.library.custom_op("stepfusion::attention_block_cpu", mutates_args=(), device_types="cpu")
+def _attention_block_cpu(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    projections: Tensor,
+    biases: Tensor,
+    heads: int,
+    groups: int,
+    eps: float,
+    output_scale: float,
+) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if y.numel() > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        keys, values = torch.empty_like(y), torch.empty_like(y)
+        sizes = batch, height * width, channels, heads, projections.shape[4], groups
+        tensors = x, norm_weight, norm_bias, projections.contiguous(), biases.contiguous(), keys, values, y
+        library.call("attention_block", tensors, sizes, (eps, output_scale))
+    return y
+
+
+@_attention_block_cpu.register_fake
+def _attention_block_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def attention_block(x: Tensor, weights: AttentionWeights) -> Tensor:
+    """``(x + project(softmax(q k^T / sqrt(D)) v)) / output_scale`` over the pixels of each image, D channels a head.
+
+    q, k and v are projections of ``norm(x)`` (Vaswani et al. 2017; Wang et al. 2018).
+
+    Args:
+        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last; H W a multiple of 16, D one of 32.
+
+    Returns:
+        bfloat16 [B, C, H, W] in channels_last. Rounded to bfloat16 are what enters a product, and the result. An
+        image's bits depend on neither its place in the batch nor the number of threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    w = weights
+    launch.check_dtype("x", x, (torch.bfloat16,))
+    if x.ndim != 4 or not fits(x.shape[1], w.heads, x.shape[2] * x.shape[3]):
+        wanted = f"[B, C, H, W] with C a multiple of {_PAIRS * w.heads} and H W one of {library.LANES}"
+        raise ValueError(f"x must be {wanted}, at most {MOST_TOKENS}, got {list(x.shape)}")
+    channels = x.shape[1]
+    width = panels.width(channels // w.heads, _PAIRS)
+    packed = (4, channels // width, 1, channels // 2, width, 2)
+    launch.check_like("projections", w.projections, packed, x.device, (torch.bfloat16,))
+    launch.check_like("biases", w.biases, (4, channels), x.device, (torch.float32,))
+    if (w.norm_weight is None) != (w.norm_bias is None):
+        raise ValueError("norm_weight and norm_bias must be given together, got one of them")
+    for name, vector in (("norm_weight", w.norm_weight), ("norm_bias", w.norm_bias)):
+        if vector is not None:
+            launch.check_like(name, vector, (channels,), x.device, (torch.bfloat16,))
+    if channels % w.groups:
+        raise ValueError(f"groups must divide {channels}, got {w.groups}")
+    y: Tensor = _attention_block_cpu(
+        x, w.norm_weight, w.norm_bias, w.projections, w.biases, w.heads, w.groups, w.eps, w.output_scale
+    )
+    return y

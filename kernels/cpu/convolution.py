@@ -1,0 +1,95 @@
+"""Convolutions that Winograd's algorithm does not serve, in bfloat16 on a CPU: strided, or between few channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.cpu import library, panels
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight [K, C, n, n] as :func:`gathered_conv2d` reads it: bfloat16 [K' / k, 1, D / 2, k, 2].
+
+    D is n n C, rounded up to an even number; K' is K, rounded up to a multiple of 16: what is added is zero.
+    """
+    rows = weight.detach().permute(0, 2, 3, 1).flatten(1)
+    rows = functional.pad(rows, (0, -rows.shape[1] % 2, 0, -len(rows) % library.LANES))
+    return panels.pack(rows[None], panels.width(len(rows)))
+
+
+@torch.library.custom_op("stepfusion::gathered_conv2d_cpu", mutates_args=(), device_types="cpu")
+def _gathered_conv2d_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int
+) -> Tensor:
+    y = _empty(x, bias, kernel, stride, before + after)
+    if y.numel() > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        count, _, pairs, panel, _ = weight.shape
+        bias = functional.pad(bias, (0, count * panel - len(bias)))
+        window = kernel, stride, before, y.shape[2], y.shape[3], y.shape[1]
+        sizes = batch, height, width, channels, *window, 2 * pairs, count, panel
+        library.call("gathered_conv2d", (x, weight.contiguous(), bias, y), sizes)
+    return y
+
+
+@_gathered_conv2d_cpu.register_fake
+def _gathered_conv2d_cpu_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int
+) -> Tensor:
+    return _empty(x, bias, kernel, stride, before + after)
+
+
+def _empty(x: Tensor, bias: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    sizes = [(size + padding - kernel) // stride + 1 for size in x.shape[2:]]
+    shape = (x.shape[0], len(bias), *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def gathered_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, kernel: int, stride: int = 1, before: int = 0, after: int = 0
+) -> Tensor:
+    """A convolution with a square kernel, by its definition.
+
+    Args:
+        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last.
+        weight: from :func:`pack_weight`.
+        bias: float32 [K].
+        kernel: n, the size of the window. stride: pixels from a window to the next.
+        before, after: zeros around the image: on its top and left, on its bottom and right.
+
+    Returns:
+        bfloat16 [B, K, (H + before + after - n) // stride + 1, the same of W] in channels_last. An image's bits
+        depend on neither its place in the batch nor the number of threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, tensor in (("x", x), ("weight", weight)):
+        launch.check_dtype(name, tensor, (torch.bfloat16,))
+    for name, number, least in (
+        ("kernel", kernel, 1),
+        ("stride", stride, 1),
+        ("before", before, 0),
+        ("after", after, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if x.ndim != 4 or min(x.shape[2:]) + before + after < kernel:
+        raise ValueError(
+            f"x must be [B, C, H, W], at least {kernel} pixels wide with its padding, got {list(x.shape)}"
+        )
+    depth = kernel * kernel * x.shape[1]
+    if weight.ndim != 5 or weight.shape[1] != 1 or weight.shape[4] != 2 or 2 * weight.shape[2] != depth + depth % 2:
+        raise ValueError(
+            f"weight must be what pack_weight returns for {x.shape[1]} channels, got {list(weight.shape)}"
+        )
+    outputs = weight.shape[0] * weight.shape[3]
+    if bias.ndim != 1 or not outputs - library.LANES < len(bias) <= outputs:
+        raise ValueError(f"bias must have the number of weight's output channels, got {list(bias.shape)}")
+    launch.check_like("bias", bias, (len(bias),), x.device, (torch.float32,))
+    y: Tensor = _gathered_conv2d_cpu(x, weight, bias, kernel, stride, before, after)
+    return y

@@ -1,0 +1,64 @@
+"""The C++ kernels: one library, compiled where it is used, by Inductor's compiler settings and cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepfusion.kernels.cpu import schemes
+
+LANES = 16  # channels of a vector: kernels take multiples of it
+
+_HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
+_SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
+
+
+def why_not_cpu_kernels() -> str | None:
+    """The reason why the C++ kernels cannot run on this machine's CPU; None if they can."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no AVX512-BF16"
+    if not torch._C._has_mkldnn:
+        return "this PyTorch has no oneDNN, which multiplies the matrices"
+    return None
+
+
+@functools.cache
+def load() -> Any:
+    """What the sources in this folder compile to; taken from Inductor's cache where it is there.
+
+    Raises:
+        Whatever Inductor raises where there is no working C++ compiler.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    folder = Path(__file__).parent
+    texts = [(folder / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
+    texts.insert(len(_HEADERS) - 1, schemes.CONSTANTS)
+    return CppCodeCache.load("\n".join(texts), needs_vec_isa=True)
+
+
+def call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float] = ()) -> None:
+    """Call a function of the library, which takes addresses, then int64, then double.
+
+    Raises:
+        RuntimeError: with what the function says went wrong.
+    """
+    function = _function(name, len(tensors), len(sizes), len(numbers))
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    error = function(*addresses, *sizes, *numbers)
+    if error is not None:
+        raise RuntimeError(f"{name} failed: {error.decode(errors='replace')}")
+
+
+@functools.cache
+def _function(name: str, addresses: int, sizes: int, numbers: int) -> Any:
+    function = getattr(load(), name)
+    function.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_int64] * sizes + [ctypes.c_double] * numbers
+    function.restype = ctypes.c_char_p
+    return function

@@ -1,0 +1,192 @@
+"""A residual block of a UNet in bfloat16 on a CPU: norms, activations, convolutions, shortcut and residual in one op.
+
+The norms' moments are two passes over what they read; everything else of them is done on the way into the
+convolutions (:mod:`winograd`), as the residual is on their way out. What was normalised is never stored, and neither
+is the concatenation of x and skip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.cpu import library, panels
+from stepfusion.kernels.cpu.group_norm import rows_of
+from stepfusion.kernels.cpu.winograd import check_transformed
+
+
+@dataclass(frozen=True)
+class ResnetWeights:
+    """What a residual block from C to K channels is made of.
+
+    Attributes:
+        norm1_weight, norm1_bias: bfloat16 [C]. norm2_weight, norm2_bias: bfloat16 [K].
+        conv1, conv2: from :func:`stepfusion.kernels.cpu.winograd.transform_weight`, of one scheme.
+        conv1_bias, conv2_bias: float32 [K].
+        shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None where C is K and the residual is x.
+        groups: of both norms. eps: added to their variances.
+        output_scale: what the sum is divided by.
+    """
+
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    conv1: Tensor
+    conv1_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    conv2: Tensor
+    conv2_bias: Tensor
+    shortcut: Tensor | None
+    shortcut_bias: Tensor | None
+    groups: int
+    eps: float
+    output_scale: float = 1.0
+
+
+def pack_shortcut(weight: Tensor) -> Tensor:
+    """The weight [K, C, 1, 1] of a shortcut as :func:`resnet_block` reads it: bfloat16 [K / k, 1, C / 2, k, 2]."""
+    return panels.pack(weight.detach().flatten(1)[None], panels.width(len(weight)))
+
+
+@torch.library.custom_op("stepfusion::resnet_block_cpu", mutates_args=(), device_types="cpu")
+def _resnet_block_cpu(
+    x: Tensor,
+    skip: Tensor | None,
+    time: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    conv1: Tensor,
+    conv1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    conv2: Tensor,
+    conv2_bias: Tensor,
+    shortcut: Tensor | None,
+    shortcut_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    output_scale: float,
+) -> Tensor:
+    y = _empty(x, conv2_bias)
+    if y.numel() > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+        skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
+        rows, strides = rows_of(time, scale, shift)
+        first = norm1_weight, norm1_bias, conv1, conv1_bias
+        second = norm2_weight, norm2_bias, conv2, conv2_bias
+        batch, channels, height, width = x.shape
+        skip_channels = 0 if skip is None else skip.shape[1]
+        sizes = batch, height, width, channels, skip_channels, y.shape[1], conv1.shape[1], conv1.shape[3], groups
+        tensors = (x, skip, *rows, *first, *second, shortcut, shortcut_bias, torch.empty_like(y), y)
+        library.call("resnet_block", tensors, (*sizes, *strides), (eps, output_scale))
+    return y
+
+
+@_resnet_block_cpu.register_fake
+def _resnet_block_cpu_fake(x: Tensor, *others: Tensor | None, **_: object) -> Tensor:
+    bias = others[11]
+    assert bias is not None
+    return _empty(x, bias)
+
+
+def _empty(x: Tensor, bias: Tensor) -> Tensor:
+    shape = (x.shape[0], len(bias), *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def resnet_block(
+    x: Tensor,
+    weights: ResnetWeights,
+    *,
+    skip: Tensor | None = None,
+    time: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``(conv2(silu(norm2(h + time) * (1 + scale) + shift)) + shortcut([x, skip])) / output_scale``.
+
+    h is ``conv1(silu(norm1([x, skip])))`` (Ho et al. 2020; scale and shift: Dhariwal & Nichol 2021, section 3.1).
+
+    Args:
+        x: bfloat16 [B, C1, H, W] on the CPU, read as channels_last; C1 a multiple of 16.
+        weights: of a block from C = C1 + C2 to K channels.
+        skip: bfloat16 [B, C2, H, W] or None, C2 a multiple of 16.
+        time, scale, shift: bfloat16 [B, K] or None, scale and shift together; rows may lie apart.
+
+    Returns:
+        bfloat16 [B, K, H, W] in channels_last. Rounded to bfloat16 are what enters a product, what leaves conv1 and
+        the shortcut, and the result. An image's bits depend on neither its place in the batch nor the number of
+        threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, images in (("x", x), ("skip", skip)):
+        if images is not None:
+            launch.check_dtype(name, images, (torch.bfloat16,))
+            if images.ndim != 4 or images.shape[1] % library.LANES or images.shape[1] == 0:
+                raise ValueError(f"{name} must be [B, C, H, W], C a multiple of 16, got {list(images.shape)}")
+    inputs = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if skip is not None:
+        launch.check_like("skip", skip, (x.shape[0], skip.shape[1], *x.shape[2:]), x.device)
+    outputs = _check_weights(weights, inputs, x.device)
+    for name, row in (("time", time), ("scale", scale), ("shift", shift)):
+        if row is not None:
+            launch.check_like(name, row, (x.shape[0], outputs), x.device, (torch.bfloat16,))
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got one of them")
+    w = weights
+    if skip is not None and w.shortcut is None:  # the residual is both
+        x, skip = torch.cat((x, skip), dim=1), None
+    y: Tensor = _resnet_block_cpu(
+        x,
+        skip,
+        time,
+        scale,
+        shift,
+        w.norm1_weight,
+        w.norm1_bias,
+        w.conv1,
+        w.conv1_bias,
+        w.norm2_weight,
+        w.norm2_bias,
+        w.conv2,
+        w.conv2_bias,
+        w.shortcut,
+        w.shortcut_bias,
+        w.groups,
+        w.eps,
+        w.output_scale,
+    )
+    return y
+
+
+def _check_weights(w: ResnetWeights, inputs: int, device: torch.device) -> int:
+    """K, the number of output channels, if everything is of a block from `inputs` to K channels."""
+    for name, weight in (("conv1", w.conv1), ("conv2", w.conv2)):
+        check_transformed(name, weight)
+    count, products, pairs, panel, _ = w.conv1.shape
+    outputs = count * panel
+    if 2 * pairs != inputs:
+        raise ValueError(f"x and skip must have {2 * pairs} channels together, as conv1 has, got {inputs}")
+    launch.check_like("conv2", w.conv2, (count, products, outputs // 2, panel, 2), device)
+    if inputs % w.groups or outputs % w.groups:
+        raise ValueError(f"groups must divide {inputs} and {outputs}, got {w.groups}")
+    for name, channels in (("norm1", inputs), ("norm2", outputs)):
+        for part in ("weight", "bias"):
+            vector = getattr(w, f"{name}_{part}")
+            launch.check_like(f"{name}_{part}", vector, (channels,), device, (torch.bfloat16,))
+    for name, vector in (("conv1_bias", w.conv1_bias), ("conv2_bias", w.conv2_bias)):
+        launch.check_like(name, vector, (outputs,), device, (torch.float32,))
+    if w.shortcut is None or w.shortcut_bias is None:
+        if inputs != outputs or (w.shortcut is None) != (w.shortcut_bias is None):
+            raise ValueError(f"shortcut and shortcut_bias must be given from {inputs} to {outputs} channels")
+    else:
+        launch.check_like("shortcut", w.shortcut, (count, 1, pairs, panel, 2), device, (torch.bfloat16,))
+        launch.check_like("shortcut_bias", w.shortcut_bias, (outputs,), device, (torch.float32,))
+    return outputs

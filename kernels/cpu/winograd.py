@@ -1,0 +1,92 @@
+"""3x3 convolutions by Winograd's algorithm (Lavin & Gray 2016, section 4), with the tables of `schemes`.
+
+Transforms and sums are float32; the transformed input and weights are rounded to bfloat16. The weights are
+transformed once (:func:`transform_weight`), in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepfusion.kernels import launch
+from stepfusion.kernels.cpu import library, panels
+from stepfusion.kernels.cpu.schemes import SCHEMES, Scheme
+
+
+def fits(in_channels: int, out_channels: int) -> bool:
+    """Whether a convolution between so many channels can be transformed."""
+    lanes = library.LANES
+    return in_channels > 0 and out_channels > 0 and in_channels % lanes == 0 and out_channels % lanes == 0
+
+
+def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    """``G g G^T`` of every filter, as :func:`winograd_conv2d` reads it.
+
+    Args:
+        weight: [K, C, 3, 3], any floating dtype; C and K multiples of 16.
+
+    Returns:
+        bfloat16 [K / k, N, C / 2, k, 2]: N products, k output channels of a panel (:func:`panels.pack`). ``N / 9``
+        times as many elements as `weight` has.
+    """
+    launch.check_dtype("weight", weight, (*launch.FLOATS, torch.float64))
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not fits(weight.shape[1], weight.shape[0]):
+        shape = f"[K, C, 3, 3], C and K multiples of {library.LANES}"
+        raise ValueError(f"weight must be {shape}, got {list(weight.shape)}")
+    g = torch.tensor(scheme.weight, dtype=torch.float64)
+    u = torch.einsum("ia,kcab,jb->ijkc", g, weight.detach().double(), g)
+    return panels.pack(u.flatten(0, 1), panels.width(len(weight)))
+
+
+@torch.library.custom_op("stepfusion::winograd_conv2d", mutates_args=(), device_types="cpu")
+def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = _empty(x, weight, bias)
+    if y.numel() > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        sizes = batch, height, width, channels, y.shape[1], weight.shape[1], weight.shape[3]
+        library.call("winograd_conv2d", (x, weight.contiguous(), bias.contiguous(), y), sizes)
+    return y
+
+
+@_winograd_conv2d.register_fake
+def _winograd_conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _empty(x, weight, bias)
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    scale = SCHEMES[int(weight.shape[1])].scale
+    shape = (x.shape[0], len(bias), scale * x.shape[2], scale * x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution with padding 1; with the scheme `UP`, of the image that repeats every pixel in 2 x 2.
+
+    Args:
+        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last: anything else is copied to it. Any H and W.
+        weight: bfloat16, from :func:`transform_weight`, which has chosen the scheme.
+        bias: float32 [K].
+
+    Returns:
+        bfloat16 [B, K, H, W], or [B, K, 2 H, 2 W], in channels_last. An image's bits depend on neither its place in
+        the batch nor the number of threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    launch.check_dtype("x", x, (torch.bfloat16,))
+    check_transformed("weight", weight)
+    launch.check_like("bias", bias, (weight.shape[0] * weight.shape[3],), x.device, (torch.float32,))
+    if x.ndim != 4 or x.shape[1] != 2 * weight.shape[2]:
+        raise ValueError(f"x must be [B, {2 * weight.shape[2]}, H, W], as weight has, got {list(x.shape)}")
+    out: Tensor = _winograd_conv2d(x, weight, bias)
+    return out
+
+
+def check_transformed(name: str, weight: Tensor) -> None:
+    """Raise a TypeError or ValueError if a weight cannot be from :func:`transform_weight`."""
+    launch.check_dtype(name, weight, (torch.bfloat16,))
+    if weight.ndim != 5 or weight.shape[1] not in SCHEMES or weight.shape[4] != 2:
+        raise ValueError(f"{name} must be what transform_weight returns, got shape {list(weight.shape)}")

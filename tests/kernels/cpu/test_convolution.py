@@ -1,0 +1,120 @@
+"""Convolutions by their definition: against PyTorch's in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stepfusion.kernels.cpu import convolution, library
+from stepfusion.kernels.cpu.convolution import gathered_conv2d, pack_weight
+
+needs_kernel = pytest.mark.skipif(
+    library.why_not_cpu_kernels() is not None, reason=f"C++: {library.why_not_cpu_kernels()}"
+)
+
+BFLOAT16 = torch.bfloat16
+
+
+def problem(
+    batch: int, inputs: int, outputs: int, height: int, width: int, kernel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(inputs + height + kernel)
+    x = torch.randn(batch, inputs, height, width, generator=generator).to(BFLOAT16)
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (inputs * kernel**2) ** 0.5
+    return x, weight.to(BFLOAT16), torch.randn(outputs, generator=generator)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("stride", "before", "after"), [(1, 0, 0), (1, 1, 1), (2, 0, 1), (2, 1, 1), (3, 2, 0)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8, 3, 128, 9, 9, 3),  # 27 products of a row, one more for the pair
+        (2, 128, 3, 8, 8, 3),  # three of sixteen channels are wanted
+        (3, 32, 48, 6, 11, 3),
+        (1, 64, 80, 5, 5, 1),
+        (2, 1, 1, 7, 7, 5),
+        (1, 16, 100, 10, 3, 3),
+        (1, 2, 17, 4, 4, 2),
+    ],
+    ids=str,
+)
+def test_it_is_the_convolution(sizes: tuple[int, ...], stride: int, before: int, after: int) -> None:
+    x, weight, bias = problem(*sizes)
+    padded = functional.pad(x.double(), (before, after, before, after))
+    exact = functional.conv2d(padded, weight.double(), bias.double(), stride=stride)
+    y = gathered_conv2d(x, pack_weight(weight), bias, kernel=sizes[5], stride=stride, before=before, after=after)
+    assert y.shape == exact.shape
+    assert y.dtype == BFLOAT16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), exact, rtol=2.0**-8, atol=2.0**-16)
+
+
+@needs_kernel
+def test_an_images_bits_depend_on_itself_alone() -> None:
+    x, weight, bias = problem(7, 16, 32, 6, 6, 3)
+    packed = pack_weight(weight)
+    y = gathered_conv2d(x, packed, bias, kernel=3, before=1, after=1)
+    strange = x.clone()
+    strange[1:] = torch.nan
+    assert torch.equal(gathered_conv2d(strange, packed, bias, kernel=3, before=1, after=1)[0], y[0])
+    assert torch.equal(gathered_conv2d(x[3:], packed, bias, kernel=3, before=1, after=1), y[3:])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(gathered_conv2d(x, packed, bias, kernel=3, before=1, after=1), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernel
+def test_nothing_else_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three channels of an output of which sixteen are computed."""
+    x, weight, bias = problem(2, 16, 3, 5, 5, 3)
+    expected = gathered_conv2d(x, pack_weight(weight), bias, kernel=3)
+    whole = torch.full((4, 3, 3, 3), torch.nan, dtype=BFLOAT16).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(convolution, "_empty", lambda *_: whole[1:3])
+    y = convolution._gathered_conv2d_cpu._init_fn(x, pack_weight(weight), bias, 3, 1, 0, 0)
+    assert torch.equal(y, expected)
+    assert whole[0].isnan().all()
+    assert whole[3].isnan().all()
+
+
+@needs_kernel
+def test_nothing_to_do() -> None:
+    x, weight, bias = problem(1, 16, 16, 4, 4, 3)
+    assert gathered_conv2d(x[:0], pack_weight(weight), bias, kernel=3).shape == (0, 16, 2, 2)
+
+
+@needs_kernel
+def test_the_op_is_what_torch_library_wants() -> None:
+    x, weight, bias = problem(2, 3, 5, 6, 6, 3)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    arguments = (x, pack_weight(weight), bias, 3, 2, 0, 1)
+    torch.library.opcheck(convolution._gathered_conv2d_cpu, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(1, 3, 4, 4)}, TypeError, "x must be bfloat16, got float32"),
+        ({"x": torch.ones(1, 3, 2, 4).bfloat16()}, ValueError, r"x must be \[B, C, H, W\], at least 3 pixels wide"),
+        ({"x": torch.ones(1, 4, 4, 4).bfloat16()}, ValueError, "what pack_weight returns for 4 channels"),
+        ({"weight": torch.ones(5, 3, 3, 3).bfloat16()}, ValueError, "weight must be what pack_weight returns"),
+        ({"bias": torch.ones(17)}, ValueError, "bias must have the number of weight's output channels"),
+        ({"bias": torch.ones(5).bfloat16()}, TypeError, "bias must be float32"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"before": -1}, ValueError, "before must be at least 0, got -1"),
+        ({"kernel": 0}, ValueError, "kernel must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, weight, bias = problem(1, 3, 5, 4, 4, 3)
+    right: dict[str, Any] = {"x": x, "weight": pack_weight(weight), "bias": bias, "kernel": 3}
+    with pytest.raises(error, match=message):
+        gathered_conv2d(**(right | change))
