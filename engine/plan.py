@@ -65,7 +65,7 @@ class Plan:
 
         reason = why_not_cpu_form(self.device, self.dtype)
         if reason is None:
-            return Choice("C++", "3x3 convolutions of our networks by Winograd's algorithm, group norms fused")
+            return Choice("C++", "residual and attention blocks of our networks whole, 3x3 convolutions by Winograd")
         return Choice("PyTorch", reason)
 
     @property

@@ -29,7 +29,7 @@ PACKAGES = {
 }
 DATA = (
     *("engine/py.typed", "engine/models/*/**/*", "engine/serving/form.html"),
-    *("kernels/*.cpp", "kernels/*.h", "bench/classifier/**/*"),
+    *("kernels/cpu/*.cpp", "kernels/cpu/*.h", "bench/classifier/**/*"),
 )
 MAY_IMPORT = {
     "kernels": {"kernels"},

@@ -210,7 +210,7 @@ def test_explain_says_what_runs_the_layers(monkeypatch: pytest.MonkeyPatch) -> N
         arguments = {"device": "cpu", "network": "compile", "dtype": "bfloat16"} | options
         return sf.Engine(unet(), sf.NoiseSchedule.linear(1000), **arguments).explain()
 
-    assert "layers         C++           3x3 convolutions of our networks by Winograd" in explain()
+    assert "layers         C++           residual and attention blocks of our networks whole, 3x3" in explain()
     assert "layers         PyTorch       the C++ kernels are for bfloat16 on CPUs" in explain(dtype="float32")
     assert "layers" not in explain(network="eager")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
