@@ -48,7 +48,7 @@ def pack_projections(weights: list[Tensor], heads: int) -> Tensor:
     return torch.stack([panels.pack(weight.detach()[None], width) for weight in weights])
 
 
-@torch.library.custom_op("stepfusion::attention_block_cpu", mutates_args=(), device_types="cpu")
+@library.op("attention_block_cpu", fake=library.like)
 def _attention_block_cpu(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -60,7 +60,7 @@ def _attention_block_cpu(
     eps: float,
     output_scale: float,
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    y = library.like(x)
     if y.numel() > 0:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
@@ -69,11 +69,6 @@ def _attention_block_cpu(
         tensors = x, norm_weight, norm_bias, projections.contiguous(), biases.contiguous(), keys, values, y
         library.call("attention_block", tensors, sizes, (eps, output_scale))
     return y
-
-
-@_attention_block_cpu.register_fake
-def _attention_block_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def attention_block(x: Tensor, weights: AttentionWeights) -> Tensor:

@@ -20,11 +20,17 @@ def pack_weight(weight: Tensor) -> Tensor:
     return panels.pack(rows[None], panels.width(len(rows)))
 
 
-@torch.library.custom_op("stepfusion::gathered_conv2d_cpu", mutates_args=(), device_types="cpu")
+def _empty(x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int) -> Tensor:
+    sizes = [(size + before + after - kernel) // stride + 1 for size in x.shape[2:]]
+    shape = (x.shape[0], len(bias), *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@library.op("gathered_conv2d_cpu", fake=_empty)
 def _gathered_conv2d_cpu(
     x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int
 ) -> Tensor:
-    y = _empty(x, bias, kernel, stride, before + after)
+    y = _empty(x, weight, bias, kernel, stride, before, after)
     if y.numel() > 0:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
@@ -34,19 +40,6 @@ def _gathered_conv2d_cpu(
         sizes = batch, height, width, channels, *window, 2 * pairs, count, panel
         library.call("gathered_conv2d", (x, weight.contiguous(), bias, y), sizes)
     return y
-
-
-@_gathered_conv2d_cpu.register_fake
-def _gathered_conv2d_cpu_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int
-) -> Tensor:
-    return _empty(x, bias, kernel, stride, before + after)
-
-
-def _empty(x: Tensor, bias: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    sizes = [(size + padding - kernel) // stride + 1 for size in x.shape[2:]]
-    shape = (x.shape[0], len(bias), *sizes)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def gathered_conv2d(

@@ -21,7 +21,7 @@ def fits(channels: int) -> bool:
     return channels > 0 and channels % LANES == 0
 
 
-@torch.library.custom_op("stepfusion::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
+@library.op("group_norm_silu_cpu", fake=library.like)
 def _group_norm_silu_cpu(
     x: Tensor,
     weight: Tensor,
@@ -33,7 +33,7 @@ def _group_norm_silu_cpu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    y = library.like(x)
     if y.numel() > 0:
         batch, channels, height, width = y.shape
         x = x.contiguous(memory_format=torch.channels_last)
@@ -41,11 +41,6 @@ def _group_norm_silu_cpu(
         sizes = batch, height * width, channels, groups, *strides, int(silu)
         library.call("group_norm_silu", (x, weight.contiguous(), bias.contiguous(), *rows, y), sizes, (eps,))
     return y
-
-
-@_group_norm_silu_cpu.register_fake
-def _group_norm_silu_cpu_fake(x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def group_norm_silu_cpu(

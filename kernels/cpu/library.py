@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from stepfusion.kernels.cpu import schemes
 
 LANES = 16  # channels of a vector: kernels take multiples of it
 
+_LIBRARY = torch.library.Library("stepfusion", "FRAGMENT")
 _HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
 _SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
 
@@ -41,6 +43,28 @@ def load() -> Any:
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
     texts.insert(len(_HEADERS) - 1, schemes.CONSTANTS)
     return CppCodeCache.load("\n".join(texts), needs_vec_isa=True)
+
+
+def op(name: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
+    """Make a function that allocates what it returns, as `fake` does, an operator on CPU tensors without gradients.
+
+    ``torch.library.custom_op`` would do with less, and with three times the Python for each call, which matters
+    where the kernels have just taken the caches.
+    """
+
+    def register(function: Callable[..., Tensor]) -> OpOverload:
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"stepfusion::{name}", fake, lib=_LIBRARY)
+        overload: OpOverload = getattr(torch.ops.stepfusion, name).default
+        return overload
+
+    return register
+
+
+def like(x: Tensor, *_: object) -> Tensor:
+    """Room for the images that an operator makes of x, where they have its shape."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float] = ()) -> None:

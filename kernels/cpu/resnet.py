@@ -51,7 +51,12 @@ def pack_shortcut(weight: Tensor) -> Tensor:
     return panels.pack(weight.detach().flatten(1)[None], panels.width(len(weight)))
 
 
-@torch.library.custom_op("stepfusion::resnet_block_cpu", mutates_args=(), device_types="cpu")
+def _empty(x: Tensor, bias: Tensor) -> Tensor:
+    shape = (x.shape[0], len(bias), *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@library.op("resnet_block_cpu", fake=lambda x, *others: _empty(x, others[11]))  # conv2_bias
 def _resnet_block_cpu(
     x: Tensor,
     skip: Tensor | None,
@@ -85,18 +90,6 @@ def _resnet_block_cpu(
         tensors = (x, skip, *rows, *first, *second, shortcut, shortcut_bias, torch.empty_like(y), y)
         library.call("resnet_block", tensors, (*sizes, *strides), (eps, output_scale))
     return y
-
-
-@_resnet_block_cpu.register_fake
-def _resnet_block_cpu_fake(x: Tensor, *others: Tensor | None, **_: object) -> Tensor:
-    bias = others[11]
-    assert bias is not None
-    return _empty(x, bias)
-
-
-def _empty(x: Tensor, bias: Tensor) -> Tensor:
-    shape = (x.shape[0], len(bias), *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def resnet_block(

@@ -39,7 +39,13 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     return panels.pack(u.flatten(0, 1), panels.width(len(weight)))
 
 
-@torch.library.custom_op("stepfusion::winograd_conv2d", mutates_args=(), device_types="cpu")
+def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    scale = SCHEMES[int(weight.shape[1])].scale
+    shape = (x.shape[0], len(bias), scale * x.shape[2], scale * x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@library.op("winograd_conv2d", fake=_empty)
 def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = _empty(x, weight, bias)
     if y.numel() > 0:
@@ -48,17 +54,6 @@ def _winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         sizes = batch, height, width, channels, y.shape[1], weight.shape[1], weight.shape[3]
         library.call("winograd_conv2d", (x, weight.contiguous(), bias.contiguous(), y), sizes)
     return y
-
-
-@_winograd_conv2d.register_fake
-def _winograd_conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _empty(x, weight, bias)
-
-
-def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    scale = SCHEMES[int(weight.shape[1])].scale
-    shape = (x.shape[0], len(bias), scale * x.shape[2], scale * x.shape[3])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

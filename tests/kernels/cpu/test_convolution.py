@@ -79,7 +79,7 @@ def test_nothing_else_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gathered_conv2d(x, pack_weight(weight), bias, kernel=3)
     whole = torch.full((4, 3, 3, 3), torch.nan, dtype=BFLOAT16).contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(convolution, "_empty", lambda *_: whole[1:3])
-    y = convolution._gathered_conv2d_cpu._init_fn(x, pack_weight(weight), bias, 3, 1, 0, 0)
+    y = convolution._gathered_conv2d_cpu(x, pack_weight(weight), bias, 3, 1, 0, 0)
     assert torch.equal(y, expected)
     assert whole[0].isnan().all()
     assert whole[3].isnan().all()
