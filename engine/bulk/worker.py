@@ -16,10 +16,10 @@ import stepfusion
 from stepfusion.bulk.job import ENGINE, IMAGES, Job, Unit, model_digest, read_labels, refuse_differences, to_json
 from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.shards import FORMATS, shard_digest
-from stepfusion.bulk.table import TableRequest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
 from stepfusion.files import publish_once, read_json
+from stepfusion.table_request import TableRequest
 
 _MAX_JSON_BYTES = 1 << 20
 _ENCODERS = 8

@@ -10,11 +10,9 @@ from typing import Annotated, Any, Self, TypeGuard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from stepfusion.engine import SAMPLERS, Engine
+from stepfusion.engine import Engine
 from stepfusion.table import StepTable
-
-#: What can be asked for by name: every sampler that starts from noise.
-OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
+from stepfusion.table_request import OFFERED, TableRequest
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_INDEX = (1 << 32) - 1
@@ -160,7 +158,9 @@ def check_ask(ask: Ask, engine: Engine, limits: Limits) -> Order:
     _limit("steps", ask.steps or 0, limits.steps, "steps")
     if ask.sampler not in OFFERED:
         raise Refused(f"sampler must be one of {', '.join(map(repr, OFFERED))}, got {_shown(ask.sampler)}")
-    table = engine.table(ask.sampler, ask.steps, **({} if ask.eta is None else {"eta": ask.eta}))
+    request = TableRequest(ask.sampler, ask.steps, ask.eta)
+    request.check()
+    table = request.of(engine)
     _limit("steps", len(table), limits.steps, "steps")
     guided = any(scale not in (None, 1.0) for scale in _each("guidance", ask.guidance, count))
     evaluations = count * len(table) * (2 if guided else 1)

@@ -52,7 +52,7 @@ def _files(place: Path) -> None:
         ("model --num 4 --out out --first-index 4294967295",
          "--first-index must be in [0, 4294967292] for 4 images, got 4294967295"),
         ("model --num 4 --out out --sampler ddpm --eta 1",
-         "--eta is an option of --sampler ddim, got --sampler ddpm"),
+         "--eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm"),
         ("model --num 4 --out out --eta 2", "eta must be a finite number in [0, 1], got 2.0"),
         ("model --num 4 --out out --labels horse", f"--labels must be among {LABELS}, got 'horse'"),
         ("model --num 4 --out out --labels 0 --labels-file two.txt",

@@ -55,6 +55,17 @@ def test_every_format_holds_the_engines_images(form: str) -> None:
         np.testing.assert_array_equal(samples["arr_1"], np.arange(22) % 3)
 
 
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_ancestral_euler_takes_eta(eta: float | None) -> None:
+    option = "" if eta is None else f" --eta {eta}"
+    generate(f"{TINY} --out out --sampler euler_ancestral{option}")
+    np.testing.assert_array_equal(images(), engines_own(sampler="euler_ancestral", eta=eta))
+    assert (
+        json.loads(Path("out/job.json").read_text())["table"]
+        == f"euler ancestral, eta {1 if eta is None else eta:g}, 2 steps"
+    )
+
+
 def test_a_tar_is_a_webdataset() -> None:
     generate(f"{TINY} --out out --seed 7 --first-index 100")
     with tarfile.open("out/images/000001.tar") as archive:

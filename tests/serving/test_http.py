@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ def test_npz_holds_what_the_engine_makes_offline(here: Here) -> None:
     assert made["labels"].tolist() == labels
 
 
+def test_eta_is_heeded_with_each_sampler_that_takes_one(here: Here) -> None:
+    made = []
+    for sampler, eta in (("ddim", 1), ("euler_ancestral", 0), ("euler_ancestral", 0.5), ("euler_ancestral", None)):
+        ask = {"n": 2, "steps": 5, "sampler": sampler, "labels": 1, "eta": eta}
+        response = here.generate(**ask, format="npz")
+        assert response.status_code == 200
+        made.append(np.load(io.BytesIO(response.content))["images"])
+        np.testing.assert_array_equal(made[-1], pixels(here.service.engine, **ask))
+    assert not any(np.array_equal(one, another) for one, another in itertools.combinations(made, 2))
+
+
 def test_png_is_one_image_or_a_grid(here: Here) -> None:
     expected = pixels(here.service.engine, n=4, steps=5, labels=1)
     for n, wanted in ((1, expected[0, ..., 0]), (4, np.block([[*expected[:2, ..., 0]], [*expected[2:, ..., 0]]]))):
@@ -158,8 +170,13 @@ WRONG: list[tuple[Any, str]] = [
     ({"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]}, "n * steps is too large: 320 evaluations"),
     ({"sampler": "euler"}, "sampler must be one of 'ddim'"),
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
-    ({"sampler": "ddpm", "steps": 5, "eta": 0.5}, "eta"),
-    ({"eta": -1}, "eta"),
+    (
+        {"sampler": "ddpm", "steps": 5, "eta": 0.5},
+        "eta is an option of sampler ddim and euler_ancestral, got sampler ddpm",
+    ),
+    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral, got sampler dpmpp_2m"),
+    ({"sampler": "euler_ancestral", "eta": -1}, "eta must be a finite number in [0, 1], got -1"),
+    ({"eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     ({"guidance": 1e9}, "guidance must be"),
     ({"guidance": "2"}, "guidance must be a finite number, or a list of one for each image, got '2'"),
     ({"guidance": [1, 2], "n": 3}, "guidance must be one value or one for each of the 3 images, got 2"),
@@ -426,6 +443,7 @@ def test_model_has_what_a_client_needs(here: Here) -> None:
     assert facts["guidance"] is True
     assert facts["limits"]["images"] == 8
     assert set(facts["samplers"]) == {name for name in sf.engine.SAMPLERS if name != "ddim_inversion"}
+    assert facts["eta"] == {"ddim": 0, "euler_ancestral": 1}, "of the samplers that take one, by default"
 
 
 def test_metrics_count(here: Here) -> None:
