@@ -17,7 +17,6 @@ from stepfusion.editing import Edit, make_edit
 from stepfusion.engine import Engine
 from stepfusion.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
 from stepfusion.model_arguments import add_device_argument, add_path_arguments, add_sampler_arguments, table_request
-from stepfusion.timesteps import SPACINGS
 from stepfusion.walk import Event
 
 _EXAMPLES = """examples:
@@ -84,13 +83,6 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("how to sample").add_argument
     add_sampler_arguments(add)
-    add(
-        "--timesteps",
-        metavar="SECTIONS",
-        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
-        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
-    )
-    add("--spacing", choices=(*SPACINGS, "karras"), help="of the steps (default: the model's own)")
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
@@ -116,7 +108,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.out is None:
         args.out = Path("samples" if args.single else "samples.png")
     _check_numbers(args)
-    table_request(args)
+    request = table_request(args)
     _check_outputs(args)
     engine = Engine.from_pretrained(
         args.model,
@@ -127,9 +119,7 @@ def run_sample(args: argparse.Namespace) -> int:
         batch=args.batch,
         invariant=args.invariant,
     )
-    names = ("eta", "spacing", "timesteps")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    table = engine.table(args.sampler, args.steps, **options)
+    table = request.of(engine)
     labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)
     steps = len(table) if edit is None else len(edit.shorten(table))

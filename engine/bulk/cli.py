@@ -22,6 +22,7 @@ from stepfusion.images import CHANNELS
 from stepfusion.model_arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
 from stepfusion.plan import make_plan
 from stepfusion.sample_cli import read_classes, read_label
+from stepfusion.table import StepTable
 from stepfusion.table_request import TableRequest
 
 _EXAMPLES = """examples:
@@ -184,7 +185,7 @@ def _order(
         )
     job = Job(
         model=model_digest(args.model),
-        table=f"{table.name}, {len(table)} steps",
+        table=_described(request, engine, table),
         table_sha256=table_digest(table),
         shape=engine.shape,
         num=args.num,
@@ -210,6 +211,16 @@ def _order(
         leave_out=args.leave_out_nonfinite,
         cpu_workers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if where.world > 1 else len(where.devices),
     )
+
+
+def _described(request: TableRequest, engine: Engine, table: StepTable) -> str:
+    """The sampler with its steps, and how these were chosen where it is not the model's own way."""
+    how = [table.name, f"{len(table)} steps"]
+    if request.timesteps is not None:
+        how.append(f"timesteps {request.timesteps}")
+    elif request.spacing not in (None, engine.options.get("spacing")):
+        how.append(f"spacing {request.spacing}")
+    return ", ".join(how)
 
 
 def _labels_of_file(engine: Engine, args: argparse.Namespace) -> NDArray[np.int64] | None:

@@ -35,6 +35,7 @@ from stepfusion.serving.job import Result
 from stepfusion.serving.openapi import describe
 from stepfusion.serving.watch import Watch
 from stepfusion.table_request import OFFERED
+from stepfusion.timesteps import ALL_SPACINGS
 
 logger = logging.getLogger("stepfusion.serving")
 
@@ -288,6 +289,7 @@ def _facts(service: AsyncEngine, limits: Limits, name: str) -> dict[str, Any]:
         "guidance": engine.null_label is not None,
         "samplers": list(OFFERED),
         "eta": SAMPLERS_WITH_ETA,
+        "spacings": list(ALL_SPACINGS),
         "timesteps": engine.schedule.num_timesteps,
         "prediction": engine.prediction,
         "invariant": engine.invariant,

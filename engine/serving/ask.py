@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from stepfusion.engine import Engine
 from stepfusion.table import StepTable
 from stepfusion.table_request import OFFERED, TableRequest
+from stepfusion.timesteps import ALL_SPACINGS
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_INDEX = (1 << 32) - 1
@@ -54,6 +55,12 @@ class Ask(BaseModel):
     sampler: str = Field("ddim", description="the name of a sampler")
     steps: int | None = Field(None, ge=1, description="an integer of at least 1")
     eta: float | None = Field(None, description="a finite number")
+    spacing: str | None = Field(
+        None, pattern=f"^({'|'.join(ALL_SPACINGS)})$", description=f"one of {', '.join(map(repr, ALL_SPACINGS))}"
+    )
+    timesteps: list[_Index] | None = Field(
+        None, description="a list of integers from 0 on, each smaller than the one before"
+    )
     guidance: float | list[float] | None = Field(None, description="a finite number, or a list of one for each image")
     labels: _Label | list[_Label] = Field(
         None, description="a class's number or name, null for none, or a list of one for each image"
@@ -158,7 +165,7 @@ def check_ask(ask: Ask, engine: Engine, limits: Limits) -> Order:
     _limit("steps", ask.steps or 0, limits.steps, "steps")
     if ask.sampler not in OFFERED:
         raise Refused(f"sampler must be one of {', '.join(map(repr, OFFERED))}, got {_shown(ask.sampler)}")
-    request = TableRequest(ask.sampler, ask.steps, ask.eta)
+    request = TableRequest(ask.sampler, ask.steps, ask.eta, ask.spacing, ask.timesteps)
     request.check()
     table = request.of(engine)
     _limit("steps", len(table), limits.steps, "steps")

@@ -161,6 +161,26 @@ def test_eta_is_asked_for_with_samplers_that_take_one(page: Any) -> None:
     playwright.expect(page.get_by_role("link", name="Download")).to_have_count(1)
 
 
+def test_the_steps_are_spaced_as_asked_for(page: Any, site: tuple[str, Gate, AsyncEngine]) -> None:
+    engine = site[2].engine
+    spacing = page.get_by_label("Spacing")
+    assert spacing.locator("option").all_inner_texts() == [
+        "default",
+        "leading",
+        "trailing",
+        "linspace",
+        "karras",
+    ]
+    spacing.select_option("trailing")
+    fill(page, Steps="3", Images="1", Guidance="1")
+    page.get_by_role("button", name="Generate").click()
+    picture = page.get_by_role("img", name="no class, seed 0, index 0", exact=True)
+    playwright.expect(picture).to_be_visible()
+    png = Image.open(io.BytesIO(base64.b64decode(picture.get_attribute("src").partition(",")[2])))
+    wanted = engine.to_uint8(engine.sample(1, engine.table(steps=3, spacing="trailing"), progress=False)).numpy()
+    np.testing.assert_array_equal(np.asarray(png), wanted[0, ..., 0])
+
+
 def test_every_control_has_a_name(page: Any) -> None:
     for control in page.locator("input, select, button, progress").all():
         named = control.evaluate(
