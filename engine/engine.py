@@ -45,7 +45,13 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "euler_ancestral": samplers.euler_ancestral,
     "ddim_inversion": samplers.ddim_inversion,
 }
-SAMPLERS_WITH_ETA = tuple(name for name, make in SAMPLERS.items() if "eta" in (make.__kwdefaults__ or {}))
+#: The eta of those that take one, by default.
+SAMPLERS_WITH_ETA: dict[str, float] = {
+    name: options["eta"]
+    for name, make in SAMPLERS.items()
+    for options in [make.__kwdefaults__ or {}]
+    if "eta" in options
+}
 _DEFAULT_STEPS = 50
 _DEFAULT_BATCH = {"cpu": 64}
 _DEFAULT_BATCH_GPU = 256

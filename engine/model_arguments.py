@@ -1,4 +1,4 @@
-"""What commands have in common: which model, where and how it runs, and what figures need."""
+"""What commands have in common: which model, which sampler, where and how it runs, and what figures need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from stepfusion import _checks
 from stepfusion.checkpoint import bundled_models
 from stepfusion.datasets import read_image
-from stepfusion.engine import Engine
+from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
 from stepfusion.images import CHANNELS, Pixels
 from stepfusion.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.table_request import OFFERED, TableRequest
+from stepfusion.timesteps import ALL_SPACINGS
 
 _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
@@ -26,6 +28,28 @@ def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = N
     names = ", ".join(bundled_models()) or "none in this installation"
     text = f"a bundled model ({names}), or the path of a diffusers model directory"
     parser.add_argument("model", nargs=nargs, help=text)
+
+
+def add_sampler_arguments(add: Callable[..., object]) -> None:
+    """Declare the sampler, its steps, their places and noise, which :func:`table_request` reads."""
+    takers = " and ".join(f"{name} (default: {eta:g})" for name, eta in SAMPLERS_WITH_ETA.items())
+    add("--sampler", choices=OFFERED, default="ddim", help="(default: %(default)s)")
+    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--timesteps",
+        metavar="SECTIONS",
+        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
+        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
+    )
+    add("--spacing", choices=ALL_SPACINGS, help="of the steps (default: the model's own)")
+    add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
+
+
+def table_request(args: argparse.Namespace) -> TableRequest:
+    """The table that ``args`` ask for; ValueError where an option is not one of its sampler's."""
+    request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps)
+    request.check("--")
+    return request
 
 
 def add_device_argument(add: Callable[..., object]) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from stepfusion.checkpoint import Pretrained, load_pretrained
 from stepfusion.guided_checkpoint import GuidedDiffusionModel, load_guided_diffusion
 from stepfusion.networks import ADMUNet, ContextUNet, UNet2D
@@ -24,7 +22,7 @@ def load_model(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionMo
     return load_guided_diffusion(source) if os.fspath(source).endswith(".pt") else load_pretrained(source)
 
 
-def network_config(network: nn.Module) -> Mapping[str, Any]:
+def network_config(network: object) -> Mapping[str, Any]:
     """What one of our networks was built from; of any other, no more than the name of its class."""
     if isinstance(network, UNet2D):
         return network.config.to_dict()

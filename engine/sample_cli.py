@@ -14,10 +14,9 @@ import torch
 
 from stepfusion.checkpoint import bundled_models
 from stepfusion.editing import Edit, make_edit
-from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
 from stepfusion.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
-from stepfusion.model_arguments import add_device_argument, add_path_arguments
-from stepfusion.timesteps import SPACINGS
+from stepfusion.model_arguments import add_device_argument, add_path_arguments, add_sampler_arguments, table_request
 from stepfusion.walk import Event
 
 _EXAMPLES = """examples:
@@ -83,17 +82,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("how to sample").add_argument
-    samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
-    add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
-    add(
-        "--timesteps",
-        metavar="SECTIONS",
-        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
-        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
-    )
-    add("--eta", type=float, help="noise of ddim and euler_ancestral, from 0, none (ddim's default), to 1, ddpm's")
-    add("--spacing", choices=(*SPACINGS, "karras"), help="of the steps (default: the model's own)")
+    add_sampler_arguments(add)
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
@@ -119,6 +108,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.out is None:
         args.out = Path("samples" if args.single else "samples.png")
     _check_numbers(args)
+    request = table_request(args)
     _check_outputs(args)
     engine = Engine.from_pretrained(
         args.model,
@@ -129,9 +119,7 @@ def run_sample(args: argparse.Namespace) -> int:
         batch=args.batch,
         invariant=args.invariant,
     )
-    names = ("eta", "spacing", "timesteps")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    table = engine.table(args.sampler, args.steps, **options)
+    table = request.of(engine)
     labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)
     steps = len(table) if edit is None else len(edit.shorten(table))
@@ -235,9 +223,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--first-index must be in [0, {(1 << 32) - args.num}] for {_count(args.num, 'image')}, "
             f"got {args.first_index}"
         )
-    if args.eta is not None and args.sampler not in SAMPLERS_WITH_ETA:
-        accepted = " and ".join(SAMPLERS_WITH_ETA)
-        raise ValueError(f"--eta is an option of --sampler {accepted}, got --sampler {args.sampler}")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

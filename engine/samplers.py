@@ -285,7 +285,7 @@ def _levels(
     _checks.choice("prediction", prediction, algebra.PREDICTIONS)
     if compat not in spacing_rules.COMPATS:
         raise ValueError(f"compat must be None, 'diffusers' or 'guided-diffusion', got {compat!r}")
-    _checks.choice("spacing", spacing, (*spacing_rules.SPACINGS, "karras"))
+    _checks.choice("spacing", spacing, spacing_rules.ALL_SPACINGS)
     if timesteps is not None:
         if steps is not None:
             raise ValueError("steps and timesteps exclude each other, got both")

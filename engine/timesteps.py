@@ -14,6 +14,7 @@ from stepfusion import _checks
 Timesteps = NDArray[np.int64]
 
 SPACINGS = ("leading", "trailing", "linspace")
+ALL_SPACINGS = (*SPACINGS, "karras")
 _DDIM = "ddim"
 COMPATS = (None, "diffusers", "guided-diffusion")
 

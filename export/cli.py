@@ -11,12 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from stepfusion.checkpoint import bundled_models
-from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.bundle import KINDS, check_out, read_bundle
 from stepfusion.export.formats import FORMATS, exporter, find_format
 from stepfusion.export.program import DYNAMIC, Batch, export_program
 from stepfusion.export.to_triton_server import BACKENDS
+from stepfusion.model_arguments import add_sampler_arguments, table_request
 from stepfusion.plan import DTYPES
 
 _EXAMPLES = """examples:
@@ -44,10 +45,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--server-backend", choices=BACKENDS, default="onnx", help="triton-server: what runs it there")
     add("--dry-run", action="store_true", help="torch-tensorrt: say how much it covers, and write nothing")
 
-    add = parser.add_argument_group("the sampler whose table goes with it").add_argument
-    add("--sampler", choices=[name for name in SAMPLERS if name != "ddim_inversion"], help="(default: ddim)")
-    add("--steps", type=int, metavar="K", help="(default: 50; ddpm: all timesteps)")
-    add("--eta", type=float, help="of ddim (default: 0) and euler_ancestral (default: 1)")
+    add_sampler_arguments(parser.add_argument_group("the sampler whose table goes with it").add_argument)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 
@@ -56,6 +54,7 @@ def run_export(args: argparse.Namespace) -> int:
     found = find_format(args.format, kind=args.kind, dtype=args.dtype)
     batch = read_batch(args.batch, args.batch_range)
     _check_options(args)
+    request = table_request(args)
     if not args.dry_run:
         check_out(args.out)
     export = exporter(args.format)
@@ -67,7 +66,7 @@ def run_export(args: argparse.Namespace) -> int:
         backend="reference",
         network="eager",
     )
-    table = engine.table(args.sampler or "ddim", args.steps, **({} if args.eta is None else {"eta": args.eta}))
+    table = request.of(engine)
     if args.dry_run:
         from stepfusion.export.to_torch_tensorrt import dry_run
 
@@ -126,9 +125,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dry-run is an option of --format torch-tensorrt, got {args.format}")
     if args.server_backend != "onnx" and args.format != "triton-server":
         raise ValueError(f"--server-backend is an option of --format triton-server, got {args.format}")
-    if args.eta is not None and args.sampler not in (None, *SAMPLERS_WITH_ETA):
-        accepted = " and ".join(SAMPLERS_WITH_ETA)
-        raise ValueError(f"--eta is an option of --sampler {accepted}, got --sampler {args.sampler}")
     device = FORMATS[args.format].device
     if args.device is not None and device != "any" and args.device.partition(":")[0] != device:
         raise ExportError(f"the format {args.format} is written on {device}, got --device {args.device}")

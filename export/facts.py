@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from stepfusion import _checks
@@ -11,6 +11,7 @@ from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.program import Batch
 from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.model_source import network_config
 from stepfusion.schedule import NoiseSchedule
 
 
@@ -32,10 +33,6 @@ def model_facts(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
     """The ``model`` of a manifest: shape, labels, prediction, schedule (float64 betas), sampler options, config, and
     the batch sizes that were exported.
     """
-    config = getattr(engine.network, "config", None)
-    network = {"class": type(engine.network).__name__}
-    if is_dataclass(config) and not isinstance(config, type):
-        network |= _plain(asdict(config))
     return {
         "shape": list(engine.shape),
         "num_classes": engine.num_classes,
@@ -44,7 +41,7 @@ def model_facts(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
         "prediction": engine.prediction,
         "schedule": {"name": engine.schedule.name, "betas": engine.schedule.betas.tolist()},
         "options": _plain(engine.options),
-        "network": network,
+        "network": _plain(network_config(engine.network)),
         "batch": None if batch is None else [batch.low, batch.best, batch.high],
     }
 

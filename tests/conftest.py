@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from recorded_graph import Captures
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -41,6 +46,28 @@ def _seed() -> None:
     """Start every test from the same global random state, whatever ran before it on this worker."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors as small as the tests' are slower on two threads, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
+    from recorded_graph import Captures
+
+    import stepfusion as sf
+
+    recorded = Captures()
+    monkeypatch.setattr(sf.plan, "why_not_graph", lambda device: None)
+    monkeypatch.setattr(sf.engine, "capture", recorded)
+    return recorded
 
 
 @pytest.fixture(scope="session")

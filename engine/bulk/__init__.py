@@ -5,7 +5,7 @@
 
 from stepfusion.bulk.job import Job
 from stepfusion.bulk.run import Where, run, verify
-from stepfusion.bulk.table import TableRequest
 from stepfusion.bulk.worker import Order
+from stepfusion.table_request import TableRequest
 
 __all__ = ["Job", "Order", "TableRequest", "Where", "run", "verify"]

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job, labels_file, model_digest, table_digest
 from stepfusion.bulk.run import REPORT, Where, check_out, run, verify
 from stepfusion.bulk.shards import FORMATS
-from stepfusion.bulk.table import TableRequest
 from stepfusion.bulk.worker import Order
 from stepfusion.checkpoint import bundled_models
-from stepfusion.engine import SAMPLERS, Engine
+from stepfusion.engine import Engine
 from stepfusion.images import CHANNELS
-from stepfusion.model_arguments import add_model_argument, add_path_arguments
+from stepfusion.model_arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
 from stepfusion.plan import make_plan
 from stepfusion.sample_cli import read_classes, read_label
+from stepfusion.table import StepTable
+from stepfusion.table_request import TableRequest
 
 _EXAMPLES = """examples:
   stepfusion generate fashion-mnist --num 10000 --out images              # the same command again goes on
@@ -64,11 +65,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the images I, I+1, ... of the seed (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("how to sample").add_argument
-    samplers = [name for name in SAMPLERS if name != "ddim_inversion"]
-    add("--sampler", choices=samplers, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
-    add("--eta", type=float, help="noise of ddim, from 0, none (the default), to 1, as much as ddpm's")
+    add_sampler_arguments(parser.add_argument_group("how to sample").add_argument)
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, metavar="DIR", help="a directory; what this command has begun there goes on")
@@ -99,12 +96,13 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.verify is not None:
         return _verify(args)
     _check_numbers(args)
+    request = table_request(args)
     check_out(args.out)
     where = _where(args)
     _check_devices(args, where)
     engine = Engine.from_pretrained(args.model, device="cpu", dtype="float32", backend="reference", network="eager")
     labels = _labels_of_file(engine, args)
-    order = _order(engine, args, where, labels)
+    order = _order(engine, args, where, labels, request)
     report = run(order, where, labels, samples=args.npz, quiet=args.quiet)
     if not args.quiet:
         print(_summary(args, report) if report else f"rank {where.rank} is done; others are not yet")
@@ -140,8 +138,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if not 0 <= args.first_index <= _MAX_INDEX - args.num:
         most = _MAX_INDEX - args.num
         raise ValueError(f"--first-index must be in [0, {most}] for {args.num} images, got {args.first_index}")
-    if args.eta is not None and args.sampler != "ddim":
-        raise ValueError(f"--eta is an option of --sampler ddim, got --sampler {args.sampler}")
     if args.labels is not None and args.labels_file is not None:
         raise ValueError("--labels and --labels-file exclude each other, got both")
     if args.workers is not None and args.ray is None:
@@ -173,9 +169,10 @@ def _check_devices(args: argparse.Namespace, where: Where) -> None:
             make_plan(device, args.dtype, args.backend, args.network)
 
 
-def _order(engine: Engine, args: argparse.Namespace, where: Where, labels: NDArray[np.int64] | None) -> Order:
+def _order(
+    engine: Engine, args: argparse.Namespace, where: Where, labels: NDArray[np.int64] | None, request: TableRequest
+) -> Order:
     """The job and how to run it; ``engine`` says what the model is, and checks labels and guidance."""
-    request = TableRequest(args.sampler, args.steps, args.eta)
     table = request.of(engine)
     classes = None if labels is not None else read_classes(engine, args.labels)
     engine.generate(
@@ -188,7 +185,7 @@ def _order(engine: Engine, args: argparse.Namespace, where: Where, labels: NDArr
         )
     job = Job(
         model=model_digest(args.model),
-        table=f"{table.name}, {len(table)} steps",
+        table=_described(request, engine, table),
         table_sha256=table_digest(table),
         shape=engine.shape,
         num=args.num,
@@ -214,6 +211,16 @@ def _order(engine: Engine, args: argparse.Namespace, where: Where, labels: NDArr
         leave_out=args.leave_out_nonfinite,
         cpu_workers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if where.world > 1 else len(where.devices),
     )
+
+
+def _described(request: TableRequest, engine: Engine, table: StepTable) -> str:
+    """The sampler with its steps, and how these were chosen where it is not the model's own way."""
+    how = [table.name, f"{len(table)} steps"]
+    if request.timesteps is not None:
+        how.append(f"timesteps {request.timesteps}")
+    elif request.spacing not in (None, engine.options.get("spacing")):
+        how.append(f"spacing {request.spacing}")
+    return ", ".join(how)
 
 
 def _labels_of_file(engine: Engine, args: argparse.Namespace) -> NDArray[np.int64] | None:

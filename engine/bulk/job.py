@@ -66,7 +66,8 @@ class Job:
 
     Attributes:
         model: SHA-256 of weights, config and scheduler, as :func:`model_digest` takes it.
-        table, table_sha256: the sampler's name with its steps, and the digest of its rows.
+        table, table_sha256: the sampler's name with its steps, where asked for their spacing, and the digest of its
+            rows.
         shape: of one image, (C, H, W).
         num, first_index, seed: the images ``first_index`` .. ``first_index + num - 1`` of the seed.
         classes: the labels that the indices take in turn (index i has ``classes[i % len(classes)]``), or None.

@@ -13,13 +13,23 @@ from typing import Any
 import torch
 
 import stepfusion
-from stepfusion.bulk.job import ENGINE, IMAGES, Job, Unit, model_digest, read_labels, refuse_differences, to_json
+from stepfusion.bulk.job import (
+    ENGINE,
+    IMAGES,
+    Job,
+    Unit,
+    model_digest,
+    read_labels,
+    refuse_differences,
+    table_digest,
+    to_json,
+)
 from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.shards import FORMATS, shard_digest
-from stepfusion.bulk.table import TableRequest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
 from stepfusion.files import publish_once, read_json
+from stepfusion.table_request import TableRequest
 
 _MAX_JSON_BYTES = 1 << 20
 _ENCODERS = 8
@@ -80,7 +90,7 @@ class Worker:
     """An engine on ``device`` that makes the units of an order.
 
     Raises:
-        BulkError: the model here is another one, or the settings are not those that the job was begun with.
+        BulkError: the model or the table is another one, or the settings are not those that the job was begun with.
         Whatever :class:`stepfusion.Engine` raises.
     """
 
@@ -98,6 +108,11 @@ class Worker:
             self._engine, self.settings = _start(order, device, agreed)
         refuse_differences(order.out, _flat(agreed), _flat(self.settings))
         self._table = order.table.of(self._engine)
+        if table_digest(self._table) != order.job.table_sha256:
+            raise BulkError(
+                f"the table of {self._table.name}, {len(self._table)} steps, is not the one that this job was begun "
+                f"with: {order.job.table}"
+            )
         self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), "stepfusion-encode")
 
     def make(self, number: int) -> Record:

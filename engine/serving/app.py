@@ -25,15 +25,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import stepfusion
-from stepfusion.engine import Engine
+from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
 from stepfusion.errors import NonFiniteError
 from stepfusion.serving import answer
-from stepfusion.serving.ask import OFFERED, Ask, Limits, Order, PictureAsk, Refused, StreamAsk, check_ask
+from stepfusion.serving.ask import Ask, Limits, Order, PictureAsk, Refused, StreamAsk, check_ask
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.job import Result
 from stepfusion.serving.openapi import describe
 from stepfusion.serving.watch import Watch
+from stepfusion.table_request import OFFERED
+from stepfusion.timesteps import ALL_SPACINGS
 
 logger = logging.getLogger("stepfusion.serving")
 
@@ -286,6 +288,8 @@ def _facts(service: AsyncEngine, limits: Limits, name: str) -> dict[str, Any]:
         "null_label": engine.null_label,
         "guidance": engine.null_label is not None,
         "samplers": list(OFFERED),
+        "eta": SAMPLERS_WITH_ETA,
+        "spacings": list(ALL_SPACINGS),
         "timesteps": engine.schedule.num_timesteps,
         "prediction": engine.prediction,
         "invariant": engine.invariant,

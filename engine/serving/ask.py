@@ -10,11 +10,10 @@ from typing import Annotated, Any, Self, TypeGuard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from stepfusion.engine import SAMPLERS, Engine
+from stepfusion.engine import Engine
 from stepfusion.table import StepTable
-
-#: What can be asked for by name: every sampler that starts from noise.
-OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
+from stepfusion.table_request import OFFERED, TableRequest
+from stepfusion.timesteps import ALL_SPACINGS
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_INDEX = (1 << 32) - 1
@@ -56,6 +55,12 @@ class Ask(BaseModel):
     sampler: str = Field("ddim", description="the name of a sampler")
     steps: int | None = Field(None, ge=1, description="an integer of at least 1")
     eta: float | None = Field(None, description="a finite number")
+    spacing: str | None = Field(
+        None, pattern=f"^({'|'.join(ALL_SPACINGS)})$", description=f"one of {', '.join(map(repr, ALL_SPACINGS))}"
+    )
+    timesteps: list[_Index] | None = Field(
+        None, description="a list of integers from 0 on, each smaller than the one before"
+    )
     guidance: float | list[float] | None = Field(None, description="a finite number, or a list of one for each image")
     labels: _Label | list[_Label] = Field(
         None, description="a class's number or name, null for none, or a list of one for each image"
@@ -160,7 +165,9 @@ def check_ask(ask: Ask, engine: Engine, limits: Limits) -> Order:
     _limit("steps", ask.steps or 0, limits.steps, "steps")
     if ask.sampler not in OFFERED:
         raise Refused(f"sampler must be one of {', '.join(map(repr, OFFERED))}, got {_shown(ask.sampler)}")
-    table = engine.table(ask.sampler, ask.steps, **({} if ask.eta is None else {"eta": ask.eta}))
+    request = TableRequest(ask.sampler, ask.steps, ask.eta, ask.spacing, ask.timesteps)
+    request.check()
+    table = request.of(engine)
     _limit("steps", len(table), limits.steps, "steps")
     guided = any(scale not in (None, 1.0) for scale in _each("guidance", ask.guidance, count))
     evaluations = count * len(table) * (2 if guided else 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import stepfusion
-from stepfusion.serving.ask import OFFERED, Ask, Limits, PictureAsk, StreamAsk
+from stepfusion.serving.ask import Ask, Limits, PictureAsk, StreamAsk
+from stepfusion.table_request import OFFERED
 
 _PROBLEMS = {
     400: "a field is unknown, or its value is wrong",

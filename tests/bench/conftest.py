@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,12 +15,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """More threads are slower at the sizes of the tests; benchmarks keep what is set."""
-    if request.path.name.startswith("test_speed_"):
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(request: pytest.FixtureRequest) -> None:
+    """Benchmarks keep what is set."""
+    if not request.path.name.startswith("test_speed_"):
+        request.getfixturevalue("one_thread")

@@ -1,17 +1,15 @@
-"""A working directory with a small class-conditional model, and one thread: more are slower here."""
+"""A working directory with a small class-conditional model, and one thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_model import save_tiny_model
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
     """The directory, in which a test runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STEPFUSION_BACKEND", raising=False)
@@ -19,7 +17,4 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     save_tiny_model(tmp_path / "model")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path

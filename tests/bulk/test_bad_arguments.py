@@ -52,8 +52,15 @@ def _files(place: Path) -> None:
         ("model --num 4 --out out --first-index 4294967295",
          "--first-index must be in [0, 4294967292] for 4 images, got 4294967295"),
         ("model --num 4 --out out --sampler ddpm --eta 1",
-         "--eta is an option of --sampler ddim, got --sampler ddpm"),
+         "--eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm"),
         ("model --num 4 --out out --eta 2", "eta must be a finite number in [0, 1], got 2.0"),
+        ("model --num 4 --out out --spacing karras --timesteps ddim25",
+         "--spacing and --timesteps exclude each other, got both"),
+        ("model --num 4 --out out --steps 2 --timesteps 1,1", "--steps and --timesteps exclude each other, got both"),
+        ("model --num 4 --out out --timesteps 60,1",
+         "timesteps '60,1': section 0 has 50 timesteps, and 60 were asked for"),
+        ("model --num 4 --out out --timesteps many",
+         "timesteps must be a list of integers, or a text like '10,10,5' or 'ddim25', got 'many'"),
         ("model --num 4 --out out --labels horse", f"--labels must be among {LABELS}, got 'horse'"),
         ("model --num 4 --out out --labels 0 --labels-file two.txt",
          "--labels and --labels-file exclude each other, got both"),
@@ -93,7 +100,9 @@ def test_a_command(arguments: str, message: str, place: Path, capsys: pytest.Cap
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("option", ["--format gif", "--sampler euler", "--dtype int8", "--num many"])
+@pytest.mark.parametrize(
+    "option", ["--format gif", "--sampler euler", "--spacing even", "--dtype int8", "--num many"]
+)
 def test_what_the_parser_refuses(option: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(shlex.split(f"generate model --num 4 --out out {option}"))

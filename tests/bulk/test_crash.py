@@ -21,6 +21,7 @@ from bulk_jobs import TINY, die_at, finished, generate, run_in, run_limited, run
 
 from stepfusion import bulk, files
 from stepfusion.bulk.manifest import Manifest
+from stepfusion.errors import BulkError
 
 SMALL = "generate model --num 4 --unit 2 --steps 1 --batch 2 --threads 1 --quiet --npz --out"
 MANY = "generate model --num 120 --unit 4 --steps 2 --batch 4 --threads 1 --quiet --format npz --out"
@@ -280,3 +281,15 @@ def test_bulk_is_a_library_too() -> None:
     report = bulk.run(order, bulk.Where(("cpu",)), quiet=True)
     assert report is not None
     assert tree("out") == tree("again")
+
+
+@pytest.mark.parametrize(
+    "request_", [bulk.TableRequest(steps=3), bulk.TableRequest(steps=2, spacing="trailing")], ids=str
+)
+def test_a_library_call_with_another_table_makes_nothing(request_: bulk.TableRequest) -> None:
+    generate(f"{TINY} --out out")
+    job = bulk.verify(Path("out"))
+    order = bulk.Order(job, Path("again").absolute(), "model", request_, batch=4, threads=1)
+    with pytest.raises(BulkError, match="is not the one that this job was begun with: ddim, eta 0, 2 steps; 0 of 22"):
+        bulk.run(order, bulk.Where(("cpu",)), quiet=True)
+    assert list(Path("again/images").iterdir()) == []

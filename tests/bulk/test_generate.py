@@ -55,6 +55,36 @@ def test_every_format_holds_the_engines_images(form: str) -> None:
         np.testing.assert_array_equal(samples["arr_1"], np.arange(22) % 3)
 
 
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_ancestral_euler_takes_eta(eta: float | None) -> None:
+    option = "" if eta is None else f" --eta {eta}"
+    generate(f"{TINY} --out out --sampler euler_ancestral{option}")
+    np.testing.assert_array_equal(images(), engines_own(sampler="euler_ancestral", eta=eta))
+    assert (
+        json.loads(Path("out/job.json").read_text())["table"]
+        == f"euler ancestral, eta {1 if eta is None else eta:g}, 2 steps"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "table"),
+    [
+        ("--steps 2 --spacing trailing", {"steps": 2, "spacing": "trailing"}, "2 steps, spacing trailing"),
+        ("--steps 2 --spacing leading", {"steps": 2, "spacing": "leading"}, "2 steps"),  # the model's own
+        ("--timesteps 2,1", {"timesteps": [50, 49, 0]}, "3 steps, timesteps 2,1"),
+        ("--timesteps ddim4 --sampler ddpm", {"timesteps": "ddim4", "sampler": "ddpm"}, "4 steps, timesteps ddim4"),
+    ],
+)
+def test_steps_are_where_they_are_asked_for(options: str, asked: dict[str, Any], table: str) -> None:
+    generate(f"{TINY.replace('--steps 2', options)} --out out")
+    engine = Engine.from_pretrained("model", device="cpu", batch=4)
+    wanted = engine.generate(8, engine.table(**asked), labels=[i % 3 for i in range(8)])
+    np.testing.assert_array_equal(images()[:8], torch.cat(list(wanted)).numpy())
+    name = "ddpm" if "ddpm" in options else "ddim, eta 0"
+    assert json.loads(Path("out/job.json").read_text())["table"] == f"{name}, {table}"
+    generate(f"{TINY.replace('--steps 2', options)} --out out")
+
+
 def test_a_tar_is_a_webdataset() -> None:
     generate(f"{TINY} --out out --seed 7 --first-index 100")
     with tarfile.open("out/images/000001.tar") as archive:
@@ -243,6 +273,14 @@ def test_a_lost_shard_is_made_again(form: str, capsys: pytest.CaptureFixture[str
         ("--labels cat", "classes was (0, 1, 2) and is (0,)"),
         ("--first-index 1", "first_index was 0 and is 1"),
         ("--steps 3", "table was 'ddim, eta 0, 2 steps' and is 'ddim, eta 0, 3 steps'; table_sha256 was "),
+        (
+            "--spacing trailing",
+            "table was 'ddim, eta 0, 2 steps' and is 'ddim, eta 0, 2 steps, spacing trailing'; table_sha256 was ",
+        ),
+        (
+            "--sampler euler_ancestral --eta 0",
+            "table was 'ddim, eta 0, 2 steps' and is 'euler ancestral, eta 0, 2 steps'",
+        ),
         ("--batch 8", "batch was 4 and is 8"),
         ("--dtype bfloat16", "dtype was 'float32' and is 'bfloat16'"),
         ("--invariant", "invariant was False and is True"),
@@ -257,6 +295,39 @@ def test_another_job_is_refused(options: str, message: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.startswith(f"stepfusion: {Path('out').absolute()} was begun otherwise: ")
     assert message in error
+    assert tree() == before
+
+
+@pytest.mark.parametrize(
+    ("begun", "options", "message"),
+    [
+        (
+            "--spacing trailing",
+            "",
+            "table was 'ddim, eta 0, 2 steps, spacing trailing' and is 'ddim, eta 0, 2 steps'; ",
+        ),
+        (
+            "--spacing trailing",
+            "--spacing karras",
+            "spacing trailing' and is 'ddim, eta 0, 2 steps, spacing karras'; ",
+        ),
+        (
+            "--timesteps 2,1",
+            "--timesteps 1,2",
+            "3 steps, timesteps 2,1' and is 'ddim, eta 0, 3 steps, timesteps 1,2'; ",
+        ),
+    ],
+)
+def test_other_timesteps_are_refused(
+    begun: str, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = TINY.replace(" --steps 2", "") if "timesteps" in begun else TINY
+    generate(f"{command} --out out {begun}")
+    before = tree()
+    generate(f"{command} --out out {options}", status=1)
+    error = capsys.readouterr().err
+    assert " was begun otherwise: table was 'ddim, eta 0, " in error
+    assert f"{message}table_sha256 was " in error
     assert tree() == before
 
 

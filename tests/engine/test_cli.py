@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,12 @@ GAP, SCALE = 2, 2
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with a small class-conditional model, and one thread: more are slower here."""
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """A working directory with a small class-conditional model, and one thread."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STEPFUSION_BACKEND", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     save_tiny_model(tmp_path / "model")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

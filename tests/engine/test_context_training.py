@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from stepfusion.networks import ContextUNet
 from stepfusion.sampler_config import read_config
 from stepfusion.training import TrainConfig, Trainer, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 GROUPS = {"top": [0, 2, 4, 6], "trouser": [1], "dress": [3], "shoe": [5, 7, 9], "bag": [8]}
 TINY = TrainConfig(
@@ -38,14 +39,6 @@ TINY = TrainConfig(
     log_every=2,
 )
 CPU = {"device": "cpu", "backend": "reference"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ COURSE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 51, "beta_sched
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """A working directory with a small labelled model, a context model, a photograph and two pictures; one thread."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STEPFUSION_BACKEND", raising=False)
@@ -44,10 +43,6 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     save_png("photo.png", random.integers(60, 200, (12, 10, 3), dtype=np.uint8))
     for name in ("a.png", "b.png"):
         save_png(name, random.integers(0, 256, (SIZE, SIZE, 1), dtype=np.uint8))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(command: str) -> int:

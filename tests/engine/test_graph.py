@@ -18,15 +18,6 @@ SHAPE = (2, 4, 4)
 
 
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
-    recorded = Captures()
-    monkeypatch.setattr(sf.plan, "why_not_graph", lambda device: None)
-    monkeypatch.setattr(sf.engine, "capture", recorded)
-    return recorded
-
-
-@pytest.fixture
 def schedule() -> sf.NoiseSchedule:
     return sf.NoiseSchedule.linear()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,16 +13,9 @@ from walking import Gaussian
 
 import stepfusion as sf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = {"device": "cpu", "backend": "reference"}
 LABELS = [1, 3, 8]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

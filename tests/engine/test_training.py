@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from stepfusion import train_cli, train_state, training
 from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.training import TrainConfig, Trainer, make_batch, read_metrics, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 TINY = TrainConfig(
     steps=6,
@@ -38,15 +38,6 @@ TINY_ARGUMENTS = [
 @pytest.fixture(scope="module")
 def dataset() -> ImageDataset:
     return load_dataset(SLICE)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def same_tensors(a: Trainer, b: Trainer) -> bool:

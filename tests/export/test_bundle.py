@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exports import cpu_engine
+from networks import smooth, tiny_unet
 
 import stepfusion as sf
 from stepfusion.export import bundle as bundles
@@ -19,6 +21,7 @@ from stepfusion.export.bundle import Manifest, Tensorspec, check_runs_here, read
 from stepfusion.export.facts import model_facts, read_facts
 from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch
+from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 
 
 def manifest(engine: sf.Engine, **changes: Any) -> Manifest:
@@ -203,6 +206,31 @@ def test_facts_that_make_no_model_are_refused(engine: sf.Engine, change: dict[st
     del facts[next(iter(change))]
     with pytest.raises(sf.ExportError, match=f"lacks '{next(iter(change))}'"):
         read_facts(facts)
+
+
+NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Any]], Any]]] = {
+    "UNet2D": (tiny_unet, lambda config: UNet2D(UNet2DConfig.from_dict(config))),
+    "ContextUNet": (lambda: ContextUNet(1, 8, 5, 8, 50), ContextUNet.from_config),
+    "ADMUNet": (
+        lambda: ADMUNet(ADMUNetConfig(8, 32, 1, channel_mult=(1, 1), attention_resolutions=(), num_heads=1)),
+        lambda config: ADMUNet(ADMUNetConfig(**{k: v for k, v in config.items() if not k.startswith("_")})),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_manifest_says_what_the_network_was_built_from(name: str) -> None:
+    make, again = NETWORKS[name]
+    engine = cpu_engine(make())
+    facts = model_facts(engine)
+    assert json.loads(json.dumps(facts)) == facts, "it is compared with what is read back"
+    shapes = [(key, tensor.shape) for key, tensor in engine.network.state_dict().items()]
+    assert [(key, tensor.shape) for key, tensor in again(facts["network"]).state_dict().items()] == shapes
+    assert len(facts["network"]) > 4
+
+
+def test_a_manifest_names_the_class_of_any_other_network() -> None:
+    assert model_facts(cpu_engine(smooth, shape=(1, 8, 8)))["network"] == {"_class_name": "function"}
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_model import save_tiny_model
@@ -37,6 +38,21 @@ def test_a_model_is_exported_in_one_command(model: Path, tmp_path: Path, capsys:
     assert bundle.manifest.model["batch"] == [1, 2, 4]
     assert bundle.manifest.model["class_names"] == ["Cat", "Dog", "T-shirt/top"]
     assert capsys.readouterr().out.startswith(f"{out}: float32 network as onnx, 3 files, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "timesteps"),
+    [(("--steps", 2, "--spacing", "trailing"), [99, 49]), (("--timesteps", "2,1"), [50, 49, 0])],
+    ids=str,
+)
+def test_the_table_has_the_timesteps_that_were_asked_for(
+    options: tuple[Any, ...], timesteps: list[int], model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    assert export(model, "--format", "onnx", "--batch", 1, "--out", tmp_path / "bundle", "--quiet", *options) == 0
+    table = read_bundle(tmp_path / "bundle").table
+    assert table is not None
+    assert table.timesteps.tolist() == timesteps
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,28 @@ def test_npz_holds_what_the_engine_makes_offline(here: Here) -> None:
     assert made["labels"].tolist() == labels
 
 
+def test_eta_is_heeded_with_each_sampler_that_takes_one(here: Here) -> None:
+    made = []
+    for sampler, eta in (("ddim", 1), ("euler_ancestral", 0), ("euler_ancestral", 0.5), ("euler_ancestral", None)):
+        ask = {"n": 2, "steps": 5, "sampler": sampler, "labels": 1, "eta": eta}
+        response = here.generate(**ask, format="npz")
+        assert response.status_code == 200
+        made.append(np.load(io.BytesIO(response.content))["images"])
+        np.testing.assert_array_equal(made[-1], pixels(here.service.engine, **ask))
+    assert not any(np.array_equal(one, another) for one, another in itertools.combinations(made, 2))
+
+
+def test_steps_are_where_they_are_asked_for(here: Here) -> None:
+    engine, made = here.service.engine, []
+    asked: list[dict[str, Any]] = [{"steps": 5, "spacing": name} for name in ("leading", "trailing", "karras")]
+    for where in [*asked, {"timesteps": [80, 33, 0]}, {"sampler": "ddpm", "timesteps": [99, 3]}]:
+        response = here.generate(n=2, labels=1, format="npz", **where)
+        assert response.status_code == 200
+        made.append(np.load(io.BytesIO(response.content))["images"])
+        np.testing.assert_array_equal(made[-1], pixels(engine, n=2, labels=1, table=engine.table(**where)))
+    assert not any(np.array_equal(one, another) for one, another in itertools.combinations(made, 2))
+
+
 def test_png_is_one_image_or_a_grid(here: Here) -> None:
     expected = pixels(here.service.engine, n=4, steps=5, labels=1)
     for n, wanted in ((1, expected[0, ..., 0]), (4, np.block([[*expected[:2, ..., 0]], [*expected[2:, ..., 0]]]))):
@@ -158,8 +181,31 @@ WRONG: list[tuple[Any, str]] = [
     ({"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]}, "n * steps is too large: 320 evaluations"),
     ({"sampler": "euler"}, "sampler must be one of 'ddim'"),
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
-    ({"sampler": "ddpm", "steps": 5, "eta": 0.5}, "eta"),
-    ({"eta": -1}, "eta"),
+    (
+        {"sampler": "ddpm", "steps": 5, "eta": 0.5},
+        "eta is an option of sampler ddim and euler_ancestral, got sampler ddpm",
+    ),
+    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral, got sampler dpmpp_2m"),
+    ({"sampler": "euler_ancestral", "eta": -1}, "eta must be a finite number in [0, 1], got -1"),
+    ({"eta": -1}, "eta must be a finite number in [0, 1], got -1"),
+    ({"spacing": "even"}, "spacing must be one of 'leading', 'trailing', 'linspace', 'karras', got 'even'"),
+    ({"spacing": "trailing\n"}, "spacing must be one of 'leading'"),
+    ({"spacing": 1}, "spacing must be one of 'leading'"),
+    (
+        {"timesteps": "ddim25"},
+        "timesteps must be a list of integers from 0 on, each smaller than the one before, got 'ddim25'",
+    ),
+    (
+        {"timesteps": [5, -1]},
+        "timesteps must be a list of integers from 0 on, each smaller than the one before, got -1",
+    ),
+    ({"timesteps": [5, 1.0]}, "timesteps must be a list of integers from 0 on"),
+    ({"timesteps": []}, "timesteps must be a non-empty list of integers"),
+    ({"timesteps": [5, 5]}, "timesteps must be strictly decreasing, got 5 followed by 5"),
+    ({"timesteps": [100, 5]}, "timesteps must lie in [0, 99], got 5 to 100"),
+    ({"timesteps": list(range(60, -1, -1))}, "steps is too large: 61 steps, and a request may have 60"),
+    ({"timesteps": [5], "steps": 1}, "steps and timesteps exclude each other, got both"),
+    ({"timesteps": [5], "spacing": "karras"}, "spacing and timesteps exclude each other, got both"),
     ({"guidance": 1e9}, "guidance must be"),
     ({"guidance": "2"}, "guidance must be a finite number, or a list of one for each image, got '2'"),
     ({"guidance": [1, 2], "n": 3}, "guidance must be one value or one for each of the 3 images, got 2"),
@@ -426,6 +472,8 @@ def test_model_has_what_a_client_needs(here: Here) -> None:
     assert facts["guidance"] is True
     assert facts["limits"]["images"] == 8
     assert set(facts["samplers"]) == {name for name in sf.engine.SAMPLERS if name != "ddim_inversion"}
+    assert facts["spacings"] == ["leading", "trailing", "linspace", "karras"]
+    assert facts["eta"] == {"ddim": 0, "euler_ancestral": 1}, "of the samplers that take one, by default"
 
 
 def test_metrics_count(here: Here) -> None:
@@ -455,7 +503,7 @@ def test_the_description_has_every_path_and_describes_what_is_asked(here: Here) 
         jsonschema.Draft202012Validator.check_schema(schema)
         good = {"n": 2, "labels": ["Dog", None], "seed": 7, "guidance": 1.5}
         jsonschema.validate(good, schema)
-        for bad in ({"n": "2"}, {"nn": 2}, {"sampler": "euler"}, {"seed": -1}):
+        for bad in ({"n": "2"}, {"nn": 2}, {"sampler": "euler"}, {"seed": -1}, {"spacing": "even"}, {"timesteps": 5}):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(bad, schema)
     described = document["paths"]["/v1/generate"]["post"]["responses"]

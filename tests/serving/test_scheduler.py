@@ -150,14 +150,6 @@ class TestTables:
         assert rounds < 45
 
 
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    recorded = Captures()
-    monkeypatch.setattr(sf.plan, "why_not_graph", lambda device: None)
-    monkeypatch.setattr(sf.engine, "capture", recorded)
-    return recorded
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("widths", [(4,), (1, 2, 4)], ids=str)
 def test_no_traffic_captures_again(captures: Captures, widths: tuple[int, ...]) -> None:

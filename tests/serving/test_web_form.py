@@ -145,14 +145,40 @@ def test_what_is_wrong_is_said_and_put_right(page: Any) -> None:
     playwright.expect(problem).to_be_hidden()
 
 
-def test_eta_is_asked_for_with_ddim_only(page: Any) -> None:
-    eta = page.get_by_label("Eta")
+def test_eta_is_asked_for_with_samplers_that_take_one(page: Any) -> None:
+    eta, sampler, problem = page.get_by_label("Eta"), page.get_by_label("Sampler"), page.get_by_role("alert")
     playwright.expect(eta).to_be_visible()
-    page.get_by_label("Sampler").select_option("ddpm")
+    playwright.expect(eta).to_have_attribute("placeholder", "0")
+    fill(page, Steps="3", Images="1", Eta="7")
+    sampler.select_option("euler_ancestral")
+    playwright.expect(eta).to_be_visible()
+    playwright.expect(eta).to_have_attribute("placeholder", "1")
+    page.get_by_role("button", name="Generate").click()
+    playwright.expect(problem).to_have_text("eta must be a finite number in [0, 1], got 7.0")
+    sampler.select_option("ddpm")
     playwright.expect(eta).to_be_hidden()
-    fill(page, Steps="3", Images="1")
     page.get_by_role("button", name="Generate").click()
     playwright.expect(page.get_by_role("link", name="Download")).to_have_count(1)
+
+
+def test_the_steps_are_spaced_as_asked_for(page: Any, site: tuple[str, Gate, AsyncEngine]) -> None:
+    engine = site[2].engine
+    spacing = page.get_by_label("Spacing")
+    assert spacing.locator("option").all_inner_texts() == [
+        "default",
+        "leading",
+        "trailing",
+        "linspace",
+        "karras",
+    ]
+    spacing.select_option("trailing")
+    fill(page, Steps="3", Images="1", Guidance="1")
+    page.get_by_role("button", name="Generate").click()
+    picture = page.get_by_role("img", name="no class, seed 0, index 0", exact=True)
+    playwright.expect(picture).to_be_visible()
+    png = Image.open(io.BytesIO(base64.b64decode(picture.get_attribute("src").partition(",")[2])))
+    wanted = engine.to_uint8(engine.sample(1, engine.table(steps=3, spacing="trailing"), progress=False)).numpy()
+    np.testing.assert_array_equal(np.asarray(png), wanted[0, ..., 0])
 
 
 def test_every_control_has_a_name(page: Any) -> None:
