@@ -19,6 +19,7 @@ from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
 from stepfusion.kernels import BackendError
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.samplers import ddim, ddpm
 from stepfusion.schedule import NoiseSchedule
 from stepfusion.table import StepTable
@@ -135,7 +136,12 @@ def _modes(options: Options) -> list[tuple[str, str]]:
     if options.device.type == "cuda":
         modes = [("eager", "float32"), ("graph", "float32"), ("graph", "bfloat16")]
         return [*modes, ("compile+graph", "bfloat16")] if options.compiled else modes
-    return [("eager", "float32"), ("compile", "float32")] if options.compiled else [("eager", "float32")]
+    modes = [("eager", "float32")]
+    if options.compiled:
+        modes.append(("compile", "float32"))
+        if why_not_cpu_kernels() is None:
+            modes.append(("compile", "bfloat16"))
+    return modes
 
 
 class Notebook:

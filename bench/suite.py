@@ -31,7 +31,7 @@ LIMITS = {
     "headline": 40.0,
     "host": 30.0,
 }
-CPU_FACTOR = 10.0  # loops that a GPU runs in a second take minutes there
+CPU_FACTOR = 15.0  # loops that a GPU runs in a second take minutes there
 _GRACE = 5.0  # seconds between asking a process to stop and making it
 
 Command = Callable[[str], Sequence[str]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion.networks.adm_config import GROUPS, ADMUNetConfig
-from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, TimeMLP, Upsample, sinusoid
+from stepfusion.networks.blocks import Attention, Conditioned, Downsample, ResnetBlock, TimeMLP, Upsample, sinusoid
 from stepfusion.networks.inputs import check_batch, check_image, check_labels, check_projections, check_timesteps
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
@@ -134,7 +134,7 @@ class Stage(nn.ModuleList):
     def forward(self, x: Tensor, projections: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W], projections [B, P] and skip [B, C2, H, W], if any, to [B, C', H', W']."""
         for layer in self:
-            x = layer(x, projections, skip) if isinstance(layer, ResnetBlock) else layer(x)
+            x = layer(x, projections, skip) if isinstance(layer, Conditioned) else layer(x)
             skip = None
         return x
 

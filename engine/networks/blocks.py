@@ -118,7 +118,11 @@ class Upsample(nn.Module):
         return out
 
 
-class ResnetBlock(nn.Module):
+class Conditioned(nn.Module):
+    """A layer that takes (x, projections) or (x, projections, skip); other layers take x alone."""
+
+
+class ResnetBlock(Conditioned):
     """Residual block with time conditioning (Ho et al. 2020; "scale_shift": Dhariwal & Nichol 2021, section 3.1).
 
     ``h = conv1(act(norm1(x)))``; then ``norm2(h + time)`` or ``norm2(h) * (1 + scale) + shift``; then
@@ -307,5 +311,5 @@ def _attentions(config: UNet2DConfig, channels: int, count: int) -> nn.ModuleLis
 
 
 def _run_resampler(resampler: nn.Module, x: Tensor, projections: Tensor) -> Tensor:
-    out: Tensor = resampler(x, projections) if isinstance(resampler, ResnetBlock) else resampler(x)
+    out: Tensor = resampler(x, projections) if isinstance(resampler, Conditioned) else resampler(x)
     return out

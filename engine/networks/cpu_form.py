@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepfusion.kernels.cpu import attention, convolution, resnet, winograd
 from stepfusion.kernels.cpu.library import LANES
 from stepfusion.kernels.cpu.schemes import F2, F4, UP, Scheme
-from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
+from stepfusion.networks.blocks import Attention, Conditioned, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
@@ -28,7 +28,7 @@ _SIZES_OF_F4 = range(9, 17)
 _Shapes = tuple[torch.Size, ...]
 
 
-class CpuResnetBlock(nn.Module):
+class CpuResnetBlock(Conditioned):
     """A :class:`ResnetBlock` by :func:`stepfusion.kernels.cpu.resnet.resnet_block`, with the same arguments."""
 
     def __init__(self, block: ResnetBlock, scheme: Scheme) -> None:

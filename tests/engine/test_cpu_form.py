@@ -16,9 +16,9 @@ from stepfusion import compiled
 from stepfusion.compiled import TOLERANCE, compile_network, describe_difference
 from stepfusion.kernels.cpu import library, winograd
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
-from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
-from stepfusion.networks.cpu_form import CpuForms, WinogradConv2d
+from stepfusion.networks.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, WinogradConv2d
 from stepfusion.networks.norm import GroupNormAct
 
 needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
@@ -83,6 +83,32 @@ def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
     error, direct = (float((out - exact).pow(2).mean().sqrt()) for out in (form(*inputs()), network(*inputs())))
     assert error < 3 * direct
     assert describe_difference(form(*inputs()), exact.bfloat16(), TOLERANCE[torch.bfloat16]) is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("resblock_updown", [True, False])
+@torch.no_grad()
+def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
+    torch.manual_seed(0)
+    config = ADMUNetConfig(
+        image_size=16,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(8,),
+        num_head_channels=32,
+        learn_sigma=True,
+        resblock_updown=resblock_updown,
+    )
+    network = ADMUNet(config).eval().bfloat16()
+    form = CpuForms(network)(inputs())
+    assert form is not None
+    assert sum(isinstance(layer, CpuResnetBlock) for layer in form.modules()) == 8
+    assert sum(isinstance(layer, CpuAttention) for layer in form.modules()) == 4
+    out, direct = form(*inputs()), network(*inputs())
+    exact = network.float()(inputs()[0].float(), inputs()[1])
+    error, plain = (float((y - exact).pow(2).mean().sqrt()) for y in (out, direct))
+    assert error < 3 * plain
 
 
 @needs_kernel

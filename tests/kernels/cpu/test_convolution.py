@@ -86,6 +86,16 @@ def test_nothing_else_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernel
+@pytest.mark.usefixtures("one_thread")
+def test_what_another_image_left_in_memory_does_no_harm() -> None:
+    """27 products of a row are 28 with the one that makes pairs whole: it must not meet what is not finite."""
+    strange, wide, _ = problem(1, 16, 5, 6, 6, 3)
+    gathered_conv2d(torch.full_like(strange, torch.nan), pack_weight(wide), torch.zeros(5), kernel=3)
+    x, weight, bias = problem(1, 3, 5, 6, 6, 3)
+    assert gathered_conv2d(x, pack_weight(weight), bias, kernel=3).isfinite().all()
+
+
+@needs_kernel
 def test_nothing_to_do() -> None:
     x, weight, bias = problem(1, 16, 16, 4, 4, 3)
     assert gathered_conv2d(x[:0], pack_weight(weight), bias, kernel=3).shape == (0, 16, 2, 2)
