@@ -31,7 +31,7 @@ from stepfusion import _checks
 from stepfusion.cache import compiler_cache
 from stepfusion.errors import first_line
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
-from stepfusion.networks.cpu_form import CpuForms
+from stepfusion.networks.cpu_form import CpuForm, CpuForms
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -92,7 +92,7 @@ class CompiledNetwork:
         module: nn.Module,
         options: dict[str, Any],
         tolerance: float,
-        forms: Callable[[tuple[Tensor, ...]], nn.Module | None] | None = None,
+        forms: Callable[[tuple[Tensor, ...]], CpuForm | None] | None = None,
     ) -> None:
         self.compilations = 0
         self.failure: str | None = None
@@ -124,7 +124,9 @@ class CompiledNetwork:
                 elif not bool(expected.isfinite().all()):
                     return expected  # nothing to check against, until another call
                 elif not self._faster_form_is_trusted(signature, tensors, expected):
-                    self.failure = self._try_compiled(lambda: self._module, signature, tensors, expected)
+                    self.failure = self._try(
+                        "torch.compile", lambda: self._compile(self._module), signature, tensors, expected
+                    )
                     if self.failure is not None:
                         warnings.warn(f"the network runs eagerly: {self.failure}", RuntimeWarning, stacklevel=4)
         return self._trusted[signature](*tensors)
@@ -134,40 +136,45 @@ class CompiledNetwork:
         forms = self._forms
         if forms is None:
             return False
-        self.declined = self._try_compiled(lambda: forms(tensors), signature, tensors, expected)
+
+        def make() -> Callable[..., Tensor] | None:
+            form = forms(tensors)
+            return None if form is None else form.network if form.whole else self._compile(form.network)
+
+        self.declined = self._try("its C++ form", make, signature, tensors, expected)
         if self.declined is not None:
             self._forms = None
             warnings.warn(f"the network is compiled as it is: {self.declined}", RuntimeWarning, stacklevel=5)
         return self._trusted[signature] is not self._module
 
-    def _try_compiled(
+    def _try(
         self,
-        make: Callable[[], nn.Module | None],
+        what: str,
+        make: Callable[[], Callable[..., Tensor] | None],
         signature: _Signature,
         tensors: tuple[Tensor, ...],
         expected: Tensor,
     ) -> str | None:
-        """Trust what is compiled for these inputs and return None; or trust the eager network and return why.
+        """Trust what is made for these inputs and return None; or trust the eager network and return why.
 
-        Where ``make`` makes nothing to compile, there is no reason either.
+        Where ``make`` makes nothing, there is no reason either.
         """
         self._trusted[signature] = self._module
         try:
             with compiler_cache():
-                module = make()
-                if module is None:
+                made = make()
+                if made is None:
                     return None
-                compiled = self._compile(module)
-                actual = compiled(*tensors)
+                actual = made(*tensors)
         except torch.OutOfMemoryError:
             del self._trusted[signature]
             raise
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # what Dynamo wraps when a backend fails
-            return f"torch.compile failed with {first_line(cause)}"
+            return f"{what} failed with {first_line(cause)}"
         difference = describe_difference(actual, expected, self._tolerance)
         if difference is None:
-            self._trusted[signature] = compiled
+            self._trusted[signature] = made
         return difference
 
     def _compile(self, module: nn.Module) -> Callable[..., Tensor]:

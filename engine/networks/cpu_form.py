@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stepfusion.kernels.cpu import attention, convolution, resnet, winograd
+from stepfusion.kernels.cpu import attention, convolution, group_norm, resnet, winograd
 from stepfusion.kernels.cpu.library import LANES
 from stepfusion.kernels.cpu.schemes import F2, F4, UP, Scheme
 from stepfusion.networks.blocks import Attention, Conditioned, Downsample, ResnetBlock, Upsample
@@ -25,6 +25,7 @@ from stepfusion.networks.time_conditioned import TimeConditioned
 # at 16, where channels are many, and costs most accuracy at 32.
 _SIZES_OF_F4 = range(9, 17)
 
+_BLOCKS = ResnetBlock, Attention, Upsample, Downsample
 _Shapes = tuple[torch.Size, ...]
 
 
@@ -116,6 +117,13 @@ class GatheredConv2d(nn.Module):
         return convolution.gathered_conv2d(x, self.weight, self.bias, **self._window)
 
 
+class CpuForm(NamedTuple):
+    """A copy of a network, and whether its kernels run all of it, so that a compiler finds nothing to fuse."""
+
+    network: nn.Module
+    whole: bool
+
+
 class CpuForms:
     """Makes copies of a bfloat16 network that run on the C++ kernels.
 
@@ -129,24 +137,29 @@ class CpuForms:
         self._module = module
         self._made: dict[tuple[str, Scheme | None], nn.Module] = {}
 
-    def __call__(self, tensors: tuple[Tensor, ...]) -> nn.Module | None:
+    def __call__(self, tensors: tuple[Tensor, ...]) -> CpuForm | None:
         """The copy for inputs of these shapes; None for a network that is not ours."""
         roots = [name for name, network in self._module.named_modules() if isinstance(network, TimeConditioned)]
         if not roots:
             return None
         shared = {id(t): t for t in (*self._module.parameters(), *self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
-        replaced: list[str] = []
+        done: list[str] = []  # layers that kernels of ours run, with what is inside of them
+        whole = True
         for name, shapes in _input_shapes(self._module, tensors).items():
-            inside = any(_is_inside(name, root) for root in roots)
-            layer = self._layer(name, shapes) if inside and not any(_is_inside(name, r) for r in replaced) else None
+            if any(_is_inside(name, other) for other in done):
+                continue
+            layer = self._layer(name, shapes) if any(_is_inside(name, root) for root in roots) else None
+            kept = form.get_submodule(name)
             if layer is not None:
                 form.set_submodule(name, layer)
-                replaced.append(name)
-        for norm in form.modules():
-            if isinstance(norm, GroupNormAct):
-                norm.fused_on_cpu = True
-        return form
+            elif isinstance(kept, GroupNormAct) and group_norm.fits(shapes[0][1]):
+                kept.fused_on_cpu = True
+            else:
+                whole = False
+                continue  # with what is inside of it
+            done.append(name)
+        return CpuForm(form, whole)
 
     def _layer(self, name: str, shapes: _Shapes) -> nn.Module | None:
         """What replaces a layer whose inputs have these shapes, made once; None if nothing does."""
@@ -213,7 +226,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 def _input_shapes(module: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, _Shapes]:
-    """The shapes of what every block and convolution takes, by its name, blocks before what is inside of them.
+    """The shapes of what every block, norm and layer takes, by its name, blocks before what is inside of them.
 
     Found on the meta device.
     """
@@ -222,7 +235,7 @@ def _input_shapes(module: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, _
     shadow = copy.deepcopy(module, memo)
     shapes: dict[str, _Shapes] = {}
     for name, layer in shadow.named_modules():
-        if not isinstance(layer, (ResnetBlock, Attention, Upsample, Downsample, nn.Conv2d)):
+        if not isinstance(layer, (*_BLOCKS, GroupNormAct)) and next(layer.children(), None) is not None:
             continue
 
         def record(_: nn.Module, inputs: tuple[Tensor | None, ...], name: str = name) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import stepfusion as sf
 from stepfusion import compiled
 from stepfusion.compiled import TOLERANCE, compile_network, describe_difference
+from stepfusion.evaluator import _Hoisted as Hoisted
 from stepfusion.kernels.cpu import library, winograd
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
@@ -24,6 +25,8 @@ from stepfusion.networks.norm import GroupNormAct
 needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
 
 CPU = torch.device("cpu")
+#: Channels and heads that every kernel takes.
+WIDE: dict[str, Any] = {"block_out_channels": (32, 64, 64), "attention_head_dim": 32}
 
 
 def unet(**changes: Any) -> UNet2D:
@@ -68,7 +71,7 @@ def products(layer: nn.Module) -> int:
         {"resnet_time_scale_shift": "scale_shift"},
         {"downsample_type": "resnet"},
         {"downsample_padding": 0, "mid_block_scale_factor": 1.5},
-        {"block_out_channels": (32, 64, 64), "attention_head_dim": 32},
+        WIDE,
         {"act_fn": "gelu"},
     ],
 )
@@ -80,9 +83,11 @@ def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
     assert form is not None
     exact = network.float()(inputs()[0].float(), inputs()[1])
     network.bfloat16()
-    error, direct = (float((out - exact).pow(2).mean().sqrt()) for out in (form(*inputs()), network(*inputs())))
+    error, direct = (
+        float((out - exact).pow(2).mean().sqrt()) for out in (form.network(*inputs()), network(*inputs()))
+    )
     assert error < 3 * direct
-    assert describe_difference(form(*inputs()), exact.bfloat16(), TOLERANCE[torch.bfloat16]) is None
+    assert describe_difference(form.network(*inputs()), exact.bfloat16(), TOLERANCE[torch.bfloat16]) is None
 
 
 @needs_kernel
@@ -103,9 +108,9 @@ def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
     network = ADMUNet(config).eval().bfloat16()
     form = CpuForms(network)(inputs())
     assert form is not None
-    assert sum(isinstance(layer, CpuResnetBlock) for layer in form.modules()) == 8
-    assert sum(isinstance(layer, CpuAttention) for layer in form.modules()) == 4
-    out, direct = form(*inputs()), network(*inputs())
+    assert sum(isinstance(layer, CpuResnetBlock) for layer in form.network.modules()) == 8
+    assert sum(isinstance(layer, CpuAttention) for layer in form.network.modules()) == 4
+    out, direct = form.network(*inputs()), network(*inputs())
     exact = network.float()(inputs()[0].float(), inputs()[1])
     error, plain = (float((y - exact).pow(2).mean().sqrt()) for y in (out, direct))
     assert error < 3 * plain
@@ -119,11 +124,11 @@ def test_the_scheme_follows_the_size_of_the_image() -> None:
     assert small is not None
     assert large is not None
     blocks = "down_blocks.0.resnets.0", "down_blocks.1.resnets.0"
-    assert [products(small.get_submodule(name)) for name in blocks] == [36, 16], "at 16 x 16 and 8 x 8"
-    assert [products(large.get_submodule(name)) for name in blocks] == [16, 36], "at 32 x 32 and 16 x 16"
-    assert products(small.get_submodule("up_blocks.0.upsamplers.0")) == 9
+    assert [products(small.network.get_submodule(name)) for name in blocks] == [36, 16], "at 16 x 16 and 8 x 8"
+    assert [products(large.network.get_submodule(name)) for name in blocks] == [16, 36], "at 32 x 32 and 16 x 16"
+    assert products(small.network.get_submodule("up_blocks.0.upsamplers.0")) == 9
     name = "mid_block.resnets.0"
-    assert small.get_submodule(name) is large.get_submodule(name), "transformed once"
+    assert small.network.get_submodule(name) is large.network.get_submodule(name), "transformed once"
 
 
 def left(**changes: Any) -> set[str]:
@@ -131,23 +136,57 @@ def left(**changes: Any) -> set[str]:
     form = CpuForms(unet(**changes))(inputs())
     assert form is not None
     kinds = (nn.Conv2d, nn.Linear, ResnetBlock, Attention, Upsample, Downsample)
-    return {name for name, layer in form.named_modules() if isinstance(layer, kinds) and "time" not in name}
+    return {name for name, layer in form.network.named_modules() if isinstance(layer, kinds) and "time" not in name}
 
 
 @needs_kernel
 @torch.no_grad()
 def test_every_layer_is_replaced_where_a_kernel_fits() -> None:
-    wide = {"block_out_channels": (32, 64, 64), "attention_head_dim": 32}
-    assert left(**wide) == set()
-    assert "down_blocks.1.attentions.0" in left(**wide | {"attention_head_dim": 16}), "heads of 16 channels"
-    assert left(**wide, downsample_type="resnet", upsample_type="resnet") == {
+    assert left(**WIDE) == set()
+    assert "down_blocks.1.attentions.0" in left(**WIDE | {"attention_head_dim": 16}), "heads of 16 channels"
+    assert left(**WIDE, downsample_type="resnet", upsample_type="resnet") == {
         *("down_blocks.1.downsamplers.0", "up_blocks.1.upsamplers.0"),  # their convolutions alone
     }
-    assert "mid_block.resnets.0" in left(**wide, act_fn="gelu")
-    assert not any("conv" in name for name in left(**wide, act_fn="gelu"))
+    assert "mid_block.resnets.0" in left(**WIDE, act_fn="gelu")
+    assert not any("conv" in name for name in left(**WIDE, act_fn="gelu"))
     odd = left(block_out_channels=(24, 64, 64), attention_head_dim=32)
     assert {"down_blocks.0.resnets.0", "up_blocks.2.resnets.0"} <= odd, "24 channels"
     assert "mid_block.resnets.0" not in odd
+
+
+@needs_kernel
+@torch.no_grad()
+def test_where_kernels_run_everything_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("Inductor was called")
+
+    monkeypatch.setattr(torch._inductor, "compile", never)
+    network = unet(**WIDE)
+    hoisted, (x, timesteps) = Hoisted(network), inputs()
+    projections = network.condition(network.embed_time(timesteps))
+    form = CpuForms(hoisted)((x, projections))
+    assert form is not None
+    assert form.whole
+    own = compile_network(hoisted, CPU, torch.bfloat16)
+    assert torch.equal(own(x, projections), form.network(x, projections))
+    assert (own.compilations, own.failure, own.declined) == (0, None, None)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_head_dim": 16}, {"act_fn": "gelu"}, {"downsample_type": "resnet"}, {"norm_num_groups": 16}],
+)
+@torch.no_grad()
+def test_what_is_left_to_pytorch_is_compiled(changes: dict[str, Any]) -> None:
+    network = unet(**WIDE | changes)
+    x, timesteps = inputs()
+    form = CpuForms(Hoisted(network))((x, network.condition(network.embed_time(timesteps))))
+    assert form is not None
+    assert form.whole == ("norm_num_groups" in changes)
+    with_time_path = CpuForms(network)((x, timesteps))
+    assert with_time_path is not None
+    assert not with_time_path.whole
 
 
 @needs_kernel
@@ -158,13 +197,13 @@ def test_the_network_stays_as_it_is() -> None:
     expected = network(*inputs())
     form = CpuForms(network)(inputs())
     assert form is not None
-    form(*inputs())
+    form.network(*inputs())
     after = network.state_dict()
     assert before.keys() == after.keys()
     assert all(after[name].data_ptr() == at and torch.equal(after[name], t) for name, (at, t) in before.items())
     assert torch.equal(network(*inputs()), expected)
     assert not any(norm.fused_on_cpu for norm in network.modules() if isinstance(norm, GroupNormAct))
-    mine = {t.data_ptr() for t in form.parameters()}
+    mine = {t.data_ptr() for t in form.network.parameters()}
     assert mine <= {t.data_ptr() for t in network.parameters()}, "no parameter was copied"
 
 
@@ -187,7 +226,7 @@ def test_a_compiled_network_is_its_form() -> None:
     form = CpuForms(network)(inputs())
     assert form is not None
     with torch.no_grad():
-        assert torch.equal(own(*inputs()), form(*inputs()))
+        assert torch.equal(own(*inputs()), form.network(*inputs()))
         assert not torch.equal(own(*inputs()), network(*inputs()))
     own(*inputs(4))
     own(*inputs())
@@ -225,9 +264,11 @@ def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(library, "load", fail)
     engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16")
-    with pytest.warns(RuntimeWarning, match=r"compiled as it is: torch.compile failed with RuntimeError: no working"):
+    with pytest.warns(
+        RuntimeWarning, match=r"compiled as it is: its C\+\+ form failed with RuntimeError: no working"
+    ):
         assert engine.sample(2, steps=2).isfinite().all()
-    assert "declined      torch.compile failed with RuntimeError: no working C++ compiler" in engine.explain()
+    assert "declined      its C++ form failed with RuntimeError: no working C++ compiler" in engine.explain()
 
 
 @needs_kernel
