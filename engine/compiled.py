@@ -1,11 +1,12 @@
 """``network="compile"``: a network as `torch.compile` makes it, specialised, cached on disk, checked before use.
 
 What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bfloat16 with its time path hoisted,
-one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of interleaved evaluations. CUDA: not measured yet.
+one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of several evaluations. CUDA: not measured yet.
 
 ====  ======================================  =================================================================
-CPU   networks of ours in bfloat16 in their   319 ms of processor time without it, 201 with Winograd's
-      form of `networks.cpu_form`             convolutions, 179 with the group norms too; OpenVINO 295
+CPU   networks of ours in bfloat16 in their   145 ms of processor time, 300 to 316 without; the first process
+      form of `networks.cpu_form`, which is   starts in 15 s, of which most is the C++ compiler's, and the next
+      not compiled where it is whole          in 2.3; Inductor's in 57 and 3.8
 CPU   ``freezing`` off                        288 and 293 ms in two runs, 278 and 302 with it: no gain to be sure of,
                                               and the graph's packed weights cannot be cached: the next process
                                               starts in 22 s, without freezing in 8
