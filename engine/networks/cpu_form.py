@@ -119,7 +119,7 @@ class GatheredConv2d(nn.Module):
 
 
 class CpuForm(NamedTuple):
-    """A copy of a network, and whether its kernels run all of it, so that a compiler finds nothing to fuse."""
+    """A copy of a network, and whether its kernels run all of `predict`, so that a compiler finds nothing to fuse."""
 
     network: nn.Module
     whole: bool
@@ -140,21 +140,20 @@ class CpuForms:
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> CpuForm | None:
         """The copy for inputs of these shapes; None for a network that is not ours."""
-        roots = [name for name, network in self._module.named_modules() if isinstance(network, TimeConditioned)]
-        if not roots:
+        if not any(isinstance(network, TimeConditioned) for network in self._module.modules()):
             return None
         shared = {id(t): t for t in (*self._module.parameters(), *self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
+        shapes, foreign = _trace(self._module, tensors)
+        whole = not foreign
         done: list[str] = []  # layers that kernels of ours run, with what is inside of them
-        whole = True
-        for name, shapes in _input_shapes(self._module, tensors).items():
+        for name, given in shapes.items():
             if any(_is_inside(name, other) for other in done):
                 continue
-            layer = self._layer(name, shapes) if any(_is_inside(name, root) for root in roots) else None
-            kept = form.get_submodule(name)
+            layer, kept = self._layer(name, given), form.get_submodule(name)
             if layer is not None:
                 form.set_submodule(name, layer)
-            elif isinstance(kept, GroupNormAct) and group_norm.fits(shapes[0][1]):
+            elif isinstance(kept, GroupNormAct) and group_norm.fits(given[0][1]):
                 kept.fused_on_cpu = True
             else:
                 whole = False
@@ -226,25 +225,41 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.weight.new_zeros(len(layer.weight)).float() if layer.bias is None else layer.bias.detach().float()
 
 
-def _input_shapes(module: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, _Shapes]:
-    """The shapes of what every block, norm and layer takes, by its name, blocks before what is inside of them.
+def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _Shapes], bool]:
+    """What `predict` of our networks runs: the shapes that each of its blocks, norms and layers takes, by its name.
 
-    Found on the meta device.
+    In the order of their calls: blocks before what is inside of them. Also, whether layers outside of our networks
+    ran. Found on the meta device.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): b.to("meta") for b in module.buffers()}
     shadow = copy.deepcopy(module, memo)
-    shapes: dict[str, _Shapes] = {}
+    roots = {name: network for name, network in shadow.named_modules() if isinstance(network, TimeConditioned)}
+    predicting, shapes, foreign = False, dict[str, _Shapes](), False
+
+    for network in roots.values():
+
+        def predict(*inputs: Tensor, original: Callable[..., Tensor] = network.predict) -> Tensor:
+            nonlocal predicting
+            predicting = True
+            out = original(*inputs)
+            predicting = False
+            return out
+
+        setattr(network, "predict", predict)  # noqa: B010 -- a method, which mypy would not let go
     for name, layer in shadow.named_modules():
         if not isinstance(layer, (*_BLOCKS, GroupNormAct)) and next(layer.children(), None) is not None:
             continue
 
         def record(_: nn.Module, inputs: tuple[Tensor | None, ...], name: str = name) -> None:
-            shapes[name] = tuple(tensor.shape for tensor in inputs if tensor is not None)
+            nonlocal foreign
+            if predicting:
+                shapes[name] = tuple(tensor.shape for tensor in inputs if tensor is not None)
+            foreign = foreign or not any(_is_inside(name, root) for root in roots)
 
         layer.register_forward_pre_hook(record)
     shadow(*(tensor.to("meta") for tensor in tensors))
-    return shapes
+    return shapes, foreign
 
 
 def _is_inside(name: str, of: str) -> bool:

@@ -39,7 +39,7 @@ class AttentionWeights:
 def fits(channels: int, heads: int, tokens: int) -> bool:
     """Whether so many heads over so many channels and pixels can be computed."""
     whole = channels % heads == 0 and channels // heads % _PAIRS == 0
-    return channels > 0 and whole and tokens % library.LANES == 0 and tokens <= MOST_TOKENS
+    return channels > 0 and whole and tokens <= MOST_TOKENS
 
 
 def pack_projections(weights: list[Tensor], heads: int) -> Tensor:
@@ -64,7 +64,8 @@ def _attention_block_cpu(
     if y.numel() > 0:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
-        keys, values = torch.empty_like(y), torch.empty_like(y)
+        places = -(-height * width // library.LANES) * library.LANES
+        keys, values = x.new_empty(2, batch, places, channels).unbind()
         sizes = batch, height * width, channels, heads, projections.shape[4], groups
         tensors = x, norm_weight, norm_bias, projections.contiguous(), biases.contiguous(), keys, values, y
         library.call("attention_block", tensors, sizes, (eps, output_scale))
@@ -77,7 +78,7 @@ def attention_block(x: Tensor, weights: AttentionWeights) -> Tensor:
     q, k and v are projections of ``norm(x)`` (Vaswani et al. 2017; Wang et al. 2018).
 
     Args:
-        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last; H W a multiple of 16, D one of 32.
+        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last; D a multiple of 32, H W at most 4096.
 
     Returns:
         bfloat16 [B, C, H, W] in channels_last. Rounded to bfloat16 are what enters a product, and the result. An
@@ -89,8 +90,8 @@ def attention_block(x: Tensor, weights: AttentionWeights) -> Tensor:
     w = weights
     launch.check_dtype("x", x, (torch.bfloat16,))
     if x.ndim != 4 or not fits(x.shape[1], w.heads, x.shape[2] * x.shape[3]):
-        wanted = f"[B, C, H, W] with C a multiple of {_PAIRS * w.heads} and H W one of {library.LANES}"
-        raise ValueError(f"x must be {wanted}, at most {MOST_TOKENS}, got {list(x.shape)}")
+        wanted = f"[B, C, H, W] with C a multiple of {_PAIRS * w.heads} and H W at most {MOST_TOKENS}"
+        raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
     channels = x.shape[1]
     width = panels.width(channels // w.heads, _PAIRS)
     packed = (4, channels // width, 1, channels // 2, width, 2)

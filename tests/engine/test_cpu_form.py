@@ -19,7 +19,7 @@ from stepfusion.kernels.cpu import library, winograd
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
-from stepfusion.networks.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, WinogradConv2d
+from stepfusion.networks.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, GatheredConv2d, WinogradConv2d
 from stepfusion.networks.norm import GroupNormAct
 
 needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
@@ -186,7 +186,27 @@ def test_what_is_left_to_pytorch_is_compiled(changes: dict[str, Any]) -> None:
     assert form.whole == ("norm_num_groups" in changes)
     with_time_path = CpuForms(network)((x, timesteps))
     assert with_time_path is not None
-    assert not with_time_path.whole
+    assert with_time_path.whole == form.whole, "what depends on the timestep alone is little"
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_network_around_ours_is_compiled() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = unet(**WIDE), nn.Conv2d(3, 3, 1).bfloat16()
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            out: Tensor = self.outer(self.inner(x, timesteps))
+            return out
+
+    around = Around()
+    form = CpuForms(around)(inputs())
+    assert form is not None
+    assert not form.whole
+    assert isinstance(form.network.outer, nn.Conv2d)
+    assert isinstance(form.network.get_submodule("inner.conv_in"), GatheredConv2d)
 
 
 @needs_kernel
