@@ -24,6 +24,9 @@ class AttentionWeights:
         biases: float32 [4, C], in the same order.
         heads: a divisor of C. groups: of the norm. eps: added to its variances.
         output_scale: what the sum is divided by.
+
+    Raises:
+        TypeError, ValueError: naming the attribute.
     """
 
     norm_weight: Tensor | None
@@ -34,6 +37,24 @@ class AttentionWeights:
     groups: int
     eps: float
     output_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        device, channels = self.projections.device, self.biases.shape[-1]
+        if not fits(channels, self.heads, 1):
+            wanted = f"heads of a multiple of {_PAIRS} channels each"
+            raise ValueError(f"biases and heads must make {wanted}, got {channels} channels and {self.heads} heads")
+        width = panels.width(channels // self.heads, _PAIRS)
+        packed = (4, channels // width, 1, channels // 2, width, 2)
+        launch.check_like("projections", self.projections, packed, device, (torch.bfloat16,))
+        launch.check_like("biases", self.biases, (4, channels), device, (torch.float32,))
+        if (self.norm_weight is None) != (self.norm_bias is None):
+            raise ValueError("norm_weight and norm_bias must be given together, got one of them")
+        for name in ("norm_weight", "norm_bias"):
+            vector = getattr(self, name)
+            if vector is not None:
+                launch.check_like(name, vector, (channels,), device, (torch.bfloat16,))
+        if channels % self.groups:
+            raise ValueError(f"groups must divide {channels}, got {self.groups}")
 
 
 def fits(channels: int, heads: int, tokens: int) -> bool:
@@ -89,21 +110,10 @@ def attention_block(x: Tensor, weights: AttentionWeights) -> Tensor:
     """
     w = weights
     launch.check_dtype("x", x, (torch.bfloat16,))
-    if x.ndim != 4 or not fits(x.shape[1], w.heads, x.shape[2] * x.shape[3]):
-        wanted = f"[B, C, H, W] with C a multiple of {_PAIRS * w.heads} and H W at most {MOST_TOKENS}"
+    channels = w.biases.shape[1]
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] * x.shape[3] > MOST_TOKENS:
+        wanted = f"[B, {channels}, H, W], H W at most {MOST_TOKENS}"
         raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
-    channels = x.shape[1]
-    width = panels.width(channels // w.heads, _PAIRS)
-    packed = (4, channels // width, 1, channels // 2, width, 2)
-    launch.check_like("projections", w.projections, packed, x.device, (torch.bfloat16,))
-    launch.check_like("biases", w.biases, (4, channels), x.device, (torch.float32,))
-    if (w.norm_weight is None) != (w.norm_bias is None):
-        raise ValueError("norm_weight and norm_bias must be given together, got one of them")
-    for name, vector in (("norm_weight", w.norm_weight), ("norm_bias", w.norm_bias)):
-        if vector is not None:
-            launch.check_like(name, vector, (channels,), x.device, (torch.bfloat16,))
-    if channels % w.groups:
-        raise ValueError(f"groups must divide {channels}, got {w.groups}")
     y: Tensor = _attention_block_cpu(
         x, w.norm_weight, w.norm_bias, w.projections, w.biases, w.heads, w.groups, w.eps, w.output_scale
     )

@@ -29,6 +29,9 @@ class ResnetWeights:
         shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None where C is K and the residual is x.
         groups: of both norms. eps: added to their variances.
         output_scale: what the sum is divided by.
+
+    Raises:
+        TypeError, ValueError: naming the attribute.
     """
 
     norm1_weight: Tensor
@@ -44,6 +47,35 @@ class ResnetWeights:
     groups: int
     eps: float
     output_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("conv1", "conv2"):
+            check_transformed(name, getattr(self, name))
+        device, (count, products, pairs, panel, _) = self.conv1.device, self.conv1.shape
+        inputs, outputs = self.inputs, self.outputs
+        if inputs % self.groups or outputs % self.groups:
+            raise ValueError(f"groups must divide {inputs} and {outputs}, got {self.groups}")
+        launch.check_like("conv2", self.conv2, (count, products, outputs // 2, panel, 2), device)
+        for norm, channels in (("norm1", inputs), ("norm2", outputs)):
+            for name in (f"{norm}_weight", f"{norm}_bias"):
+                launch.check_like(name, getattr(self, name), (channels,), device, (torch.bfloat16,))
+        for name in ("conv1_bias", "conv2_bias"):
+            launch.check_like(name, getattr(self, name), (outputs,), device, (torch.float32,))
+        if self.shortcut is not None and self.shortcut_bias is not None:
+            launch.check_like("shortcut", self.shortcut, (count, 1, pairs, panel, 2), device, (torch.bfloat16,))
+            launch.check_like("shortcut_bias", self.shortcut_bias, (outputs,), device, (torch.float32,))
+        elif inputs != outputs or (self.shortcut is None) != (self.shortcut_bias is None):
+            raise ValueError(f"shortcut and shortcut_bias must be given from {inputs} to {outputs} channels")
+
+    @property
+    def inputs(self) -> int:
+        """C."""
+        return 2 * self.conv1.shape[2]
+
+    @property
+    def outputs(self) -> int:
+        """K."""
+        return self.conv1.shape[0] * self.conv1.shape[3]
 
 
 def pack_shortcut(weight: Tensor) -> Tensor:
@@ -124,13 +156,15 @@ def resnet_block(
             launch.check_dtype(name, images, (torch.bfloat16,))
             if images.ndim != 4 or images.shape[1] % library.LANES or images.shape[1] == 0:
                 raise ValueError(f"{name} must be [B, C, H, W], C a multiple of 16, got {list(images.shape)}")
-    inputs = x.shape[1] + (0 if skip is None else skip.shape[1])
+    inputs = x.shape[1]
     if skip is not None:
+        inputs += skip.shape[1]
         launch.check_like("skip", skip, (x.shape[0], skip.shape[1], *x.shape[2:]), x.device)
-    outputs = _check_weights(weights, inputs, x.device)
+    if inputs != weights.inputs:
+        raise ValueError(f"x and skip must have {weights.inputs} channels together, as conv1 has, got {inputs}")
     for name, row in (("time", time), ("scale", scale), ("shift", shift)):
         if row is not None:
-            launch.check_like(name, row, (x.shape[0], outputs), x.device, (torch.bfloat16,))
+            launch.check_like(name, row, (x.shape[0], weights.outputs), x.device, (torch.bfloat16,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got one of them")
     w = weights
@@ -157,29 +191,3 @@ def resnet_block(
         w.output_scale,
     )
     return y
-
-
-def _check_weights(w: ResnetWeights, inputs: int, device: torch.device) -> int:
-    """K, the number of output channels, if everything is of a block from `inputs` to K channels."""
-    for name, weight in (("conv1", w.conv1), ("conv2", w.conv2)):
-        check_transformed(name, weight)
-    count, products, pairs, panel, _ = w.conv1.shape
-    outputs = count * panel
-    if 2 * pairs != inputs:
-        raise ValueError(f"x and skip must have {2 * pairs} channels together, as conv1 has, got {inputs}")
-    launch.check_like("conv2", w.conv2, (count, products, outputs // 2, panel, 2), device)
-    if inputs % w.groups or outputs % w.groups:
-        raise ValueError(f"groups must divide {inputs} and {outputs}, got {w.groups}")
-    for name, channels in (("norm1", inputs), ("norm2", outputs)):
-        for part in ("weight", "bias"):
-            vector = getattr(w, f"{name}_{part}")
-            launch.check_like(f"{name}_{part}", vector, (channels,), device, (torch.bfloat16,))
-    for name, vector in (("conv1_bias", w.conv1_bias), ("conv2_bias", w.conv2_bias)):
-        launch.check_like(name, vector, (outputs,), device, (torch.float32,))
-    if w.shortcut is None or w.shortcut_bias is None:
-        if inputs != outputs or (w.shortcut is None) != (w.shortcut_bias is None):
-            raise ValueError(f"shortcut and shortcut_bias must be given from {inputs} to {outputs} channels")
-    else:
-        launch.check_like("shortcut", w.shortcut, (count, 1, pairs, panel, 2), device, (torch.bfloat16,))
-        launch.check_like("shortcut_bias", w.shortcut_bias, (outputs,), device, (torch.float32,))
-    return outputs

@@ -185,7 +185,7 @@ def test_what_fits() -> None:
         (
             {"x": torch.ones(1, 64, 65, 64).bfloat16()},
             ValueError,
-            r"x must be \[B, C, H, W\] with C a multiple of 64",
+            r"x must be \[B, 64, H, W\], H W at most 4096, got",
         ),
         ({"x": torch.ones(1, 32, 4, 4).bfloat16()}, ValueError, r"x must be .*got \[1, 32, 4, 4\]"),
         (
@@ -196,6 +196,7 @@ def test_what_fits() -> None:
         ({"biases": torch.ones(4, 64).bfloat16()}, TypeError, "biases must be float32"),
         ({"norm_bias": None}, ValueError, "norm_weight and norm_bias must be given together"),
         ({"norm_bias": torch.ones(65).bfloat16()}, ValueError, r"norm_bias must have shape \[64\]"),
+        ({"heads": 4}, ValueError, "multiple of 32 channels each, got 64 channels and 4 heads"),
         ({"groups": 7}, ValueError, "groups must divide 64, got 7"),
     ],
 )

@@ -203,6 +203,6 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception
     problem = Problem(1, 16, 16, 16, 4, 4, 4)
     given: dict[str, Any] = {"x": problem.x, "skip": problem.skip, "time": problem.row(0)}
     given |= {name: value for name, value in change.items() if name not in {f.name for f in fields(ResnetWeights)}}
-    weights = replace(problem.weights(), **{name: value for name, value in change.items() if name not in given})
+    attributes = {name: value for name, value in change.items() if name not in given}
     with pytest.raises(error, match=message):
-        resnet_block(given.pop("x"), weights, **given)
+        resnet_block(given.pop("x"), replace(problem.weights(), **attributes), **given)
