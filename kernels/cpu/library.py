@@ -16,7 +16,6 @@ from stepfusion.kernels.cpu import schemes
 
 LANES = 16  # channels of a vector: kernels take multiples of it
 
-_LIBRARY = torch.library.Library("stepfusion", "FRAGMENT")
 _HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
 _SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
 
@@ -53,9 +52,10 @@ def op(name: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor
     """
 
     def register(function: Callable[..., Tensor]) -> OpOverload:
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(name, function, "CPU")
-        torch.library.register_fake(f"stepfusion::{name}", fake, lib=_LIBRARY)
+        qualified = f"stepfusion::{name}"
+        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(qualified, "CPU", function)
+        torch.library.register_fake(qualified, fake)
         overload: OpOverload = getattr(torch.ops.stepfusion, name).default
         return overload
 
