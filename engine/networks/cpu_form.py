@@ -27,6 +27,7 @@ from stepfusion.networks.time_conditioned import TimeConditioned
 _SIZES_OF_F4 = range(9, 17)
 
 _BLOCKS = ResnetBlock, Attention, Upsample, Downsample
+_PARTS = {*_BLOCKS, GroupNormAct, nn.Conv2d, nn.Linear, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList}
 _Shapes = tuple[torch.Size, ...]
 
 
@@ -38,12 +39,12 @@ class CpuResnetBlock(Conditioned):
         shortcut = block.conv_shortcut
         norm = block.norm1
         self.weights = resnet.ResnetWeights(
-            norm1_weight=norm.weight.detach(),
-            norm1_bias=norm.bias.detach(),
+            norm1_weight=norm.weight.detach().contiguous(),
+            norm1_bias=norm.bias.detach().contiguous(),
             conv1=winograd.transform_weight(block.conv1.weight, scheme),
             conv1_bias=_bias(block.conv1),
-            norm2_weight=block.norm2.weight.detach(),
-            norm2_bias=block.norm2.bias.detach(),
+            norm2_weight=block.norm2.weight.detach().contiguous(),
+            norm2_bias=block.norm2.bias.detach().contiguous(),
             conv2=winograd.transform_weight(block.conv2.weight, scheme),
             conv2_bias=_bias(block.conv2),
             shortcut=None if shortcut is None else resnet.pack_shortcut(shortcut.weight),
@@ -73,8 +74,8 @@ class CpuAttention(nn.Module):
         layers = block.to_q, block.to_k, block.to_v, result
         norm = block.group_norm
         self.weights = attention.AttentionWeights(
-            norm_weight=None if norm is None else norm.weight.detach(),
-            norm_bias=None if norm is None else norm.bias.detach(),
+            norm_weight=None if norm is None else norm.weight.detach().contiguous(),
+            norm_bias=None if norm is None else norm.bias.detach().contiguous(),
             projections=attention.pack_projections([layer.weight for layer in layers], block.heads),
             biases=torch.stack([_bias(layer) for layer in layers]),
             heads=block.heads,
@@ -119,7 +120,7 @@ class GatheredConv2d(nn.Module):
 
 
 class CpuForm(NamedTuple):
-    """A copy of a network, and whether its kernels run all of `predict`, so that a compiler finds nothing to fuse."""
+    """A copy of a network, and whether kernels run every layer of `predict`: a compiler finds nothing to fuse."""
 
     network: nn.Module
     whole: bool
@@ -145,7 +146,7 @@ class CpuForms:
         shared = {id(t): t for t in (*self._module.parameters(), *self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
         shapes, foreign = _trace(self._module, tensors)
-        whole = not foreign
+        whole = bool(shapes) and not foreign
         done: list[str] = []  # layers that kernels of ours run, with what is inside of them
         for name, given in shapes.items():
             if any(_is_inside(name, other) for other in done):
@@ -153,7 +154,7 @@ class CpuForms:
             layer, kept = self._layer(name, given), form.get_submodule(name)
             if layer is not None:
                 form.set_submodule(name, layer)
-            elif isinstance(kept, GroupNormAct) and group_norm.fits(given[0][1]):
+            elif isinstance(kept, GroupNormAct) and given and group_norm.fits(given[0][1]):
                 kept.fused_on_cpu = True
             else:
                 whole = False
@@ -174,7 +175,7 @@ class CpuForms:
 
 def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Callable[[], nn.Module]] | None:
     """The scheme, if any, and the maker of what replaces a layer for inputs of these shapes; None if nothing does."""
-    if len(shapes[0]) != 4:
+    if not shapes or len(shapes[0]) != 4 or not _is_ours(layer):
         return None
     height, width = shapes[0][2:]
     scheme = F4 if max(height, width) in _SIZES_OF_F4 else F2
@@ -196,6 +197,16 @@ def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Call
     return None
 
 
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether a layer does what its class says: nothing in it is of a subclass, hooked, or given another forward."""
+    return all(
+        type(part) in _PARTS
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        and not (isinstance(part, nn.Dropout) and part.training and part.p > 0)
+        for part in layer.modules()
+    )
+
+
 def _is_usual(block: ResnetBlock, shapes: _Shapes) -> bool:
     """Whether a residual block is one that the kernel knows; it takes x, the projections, and perhaps a skip."""
     smooth = isinstance(block.norm1.act, nn.SiLU) and isinstance(block.norm2.act, nn.SiLU)
@@ -203,7 +214,8 @@ def _is_usual(block: ResnetBlock, shapes: _Shapes) -> bool:
     whole = (
         all(count % LANES == 0 for count in channels) and _fits_winograd(block.conv1) and _fits_winograd(block.conv2)
     )
-    return block.resample is None and smooth and whole
+    first, second = ((norm.num_groups, norm.eps) for norm in (block.norm1, block.norm2))
+    return block.resample is None and smooth and whole and first == second
 
 
 def _fits_winograd(conv: nn.Conv2d) -> bool:
@@ -222,7 +234,8 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """float32 [K]; zeros where a layer has none."""
-    return layer.weight.new_zeros(len(layer.weight)).float() if layer.bias is None else layer.bias.detach().float()
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+    return bias.float().contiguous()
 
 
 def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _Shapes], bool]:
@@ -234,6 +247,9 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): b.to("meta") for b in module.buffers()}
     shadow = copy.deepcopy(module, memo)
+    for layer in shadow.modules():
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
     roots = {name: network for name, network in shadow.named_modules() if isinstance(network, TimeConditioned)}
     predicting, shapes, foreign = False, dict[str, _Shapes](), False
 
@@ -241,20 +257,21 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
 
         def predict(*inputs: Tensor, original: Callable[..., Tensor] = network.predict) -> Tensor:
             nonlocal predicting
-            predicting = True
-            out = original(*inputs)
-            predicting = False
-            return out
+            before, predicting = predicting, True
+            try:
+                return original(*inputs)
+            finally:
+                predicting = before
 
         setattr(network, "predict", predict)  # noqa: B010 -- a method, which mypy would not let go
     for name, layer in shadow.named_modules():
         if not isinstance(layer, (*_BLOCKS, GroupNormAct)) and next(layer.children(), None) is not None:
             continue
 
-        def record(_: nn.Module, inputs: tuple[Tensor | None, ...], name: str = name) -> None:
+        def record(_: nn.Module, inputs: tuple[object, ...], name: str = name) -> None:
             nonlocal foreign
             if predicting:
-                shapes[name] = tuple(tensor.shape for tensor in inputs if tensor is not None)
+                shapes[name] = tuple(tensor.shape for tensor in inputs if isinstance(tensor, Tensor))
             foreign = foreign or not any(_is_inside(name, root) for root in roots)
 
         layer.register_forward_pre_hook(record)

@@ -53,13 +53,16 @@ class AttentionWeights:
             vector = getattr(self, name)
             if vector is not None:
                 launch.check_like(name, vector, (channels,), device, (torch.bfloat16,))
-        if channels % self.groups:
+        if self.groups < 1 or channels % self.groups:
             raise ValueError(f"groups must divide {channels}, got {self.groups}")
+        library.check_contiguous(
+            norm_weight=self.norm_weight, norm_bias=self.norm_bias, projections=self.projections, biases=self.biases
+        )
 
 
 def fits(channels: int, heads: int, tokens: int) -> bool:
     """Whether so many heads over so many channels and pixels can be computed."""
-    whole = channels % heads == 0 and channels // heads % _PAIRS == 0
+    whole = heads > 0 and channels % heads == 0 and channels // heads % _PAIRS == 0
     return channels > 0 and whole and tokens <= MOST_TOKENS
 
 

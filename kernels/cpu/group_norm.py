@@ -1,9 +1,9 @@
 """Group normalisation and SiLU for bfloat16 images in channels_last on a CPU: the C++ form of `group_norm_silu`.
 
 y = act(norm(x + time) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of work is an
-image and a run of its groups; moments are float32 for each channel about its first pixel, combined to those of a
-group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for each
-channel, so that two passes over the pixels remain.
+image and a run of its groups; moments are float32 for each channel about the mean of its first pixels, combined to
+those of a group in float64 (Chan et al. 1979, equation 2.1), and everything after them is one factor and one term for
+each channel, so that two passes over the pixels remain.
 """
 
 from __future__ import annotations

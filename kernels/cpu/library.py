@@ -24,8 +24,8 @@ def why_not_cpu_kernels() -> str | None:
     """The reason why the C++ kernels cannot run on this machine's CPU; None if they can."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX512-BF16"
-    if not torch._C._has_mkldnn:
-        return "this PyTorch has no oneDNN, which multiplies the matrices"
+    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+        return "this PyTorch has no oneDNN, which multiplies the matrices, or it is switched off"
     return None
 
 
@@ -41,7 +41,7 @@ def load() -> Any:
     folder = Path(__file__).parent
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
     texts.insert(len(_HEADERS) - 1, schemes.CONSTANTS)
-    return CppCodeCache.load("\n".join(texts), needs_vec_isa=True)
+    return CppCodeCache.load("\n".join(texts))
 
 
 def op(name: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
@@ -62,6 +62,13 @@ def op(name: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor
     return register
 
 
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raise a ValueError that names the first tensor with gaps, which kernels would not see."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+
 def like(x: Tensor, *_: object) -> Tensor:
     """Room for the images that an operator makes of x, where they have its shape."""
     return torch.empty_like(x, memory_format=torch.channels_last)
@@ -77,7 +84,7 @@ def call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], numb
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     error = function(*addresses, *sizes, *numbers)
     if error is not None:
-        raise RuntimeError(f"{name} failed: {error.decode(errors='replace')}")
+        raise RuntimeError(f"{name} failed: {error.decode(errors='replace').splitlines()[0]}")
 
 
 @functools.cache

@@ -28,21 +28,24 @@ struct Norm {
 
 constexpr int64_t RUN = 64;
 
-// Per channel over the pixels: means, and means of squared distances from them. Distances are taken from the first
-// pixel, so that a mean far from zero costs no digits; sums are sums of runs, which round less.
+// Per channel over the pixels: means, and means of squared distances from them. Distances are taken from the mean of
+// the first run, so that neither a mean far from zero nor a pixel far from the others costs digits; sums are sums of
+// runs, which round less.
 template <int N>
 void moments(const BFloat16* from, int64_t stride, int64_t pixels, float* mean, float* variance) {
-  Vec first[N], sum[N], squares[N];
+  Vec near[N], sum[N], squares[N];
+  const int64_t run = std::min(RUN, pixels);
   for (int i = 0; i < N; i++) {
-    first[i] = load(from + i * LANES);
-    sum[i] = squares[i] = Vec(0.0f);
+    near[i] = sum[i] = squares[i] = Vec(0.0f);
+    for (int64_t p = 0; p < run; p++) near[i] = near[i] + load(from + p * stride + i * LANES);
+    near[i] = near[i] / Vec(static_cast<float>(run));
   }
   for (int64_t start = 0; start < pixels; start += RUN) {
     Vec part[N], part_squares[N];
     for (int i = 0; i < N; i++) part[i] = part_squares[i] = Vec(0.0f);
     for (int64_t p = start; p < std::min(start + RUN, pixels); p++) {
       for (int i = 0; i < N; i++) {
-        const Vec d = load(from + p * stride + i * LANES) - first[i];
+        const Vec d = load(from + p * stride + i * LANES) - near[i];
         part[i] = part[i] + d;
         part_squares[i] = at::vec::fmadd(d, d, part_squares[i]);
       }
@@ -55,7 +58,7 @@ void moments(const BFloat16* from, int64_t stride, int64_t pixels, float* mean, 
   const Vec share(1.0f / pixels);
   for (int i = 0; i < N; i++) {
     const Vec m = sum[i] * share;
-    (first[i] + m).store(mean + i * LANES);
+    (near[i] + m).store(mean + i * LANES);
     at::vec::maximum(squares[i] * share - m * m, Vec(0.0f)).store(variance + i * LANES);
   }
 }

@@ -7,7 +7,7 @@ is the concatenation of x and skip.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class ResnetWeights:
             check_transformed(name, getattr(self, name))
         device, (count, products, pairs, panel, _) = self.conv1.device, self.conv1.shape
         inputs, outputs = self.inputs, self.outputs
-        if inputs % self.groups or outputs % self.groups:
+        if self.groups < 1 or inputs % self.groups or outputs % self.groups:
             raise ValueError(f"groups must divide {inputs} and {outputs}, got {self.groups}")
         launch.check_like("conv2", self.conv2, (count, products, outputs // 2, panel, 2), device)
         for norm, channels in (("norm1", inputs), ("norm2", outputs)):
@@ -66,6 +66,9 @@ class ResnetWeights:
             launch.check_like("shortcut_bias", self.shortcut_bias, (outputs,), device, (torch.float32,))
         elif inputs != outputs or (self.shortcut is None) != (self.shortcut_bias is None):
             raise ValueError(f"shortcut and shortcut_bias must be given from {inputs} to {outputs} channels")
+
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        library.check_contiguous(**{n: t for n, t in tensors.items() if isinstance(t, Tensor)})
 
     @property
     def inputs(self) -> int:

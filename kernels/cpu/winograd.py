@@ -34,7 +34,7 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not fits(weight.shape[1], weight.shape[0]):
         shape = f"[K, C, 3, 3], C and K multiples of {library.LANES}"
         raise ValueError(f"weight must be {shape}, got {list(weight.shape)}")
-    g = torch.tensor(scheme.weight, dtype=torch.float64)
+    g = torch.tensor(scheme.weight, dtype=torch.float64, device=weight.device)
     outputs, inputs = weight.shape[:2]
     u = torch.kron(g, g) @ weight.detach().double().reshape(outputs * inputs, 9).T  # 3x as fast as an einsum
     return panels.pack(u.view(-1, outputs, inputs), panels.width(outputs))
@@ -84,5 +84,6 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def check_transformed(name: str, weight: Tensor) -> None:
     """Raise a TypeError or ValueError if a weight cannot be from :func:`transform_weight`."""
     launch.check_dtype(name, weight, (torch.bfloat16,))
-    if weight.ndim != 5 or weight.shape[1] not in SCHEMES or weight.shape[4] != 2:
+    known = weight.ndim == 5 and weight.shape[1] in SCHEMES and weight.shape[4] == 2
+    if not known or not fits(2 * weight.shape[2], weight.shape[3]):
         raise ValueError(f"{name} must be what transform_weight returns, got shape {list(weight.shape)}")

@@ -21,6 +21,7 @@ from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, GatheredConv2d, WinogradConv2d
 from stepfusion.networks.norm import GroupNormAct
+from stepfusion.networks.time_conditioned import TimeConditioned
 
 needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
 
@@ -187,6 +188,115 @@ def test_what_is_left_to_pytorch_is_compiled(changes: dict[str, Any]) -> None:
     with_time_path = CpuForms(network)((x, timesteps))
     assert with_time_path is not None
     assert with_time_path.whole == form.whole, "what depends on the timestep alone is little"
+
+
+class OtherLinear(nn.Linear):
+    """As a user might put into a network of ours: an adapter, a quantised layer."""
+
+
+class OtherBlock(ResnetBlock):
+    """The same of a whole block."""
+
+
+def changed_layers() -> dict[str, Callable[[UNet2D], str]]:
+    """Changes of a network after it was made, by what they are; each returns the layer that must stay."""
+    block, attention = "mid_block.resnets.0", "mid_block.attentions.0"
+
+    def subclass(network: UNet2D) -> str:
+        network.get_submodule(block).__class__ = OtherBlock
+        return block
+
+    def inner_subclass(network: UNet2D) -> str:
+        network.get_submodule(f"{attention}.to_out.0").__class__ = OtherLinear
+        return attention
+
+    def hook(network: UNet2D) -> str:
+        network.get_submodule(block).register_forward_hook(lambda _layer, _inputs, out: 2 * out)
+        return block
+
+    def inner_hook(network: UNet2D) -> str:
+        network.get_submodule(f"{block}.conv2").register_forward_pre_hook(lambda _layer, _inputs: None)
+        return block
+
+    def forward(network: UNet2D) -> str:
+        conv = network.conv_out
+        conv.forward = lambda x, plain=conv.forward: 2 * plain(x)  # type: ignore[assignment,misc]
+        return "conv_out"
+
+    def eps(network: UNet2D) -> str:
+        norm = network.get_submodule(f"{block}.norm2")
+        norm.eps = 0.5  # type: ignore[assignment]
+        return block
+
+    def groups(network: UNet2D) -> str:
+        norm = network.get_submodule(f"{block}.norm2")
+        norm.num_groups = 32  # type: ignore[assignment]
+        return block
+
+    def dropout(network: UNet2D) -> str:
+        network.get_submodule(f"{block}.dropout").train().p = 0.5  # type: ignore[assignment]
+        return block
+
+    changes = subclass, inner_subclass, hook, inner_hook, forward, eps, groups, dropout
+    return {change.__name__: change for change in changes}
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", changed_layers().values(), ids=changed_layers().keys())
+@torch.no_grad()
+def test_a_layer_that_somebody_changed_stays(change: Callable[[UNet2D], str]) -> None:
+    network = unet(**WIDE)
+    name = change(network)
+    x, timesteps = inputs()
+    form = CpuForms(Hoisted(network))((x, network.condition(network.embed_time(timesteps))))
+    assert form is not None
+    assert not form.whole
+    assert type(form.network.get_submodule(f"network.{name}")) is type(network.get_submodule(name))
+    if change.__name__ != "dropout":
+        expected, y = network(x, timesteps), form.network(x, network.condition(network.embed_time(timesteps)))
+        assert describe_difference(y, expected, TOLERANCE[torch.bfloat16]) is None
+
+
+@needs_kernel
+@torch.no_grad()
+def test_hooks_see_no_tensors_of_the_trace() -> None:
+    network, seen = unet(**WIDE), []
+    network.mid_block.register_forward_hook(lambda _layer, _inputs, out: seen.append(out.device.type))  # type: ignore[union-attr]
+    form = CpuForms(network)(inputs())
+    assert seen == []
+    assert form is not None
+    form.network(*inputs())
+    assert seen == ["cpu"]
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_network_whose_calls_cannot_be_followed_is_compiled() -> None:
+    class Direct(UNet2D):
+        def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
+            return UNet2D.predict(self, x, self.condition(self.embed_time(timesteps), class_labels))
+
+    class Head(TimeConditioned):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = unet(**WIDE), nn.ConvTranspose2d(3, 3, 1).bfloat16()
+
+        def embed_time(self, timesteps: Tensor) -> Tensor:
+            return self.inner.embed_time(timesteps)
+
+        def condition(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+            return self.inner.condition(time, class_labels)
+
+        def predict(self, x: Tensor, projections: Tensor) -> Tensor:
+            out: Tensor = self.head(input=self.inner.predict(x, projections))
+            return out
+
+    direct = unet(**WIDE)
+    direct.__class__ = Direct
+    for network in (direct, Head()):
+        form = CpuForms(network)(inputs())
+        assert form is not None
+        assert not form.whole
 
 
 @needs_kernel

@@ -197,6 +197,10 @@ def test_what_fits() -> None:
         ({"norm_bias": None}, ValueError, "norm_weight and norm_bias must be given together"),
         ({"norm_bias": torch.ones(65).bfloat16()}, ValueError, r"norm_bias must have shape \[64\]"),
         ({"heads": 4}, ValueError, "multiple of 32 channels each, got 64 channels and 4 heads"),
+        ({"heads": 0}, ValueError, "multiple of 32 channels each, got 64 channels and 0 heads"),
+        ({"heads": -2}, ValueError, "multiple of 32 channels each, got 64 channels and -2 heads"),
+        ({"groups": -8}, ValueError, "groups must divide 64, got -8"),
+        ({"norm_weight": torch.ones(1).bfloat16().expand(64)}, ValueError, "norm_weight must be contiguous"),
         ({"groups": 7}, ValueError, "groups must divide 64, got 7"),
     ],
 )

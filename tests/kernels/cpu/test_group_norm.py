@@ -75,6 +75,17 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("pixel", [0, 70, 65535])
+def test_a_pixel_far_from_the_others_costs_no_digits(pixel: int) -> None:
+    """1000 where the others have variance 1, at the corner too: squares of distances from it would bury them."""
+    x, weight, bias = images(1, 16, 256, 256), images(16), images(16)
+    x.permute(0, 2, 3, 1).view(1, -1, 16)[:, pixel] = 1000.0
+    y, expected = group_norm_silu_cpu(x, weight, bias, 4, 1e-6), exact(x, weight, bias, 4, 1e-6)
+    usual = expected.abs() < 10
+    assert float((y - expected)[usual].abs().max()) <= 2.0**-8 * float(expected[usual].abs().max())
+
+
+@needs_kernel
 def test_one_pixel_that_differs_is_seen() -> None:
     x, weight, bias = torch.zeros(1, 16, 96, 96), images(16), images(16)
     x[:, :, 0, 0] = 1.0

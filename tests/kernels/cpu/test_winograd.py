@@ -262,6 +262,11 @@ def test_weights_that_do_not_fit_are_named(weight: Tensor, error: type[Exception
         ({"x": torch.ones(1, 32, 4, 4).bfloat16()}, ValueError, r"x must be \[B, 16, H, W\].*got \[1, 32, 4, 4\]"),
         ({"x": torch.ones(16, 4, 4).bfloat16()}, ValueError, r"x must be \[B, 16, H, W\]"),
         ({"weight": torch.ones(16, 16, 3, 3).bfloat16()}, ValueError, "weight must be what transform_weight returns"),
+        (
+            {"weight": torch.ones(2, 16, 8, 8, 2).bfloat16()},
+            ValueError,
+            "weight must be what transform_weight returns",
+        ),
         ({"weight": torch.ones(16, 16, 3, 3)}, TypeError, "weight must be bfloat16"),
         ({"bias": torch.ones(16).bfloat16()}, TypeError, "bias must be float32, got bfloat16"),
         ({"bias": torch.ones(17)}, ValueError, r"bias must have shape \[16\], got \[17\]"),
