@@ -24,7 +24,7 @@ def why_not_cpu_kernels() -> str | None:
     """The reason why the C++ kernels cannot run on this machine's CPU; None if they can."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX512-BF16"
-    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+    if not (torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()):
         return "this PyTorch has no oneDNN, which multiplies the matrices, or it is switched off"
     return None
 
