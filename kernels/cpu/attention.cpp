@@ -113,13 +113,7 @@ struct Attention {
       input.fill(image, image * tokens + first, count, rows);
       for (int64_t panel = 0; panel < channels / query.width; panel++) {
         query.multiply(rows, channels, count, panel, products);
-        for (int64_t r = 0; r < count; r++) {
-          for (int64_t c = 0; c < query.width; c += LANES) {
-            const int64_t channel = panel * query.width + c;
-            store(queries + r * channels + channel,
-                  Vec::loadu(products + r * query.width + c) + Vec::loadu(query.bias + channel));
-          }
-        }
+        query.write(products, count, panel, queries, channels);
       }
       for (int64_t head = 0; head < heads; head++) {
         const int64_t at = (image * heads + head) * places * size;

@@ -26,14 +26,14 @@ struct Gather {
 }  // namespace
 
 // y [B, H', W', K]; weights in panels, their input channels kernel * kernel * C, padded to `depth`, an even number,
-// and their output channels, padded to whole panels, as bias is. What went wrong, or null.
+// and their output channels to whole panels. What went wrong, or null.
 extern "C" const char* gathered_conv2d(
     const BFloat16* x, const BFloat16* weight, const float* bias, BFloat16* y, int64_t batch, int64_t height,
     int64_t width, int64_t channels, int64_t kernel, int64_t stride, int64_t before, int64_t out_height,
     int64_t out_width, int64_t out, int64_t depth, int64_t panels, int64_t block) {
   return guarded([&] {
     const Gather gather{x, height, width, channels, kernel, stride, before, out_height, out_width};
-    const Matrix matrix{depth, panels * block, block, weight, bias};
+    const Matrix matrix{depth, out, block, weight, bias};
     for_blocks(batch * out_height * out_width, 1, [&](int64_t first, int64_t count, int64_t) {
       static thread_local Buffer<BFloat16> row_memory;
       static thread_local Buffer<float> memory;
@@ -45,16 +45,8 @@ extern "C" const char* gathered_conv2d(
         std::memset(rows + (p + 1) * depth - padding, 0, padding * sizeof(BFloat16));
       }
       for (int64_t panel = 0; panel < panels; panel++) {
-        const int64_t wanted = std::min(block, out - panel * block);
         matrix.multiply(rows, depth, count, panel, products);
-        for (int64_t p = 0; p < count; p++) {
-          BFloat16* to = y + (first + p) * out + panel * block;
-          int64_t c = 0;
-          for (; c + LANES <= wanted; c += LANES) {
-            store(to + c, Vec::loadu(products + p * block + c) + Vec::loadu(bias + panel * block + c));
-          }
-          for (; c < wanted; c++) to[c] = products[p * block + c] + bias[panel * block + c];
-        }
+        matrix.write(products, count, panel, y + first * out, out);
       }
     });
   });

@@ -35,10 +35,9 @@ def _gathered_conv2d_cpu(
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         count, _, pairs, panel, _ = weight.shape
-        bias = functional.pad(bias, (0, count * panel - len(bias)))
         window = kernel, stride, before, y.shape[2], y.shape[3], y.shape[1]
         sizes = batch, height, width, channels, *window, 2 * pairs, count, panel
-        library.call("gathered_conv2d", (x, weight.contiguous(), bias, y), sizes)
+        library.call("gathered_conv2d", (x, weight.contiguous(), bias.contiguous(), y), sizes)
     return y
 
 

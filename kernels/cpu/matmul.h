@@ -6,7 +6,7 @@ namespace {
 constexpr int64_t ROWS = 64;  // of a block: its products stay in the first cache
 
 struct Matrix {
-  int64_t in, out, width;
+  int64_t in, out, width;  // the last panel is padded where out is no multiple of width
   const BFloat16* panels;
   const float* bias;  // [K]
 
@@ -25,9 +25,23 @@ struct Matrix {
     at::native::cpublas::brgemm(count, width, source.skip_channels, source.skip_channels, width, width, true,
                                 source.skip + pixel * source.skip_channels, weight + source.channels * width, products);
   }
+
+  // Rounds products [count, width] + bias to rows that lie `stride` apart; no channels but those that there are.
+  void write(const float* products, int64_t count, int64_t panel, BFloat16* rows, int64_t stride) const {
+    const int64_t channels = std::min(width, out - panel * width);
+    const float* shift = bias + panel * width;
+    for (int64_t r = 0; r < count; r++) {
+      BFloat16* to = rows + r * stride + panel * width;
+      int64_t c = 0;
+      for (; c + LANES <= channels; c += LANES) {
+        store(to + c, Vec::loadu(products + r * width + c) + Vec::loadu(shift + c));
+      }
+      for (; c < channels; c++) to[c] = products[r * width + c] + shift[c];
+    }
+  }
 };
 
-// Calls body(block of rows, first row, rows, panel) for every block and panel, in parallel.
+// Calls body(first row, rows, panel) for every block of rows and every panel, in parallel.
 template <class Body>
 void for_blocks(int64_t rows, int64_t panels, const Body& body) {
   const int64_t blocks = (rows + ROWS - 1) / ROWS;

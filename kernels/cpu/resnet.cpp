@@ -26,12 +26,7 @@ extern "C" const char* resnet_block(
         static thread_local Buffer<float> sums;
         float* products = sums.get(ROWS * block);
         matrix.multiply(source, first, count, panel, products);
-        for (int64_t p = 0; p < count; p++) {
-          for (int64_t c = 0; c < block; c += LANES) {
-            const Vec bias = Vec::loadu(shortcut_bias + panel * block + c);
-            store(y + (first + p) * out + panel * block + c, Vec::loadu(products + p * block + c) + bias);
-          }
-        }
+        matrix.write(products, count, panel, y + first * out, out);
       });
     }
     Winograd{products, out, out, block, conv2}.run(
