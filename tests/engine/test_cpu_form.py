@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import needs_kernel, rms
 from torch import Tensor, nn
 
 import stepfusion as sf
@@ -16,14 +17,11 @@ from stepfusion import compiled
 from stepfusion.compiled import TOLERANCE, compile_network, describe_difference
 from stepfusion.evaluator import _Hoisted as Hoisted
 from stepfusion.kernels.cpu import library, winograd
-from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, GatheredConv2d, WinogradConv2d
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
-
-needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
 
 CPU = torch.device("cpu")
 #: Channels and heads that every kernel takes.
@@ -113,7 +111,7 @@ def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
     assert sum(isinstance(layer, CpuAttention) for layer in form.network.modules()) == 4
     out, direct = form.network(*inputs()), network(*inputs())
     exact = network.float()(inputs()[0].float(), inputs()[1])
-    error, plain = (float((y - exact).pow(2).mean().sqrt()) for y in (out, direct))
+    error, plain = (rms(y - exact) for y in (out, direct))
     assert error < 3 * plain
 
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
-from stepfusion.kernels.cpu import attention, library
+from stepfusion.kernels.cpu import attention
 from stepfusion.kernels.cpu.attention import AttentionWeights, attention_block, fits, pack_projections
-
-needs_kernel = pytest.mark.skipif(
-    library.why_not_cpu_kernels() is not None, reason=f"C++: {library.why_not_cpu_kernels()}"
-)
 
 BFLOAT16 = torch.bfloat16
 
@@ -58,10 +55,6 @@ class Problem:
             self.eps,
             self.output_scale,
         )
-
-
-def rms(error: Tensor) -> float:
-    return float(error.double().pow(2).mean().sqrt())
 
 
 @needs_kernel
@@ -133,14 +126,9 @@ def test_an_images_bits_depend_on_itself_alone() -> None:
     alone = attention_block(strange, weights)
     assert torch.equal(alone[0], y[0])
     assert alone[1:].isnan().all(), "what is not finite shows"
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(attention_block(x, weights), y)
-            assert torch.equal(attention_block(x[:1], weights), y[:1])
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts():
+        assert torch.equal(attention_block(x, weights), y)
+        assert torch.equal(attention_block(x[:1], weights), y[:1])
 
 
 @needs_kernel

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import needs_kernel, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
-from stepfusion.kernels.cpu import convolution, library
+from stepfusion.kernels.cpu import convolution
 from stepfusion.kernels.cpu.convolution import gathered_conv2d, pack_weight
-
-needs_kernel = pytest.mark.skipif(
-    library.why_not_cpu_kernels() is not None, reason=f"C++: {library.why_not_cpu_kernels()}"
-)
 
 BFLOAT16 = torch.bfloat16
 
@@ -63,13 +60,8 @@ def test_an_images_bits_depend_on_itself_alone() -> None:
     strange[1:] = torch.nan
     assert torch.equal(gathered_conv2d(strange, packed, bias, kernel=3, before=1, after=1)[0], y[0])
     assert torch.equal(gathered_conv2d(x[3:], packed, bias, kernel=3, before=1, after=1), y[3:])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(gathered_conv2d(x, packed, bias, kernel=3, before=1, after=1), y)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts():
+        assert torch.equal(gathered_conv2d(x, packed, bias, kernel=3, before=1, after=1), y)
 
 
 @needs_kernel

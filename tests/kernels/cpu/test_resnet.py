@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
-from stepfusion.kernels.cpu import library, resnet
+from stepfusion.kernels.cpu import resnet
 from stepfusion.kernels.cpu.resnet import ResnetWeights, pack_shortcut, resnet_block
 from stepfusion.kernels.cpu.schemes import F2, F4, Scheme
 from stepfusion.kernels.cpu.winograd import transform_weight
-
-needs_kernel = pytest.mark.skipif(
-    library.why_not_cpu_kernels() is not None, reason=f"C++: {library.why_not_cpu_kernels()}"
-)
 
 BFLOAT16 = torch.bfloat16
 #: Root-mean-square error, relative to that of the same block by PyTorch's bfloat16 operators.
@@ -86,10 +83,6 @@ class Problem:
         )
 
 
-def rms(error: Tensor) -> float:
-    return float(error.double().pow(2).mean().sqrt())
-
-
 @needs_kernel
 @pytest.mark.parametrize("scheme", [F2, F4], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("rows", ["time", "scale and shift", "none"])
@@ -153,14 +146,9 @@ def test_an_images_bits_depend_on_itself_alone(scheme: Scheme) -> None:
     alone = resnet_block(strange, weights, skip=skip, time=time)
     assert torch.equal(alone[0], y[0])
     assert alone[1:].isnan().all(), "what is not finite shows"
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(resnet_block(x, weights, skip=skip, time=time), y)
-            assert torch.equal(resnet_block(x[:1], weights, skip=skip[:1], time=time[:1]), y[:1])
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts():
+        assert torch.equal(resnet_block(x, weights, skip=skip, time=time), y)
+        assert torch.equal(resnet_block(x[:1], weights, skip=skip[:1], time=time[:1]), y[:1])
 
 
 @needs_kernel

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,8 +18,6 @@ from stepfusion.kernels.cpu.winograd import transform_weight, winograd_conv2d
 SCHEMES = [F2, F4, UP]
 #: Root-mean-square error, relative to that of PyTorch's bfloat16 convolution: the most that the module states.
 LOSS = {"F2": 2.0, "F4": 5.2, "Up": 1.9}
-
-needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"Winograd: {why_not_cpu_kernels()}")
 
 
 def name(scheme: Scheme) -> str:
@@ -54,10 +53,6 @@ def problem(
     weight = torch.randn(outputs, inputs, 3, 3, generator=generator, dtype=torch.float64) / (9 * inputs) ** 0.5
     bias = torch.randn(outputs, generator=generator, dtype=torch.float64)
     return x.to(dtype).contiguous(memory_format=torch.channels_last), weight.to(dtype), bias.to(dtype)
-
-
-def rms(error: Tensor) -> float:
-    return float(error.double().pow(2).mean().sqrt())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
@@ -149,14 +144,9 @@ def test_an_images_bits_depend_on_itself_alone(scheme: Scheme) -> None:
     strange[1:] = torch.nan
     assert torch.equal(winograd_conv2d(strange, u, bias.float())[0], y[0])
     assert torch.equal(winograd_conv2d(x.contiguous(), u, bias.float()), y)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(winograd_conv2d(x, u, bias.float()), y)
-            assert torch.equal(winograd_conv2d(x[:1], u, bias.float()), y[:1])
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts():
+        assert torch.equal(winograd_conv2d(x, u, bias.float()), y)
+        assert torch.equal(winograd_conv2d(x[:1], u, bias.float()), y[:1])
 
 
 @needs_kernel
