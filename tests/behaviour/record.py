@@ -261,7 +261,7 @@ def refusals() -> Recording:
         lambda: engine(network_module=lambda x, t, y: x * torch.nan, shape=(1, 8, 8), num_classes=4).sample(
             3, steps=4, labels=0
         )
-    )  # noqa: E501
+    )
     found["cancel"] = attempt(lambda: e.sample(3, steps=4, labels=0, callback=lambda event: event.step < 2))
     found["missing"] = attempt(lambda: sf.Engine.from_pretrained("nowhere"))
     return found
@@ -359,7 +359,7 @@ def run(*arguments: str, then: tuple[str, ...] = ()) -> Recording:
         said = []
         for command in (arguments, then) if then else (arguments,):
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "stepfusion.cli", *command],
+                [sys.executable, "-P", "-m", "stepfusion", *command],
                 cwd=folder,
                 env=env,
                 capture_output=True,
@@ -423,7 +423,7 @@ def serving() -> Recording:
 def http() -> Recording:
     """What a server in a process of its own answers."""
     found: Recording = {}
-    command = [sys.executable, "-P", "-m", "stepfusion.cli", "serve", "fashion-mnist", "--local", "--port", "0",
+    command = [sys.executable, "-P", "-m", "stepfusion", "serve", "fashion-mnist", "--local", "--port", "0",
                "--device", "cpu", "--invariant", "--lanes", "4", "--exit-with-parent"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
