@@ -24,7 +24,7 @@ import httpx2
 
 import stepfusion as sf
 from stepfusion.commands.main import main
-from stepfusion.serving import stopping
+from stepfusion.serving.http import stopping
 from stepfusion_testing.http_service import JSON, Served, served, until
 from stepfusion_testing.tiny_model import save_tiny_model
 
