@@ -17,9 +17,9 @@ from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.walk import Event
+from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
-from stepfusion.samplers.tables import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 
 __version__ = "0.1.0"
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stepfusion import _checks
 from stepfusion.checkpoints.diffusers_directory import bundled_models
-from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES
 from stepfusion.files.images import CHANNELS, Pixels
-from stepfusion.samplers.table_request import OFFERED, TableRequest
+from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
+from stepfusion.samplers.table_request import TableRequest
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 from stepfusion.training.datasets import read_image
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepfusion import _checks
-from stepfusion.samplers import tables
+from stepfusion.samplers.ancestral import ddpm
+from stepfusion.samplers.dpm_solver import dpmpp_2m
+from stepfusion.samplers.euler import euler_ancestral
+from stepfusion.samplers.implicit import ddim, ddim_inversion
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
-    "ddim": tables.ddim,
-    "ddpm": tables.ddpm,
-    "dpmpp_2m": tables.dpmpp_2m,
-    "euler_ancestral": tables.euler_ancestral,
-    "ddim_inversion": tables.ddim_inversion,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_ancestral": euler_ancestral,
+    "ddim_inversion": ddim_inversion,
 }
 #: The default eta of the samplers that take one.
 SAMPLERS_WITH_ETA: dict[str, float] = {

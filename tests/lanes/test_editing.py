@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.engine import SAMPLERS
 from stepfusion.kernels import STREAM_FORWARD, STREAM_STEP, reference
+from stepfusion.samplers.registry import SAMPLERS
 from stepfusion_testing.networks import labelled, smooth
 from stepfusion_testing.recorded_graph import Captures
 

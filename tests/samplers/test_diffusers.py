@@ -16,8 +16,8 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 from stepfusion.kernels import coefficients, reference
 from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.tables import ddim, ddim_inversion, ddpm
 from stepfusion_testing.guided_diffusion_formulas import GuidedDiffusion, sections
 from stepfusion_testing.walking import Gaussian, Network, walk
 

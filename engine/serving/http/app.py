@@ -25,9 +25,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import stepfusion
-from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
 from stepfusion.errors import NonFiniteError
-from stepfusion.samplers.table_request import OFFERED
+from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 from stepfusion.serving import answer
 from stepfusion.serving.async_engine import AsyncEngine
