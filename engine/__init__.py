@@ -9,8 +9,9 @@ Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`:
 """
 
 from stepfusion import kernels, networks, serving
-from stepfusion.checkpoints.diffusers_directory import load_pretrained, save_pretrained
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.diffusion.likelihood import bits_per_dimension
 from stepfusion.engine import Engine
