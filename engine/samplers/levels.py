@@ -39,8 +39,15 @@ def levels_to_visit(
     steps_offset: int,
     prediction: str,
     compat: str | None,
+    *,
+    total: int | None = None,
 ) -> tuple[Visits, Floats]:
-    """The timesteps to visit, decreasing, and abar at each."""
+    """The timesteps to visit, decreasing, and abar at each.
+
+    Args:
+        total: out of how many timesteps, from the first on, ``steps`` are taken; all by default.
+        Others: as in :func:`stepfusion.ddpm`.
+    """
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     _checks.choice("prediction", prediction, algebra.PREDICTIONS)
@@ -51,16 +58,15 @@ def levels_to_visit(
         if steps is not None:
             raise ValueError("steps and timesteps exclude each other, got both")
         visits = spacing_rules.given(schedule.num_timesteps, timesteps)
-    elif spacing == "karras":
-        steps = schedule.num_timesteps if steps is None else steps
-        if steps_offset or compat is not None:
-            raise ValueError("spacing 'karras' takes neither steps_offset nor compat")
-        visits = spacing_rules.karras(schedule.alphas_cumprod, steps)
     else:
-        steps = schedule.num_timesteps if steps is None else steps
-        visits = spacing_rules.spaced(
-            schedule.num_timesteps, steps, spacing, steps_offset=steps_offset, compat=compat
-        )
+        total = schedule.num_timesteps if total is None else total
+        steps = total if steps is None else steps
+        if spacing == "karras":
+            if steps_offset or compat is not None:
+                raise ValueError("spacing 'karras' takes neither steps_offset nor compat")
+            visits = spacing_rules.karras(schedule.alphas_cumprod[:total], steps)
+        else:
+            visits = spacing_rules.spaced(total, steps, spacing, steps_offset=steps_offset, compat=compat)
     abar: Floats = (float32_levels(schedule) if compat == "diffusers" else schedule.alphas_cumprod)[visits]
     if prediction == "epsilon" and abar[0] == 0:
         raise ValueError(
