@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES
 from stepfusion.files.images import CHANNELS, Pixels

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import stepfusion
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.execution.plan import make_plan
 from stepfusion.execution.selftest import Check, self_test, self_test_in_interpreter
 from stepfusion.kernels.backend import HAS_TRITON, why_not_triton

@@ -16,7 +16,7 @@ from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job, labels_file, model
 from stepfusion.bulk.run import REPORT, Where, check_out, run, verify
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import Order
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
 from stepfusion.commands.sample import read_classes, read_label
 from stepfusion.engine import Engine

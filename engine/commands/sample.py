@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.arguments import (
     add_device_argument,
     add_path_arguments,

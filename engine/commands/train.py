@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import save_pretrained
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.execution.plan import choose_device
 from stepfusion.files.atomic import atomic_write
 from stepfusion.kernels.coefficients import PREDICTIONS

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stepfusion as sf
-from stepfusion.checkpoints.diffusers_directory import save_pretrained
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.commands import main as cli
 from stepfusion.commands.figures import figure
 from stepfusion.files.images import save_png
