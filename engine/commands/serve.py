@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.options import ExecutionOptions
 from stepfusion.serving.http.stopping import terminate_with
 
 if TYPE_CHECKING:
@@ -76,21 +77,21 @@ def run_serve(args: argparse.Namespace) -> int:
     _check_arguments(args)
     _check_installed(args)
     parent = os.getppid()
+    from stepfusion.serving.http.limits import Limits
     from stepfusion.serving.http.model_app import ModelApp
-    from stepfusion.serving.http.validation import Limits
 
     path = Path(args.model)
     model = ModelApp(
         str(path.resolve()) if path.is_dir() else args.model,
         path.name or args.model,
-        engine={
-            "device": args.device,
-            "dtype": args.dtype,
-            "backend": args.backend,
-            "network": args.network,
-            "batch": args.lanes,
-            "invariant": args.invariant,
-        },
+        execution=ExecutionOptions(
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            network=args.network,
+            batch=args.lanes,
+            invariant=args.invariant,
+        ),
         queue=args.queue,
         limits=Limits(images=args.max_images, evaluations=args.max_evaluations, body=args.max_body),
         max_steps=args.max_steps,

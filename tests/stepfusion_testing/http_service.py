@@ -44,7 +44,7 @@ def gated_engine(shape: tuple[int, int, int] = (1, 8, 8), **arguments: Any) -> t
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for it; AssertionError where it does not come."""
+    """Wait for it; AssertionError if it does not come."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 import stepfusion as sf
 from stepfusion.serving import AsyncEngine, EngineDead
 from stepfusion.serving.http.app import make_app
-from stepfusion.serving.http.validation import Limits
+from stepfusion.serving.http.limits import Limits
 from stepfusion_testing.http_service import JSON, NAMES, NAN_LABEL, NULL_LABEL, Gate, gated_engine, idle, until
 
 LIMITS = Limits(images=8, steps=60, evaluations=300, elements=1024, body=4096, body_seconds=0.3)

@@ -24,7 +24,7 @@ import httpx2
 
 import stepfusion as sf
 from stepfusion.commands.main import main
-from stepfusion.serving import stopping
+from stepfusion.serving.http import stopping
 from stepfusion_testing.http_service import JSON, Served, served, until
 from stepfusion_testing.tiny_model import save_tiny_model
 
@@ -187,9 +187,9 @@ def test_what_is_not_installed_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from stepfusion.serving import serve_cli
+    from stepfusion.commands import serve
 
-    monkeypatch.setattr(serve_cli, "find_spec", lambda name: None if name == absent else True)
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == absent else True)
     assert main(["serve", "fashion-mnist", *arguments]) == 1
     assert capsys.readouterr().err == f"stepfusion: {message}\n"
 

@@ -1,4 +1,4 @@
-"""A request on its way, watched from an event loop."""
+"""A submitted request, followed from an event loop."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from stepfusion.lanes.walk import Event
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.job import Result
 
-_KEPT = 64  # events, for a reader who is slower than the lanes
+_EVENTS_KEPT = 64  # for a reader who is slower than the lanes
 
 
-class Watch:
+class Subscription:
     """Submits a request, and has its events and then its result for one reader.
 
     Args:
-        service: whom to ask.
+        service: the engine that the request is submitted to.
         arguments: of :meth:`AsyncEngine.submit`, which raises here what it raises.
     """
 
     def __init__(self, service: AsyncEngine, **arguments: Any) -> None:
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
-        self._events: deque[Event] = deque(maxlen=_KEPT)
+        self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._request = service.submit(progress=self._send, **arguments)
         self._result = asyncio.wrap_future(self._request)
         self._result.add_done_callback(lambda _: self._arrived.set())
 
     async def next(self, timeout: float) -> Event | Result | None:
-        """The next event, the oldest first, and at last the result, or what the request ended with; None where
-        nothing happened for ``timeout`` seconds.
+        """The next event, the oldest first, and after the last the result.
+
+        None if nothing happens for ``timeout`` seconds. Raises the error that the request ended with.
         """
         if not self._events and not self._result.done():
             self._arrived.clear()
@@ -41,7 +42,7 @@ class Watch:
         return self._events.popleft() if self._events else self._result.result()
 
     def cancel(self) -> None:
-        """Free the lanes by the next tick. Nothing happens where the request is over."""
+        """Free the lanes by the next tick. Nothing happens if the request is over."""
         self._request.cancel()
 
     def _send(self, event: Event) -> None:
