@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Self, TypeGuard
+from typing import Annotated, Any, Self, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -25,6 +25,8 @@ _MAX_INDEX = (1 << 32) - 1
 _Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 _Index = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
 _Label = int | str | None
+T = TypeVar("T")
+_PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask for no image
 
 #: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors of an image's size.
 TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise"})
@@ -48,14 +50,16 @@ class GenerateRequest(BaseModel):
     timesteps: list[_Index] | None = Field(
         None, description="a list of integers from 0 on, each smaller than the one before"
     )
-    guidance: float | list[float] | None = Field(None, description="a finite number, or a list of one for each image")
-    labels: _Label | list[_Label] = Field(
+    guidance: float | _PerImage[float] | None = Field(
+        None, description="a finite number, or a list of one for each image"
+    )
+    labels: _Label | _PerImage[_Label] = Field(
         None, description="a class's number or name, null for none, or a list of one for each image"
     )
-    seed: _Seed | list[_Seed] = Field(
+    seed: _Seed | _PerImage[_Seed] = Field(
         0, description="an integer from 0 to 2**64 - 1, or a list of one for each image"
     )
-    indices: list[_Index] | None = Field(
+    indices: _PerImage[_Index] | None = Field(
         None, description="a list of integers from 0 to 2**32 - 1, one for each image"
     )
     priority: int = Field(

@@ -235,6 +235,26 @@ def test_what_is_wrong_is_one_sentence(here: Here, ask: Any, message: str) -> No
     assert len(said) < 250
 
 
+EMPTY = [
+    {"labels": []},
+    {"seed": []},
+    {"indices": []},
+    {"guidance": []},
+    {"labels": [], "seed": [1, 2]},
+    {"n": 2, "indices": []},
+    {"guidance": [], "labels": [], "seed": [], "indices": []},
+    {"timesteps": []},
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/stream"])
+@pytest.mark.parametrize("ask", EMPTY)
+def test_an_empty_list_is_400(here: Here, path: str, ask: dict[str, Any]) -> None:
+    response = here.client.post(path, json=ask)
+    assert (response.status_code, list(response.json())) == (400, ["error"])
+    assert response.json()["error"].startswith(f"{next(name for name in ask if ask[name] == [])} must be ")
+
+
 def test_elements_are_limited() -> None:
     _, engine = gated_engine((1, 16, 16))
     service = AsyncEngine(engine)
@@ -503,7 +523,15 @@ def test_the_description_has_every_path_and_describes_what_is_asked(here: Here) 
         jsonschema.Draft202012Validator.check_schema(schema)
         good = {"n": 2, "labels": ["Dog", None], "seed": 7, "guidance": 1.5}
         jsonschema.validate(good, schema)
-        for bad in ({"n": "2"}, {"nn": 2}, {"sampler": "euler"}, {"seed": -1}, {"spacing": "even"}, {"timesteps": 5}):
+        for bad in (
+            {"n": "2"},
+            {"nn": 2},
+            {"sampler": "euler"},
+            {"seed": -1},
+            {"spacing": "even"},
+            {"timesteps": 5},
+            {"labels": []},
+        ):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(bad, schema)
     described = document["paths"]["/v1/generate"]["post"]["responses"]
