@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def gated_engine(shape: tuple[int, int, int] = (1, 8, 8), **arguments: Any) -> t
     given = {"num_classes": 4, "null_label": NULL_LABEL, "class_names": NAMES, "batch": 4, "invariant": True}
     schedule = sf.NoiseSchedule.linear(100)
     return gate, sf.Engine(gate, schedule, shape=shape, device="cpu", **{**given, **arguments})
+
+
+def events_of(text: str) -> list[tuple[str, Any]]:
+    """The server-sent events of a response, without comments."""
+    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -28,7 +28,7 @@ from stepfusion.serving.http.openapi import describe
 from stepfusion.serving.http.page import page_headers, read_page
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 from stepfusion.serving.http.subscription import Subscription
-from stepfusion.serving.http.validation import ValidatedRequest, validate
+from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
 from stepfusion.serving.http.waiting import wait_while_connected
 
 AnyRequest = TypeVar("AnyRequest", bound=GenerateRequest)
@@ -101,8 +101,8 @@ class _Handlers:
     async def stream(self, request: Request) -> Response:
         asked, validated = await self._validated(request, StreamRequest)
         messages.check_picture(self._service.engine)
-        every = validated.every(asked.every)
         with as_bad_request():
+            every = preview_interval(validated, asked.every, self._limits)
             subscription = Subscription(self._service, **validated.arguments, output="uint8", every=every)
         return EventStream(self._service.engine, validated, subscription)
 

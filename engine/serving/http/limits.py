@@ -16,6 +16,9 @@ class Limits:
         steps: of one image.
         evaluations: of the network; a guided image takes two a step.
         elements: of all images together, n * C * H * W.
+        previews: of all images of a stream together, n * ceil(steps / every): each is a copy from the device and a
+            PNG, which the other requests wait for.
+        priority: the highest that a client may choose; 0, which is also the default, if none may pass the others.
         body: bytes of the JSON.
         body_seconds: within which the JSON must arrive.
     """
@@ -24,6 +27,8 @@ class Limits:
     steps: int = 1000
     evaluations: int = 16_000
     elements: int = 1 << 24
+    previews: int = 1000
+    priority: int = 0
     body: int = 1 << 16
     body_seconds: float = 10.0
 

@@ -19,6 +19,7 @@ _PROBLEMS = {
     503: "the engine is starting, closing or dead",
     504: "the deadline is, or was, out of reach",
 }
+_PRIORITY = "an integer from -1000 to {}, of which higher ones get lanes first"
 _STREAM = """Server-sent events: "accepted" {images, steps}; "progress" {step, steps, timestep, images, previews}, the
 last a small base64 PNG for each of the images; at the end "result" {images: [{name, seed, index, label, class, png}],
 seconds: {queued, running, total}}, or "error" {status, error}. Closing the connection cancels."""
@@ -35,12 +36,14 @@ def describe(limits: Limits) -> dict[str, Any]:
             "description": "An image is a function of model, sampler, seed, index, label "
             f"and guidance. Limits of a request: {limits.images} images, {limits.steps} steps an image, "
             f"{limits.evaluations} evaluations of the network (n * steps, twice that with guidance), "
-            f"{limits.elements} elements (n * C * H * W) and a body of {limits.body} bytes.",
+            f"{limits.elements} elements (n * C * H * W), {limits.previews} previews (n * steps / every, of "
+            f"/v1/stream) and a body of {limits.body} bytes.",
         },
         "paths": {
             "/v1/generate": {
                 "post": _post(
                     PictureRequest,
+                    limits,
                     "Make images",
                     {"image/png": {"schema": bytes_of}, "application/x-npz": {"schema": bytes_of}},
                     "One PNG (several images as a grid), or an .npz with images uint8 [n, H, W, C], seeds, indices "
@@ -50,6 +53,7 @@ def describe(limits: Limits) -> dict[str, Any]:
             "/v1/stream": {
                 "post": _post(
                     StreamRequest,
+                    limits,
                     "Make images, and tell of progress",
                     {"text/event-stream": {"schema": {"type": "string"}}},
                     _STREAM,
@@ -73,10 +77,13 @@ _ERROR = {
 }
 
 
-def _post(request: type[GenerateRequest], summary: str, content: dict[str, Any], response: str) -> dict[str, Any]:
+def _post(
+    request: type[GenerateRequest], limits: Limits, summary: str, content: dict[str, Any], response: str
+) -> dict[str, Any]:
     problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     schema = request.model_json_schema()
     schema["properties"]["sampler"]["enum"] = list(OFFERED)
+    schema["properties"]["priority"] |= {"maximum": limits.priority, "description": _PRIORITY.format(limits.priority)}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},

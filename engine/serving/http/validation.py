@@ -13,7 +13,7 @@ from stepfusion.serving.http.errors import InvalidRequest, shown
 from stepfusion.serving.http.limits import Limits, check_limit
 from stepfusion.serving.http.requests import GenerateRequest, is_list
 
-_PREVIEWS = 10  # of one image, if nothing else is asked for
+_PREVIEWS = 10  # of one image at most, if the request does not say how many
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class ValidatedRequest:
             "deadline": self.request.deadline_s,
         }
 
-    def every(self, asked: int | None) -> int:
-        """Steps between two previews: as asked for, or some ten previews an image."""
-        return asked or math.ceil(len(self.table) / _PREVIEWS)
-
     def name(self, image: int) -> str:
         """What an image's file is called."""
         return f"{self.seeds[image]}-{self.indices[image]}"
@@ -61,6 +57,8 @@ def validate(request: GenerateRequest, engine: Engine, limits: Limits) -> Valida
     Raises:
         InvalidRequest: it is over a limit, or does not fit the engine. TypeError, ValueError: naming the argument.
     """
+    if request.priority > limits.priority:
+        raise InvalidRequest(f"priority must be at most {limits.priority} on this server, got {request.priority}")
     count = request.count
     check_limit("n", count, limits.images, "images")
     check_limit("n", count * math.prod(engine.shape), limits.elements, "elements (n * C * H * W)")
@@ -75,6 +73,20 @@ def validate(request: GenerateRequest, engine: Engine, limits: Limits) -> Valida
         _each("indices", list(range(count)) if request.indices is None else request.indices, count),
         _labels(engine, request.labels, count),
     )
+
+
+def preview_interval(request: ValidatedRequest, every: int | None, limits: Limits) -> int:
+    """Steps between two previews of an image: ``every``, or by default so many that ten previews or fewer are made of
+    an image, and fewer still if the limit would not hold otherwise.
+
+    InvalidRequest if ``every`` would make more previews than the limit.
+    """
+    images, steps = len(request), len(request.table)
+    if every is None:
+        return math.ceil(steps / max(1, min(_PREVIEWS, limits.previews // images)))
+    previews = images * math.ceil(steps / every)
+    check_limit("n * steps / every", previews, limits.previews, "previews")
+    return min(every, steps)
 
 
 def _table(request: GenerateRequest, engine: Engine, limits: Limits) -> StepTable:

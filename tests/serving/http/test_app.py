@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import itertools
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +23,17 @@ import stepfusion as sf
 from stepfusion.serving import AsyncEngine, EngineDead
 from stepfusion.serving.http.app import make_app
 from stepfusion.serving.http.limits import Limits
-from stepfusion_testing.http_service import JSON, NAMES, NAN_LABEL, NULL_LABEL, Gate, gated_engine, idle, until
+from stepfusion_testing.http_service import (
+    JSON,
+    NAMES,
+    NAN_LABEL,
+    NULL_LABEL,
+    Gate,
+    events_of,
+    gated_engine,
+    idle,
+    until,
+)
 
 LIMITS = Limits(images=8, steps=60, evaluations=300, elements=1024, body=4096, body_seconds=0.3)
 
@@ -40,12 +49,6 @@ class Here:
 
     def events(self, **ask: Any) -> list[tuple[str, Any]]:
         return events_of(self.client.post("/v1/stream", json=ask).text)
-
-
-def events_of(text: str) -> list[tuple[str, Any]]:
-    """The server-sent events of a response, without comments."""
-    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
 @pytest.fixture(scope="module")
