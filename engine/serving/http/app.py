@@ -70,6 +70,8 @@ class _Handlers:
         self._service, self._limits, self._name = service, limits, name
         self._page = read_page()
         self._description = describe(limits)
+        # Previews are encoded one after the other: their Python code holds back the thread that runs the engine.
+        self._encoding = asyncio.Semaphore(1)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -104,7 +106,7 @@ class _Handlers:
         with as_bad_request():
             every = preview_interval(validated, asked.every, self._limits)
             subscription = Subscription(self._service, **validated.arguments, output="uint8", every=every)
-        return EventStream(self._service.engine, validated, subscription)
+        return EventStream(self._service.engine, validated, subscription, self._encoding)
 
     async def _validated(self, request: Request, kind: type[AnyRequest]) -> tuple[AnyRequest, ValidatedRequest]:
         body = await read_body(request, self._limits)

@@ -21,8 +21,10 @@ _PING_SECONDS = 10.0  # between comments on a stream where nothing else happens,
 class EventStream(StreamingResponse):
     """A response of server-sent events. However it ends, even before it began, its request is cancelled with it."""
 
-    def __init__(self, engine: Engine, request: ValidatedRequest, subscription: Subscription) -> None:
-        events = _events(engine, request, subscription)
+    def __init__(
+        self, engine: Engine, request: ValidatedRequest, subscription: Subscription, encoding: asyncio.Semaphore
+    ) -> None:
+        events = _events(engine, request, subscription, encoding)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._subscription = subscription
 
@@ -33,12 +35,19 @@ class EventStream(StreamingResponse):
             self._subscription.cancel()
 
 
-async def _events(engine: Engine, request: ValidatedRequest, subscription: Subscription) -> AsyncIterator[bytes]:
+async def _events(
+    engine: Engine, request: ValidatedRequest, subscription: Subscription, encoding: asyncio.Semaphore
+) -> AsyncIterator[bytes]:
     """The events of a request, until its result or its error."""
     yield messages.sent_event("accepted", {"images": len(request), "steps": len(request.table)})
     try:
         while not isinstance(event := await subscription.next(_PING_SECONDS), Result):
-            yield b": waiting\n\n" if event is None else await asyncio.to_thread(messages.progress, event)
+            if event is None:
+                yield b": waiting\n\n"
+                continue
+            async with encoding:
+                progress = await asyncio.to_thread(messages.progress, event)
+            yield progress
         yield await asyncio.to_thread(messages.finished, engine, request, event)
     except Exception as error:
         status, message = status_and_message(error)

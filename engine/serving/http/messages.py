@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,10 @@ import torch
 from stepfusion.engine import Engine
 from stepfusion.files.images import CHANNELS, Pixels, encode_png, grid
 from stepfusion.kernels.to_uint8 import to_uint8_reference
-from stepfusion.lanes.walk import Event
 from stepfusion.serving.http.errors import InvalidRequest
+from stepfusion.serving.http.previews import Preview
 from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.job import Result
-
-_PREVIEW = 64  # pixels of the longer side of a preview, at most
 
 
 def check_picture(engine: Engine) -> None:
@@ -53,20 +50,18 @@ def arrays(request: ValidatedRequest, pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def progress(event: Event) -> bytes:
-    """The server-sent event of a step: its number, how many steps there are, the images that did it, and small
-    previews of their x0.
+def progress(preview: Preview) -> bytes:
+    """The server-sent event of a step: its number, how many steps there are, the images that did it, and their
+    pictures.
     """
-    stride = math.ceil(max(event.x0.shape[2:]) / _PREVIEW)
-    pixels = to_uint8_reference(event.x0[:, :, ::stride, ::stride]).numpy()
     return sent_event(
         "progress",
         {
-            "step": event.step + 1,
-            "steps": event.steps,
-            "timestep": event.timestep,
-            "images": list(event.images),
-            "previews": [_base64_png(one) for one in pixels],
+            "step": preview.step,
+            "steps": preview.steps,
+            "timestep": preview.timestep,
+            "images": list(preview.images),
+            "previews": [_base64_png(one) for one in to_uint8_reference(preview.x0).numpy()],
         },
     )
 

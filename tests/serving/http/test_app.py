@@ -29,6 +29,7 @@ from stepfusion_testing.http_service import (
     NAN_LABEL,
     NULL_LABEL,
     Gate,
+    call,
     events_of,
     gated_engine,
     idle,
@@ -286,33 +287,6 @@ def test_bodies_are_limited_before_and_while_they_are_read(here: Here) -> None:
     assert here.client.post("/v1/generate", content=b" " * 4097, headers=JSON).status_code == 413
     assert here.client.post("/v1/generate", content=chunks(), headers=JSON).status_code == 413
     assert here.client.post("/v1/generate", content=b" " * 4094 + b"{}", headers=JSON).status_code == 200
-
-
-def call(app: Any, path: str, body: bytes, gone: asyncio.Event | None, headers: dict[str, str] | None = None) -> Any:
-    """Call an ASGI application as a server does; ``gone``: the client leaves when it is set."""
-    started, sent = asyncio.Event(), list[dict[str, Any]]()
-    messages = [{"type": "http.request", "body": body, "more_body": gone is None}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await (gone or asyncio.Event()).wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-        started.set()
-
-    given = {"content-type": "application/json", **(headers or {})}
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-    }
-    return asyncio.ensure_future(app(scope, receive, send)), started, sent
 
 
 def test_a_declared_length_is_believed_before_anything_is_read(here: Here) -> None:
