@@ -28,7 +28,7 @@ PACKAGES = {
     "bench": "stepfusion.bench",
 }
 DATA = (
-    *("engine/py.typed", "engine/models/*/**/*", "engine/serving/form.html"),
+    *("engine/py.typed", "engine/models/*/**/*", "engine/serving/http/form.html"),
     *("kernels/cpu/*.cpp", "kernels/cpu/*.h", "bench/classifier/**/*"),
 )
 MAY_IMPORT = {
