@@ -15,8 +15,8 @@ from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.diffusion.likelihood import bits_per_dimension
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
+from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.walk import Event
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.tables import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral

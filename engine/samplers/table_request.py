@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
+from stepfusion.samplers.registry import SAMPLERS_WITH_ETA
 from stepfusion.samplers.table import StepTable
-
-#: What can be asked for by name: every sampler that starts from noise.
-OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
 
 
 @dataclass(frozen=True)

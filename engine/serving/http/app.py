@@ -25,17 +25,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import stepfusion
-from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
+from stepfusion.engine import Engine
 from stepfusion.errors import NonFiniteError
-from stepfusion.samplers.table_request import OFFERED
+from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
 from stepfusion.samplers.timesteps import ALL_SPACINGS
-from stepfusion.serving import answer
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
+from stepfusion.serving.http import messages as answer
 from stepfusion.serving.http.openapi import describe
 from stepfusion.serving.http.validation import Ask, Limits, Order, PictureAsk, Refused, StreamAsk, check_ask
 from stepfusion.serving.http.watch import Watch
-from stepfusion.serving.job import Result
+from stepfusion.serving.served_request import Result
 
 logger = logging.getLogger("stepfusion.serving")
 

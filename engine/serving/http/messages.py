@@ -14,9 +14,9 @@ import torch
 from stepfusion.engine import Engine
 from stepfusion.files.images import CHANNELS, Pixels, encode_png, grid
 from stepfusion.kernels.to_uint8 import to_uint8_reference
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.active_request import Event
 from stepfusion.serving.http.validation import Order, Refused
-from stepfusion.serving.job import Result
+from stepfusion.serving.served_request import Result
 
 _PREVIEW = 64  # pixels of the longer side of a preview, at most
 

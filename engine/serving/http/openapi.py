@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import stepfusion
-from stepfusion.samplers.table_request import OFFERED
+from stepfusion.samplers.registry import OFFERED
 from stepfusion.serving.http.validation import Ask, Limits, PictureAsk, StreamAsk
 
 _PROBLEMS = {

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from stepfusion.engine import Engine
+from stepfusion.samplers.registry import OFFERED
 from stepfusion.samplers.table import StepTable
-from stepfusion.samplers.table_request import OFFERED, TableRequest
+from stepfusion.samplers.table_request import TableRequest
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 
 _MAX_SEED = (1 << 64) - 1
