@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,33 @@ _HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
 _SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
 
 
+_ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
+_BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+
+
 def why_not_cpu_kernels() -> str | None:
     """The reason why the C++ kernels cannot run on this machine's CPU; None if they can."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX512-BF16"
+    if (used := torch.backends.cpu.get_cpu_capability()) != "AVX512":
+        return f"PyTorch uses {used} here (ATEN_CPU_CAPABILITY limits it), and the C++ kernels need AVX512"
+    if (limit := onednn_limit()) is not None:
+        return f"{limit} holds oneDNN, which multiplies the matrices, below AVX512-BF16"
     if not (torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()):
         return "this PyTorch has no oneDNN, which multiplies the matrices, or it is switched off"
+    return None
+
+
+def onednn_limit() -> str | None:
+    """The environment variable and value that keep oneDNN below AVX512-BF16; None if none does.
+
+    oneDNN reads them once, when PyTorch first calls it, without regard to case, and offers no way to ask for the
+    instruction set that it chose.
+    """
+    for name in _ONEDNN_LIMITS:
+        value = os.environ.get(name)
+        if value:
+            return f"{name}={value}" if value.lower() in _BELOW_AVX512_BF16 else None
     return None
 
 
