@@ -14,7 +14,7 @@ from stepfusion.bench.parts import PARTS, measure
 from stepfusion.bench.report import REPORT_FILE, read, replace_part, write
 from stepfusion.bench.rows import End, Record, aligned, rows_of, table, to_line
 from stepfusion.bench.suite import CPU_FACTOR, LIMITS, run_suite
-from stepfusion.plan import DTYPES, choose_device
+from stepfusion.execution.plan import DTYPES, choose_device
 
 _EXAMPLES = """examples:
   stepfusion bench suite --out results           everything, in under ten minutes on one GPU

@@ -14,8 +14,8 @@ import torch
 
 from stepfusion import _checks
 from stepfusion.bench.optional import need, why_not
-from stepfusion.datasets import IMAGE_SUFFIXES
-from stepfusion.plan import choose_device
+from stepfusion.execution.plan import choose_device
+from stepfusion.training.datasets import IMAGE_SUFFIXES
 
 _SUBSET = 1000  # images that one estimate of the kernel distance compares, by default in both libraries
 

@@ -15,9 +15,9 @@ from stepfusion.bench.measure import Timing, summarise
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
-from stepfusion.runner import Runner, Settings
-from stepfusion.schedule import NoiseSchedule
-from stepfusion.table_store import TableStore
+from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.runner import Runner, Settings
+from stepfusion.samplers.schedule import NoiseSchedule
 
 PART = "host"
 _IMPORTS = "import time, torch, triton; t = time.perf_counter(); import stepfusion; print(time.perf_counter() - t)"

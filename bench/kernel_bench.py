@@ -29,7 +29,7 @@ from stepfusion.bench.rows import Row
 from stepfusion.kernels import reference
 from stepfusion.kernels.backend import interpreting, why_not_triton
 from stepfusion.kernels.tolerance import ROUNDINGS, UNIT, tolerance
-from stepfusion.schedule import NoiseSchedule
+from stepfusion.samplers.schedule import NoiseSchedule
 
 PART = "kernels"
 OURS, REFERENCE, INDUCTOR, DIFFUSERS, ATEN = "stepfusion fused", "reference", "inductor", "diffusers", "aten"

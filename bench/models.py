@@ -15,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepfusion.bench.optional import need
-from stepfusion.checkpoint import load_pretrained
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig
-from stepfusion.sampler_config import read_config
-from stepfusion.schedule import NoiseSchedule
-from stepfusion.table import StepTable
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.scheduler_config import read_config
+from stepfusion.samplers.table import StepTable
 
 #: google/ddpm-cifar10-32 and google/ddpm-celebahq-256, whose weights are not here.
 _PUBLISHED: dict[str, dict[str, Any]] = {

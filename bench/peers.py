@@ -24,11 +24,11 @@ from stepfusion.bench.models import BenchModel
 from stepfusion.bench.optional import need, why_not
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.execution.openvino_network import openvino_core
 from stepfusion.export.formats import FORMATS, exporter
 from stepfusion.export.program import Batch
 from stepfusion.kernels import BackendError
-from stepfusion.openvino_network import openvino_core
-from stepfusion.sampler_config import read_config
+from stepfusion.samplers.scheduler_config import read_config
 
 _OPSET = 20  # the first with a native GroupNormalization in the runtimes measured
 

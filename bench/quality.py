@@ -31,9 +31,9 @@ from torch.nn import functional
 
 from stepfusion import Engine, StepTable
 from stepfusion.bench.folder_distance import LIBRARIES, folder_distance
-from stepfusion.datasets import ImageDataset, load_dataset
 from stepfusion.engine import SAMPLERS
-from stepfusion.files import atomic_write
+from stepfusion.files.atomic import atomic_write
+from stepfusion.training.datasets import ImageDataset, load_dataset
 
 CLASSIFIER_DIRECTORY = Path(__file__).parent / "classifier"
 

@@ -10,7 +10,7 @@ from stepfusion.bench.optional import why_not
 from stepfusion.bench.plots import draw
 from stepfusion.bench.rows import Conditions, End, Record, Row, markdown, parse, rows_of, table, to_line
 from stepfusion.bench.targets import TARGETS
-from stepfusion.files import atomic_write
+from stepfusion.files.atomic import atomic_write
 
 ROWS_FILE, REPORT_FILE = "rows.jsonl", "report.md"
 _TITLES = {

@@ -24,9 +24,9 @@ from stepfusion.bench.models import BenchModel, load_model
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
-from stepfusion.sampler_config import read_config
+from stepfusion.samplers.scheduler_config import read_config
+from stepfusion.samplers.table import StepTable
 from stepfusion.serving import AsyncEngine, Result, Timings
-from stepfusion.table import StepTable
 
 PART = "serve"
 STEPS = (10, 25, 50, 100)

@@ -16,27 +16,27 @@ import torch
 from tqdm import tqdm
 
 from stepfusion import _checks, samplers
-from stepfusion.checkpoint import Pretrained
-from stepfusion.editing import make_edit, noised
+from stepfusion.checkpoints.diffusers_directory import Pretrained
+from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
+from stepfusion.checkpoints.load import load_model
 from stepfusion.errors import BackendError, SamplingCancelled
-from stepfusion.evaluator import Evaluator, Network
-from stepfusion.graph import capture
-from stepfusion.guided_checkpoint import GuidedDiffusionModel
-from stepfusion.interpolation import slerp
+from stepfusion.execution.evaluator import Evaluator, Network
+from stepfusion.execution.plan import make_plan
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.coefficients import PREDICTIONS
-from stepfusion.memory import free_bytes, largest_batch, peak_bytes
-from stepfusion.model_source import load_model
+from stepfusion.lanes.batch_size import free_bytes, largest_batch, peak_bytes
+from stepfusion.lanes.cuda_graph import capture
+from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.editing import make_edit, noised
+from stepfusion.lanes.interpolation import slerp
+from stepfusion.lanes.request import Model, Request, check_images, make_request
+from stepfusion.lanes.runner import Runner, RunnerPool, Settings, as_int64
+from stepfusion.lanes.transfer import HostCopy, upload
+from stepfusion.lanes.walk import Event, Walk
 from stepfusion.networks import prepare_network
-from stepfusion.plan import make_plan
-from stepfusion.request import Model, Request, check_images, make_request
-from stepfusion.runner import Runner, RunnerPool, Settings, as_int64
-from stepfusion.sampler_config import read_config
-from stepfusion.schedule import NoiseSchedule
-from stepfusion.table import StepTable
-from stepfusion.table_store import TableStore
-from stepfusion.transfer import HostCopy, upload
-from stepfusion.walk import Event, Walk
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.scheduler_config import read_config
+from stepfusion.samplers.table import StepTable
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddim": samplers.ddim,
@@ -245,7 +245,7 @@ class Engine:
             guidance: classifier-free guidance scale (Ho & Salimans 2022), one for all or one each; 1 is none.
             start: float [n, C, H, W], states to start from instead of noise.
             image: float [n, C, H, W] in [-1, 1], or [1, C, H, W] for all: make images from this one, with
-                ``strength``, ``mask`` or both (:mod:`stepfusion.editing`).
+                ``strength``, ``mask`` or both (:mod:`stepfusion.lanes.editing`).
             strength: in (0, 1]: start from the image noised with its own counter-based noise, and walk the last
                 ceil(strength * steps) rows of the table. At 1, the default with a mask, start from noise alone.
             mask: [n or 1, C or 1, H, W], 1 where to repaint and 0 where to keep, as in diffusers: the kept region is
@@ -568,7 +568,7 @@ class Engine:
         return table
 
     def _request(self, *arguments: Any) -> Request:
-        """:func:`stepfusion.request.make_request` for this engine.
+        """:func:`stepfusion.lanes.request.make_request` for this engine.
 
         BackendError: the step was asked for from kernels that cannot take it.
         """

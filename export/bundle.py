@@ -30,10 +30,10 @@ import torch
 
 from stepfusion.errors import ExportError
 from stepfusion.export.guide import guide
-from stepfusion.files import atomic_directory, read_json, write_synced
+from stepfusion.files.atomic import atomic_directory, read_json, write_synced
 from stepfusion.kernels import COLUMNS
-from stepfusion.schedule import NoiseSchedule
-from stepfusion.table import StepTable
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.table import StepTable
 
 VERSION = "stepfusion bundle 2"  # 1 had tables of 9 columns
 MANIFEST, TABLE, README = "manifest.json", "table.json", "README.md"

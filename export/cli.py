@@ -10,15 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stepfusion.checkpoint import bundled_models
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.commands.arguments import add_sampler_arguments, table_request
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.execution.plan import DTYPES
 from stepfusion.export.bundle import KINDS, check_out, read_bundle
 from stepfusion.export.formats import FORMATS, exporter, find_format
 from stepfusion.export.program import DYNAMIC, Batch, export_program
 from stepfusion.export.to_triton_server import BACKENDS
-from stepfusion.model_arguments import add_sampler_arguments, table_request
-from stepfusion.plan import DTYPES
 
 _EXAMPLES = """examples:
   stepfusion export fashion-mnist --format onnx --out bundle

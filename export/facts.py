@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepfusion import _checks
+from stepfusion.checkpoints.load import network_config
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.program import Batch
 from stepfusion.kernels.coefficients import PREDICTIONS
-from stepfusion.model_source import network_config
-from stepfusion.schedule import NoiseSchedule
+from stepfusion.samplers.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

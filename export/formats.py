@@ -10,7 +10,7 @@ from typing import Any
 
 from stepfusion import _checks
 from stepfusion.errors import ExportError
-from stepfusion.plan import DTYPES
+from stepfusion.execution.plan import DTYPES
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stepfusion.export.bundle import Manifest, Tensorspec
-    from stepfusion.table import StepTable
+    from stepfusion.samplers.table import StepTable
 
 _RUN = {
     "onnx": """\

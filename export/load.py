@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from stepfusion.errors import ExportError
+from stepfusion.execution.plan import DTYPES, choose_device
 from stepfusion.export.bundle import ANY_DEVICE, Bundle, Manifest, check_runs_here, read_bundle
 from stepfusion.export.facts import read_facts
 from stepfusion.export.formats import FORMATS, require
 from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork
-from stepfusion.plan import DTYPES, choose_device
 
 Loader = Callable[[Bundle, torch.device], Runtime]
 _Loads = TypeVar("_Loads")

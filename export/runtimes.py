@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stepfusion.errors import ExportError
-from stepfusion.openvino_network import openvino_core
-from stepfusion.plan import DTYPES
+from stepfusion.execution.openvino_network import openvino_core
+from stepfusion.execution.plan import DTYPES
 
 if TYPE_CHECKING:
     from stepfusion.export.bundle import Manifest, Tensorspec

@@ -30,7 +30,7 @@ from stepfusion.export.bundle import KINDS, Tensorspec
 from stepfusion.export.program import Batch, check_close, example_inputs, plain_network, trace
 from stepfusion.export.runtimes import Runtime
 from stepfusion.kernels import COLUMNS, launch, philox
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 _WORD = 1 << 32
 _MASK = _WORD - 1

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from stepfusion.cache import compiler_cache
-from stepfusion.compiled import CUDA_OPTIONS
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
+from stepfusion.execution.cache import compiler_cache
+from stepfusion.execution.compiled import CUDA_OPTIONS
 from stepfusion.export.bundle import (
     Bundle,
     Manifest,
@@ -46,7 +46,7 @@ from stepfusion.export.tick import (
     tick_program,
     tick_specs,
 )
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 MODEL, INITIAL_NOISE = "model.pt2", "initial_noise.pt2"
 _PROCESSOR = "cpu_capability"  # in ``versions``: the vector instructions that code for a CPU was made with
@@ -56,7 +56,7 @@ _PROCESSOR = "cpu_capability"  # in ``versions``: the vector instructions that c
 #: seconds; fusion takes the names out again.
 _TICK_OPTIONS = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
 
-#: ``freezing``, which :mod:`stepfusion.compiled` uses, gives wrong numbers in a package (PyTorch 2.13), and
+#: ``freezing``, which :mod:`stepfusion.execution.compiled` uses, gives wrong numbers in a package (PyTorch 2.13), and
 #: threads are counted where the package runs, not where it was made.
 _CPU_OPTIONS: dict[str, Any] = {"freezing": False, "cpp.dynamic_threads": True}
 

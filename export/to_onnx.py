@@ -39,7 +39,7 @@ from stepfusion.export.tick import (
     tick_program,
     tick_specs,
 )
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 MODEL, INITIAL_NOISE = "model.onnx", "initial_noise.onnx"
 OPSET = 22  # the first with bfloat16 convolutions; since 21, GroupNormalization has a scale for each channel

@@ -26,7 +26,7 @@ from stepfusion.export.program import (
 )
 from stepfusion.export.runtimes import OpenVINONetwork
 from stepfusion.export.to_onnx import write_onnx
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 MODEL = "model.xml"
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from stepfusion.cache import make_cache_directory
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.execution.cache import make_cache_directory
 from stepfusion.export.bundle import Manifest, here, versions, write_bundle
 from stepfusion.export.facts import model_facts
 from stepfusion.export.formats import require
@@ -39,8 +39,8 @@ from stepfusion.export.program import (
 from stepfusion.export.runtimes import TensorRTNetwork, collecting_logger, reason
 from stepfusion.export.to_onnx import MODEL as ONNX_MODEL
 from stepfusion.export.to_onnx import write_onnx
-from stepfusion.files import atomic_write
-from stepfusion.table import StepTable
+from stepfusion.files.atomic import atomic_write
+from stepfusion.samplers.table import StepTable
 
 MODEL, LAYERS = "model.engine", "layers.json"
 RTX_GPUS = ("8.6", "8.9", "12.0")  # compute capabilities: GeForce and RTX 30, 40 and 50

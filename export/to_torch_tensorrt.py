@@ -21,9 +21,9 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 
-from stepfusion.cache import make_cache_directory
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
+from stepfusion.execution.cache import make_cache_directory
 from stepfusion.export.bundle import Bundle, Manifest, here, versions, write_bundle
 from stepfusion.export.facts import model_facts
 from stepfusion.export.formats import require
@@ -39,7 +39,7 @@ from stepfusion.export.program import (
     plain_network,
 )
 from stepfusion.export.runtimes import as_specified
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 MODEL = "model.ep"
 _ENGINE_CACHE_BYTES = 8 << 30

@@ -26,7 +26,7 @@ from stepfusion.export.program import (
 )
 from stepfusion.export.to_onnx import compare_in_onnxruntime, write_onnx
 from stepfusion.export.to_tensorrt import build_engine, check_precisions
-from stepfusion.table import StepTable
+from stepfusion.samplers.table import StepTable
 
 BACKENDS = ("onnx", "tensorrt", "python")
 _TYPES = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from recorded_graph import Captures
+    from stepfusion_testing.recorded_graph import Captures
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -60,12 +60,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
-    from recorded_graph import Captures
-
     import stepfusion as sf
+    from stepfusion_testing.recorded_graph import Captures
 
     recorded = Captures()
-    monkeypatch.setattr(sf.plan, "why_not_graph", lambda device: None)
+    monkeypatch.setattr(sf.execution.plan, "why_not_graph", lambda device: None)
     monkeypatch.setattr(sf.engine, "capture", recorded)
     return recorded
 

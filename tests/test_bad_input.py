@@ -22,14 +22,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import SCHEDULER, save_tiny_model, tiny_network
 
 import stepfusion as sf
-from stepfusion import files, kernels
-from stepfusion.checkpoint import bundled_models
-from stepfusion.cli import main
+from stepfusion import kernels
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.commands.main import main
+from stepfusion.files import atomic as files
 from stepfusion.kernels import reference
 from stepfusion.networks import UNet2D
+from stepfusion_testing.tiny_model import SCHEDULER, save_tiny_model, tiny_network
 
 NAN, INF = math.nan, math.inf
 DEVICES = ", ".join(("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))
@@ -976,7 +977,7 @@ def test_a_file_system_that_takes_no_more_bytes() -> None:
     Path("grid.png").write_bytes(b"the old one")
     before = tree()
     program = (
-        "import resource, sys, torch; torch.set_num_threads(1); from stepfusion.cli import main; "
+        "import resource, sys, torch; torch.set_num_threads(1); from stepfusion.commands.main import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, *["sample", "model", "-n", "9", "--steps", "2", "--out", "grid.png"]]

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from literature import DIFFERENCES
+
+from stepfusion_testing.literature import DIFFERENCES
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "literature.md").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import smooth
+
+from stepfusion_testing.networks import smooth
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -6,6 +6,6 @@
 from stepfusion.bulk.job import Job
 from stepfusion.bulk.run import Where, run, verify
 from stepfusion.bulk.worker import Order
-from stepfusion.table_request import TableRequest
+from stepfusion.samplers.table_request import TableRequest
 
 __all__ = ["Job", "Order", "TableRequest", "Where", "run", "verify"]

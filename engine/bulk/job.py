@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.errors import BulkError
-from stepfusion.files import atomic_write, publish_once, read_json
-from stepfusion.model_source import load_model, network_config
-from stepfusion.schedule import NoiseSchedule
-from stepfusion.table import StepTable
+from stepfusion.files.atomic import atomic_write, publish_once, read_json
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.table import StepTable
 
 VERSION = "stepfusion bulk 1"
 JOB, ENGINE, LABELS, IMAGES = "job.json", "engine.json", "labels.npy", "images"

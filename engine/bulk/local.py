@@ -13,8 +13,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from stepfusion.bulk.answers import failure, record_of, success
 from stepfusion.bulk.manifest import Record
+from stepfusion.bulk.messages import failure, record_of, success
 from stepfusion.bulk.worker import Order, Worker
 from stepfusion.errors import BulkError
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stepfusion.files import atomic_write
+from stepfusion.files.atomic import atomic_write
 
 NAME = "manifest.jsonl"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from stepfusion.bulk.answers import failure, record_of, success
 from stepfusion.bulk.manifest import Record
+from stepfusion.bulk.messages import failure, record_of, success
 from stepfusion.bulk.worker import Order, Worker
 from stepfusion.errors import BulkError, first_line
 

@@ -23,7 +23,7 @@ from stepfusion.bulk.ray_data import make_with_ray
 from stepfusion.bulk.shards import FORMATS, shard_digest, shard_size, write_npz
 from stepfusion.bulk.worker import Order, read_settings
 from stepfusion.errors import BulkError
-from stepfusion.files import atomic_file, atomic_write, remove_leftovers
+from stepfusion.files.atomic import atomic_file, atomic_write, remove_leftovers
 
 REPORT = "report.json"
 

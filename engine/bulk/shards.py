@@ -28,8 +28,8 @@ from PIL import Image
 
 from stepfusion.bulk.job import Unit
 from stepfusion.errors import BulkError
-from stepfusion.files import atomic_directory, atomic_write
-from stepfusion.images import Pixels, encode_png
+from stepfusion.files.atomic import atomic_directory, atomic_write
+from stepfusion.files.images import Pixels, encode_png
 
 _SYNCS_AT_ONCE = 16  # a file system commits them together
 _METADATA = "metadata.csv"

@@ -28,8 +28,8 @@ from stepfusion.bulk.manifest import Record
 from stepfusion.bulk.shards import FORMATS, shard_digest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
-from stepfusion.files import publish_once, read_json
-from stepfusion.table_request import TableRequest
+from stepfusion.files.atomic import publish_once, read_json
+from stepfusion.samplers.table_request import TableRequest
 
 _MAX_JSON_BYTES = 1 << 20
 _ENCODERS = 8

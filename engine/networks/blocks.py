@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion.networks.attention import attend
-from stepfusion.networks.config import UNet2DConfig
 from stepfusion.networks.norm import GroupNormAct
+from stepfusion.networks.unet2d.config import UNet2DConfig
 
 _INT32_MAX = 2**31 - 1
 

@@ -17,6 +17,8 @@ import torch
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
+from stepfusion.lanes.walk import Event
+from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.job import Job, Result
@@ -24,8 +26,6 @@ from stepfusion.serving.metrics import make_metrics
 from stepfusion.serving.scheduler import Scheduler
 from stepfusion.serving.tracing import make_tracing
 from stepfusion.serving.worker import Worker
-from stepfusion.table import StepTable
-from stepfusion.walk import Event
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from stepfusion.request import Request
-from stepfusion.walk import Event
+from stepfusion.lanes.request import Request
+from stepfusion.lanes.walk import Event
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepfusion.runner import Runner
+from stepfusion.lanes.runner import Runner
+from stepfusion.lanes.transfer import as_index
 from stepfusion.serving.job import Job
-from stepfusion.transfer import as_index
 
 
 @dataclass

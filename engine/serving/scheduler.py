@@ -19,8 +19,11 @@ import torch
 
 from stepfusion.errors import first_line
 from stepfusion.kernels import FINITE
-from stepfusion.request import Request
-from stepfusion.runner import Runner, Settings
+from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.request import Request
+from stepfusion.lanes.runner import Runner, Settings
+from stepfusion.lanes.transfer import HostCopy, Pace
+from stepfusion.lanes.walk import Event, nonfinite
 from stepfusion.serving.admission import Admission
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded
@@ -28,9 +31,6 @@ from stepfusion.serving.job import Job, Result, Timings
 from stepfusion.serving.lanes import LanePool, Seat
 from stepfusion.serving.metrics import Metrics
 from stepfusion.serving.tracing import Tracing
-from stepfusion.table_store import TableStore
-from stepfusion.transfer import HostCopy, Pace
-from stepfusion.walk import Event, nonfinite
 
 if TYPE_CHECKING:
     from stepfusion.engine import Engine

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.cpu import library, panels
+from stepfusion.kernels.cpu import library, weight_packing
 
 _PAIRS = 2 * library.LANES  # channels of a head: a multiple of it
 MOST_TOKENS = 4096  # the scores of 64 queries are in memory at once: 1 MiB
@@ -43,7 +43,7 @@ class AttentionWeights:
         if not fits(channels, self.heads, 1):
             wanted = f"heads of a multiple of {_PAIRS} channels each"
             raise ValueError(f"biases and heads must make {wanted}, got {channels} channels and {self.heads} heads")
-        width = panels.width(channels // self.heads, _PAIRS)
+        width = weight_packing.width(channels // self.heads, _PAIRS)
         packed = (4, channels // width, 1, channels // 2, width, 2)
         launch.check_like("projections", self.projections, packed, device, (torch.bfloat16,))
         launch.check_like("biases", self.biases, (4, channels), device, (torch.float32,))
@@ -68,8 +68,8 @@ def fits(channels: int, heads: int, tokens: int) -> bool:
 
 def pack_projections(weights: list[Tensor], heads: int) -> Tensor:
     """Four weights [C, C], as ``nn.Linear`` has them: bfloat16 [4, C / c, 1, C / 2, c, 2], c channels of a panel."""
-    width = panels.width(len(weights[0]) // heads, _PAIRS)
-    return torch.stack([panels.pack(weight.detach()[None], width) for weight in weights])
+    width = weight_packing.width(len(weights[0]) // heads, _PAIRS)
+    return torch.stack([weight_packing.pack(weight.detach()[None], width) for weight in weights])
 
 
 @library.op("attention_block_cpu", fake=library.like)

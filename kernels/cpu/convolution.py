@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.cpu import library, panels
+from stepfusion.kernels.cpu import library, weight_packing
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     rows = weight.detach().permute(0, 2, 3, 1).flatten(1)
     rows = functional.pad(rows, (0, -rows.shape[1] % 2, 0, -len(rows) % library.LANES))
-    return panels.pack(rows[None], panels.width(len(rows)))
+    return weight_packing.pack(rows[None], weight_packing.width(len(rows)))
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from stepfusion.kernels.cpu import schemes
+from stepfusion.kernels.cpu import winograd_matrices
 
 LANES = 16  # channels of a vector: kernels take multiples of it
 
@@ -62,7 +62,7 @@ def load() -> Any:
 
     folder = Path(__file__).parent
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
-    texts.insert(len(_HEADERS) - 1, schemes.CONSTANTS)
+    texts.insert(len(_HEADERS) - 1, winograd_matrices.CONSTANTS)
     return CppCodeCache.load("\n".join(texts))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.cpu import library, panels
+from stepfusion.kernels.cpu import library, weight_packing
 from stepfusion.kernels.cpu.group_norm import rows_of
 from stepfusion.kernels.cpu.winograd import check_transformed
 
@@ -83,7 +83,7 @@ class ResnetWeights:
 
 def pack_shortcut(weight: Tensor) -> Tensor:
     """The weight [K, C, 1, 1] of a shortcut as :func:`resnet_block` reads it: bfloat16 [K / k, 1, C / 2, k, 2]."""
-    return panels.pack(weight.detach().flatten(1)[None], panels.width(len(weight)))
+    return weight_packing.pack(weight.detach().flatten(1)[None], weight_packing.width(len(weight)))
 
 
 def _empty(x: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""3x3 convolutions by Winograd's algorithm (Lavin & Gray 2016, section 4), with the tables of `schemes`.
+"""3x3 convolutions by Winograd's algorithm (Lavin & Gray 2016, section 4).
+
+The matrices of the transforms are in :mod:`stepfusion.kernels.cpu.winograd_matrices`.
 
 Transforms and sums are float32; the transformed input and weights are rounded to bfloat16. The weights are
 transformed once (:func:`transform_weight`), in float64.
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.cpu import library, panels
-from stepfusion.kernels.cpu.schemes import SCHEMES, Scheme
+from stepfusion.kernels.cpu import library, weight_packing
+from stepfusion.kernels.cpu.winograd_matrices import SCHEMES, Scheme
 
 
 def fits(in_channels: int, out_channels: int) -> bool:
@@ -27,8 +29,8 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
         weight: [K, C, 3, 3], any floating dtype; C and K multiples of 16.
 
     Returns:
-        bfloat16 [K / k, N, C / 2, k, 2]: N products, k output channels of a panel (:func:`panels.pack`). ``N / 9``
-        times as many elements as `weight` has.
+        bfloat16 [K / k, N, C / 2, k, 2]: N products, k output channels of a panel (:func:`weight_packing.pack`).
+        ``N / 9`` times as many elements as `weight` has.
     """
     launch.check_dtype("weight", weight, (*launch.FLOATS, torch.float64))
     if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not fits(weight.shape[1], weight.shape[0]):
@@ -37,7 +39,7 @@ def transform_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     g = torch.tensor(scheme.weight, dtype=torch.float64, device=weight.device)
     outputs, inputs = weight.shape[:2]
     u = torch.kron(g, g) @ weight.detach().double().reshape(outputs * inputs, 9).T  # 3x as fast as an einsum
-    return panels.pack(u.view(-1, outputs, inputs), panels.width(outputs))
+    return weight_packing.pack(u.view(-1, outputs, inputs), weight_packing.width(outputs))
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

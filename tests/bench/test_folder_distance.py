@@ -15,7 +15,7 @@ import pytest
 from stepfusion.bench import folder_distance as module
 from stepfusion.bench import quality
 from stepfusion.bench.folder_distance import folder_distance
-from stepfusion.images import save_png
+from stepfusion.files.images import save_png
 
 ANSWERS = {
     "frechet_inception_distance": np.float64(12.5),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from stepfusion import Engine
 from stepfusion.bench import quality
-from stepfusion.datasets import ImageDataset, load_dataset
+from stepfusion.training.datasets import ImageDataset, load_dataset
 
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 MODEL = "fashion-mnist"

@@ -14,7 +14,7 @@ from stepfusion.bench.options import Options
 from stepfusion.bench.peers import Built, Case, Diffusers, Eager, OpenVINO, Ours, Provider, Unavailable, all_providers
 from stepfusion.bench.race import Race
 from stepfusion.networks import UNet2DConfig
-from stepfusion.schedule import NoiseSchedule
+from stepfusion.samplers.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
 FLOORS = Floors((), 1e9, {"float32": 1e12, "bfloat16": 1e12})

@@ -12,7 +12,7 @@ from stepfusion import kernels, samplers
 from stepfusion.bench.measure import synchronize
 from stepfusion.kernels import reference
 from stepfusion.kernels.backend import interpreting
-from stepfusion.schedule import NoiseSchedule
+from stepfusion.samplers.schedule import NoiseSchedule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
 OPS = kernels if DEVICE.type == "cuda" else reference

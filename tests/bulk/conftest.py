@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_model import save_tiny_model
+
+from stepfusion_testing.tiny_model import save_tiny_model
 
 
 @pytest.fixture(autouse=True)

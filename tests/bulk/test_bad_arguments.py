@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import save_tiny_model
 
-from stepfusion.checkpoint import bundled_models
-from stepfusion.cli import main
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.commands.main import main
+from stepfusion_testing.tiny_model import save_tiny_model
 
 EXAMPLE = "as in: stepfusion generate fashion-mnist --num 1000 --out images"
 DEVICES = ", ".join(("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))

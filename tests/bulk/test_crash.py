@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_jobs import TINY, die_at, finished, generate, run_in, run_limited, run_ranked, start, tree
 
-from stepfusion import bulk, files
+from stepfusion import bulk
 from stepfusion.bulk.manifest import Manifest
 from stepfusion.errors import BulkError
+from stepfusion.files import atomic as files
+from stepfusion_testing.bulk_jobs import (
+    TINY,
+    die_at,
+    finished,
+    generate,
+    run_in,
+    run_limited,
+    run_ranked,
+    start,
+    tree,
+)
 
 SMALL = "generate model --num 4 --unit 2 --steps 1 --batch 2 --threads 1 --quiet --npz --out"
 MANY = "generate model --num 120 --unit 4 --steps 2 --batch 4 --threads 1 --quiet --format npz --out"

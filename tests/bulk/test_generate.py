@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bulk_jobs import TINY, finished, generate, tree
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_model import NULL_LABEL, save_tiny_model
 
 import stepfusion as sf
 from stepfusion import bulk
@@ -24,7 +22,9 @@ from stepfusion.bulk import shards
 from stepfusion.bulk.manifest import Manifest, Record, read_records, write_sorted
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.engine import Engine
-from stepfusion.runner import Runner
+from stepfusion.lanes.runner import Runner
+from stepfusion_testing.bulk_jobs import TINY, finished, generate, tree
+from stepfusion_testing.tiny_model import NULL_LABEL, save_tiny_model
 
 WEIGHTS = Path("model/unet/diffusion_pytorch_model.safetensors")
 

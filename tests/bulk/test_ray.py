@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from bulk_jobs import finished, generate, tree
+
+from stepfusion_testing.bulk_jobs import finished, generate, tree
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +25,7 @@ COMMAND = "generate model --num 60 --unit 2 --steps 100 --batch 2 --threads 1 --
 
 def ray_run() -> subprocess.Popen[str]:
     """The command on a Ray of its own."""
-    command = [sys.executable, "-m", "stepfusion.cli", *f"{COMMAND} out --ray local --workers 1".split()]
+    command = [sys.executable, "-m", "stepfusion", *f"{COMMAND} out --ray local --workers 1".split()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

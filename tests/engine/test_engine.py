@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import labelled, smooth, tiny_unet
 
 import stepfusion as sf
 from stepfusion.kernels import reference
+from stepfusion_testing.networks import labelled, smooth, tiny_unet
 
 SHAPE = (2, 6, 5)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from networks import tiny_unet
 
 import stepfusion as sf
+from stepfusion_testing.networks import tiny_unet
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +76,7 @@ def test_the_host_does_not_wait_inside_the_loop(schedule: sf.NoiseSchedule, no_w
     torch.cuda.set_sync_debug_mode("default")
     table = one.table(steps=20)
     one.sample(8, table)
-    settings = one._settings(sf.request.make_request(one._facts, 8, table, 0, None, 0, None, None, None), 8)
+    settings = one._settings(sf.lanes.request.make_request(one._facts, 8, table, 0, None, 0, None, None, None), 8)
     runner = one._idle.take(settings, lambda _: pytest.fail("no idle runner"))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

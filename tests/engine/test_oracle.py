@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import paper
 import pytest
 import torch
-from walking import Gaussian
 
 import stepfusion as sf
+from stepfusion_testing import paper
+from stepfusion_testing.walking import Gaussian
 
 MEAN, STD = 0.3, 0.5
 IMAGES, SHAPE = 1250, (1, 4, 4)

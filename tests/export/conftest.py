@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from exports import cpu_engine
-from networks import tiny_unet
 
 import stepfusion as sf
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.networks import tiny_unet
 
 
 @pytest.fixture(scope="session")

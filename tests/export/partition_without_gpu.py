@@ -17,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from exports import cpu_engine
 from test_to_onnx import published
 
 import stepfusion as sf
 from stepfusion.networks import ContextUNet
+from stepfusion_testing.exports import cpu_engine
 
 GPU = SimpleNamespace(name="a stub", major=8, minor=9, multi_processor_count=64, total_memory=24 << 30)
 LOOK_UPS: dict[str, Any] = {

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from aoti_bundle import bundled_engine, bundled_tick, consume
-from networks import labelled, smooth, tiny_unet
 from torch import nn
 
 import stepfusion as sf
@@ -19,6 +17,8 @@ from stepfusion.export.program import Batch
 from stepfusion.export.tick import InitialNoise
 from stepfusion.export.to_aoti import export_aoti, load_aoti, load_initial_noise, load_package
 from stepfusion.kernels import COLUMNS, philox, reference
+from stepfusion_testing.aoti_bundle import bundled_engine, bundled_tick, consume
+from stepfusion_testing.networks import labelled, smooth, tiny_unet
 
 CPU = torch.device("cpu")
 

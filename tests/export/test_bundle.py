@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exports import cpu_engine
-from networks import smooth, tiny_unet
 
 import stepfusion as sf
 from stepfusion.export import bundle as bundles
@@ -22,6 +20,8 @@ from stepfusion.export.facts import model_facts, read_facts
 from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.networks import smooth, tiny_unet
 
 
 def manifest(engine: sf.Engine, **changes: Any) -> Manifest:

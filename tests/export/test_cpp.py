@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aoti_bundle import bundled_engine, bundled_tick, consume
 from numpy.typing import NDArray
 
 import stepfusion as sf
 from stepfusion.export.bundle import read_bundle, write_bundle
 from stepfusion.export.to_aoti import load_aoti, load_initial_noise
+from stepfusion_testing.aoti_bundle import bundled_engine, bundled_tick, consume
 
 SOURCE = Path(__file__).parents[2] / "export" / "cpp"
 ARTEFACTS = ("model.pt2", "initial_noise.pt2")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import save_tiny_model
 
 import stepfusion as sf
 from stepfusion.export import cli
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.cli import add_export_arguments, read_batch, run_export
 from stepfusion.export.program import DYNAMIC, Batch
+from stepfusion_testing.tiny_model import save_tiny_model
 
 
 def export(*arguments: object) -> int:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from exports import cpu_engine
-from networks import smooth, tiny_unet
 
 import stepfusion as sf
 from stepfusion.export import load
@@ -23,6 +21,8 @@ from stepfusion.export.guide import guide
 from stepfusion.export.load import load_network
 from stepfusion.export.program import DYNAMIC, Batch, export_program, input_specs, plain_network
 from stepfusion.networks.norm import GroupNormAct
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.networks import smooth, tiny_unet
 
 
 @pytest.mark.parametrize("name", FORMATS)

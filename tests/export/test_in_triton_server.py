@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 import torch
-from exports import cpu_engine
-from tiny_model import tiny_network
 
 import stepfusion as sf
 from stepfusion.export.program import Batch, example_inputs
 from stepfusion.export.to_triton_server import export_triton_server
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.tiny_model import tiny_network
 
 WHEEL = os.environ.get("STEPFUSION_PYTRITON", "")
 BATCHES = {"dynamic": Batch(1, 2, 8), "fixed": Batch.fixed(2)}

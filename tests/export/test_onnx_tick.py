@@ -12,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aoti_bundle import consume
-from exports import cpu_engine
-from tiny_model import save_tiny_model, tiny_network
 
 import stepfusion as sf
 from stepfusion.export import tick as tick_module
@@ -25,6 +22,9 @@ from stepfusion.export.runtimes import Runtime
 from stepfusion.export.tick import compare_tick
 from stepfusion.export.to_onnx import INITIAL_NOISE, MODEL, export_onnx
 from stepfusion.kernels import COLUMNS, philox, reference
+from stepfusion_testing.aoti_bundle import consume
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.tiny_model import save_tiny_model, tiny_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from networks import smooth, tiny_unet
 
 import stepfusion as sf
 from stepfusion.export import export_program
+from stepfusion_testing.networks import smooth, tiny_unet
 
 
 def make(network: object, **arguments: object) -> sf.Engine:

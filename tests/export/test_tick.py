@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aoti_bundle import consume
-from networks import labelled, tiny_unet
 from torch import Tensor, nn
 
 import stepfusion as sf
@@ -23,6 +21,8 @@ from stepfusion.export.tick import (
 )
 from stepfusion.export.tick import _box_muller as box_muller
 from stepfusion.kernels import COLUMNS, philox, reference
+from stepfusion_testing.aoti_bundle import consume
+from stepfusion_testing.networks import labelled, tiny_unet
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SHAPE = (3, 4, 5)

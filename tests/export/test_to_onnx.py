@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from exports import back_in, cpu_engine, difference
-from tiny_model import tiny_network
 
 import stepfusion as sf
 from stepfusion.export import to_onnx
@@ -17,6 +15,8 @@ from stepfusion.export.load import load_network
 from stepfusion.export.program import DYNAMIC, Batch
 from stepfusion.export.to_onnx import MODEL, compare_in_onnxruntime, export_onnx
 from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion_testing.exports import back_in, cpu_engine, difference
+from stepfusion_testing.tiny_model import tiny_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import back_in, cpu_engine, difference
-from networks import tiny_unet
-from tiny_model import tiny_network
 
 import stepfusion as sf
 from stepfusion.export import to_openvino
@@ -16,6 +13,9 @@ from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch
 from stepfusion.export.to_openvino import export_openvino
+from stepfusion_testing.exports import back_in, cpu_engine, difference
+from stepfusion_testing.networks import tiny_unet
+from stepfusion_testing.tiny_model import tiny_network
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("openvino")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import cpu_engine, difference
-from tiny_model import tiny_network
 
 import stepfusion as sf
 from stepfusion.export import to_tensorrt
@@ -27,6 +25,8 @@ from stepfusion.export.to_tensorrt import (
     export_tensorrt,
     export_tensorrt_rtx,
 )
+from stepfusion_testing.exports import cpu_engine, difference
+from stepfusion_testing.tiny_model import tiny_network
 
 pytest.importorskip("onnxscript")
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")

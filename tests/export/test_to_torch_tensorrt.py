@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import cpu_engine, difference
-from networks import tiny_unet
 
 import stepfusion as sf
 from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch
 from stepfusion.export.to_torch_tensorrt import Coverage, export_torch_tensorrt, read_coverage
+from stepfusion_testing.exports import cpu_engine, difference
+from stepfusion_testing.networks import tiny_unet
 
 HEADING = (
     "The following ops are currently unsupported or excluded from conversion, and are listed with their op-count"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from exports import cpu_engine
-from tiny_model import tiny_network
 
 import stepfusion as sf
 from stepfusion.export.bundle import Tensorspec, read_bundle
 from stepfusion.export.program import Batch, example_inputs
 from stepfusion.export.to_triton_server import export_triton_server, server_config
+from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.tiny_model import tiny_network
 
 TOKEN = re.compile(r'"[^"]*"|[A-Za-z_][A-Za-z0-9_]*|-?\d+|[\[\]{}:,]|\S')
 INPUTS = (Tensorspec("x", "bfloat16", ("batch", 3, 32, 32)), Tensorspec("timesteps", "int64", ("batch",)))

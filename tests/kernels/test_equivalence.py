@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from twins import (
+
+from stepfusion import kernels
+from stepfusion.kernels import coefficients as algebra
+from stepfusion.kernels import philox, posterior, reference
+from stepfusion.kernels import step as walker
+from stepfusion.kernels.q_sample import q_sample_kernel
+from stepfusion.kernels.to_uint8 import to_uint8_kernel, to_uint8_rgb_kernel
+from stepfusion_testing.twins import (
     StepCase,
     assert_rounded_alike,
     assert_same_bits,
@@ -17,13 +24,6 @@ from twins import (
     final_bound,
     outputs,
 )
-
-from stepfusion import kernels
-from stepfusion.kernels import coefficients as algebra
-from stepfusion.kernels import philox, posterior, reference
-from stepfusion.kernels import step as walker
-from stepfusion.kernels.q_sample import q_sample_kernel
-from stepfusion.kernels.to_uint8 import to_uint8_kernel, to_uint8_rgb_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, for inf * 0
 

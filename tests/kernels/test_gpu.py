@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from twins import StepCase, assert_same_bits, assert_step_equivalent, assert_within, outputs
 
 from stepfusion import kernels
 from stepfusion.kernels import reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion_testing.twins import StepCase, assert_same_bits, assert_step_equivalent, assert_within, outputs
 
 pytestmark = pytest.mark.gpu
 

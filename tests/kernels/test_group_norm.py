@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from twins import assert_same_bits, assert_within, mutate
 
 import stepfusion as sf
 from stepfusion import kernels
 from stepfusion.kernels import group_norm, reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion_testing.twins import assert_same_bits, assert_within, mutate
 
 pytestmark = pytest.mark.filterwarnings(  # NumPy's: SiLU of large negative numbers, and planted errors
     "ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"

@@ -19,7 +19,7 @@ from stepfusion.bench import machine_code
 
 pytest.importorskip("triton")
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[1] / "stepfusion_testing"
 NO_NOISE, GIVEN_NOISE, DRAWN_NOISE = 20, 24, 66  # SASS instructions an element of the step kernel, large lanes
 # the same with an x0 buffer, which a row may read, and with a known region; both branches of it are counted
 MORE = {"noise none, x0, 1": 22, "noise given, known": 30, "noise drawn, known": 73, "noise drawn, x0, known": 75}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from twins import StepCase, assert_rounded_alike, assert_same_bits, assert_step_equivalent, mutate
 
 import stepfusion.kernels.posterior
 import stepfusion.kernels.step
 from stepfusion import kernels
 from stepfusion.kernels import reference
+from stepfusion_testing.twins import StepCase, assert_rounded_alike, assert_same_bits, assert_step_equivalent, mutate
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from twins import StepCase, assert_same_bits
 
 from stepfusion import kernels
 from stepfusion.kernels import backend, launch, reference
+from stepfusion_testing.twins import StepCase, assert_same_bits
 
 Call = Callable[[], object]
 

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
-from stepfusion.request import Request
+from stepfusion.lanes.request import Request
 from stepfusion.serving.admission import Admission
 from stepfusion.serving.job import Job
 

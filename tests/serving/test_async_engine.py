@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from networks import labelled
-from serving_twins import SHAPE, Gate, leaks, offline, small_engine, wait_until_idle
 
 import stepfusion as sf
 from stepfusion.serving import AsyncEngine, DeadlineExceeded, EngineClosed, EngineDead, Overloaded, Result
+from stepfusion_testing.networks import labelled
+from stepfusion_testing.serving_twins import SHAPE, Gate, leaks, offline, small_engine, wait_until_idle
 
 REQUEST: dict[str, Any] = {"n": 2, "steps": 4, "labels": [0, 1], "seed": 3}
 

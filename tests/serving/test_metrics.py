@@ -4,10 +4,10 @@ import logging
 from typing import Any
 
 import pytest
-from serving_twins import NAN_LABEL, Gate, small_engine, wait_until_idle
 
 import stepfusion as sf
 from stepfusion.serving import AsyncEngine, Overloaded, metrics, tracing
+from stepfusion_testing.serving_twins import NAN_LABEL, Gate, small_engine, wait_until_idle
 
 
 def serve(**options: Any) -> AsyncEngine:

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from networks import labelled, smooth
-from recorded_graph import Captures
-from serving_twins import NAN_LABEL, SHAPE, Desk, offline, small_engine
 
 import stepfusion as sf
-from stepfusion.runner import Runner
+from stepfusion.lanes.runner import Runner
+from stepfusion_testing.networks import labelled, smooth
+from stepfusion_testing.recorded_graph import Captures
+from stepfusion_testing.serving_twins import NAN_LABEL, SHAPE, Desk, offline, small_engine
 
 WIDTHS = (1, 2, 4, 8)
 

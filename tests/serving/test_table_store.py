@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from networks import smooth
 
 import stepfusion as sf
-from stepfusion.evaluator import Evaluator
+from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import PARKED
-from stepfusion.table_store import TableStore
+from stepfusion.lanes.device_tables import TableStore
+from stepfusion_testing.networks import smooth
 
 SCHEDULE = sf.NoiseSchedule.linear()
 CPU = torch.device("cpu")

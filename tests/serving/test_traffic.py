@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from serving_twins import NAN_LABEL, leaks, offline, small_engine, wait_until_idle
 
 import stepfusion as sf
-from stepfusion.runner import Runner, Ticket
+from stepfusion.lanes.runner import Runner, Ticket
 from stepfusion.serving import AsyncEngine, Result
 from stepfusion.serving.job import Job
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion_testing.serving_twins import NAN_LABEL, leaks, offline, small_engine, wait_until_idle
 
 
 class CallerError(Exception):

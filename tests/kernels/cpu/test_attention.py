@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels.cpu import attention
 from stepfusion.kernels.cpu.attention import AttentionWeights, attention_block, fits, pack_projections
+from stepfusion_testing.cpu_kernels import needs_kernel, rms, thread_counts
 
 BFLOAT16 = torch.bfloat16
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import needs_kernel, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels.cpu import convolution
 from stepfusion.kernels.cpu.convolution import gathered_conv2d, pack_weight
+from stepfusion_testing.cpu_kernels import needs_kernel, thread_counts
 
 BFLOAT16 = torch.bfloat16
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_kernels import needs_kernel
 from torch import Tensor
 
 from stepfusion.kernels import reference
 from stepfusion.kernels.cpu import group_norm
 from stepfusion.kernels.cpu.group_norm import group_norm_silu_cpu
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion_testing.cpu_kernels import needs_kernel
 
 BFLOAT16 = torch.bfloat16
 

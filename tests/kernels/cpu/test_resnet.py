@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels.cpu import resnet
 from stepfusion.kernels.cpu.resnet import ResnetWeights, pack_shortcut, resnet_block
-from stepfusion.kernels.cpu.schemes import F2, F4, Scheme
 from stepfusion.kernels.cpu.winograd import transform_weight
+from stepfusion.kernels.cpu.winograd_matrices import F2, F4, Scheme
+from stepfusion_testing.cpu_kernels import needs_kernel, rms, thread_counts
 
 BFLOAT16 = torch.bfloat16
 #: Root-mean-square error, relative to that of the same block by PyTorch's bfloat16 operators.

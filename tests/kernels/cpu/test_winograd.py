@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from cpu_kernels import needs_kernel, rms, thread_counts
 from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels.cpu import library, winograd
-from stepfusion.kernels.cpu.schemes import F2, F4, UP, Scheme, toom_cook
 from stepfusion.kernels.cpu.winograd import transform_weight, winograd_conv2d
+from stepfusion.kernels.cpu.winograd_matrices import F2, F4, UP, Scheme, toom_cook
+from stepfusion_testing.cpu_kernels import needs_kernel, rms, thread_counts
 
 SCHEMES = [F2, F4, UP]
 #: Root-mean-square error, relative to that of PyTorch's bfloat16 convolution: the most that the module states.

@@ -1,0 +1,1 @@
+"""Reading and writing models: directories of diffusers, files of guided-diffusion, and the bundled models."""

@@ -1,0 +1,121 @@
+"""What commands have in common: which model, which sampler, where and how it runs, and what figures need."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stepfusion import _checks
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.engine import SAMPLERS_WITH_ETA, Engine
+from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.files.images import CHANNELS, Pixels
+from stepfusion.samplers.table_request import OFFERED, TableRequest
+from stepfusion.samplers.timesteps import ALL_SPACINGS
+from stepfusion.training.datasets import read_image
+
+_Number = TypeVar("_Number", int, float)
+_MOST = 1 << 16
+
+
+def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    """Declare the model."""
+    names = ", ".join(bundled_models()) or "none in this installation"
+    text = f"a bundled model ({names}), or the path of a diffusers model directory"
+    parser.add_argument("model", nargs=nargs, help=text)
+
+
+def add_sampler_arguments(add: Callable[..., object]) -> None:
+    """Declare the sampler, its steps, their places and noise, which :func:`table_request` reads."""
+    takers = " and ".join(f"{name} (default: {eta:g})" for name, eta in SAMPLERS_WITH_ETA.items())
+    add("--sampler", choices=OFFERED, default="ddim", help="(default: %(default)s)")
+    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--timesteps",
+        metavar="SECTIONS",
+        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
+        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
+    )
+    add("--spacing", choices=ALL_SPACINGS, help="of the steps (default: the model's own)")
+    add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
+
+
+def table_request(args: argparse.Namespace) -> TableRequest:
+    """The table that ``args`` ask for; ValueError where an option is not one of its sampler's."""
+    request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps)
+    request.check("--")
+    return request
+
+
+def add_device_argument(add: Callable[..., object]) -> None:
+    """Declare the device, by the ``add_argument`` of a parser or of a group."""
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+
+
+def add_path_arguments(add: Callable[..., object]) -> None:
+    """Declare the network's dtype, and which path runs the step and the network."""
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
+    add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare the figure's file, ``out`` by default, its scale, and where and how the model runs."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
+    add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
+    add_device_argument(add)
+    add_path_arguments(add)
+    add("--quiet", action="store_true", help="no progress bar, no report")
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The engine that ``args`` describe; ValueError where its images are no pictures."""
+    _checks.integer("--scale", args.scale, 1, 64)
+    how = {name: getattr(args, name) for name in ("device", "dtype", "backend", "network")}
+    engine = Engine.from_pretrained(args.model, **how)
+    if engine.shape[0] not in CHANNELS[:2] or len(engine.shape) != 3:
+        raise ValueError(f"a figure is of images with 1 or 3 channels, and this model's have shape {engine.shape}")
+    return engine
+
+
+def bar(args: argparse.Namespace) -> bool | None:
+    """Whether to show progress: not when quiet, else where stderr is a terminal."""
+    return False if args.quiet else None
+
+
+def pixels_of(engine: Engine, x: Tensor) -> Pixels:
+    """Images [n, C, H, W] in [-1, 1] as pixels on the host, uint8 [n, H, W, C]."""
+    pixels: Pixels = engine.to_uint8(x).cpu().numpy()
+    return pixels
+
+
+def read_pictures(engine: Engine, paths: list[Path]) -> Tensor:
+    """Pictures of the model's size, float32 [n, C, H, W] in [-1, 1] on its device; ValueError naming the file."""
+    images = []
+    for path in paths:
+        image = read_image(path)
+        if tuple(image.shape) != engine.shape:
+            given, wanted = list(image.shape), list(engine.shape)
+            raise ValueError(f"{path} is {given} (channels, height, width), and this model's images are {wanted}")
+        images.append(image)
+    return torch.stack(images).to(engine.plan.device, torch.float32) / 127.5 - 1
+
+
+def numbers(name: str, text: str, kind: Callable[[str], _Number], accepted: str) -> list[_Number]:
+    """The numbers of a list separated by commas; ValueError naming the option."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be {accepted}, separated by commas, got {text!r}") from None
+
+
+def integers(name: str, text: str, low: int, high: int = _MOST) -> list[int]:
+    """Integers in [low, high], separated by commas; ValueError naming the option."""
+    values = numbers(name, text, int, f"integers in [{low}, {high}]")
+    return [_checks.integer(name, value, low, high) for value in values]

@@ -1,0 +1,88 @@
+"""``stepfusion env``: versions, devices, which path would run and why, and a self-test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import stepfusion
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.execution.plan import make_plan
+from stepfusion.execution.selftest import Check, self_test, self_test_in_interpreter
+from stepfusion.kernels.backend import HAS_TRITON, why_not_triton
+
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
+
+
+def add_env_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stepfusion env``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+
+def run_env(args: argparse.Namespace) -> int:
+    """Print what is here; returns 0, or 1 where the self-test found a difference that rounding does not explain."""
+    plan = make_plan(args.device, "auto", "auto", "auto")
+    versions = {"stepfusion": stepfusion.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _PACKAGES}
+    checks = self_test(plan.device)
+    reason = why_not_triton(plan.device)
+    if reason is not None and HAS_TRITON:
+        checks.append(self_test_in_interpreter())
+    fused = reason or "the fused kernels run here"
+    if args.json:
+        report = {
+            "versions": versions,
+            "platform": platform.platform(),
+            "devices": _devices(),
+            "plan": {name: {"value": one.value, "reason": one.reason} for name, one in plan.choices().items()},
+            "fused": fused,
+            "models": bundled_models(),
+            "self_test": [_facts(check) for check in checks],
+        }
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        print("\n".join(f"{name:<14} {text}" for name, text in versions.items()))
+        print(f"{'platform':<14} {platform.platform()}")
+        print("\n".join(f"{'device':<14} {name}" for name in _devices()))
+        print(f"{'models':<14} {', '.join(bundled_models()) or 'none'}\n")
+        print("\n".join(plan.lines()))
+        print(f"{'fused kernels':<14} {fused}\n")
+        print("\n".join(_line(check) for check in checks))
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        print(f"stepfusion: the self-test failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _facts(check: Check) -> dict[str, object]:
+    """A check for JSON, which has no NaN."""
+    error = check.error if math.isfinite(check.error) else None
+    return {"name": check.name, "passed": check.passed, "error": error, "allowed": check.allowed}
+
+
+def _line(check: Check) -> str:
+    verdict = "ok" if check.passed else "FAILED"
+    return f"{'self-test':<14} {verdict:<7} {check.name}: {check.error:.2g} (allowed {check.allowed:.2g})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    """Every device that PyTorch finds, by name."""
+    found = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")
+    return found

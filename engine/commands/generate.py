@@ -1,0 +1,282 @@
+"""``stepfusion generate``: many images as shards, on one device, several, or a cluster, resumable at any moment."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job, labels_file, model_digest, table_digest
+from stepfusion.bulk.run import REPORT, Where, check_out, run, verify
+from stepfusion.bulk.shards import FORMATS
+from stepfusion.bulk.worker import Order
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
+from stepfusion.commands.sample import read_classes, read_label
+from stepfusion.engine import Engine
+from stepfusion.execution.plan import make_plan
+from stepfusion.files.images import CHANNELS
+from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.table_request import TableRequest
+
+_EXAMPLES = """examples:
+  stepfusion generate fashion-mnist --num 10000 --out images              # the same command again goes on
+  stepfusion generate fashion-mnist --num 50000 --out images --npz        # for FID evaluators
+  stepfusion generate path/to/model --num 1000000 --out images --devices cuda:0,cuda:1
+  stepfusion generate path/to/model --num 1000000 --out /shared/images --ray auto
+  torchrun --nproc-per-node 8 -m stepfusion.commands.main generate path/to/model -n 1000000 --out images
+  stepfusion generate --verify images"""
+_MAX_INDEX = 1 << 32
+_MAX_WORKERS = 1 << 16
+_MAX_LABELS_BYTES = 1 << 32
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stepfusion generate``."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    add_model_argument(parser, nargs="?")
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="only check what is there: hashes, every image once"
+    )
+
+    add = parser.add_argument_group("what to make").add_argument
+    add("-n", "--num", type=int, metavar="N", help="how many images")
+    add(
+        "--labels",
+        metavar="LIST",
+        help="names or numbers of classes, separated by commas, taken in turn by index (default: all classes)",
+    )
+    add(
+        "--labels-file", type=Path, metavar="FILE", help="a label for each image: one on a line, or int64 [N] in .npy"
+    )
+    add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
+    add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
+    add(
+        "--first-index",
+        type=int,
+        default=0,
+        metavar="I",
+        help="make the images I, I+1, ... of the seed (default: %(default)s)",
+    )
+
+    add_sampler_arguments(parser.add_argument_group("how to sample").add_argument)
+
+    add = parser.add_argument_group("what to write").add_argument
+    add("--out", type=Path, metavar="DIR", help="a directory; what this command has begun there goes on")
+    add("--format", choices=tuple(FORMATS), default="webdataset", help="of the shards (default: %(default)s)")
+    add("--unit", type=int, default=DEFAULT_UNIT, metavar="K", help="images a shard (default: %(default)s)")
+    add("--npz", action="store_true", help="at the end, also one samples_NxHxWxC.npz with arr_0 and arr_1 (labels)")
+    add("--leave-out-nonfinite", action="store_true", help="go on without images that become NaN or infinite")
+    add("--quiet", action="store_true", help="no progress, no report")
+
+    add = parser.add_argument_group("where and how to run").add_argument
+    add(
+        "--devices", metavar="LIST", help="separated by commas, a process each: cuda:0,cuda:1 (default: the best one)"
+    )
+    add("--ray", metavar="ADDRESS", help="a Ray cluster's address, auto, or local to start one")
+    add("--workers", type=int, metavar="N", help="engines with --ray (default: one for each GPU of the cluster)")
+    add_path_arguments(add)
+    add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, what fits up to 256 on a GPU)")
+    add("--threads", type=int, help="CPU threads of an engine on a CPU (default: all, divided by the engines)")
+    add(
+        "--invariant",
+        action="store_true",
+        help="one batch size for everything: an image's bits depend on neither --unit nor its neighbours",
+    )
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Generate as ``args`` say; returns 0. Everything is checked before any work, and before anything is written."""
+    if args.verify is not None:
+        return _verify(args)
+    _check_numbers(args)
+    request = table_request(args)
+    check_out(args.out)
+    where = _where(args)
+    _check_devices(args, where)
+    engine = Engine.from_pretrained(args.model, device="cpu", dtype="float32", backend="reference", network="eager")
+    labels = _labels_of_file(engine, args)
+    order = _order(engine, args, where, labels, request)
+    report = run(order, where, labels, samples=args.npz, quiet=args.quiet)
+    if not args.quiet:
+        print(_summary(args, report) if report else f"rank {where.rank} is done; others are not yet")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if args.model is not None or args.out is not None:
+        raise ValueError("--verify takes a directory, and no model and no --out")
+    job = verify(args.verify)
+    if not args.quiet:
+        print(f"{args.verify}: {job.num} images in {job.units} shards, every one as it was written")
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse what is missing, out of range or contradictory."""
+    for name, value in (("a model", args.model), ("--num", args.num), ("--out", args.out)):
+        if value is None:
+            raise ValueError(f"{name} is needed, as in: stepfusion generate fashion-mnist --num 1000 --out images")
+    limits = {"num": _MAX_INDEX, "unit": _MAX_INDEX, "batch": 1 << 20, "threads": 1 << 10, "workers": _MAX_WORKERS}
+    for name, most in limits.items():
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{name} must be in [1, {most}], got {value}")
+    if -(-args.num // args.unit) > MAX_UNITS:
+        least = -(-args.num // MAX_UNITS)
+        raise ValueError(
+            f"--unit must be at least {least} for {args.num} images ({MAX_UNITS} shards), got {args.unit}"
+        )
+    if not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed must be in [0, 2**64 - 1], got {args.seed}")
+    if not 0 <= args.first_index <= _MAX_INDEX - args.num:
+        most = _MAX_INDEX - args.num
+        raise ValueError(f"--first-index must be in [0, {most}] for {args.num} images, got {args.first_index}")
+    if args.labels is not None and args.labels_file is not None:
+        raise ValueError("--labels and --labels-file exclude each other, got both")
+    if args.workers is not None and args.ray is None:
+        raise ValueError("--workers is an option of --ray")
+
+
+def _where(args: argparse.Namespace) -> Where:
+    """The devices, and this process's place among those of a launcher such as ``torchrun``."""
+    devices = tuple(name.strip() for name in (args.devices or "auto").split(","))
+    launched = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if args.ray is not None:
+        if len(devices) > 1:
+            raise ValueError(f"--devices must be one kind of device with --ray, such as cuda, got {args.devices}")
+        return Where(devices, ray=args.ray, workers=args.workers)
+    if None in launched or launched[1] == "1":
+        return Where(devices)
+    if args.devices not in (None, "cpu"):
+        raise ValueError(f"--devices is chosen by the launcher that set RANK and LOCAL_RANK, got {args.devices}")
+    rank, world, local = (int(value or 0) for value in launched)
+    if args.devices is None and torch.cuda.is_available():
+        return Where((f"cuda:{local}",), rank, world)
+    return Where(("cpu",) if args.devices else devices, rank, world)
+
+
+def _check_devices(args: argparse.Namespace, where: Where) -> None:
+    """Refuse what cannot run here; on a cluster, the workers do."""
+    if where.ray is None:
+        for device in where.devices:
+            make_plan(device, args.dtype, args.backend, args.network)
+
+
+def _order(
+    engine: Engine, args: argparse.Namespace, where: Where, labels: NDArray[np.int64] | None, request: TableRequest
+) -> Order:
+    """The job and how to run it; ``engine`` says what the model is, and checks labels and guidance."""
+    table = request.of(engine)
+    classes = None if labels is not None else read_classes(engine, args.labels)
+    engine.generate(
+        1, table, labels=classes[0] if classes else None if labels is None else int(labels[0]), guidance=args.guidance
+    )
+    if FORMATS[args.format].picture and engine.shape[0] not in CHANNELS:
+        raise ValueError(
+            f"--format {args.format} needs images of 1, 3 or 4 channels, and this model's have {engine.shape[0]}: "
+            "use --format npz"
+        )
+    job = Job(
+        model=model_digest(args.model),
+        table=_described(request, engine, table),
+        table_sha256=table_digest(table),
+        shape=engine.shape,
+        num=args.num,
+        first_index=args.first_index,
+        seed=args.seed,
+        classes=None if classes is None else tuple(classes),
+        labels_sha256=None if labels is None else hashlib.sha256(labels_file(labels)).hexdigest(),
+        guidance=args.guidance,
+        format=args.format,
+        unit=args.unit,
+    )
+    return Order(
+        job=job,
+        out=args.out.absolute(),
+        model=args.model if args.model in bundled_models() else str(Path(args.model).absolute()),
+        table=request,
+        dtype=args.dtype,
+        backend=args.backend,
+        network=args.network,
+        batch=args.batch,
+        invariant=args.invariant,
+        threads=args.threads,
+        leave_out=args.leave_out_nonfinite,
+        cpu_workers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if where.world > 1 else len(where.devices),
+    )
+
+
+def _described(request: TableRequest, engine: Engine, table: StepTable) -> str:
+    """The sampler with its steps, and how these were chosen where it is not the model's own way."""
+    how = [table.name, f"{len(table)} steps"]
+    if request.timesteps is not None:
+        how.append(f"timesteps {request.timesteps}")
+    elif request.spacing not in (None, engine.options.get("spacing")):
+        how.append(f"spacing {request.spacing}")
+    return ", ".join(how)
+
+
+def _labels_of_file(engine: Engine, args: argparse.Namespace) -> NDArray[np.int64] | None:
+    """int64 [num], one label for each image; None without ``--labels-file``."""
+    path = args.labels_file
+    if path is None:
+        return None
+    if engine.num_classes is None:
+        raise ValueError("--labels-file was given, and this model takes none")
+    if not path.is_file():
+        raise ValueError(f"--labels-file {path} is missing, or no file")
+    if path.stat().st_size > _MAX_LABELS_BYTES:
+        raise ValueError(f"--labels-file {path} is larger than {_MAX_LABELS_BYTES} bytes")
+    labels = _read_array(path) if path.suffix == ".npy" else _read_lines(engine, path)
+    if labels.shape != (args.num,):
+        raise ValueError(
+            f"--labels-file must have one label for each of the {args.num} images, got {list(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= engine.num_classes:
+        wrong = int(labels[(labels < 0) | (labels >= engine.num_classes)][0])
+        raise ValueError(f"--labels-file must have labels from 0 to {engine.num_classes - 1}, got {wrong}")
+    return labels
+
+
+def _read_array(path: Path) -> NDArray[np.int64]:
+    try:
+        labels: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--labels-file {path} is not an array: {error}") from None
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+        raise ValueError(f"--labels-file {path} must hold integers, got {getattr(labels, 'dtype', 'an archive')}")
+    return labels.astype(np.int64)
+
+
+def _read_lines(engine: Engine, path: Path) -> NDArray[np.int64]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--labels-file {path} is not text; accepted are lines of text, or .npy") from None
+    known = {text: read_label(engine, text.strip(), "--labels-file") for text in dict.fromkeys(lines)}
+    return np.array([known[text] for text in lines], dtype=np.int64)
+
+
+def _summary(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    """The report in two lines."""
+    height, width, channels = report["shape"]
+    rate = report["images_per_second"]
+    speed = f"{report['images_made_now']} made now, {rate} images/s" if rate else "all were there"
+    engine = report["engine"]
+    versions = ", ".join(f"{name} {value}" for name, value in engine["versions"].items())
+    lines = [
+        f"{args.out}: {report['images']} images of {height}x{width}x{channels} in {report['units']} shards, all "
+        f"checked, {len(report['non_finite'])} non-finite; {speed}",
+        f"{engine['device']}, {engine['dtype']}, network {engine['network']}, step {engine['backend']}; {versions}; "
+        f"{args.out / REPORT} has the rest",
+    ]
+    if "samples" in report:
+        lines.append(f"{args.out / report['samples']['file']}")
+    return "\n".join(lines)

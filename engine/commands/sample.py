@@ -1,0 +1,321 @@
+"""``stepfusion sample``: make images with a model and write them as a grid, single files or an animation."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.commands.arguments import (
+    add_device_argument,
+    add_path_arguments,
+    add_sampler_arguments,
+    table_request,
+)
+from stepfusion.engine import Engine
+from stepfusion.files.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
+from stepfusion.lanes.editing import Edit, make_edit
+from stepfusion.lanes.walk import Event
+
+_EXAMPLES = """examples:
+  stepfusion sample fashion-mnist --labels sneaker,bag --guidance 2
+  stepfusion sample fashion-mnist --animate samples.gif
+  stepfusion sample fashion-mnist --sampler dpmpp_2m --steps 15
+  stepfusion sample fashion-mnist --image shoe.png --strength 0.6 --labels sneaker
+  stepfusion sample path/to/model -n 1000 --single --out images"""
+_FRAMES = 40
+_BRIGHT = 128  # a mask's grey from which on it says "repaint"
+_MAX_COUNT = 1 << 20
+_MAX_PIXELS = 1 << 30  # of a grid, or of all frames of an animation
+_MAX_GIF_SIDE = (1 << 16) - 1
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stepfusion sample``."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    names = ", ".join(bundled_models()) or "none in this installation"
+    parser.add_argument(
+        "model",
+        help=f"a bundled model ({names}), or the path of a diffusers model directory, or of a .pt file of "
+        "guided-diffusion (with a published name, or its flags in a .json file beside it)",
+    )
+
+    add = parser.add_argument_group("what to make").add_argument
+    add("-n", "--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
+    add(
+        "--labels",
+        metavar="LIST",
+        help="names or numbers of classes, separated by commas and repeated as needed; 'none' stands for no label "
+        "(default: all classes in turn)",
+    )
+    add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
+    add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
+    add(
+        "--first-index",
+        type=int,
+        default=0,
+        metavar="I",
+        help="make the images I, I+1, ... of the seed (default: %(default)s)",
+    )
+
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="make the images from this picture, of the model's size, with --strength, --mask or both "
+        "(default: from noise)",
+    )
+    add(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="from 0, the picture, to 1, nothing of it: start from it noised, and take the last S * K steps "
+        "(default: 1)",
+    )
+    add(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="keep the picture where this one is dark, and repaint the bright part (default: keep nothing)",
+    )
+
+    add = parser.add_argument_group("how to sample").add_argument
+    add_sampler_arguments(add)
+
+    add = parser.add_argument_group("what to write").add_argument
+    add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
+    add("--single", action="store_true", help="no grid, but OUT/SEED-INDEX.png for each image, as soon as it is done")
+    add("--animate", type=Path, metavar="GIF", help="also write an animation of the grid, from noise to images")
+    add("--columns", type=int, help="of the grid (default: the number of classes, else a square)")
+    add("--scale", type=int, default=2, help="enlarge every pixel of the grid so many times (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no report")
+
+    add = parser.add_argument_group("where and how to run").add_argument
+    add_device_argument(add)
+    add_path_arguments(add)
+    add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, 256 on a GPU)")
+    add(
+        "--invariant",
+        action="store_true",
+        help="one batch size for everything: an image's bits depend on neither --num nor its neighbours",
+    )
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Sample as ``args`` say; returns 0. Everything is checked, the output paths included, before any work."""
+    if args.out is None:
+        args.out = Path("samples" if args.single else "samples.png")
+    _check_numbers(args)
+    request = table_request(args)
+    _check_outputs(args)
+    engine = Engine.from_pretrained(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        network=args.network,
+        batch=args.batch,
+        invariant=args.invariant,
+    )
+    table = request.of(engine)
+    labels = chosen_labels(engine, args.labels, args.num)
+    edit = _edit(engine, args)
+    steps = len(table) if edit is None else len(edit.shorten(table))
+    shown = _shown_steps(steps) if args.animate else []
+    _check_picture(engine, args, len(shown))
+    frames = _Frames(engine, args, shown) if args.animate else None
+    watchers: list[Callable[[Event], None]] = [frames] if frames else []
+    if args.single:
+        watchers.append(_SingleFiles(engine, args))
+    started = time.perf_counter()
+    images = engine.sample(
+        args.num,
+        table,
+        seed=args.seed,
+        indices=range(args.first_index, args.first_index + args.num),
+        labels=labels,
+        guidance=args.guidance,
+        **({} if edit is None else asdict(edit)),
+        progress=False if args.quiet else None,
+        callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
+    )
+    pixels: Pixels = engine.to_uint8(images).cpu().numpy()
+    seconds = time.perf_counter() - started
+    if not args.single:
+        save_png(args.out, _grid(args, engine, pixels))
+    if frames:
+        save_gif(args.animate, frames.grids())
+    if not args.quiet:
+        written = ", ".join(map(str, [args.out, args.animate] if frames else [args.out]))
+        print(f"{_count(args.num, 'image')}, {table.name}, {_count(steps, 'step')}, {seconds:.1f} s: {written}")
+    return 0
+
+
+def _edit(engine: Engine, args: argparse.Namespace) -> Edit | None:
+    """The edit that --image, --strength and --mask ask for."""
+    image = None if args.image is None else _picture(engine, args.image) / 127.5 - 1
+    mask = None
+    if args.mask is not None:
+        shape = (1, *engine.shape[1:])
+        mask = (torch.from_numpy(read_picture(args.mask, shape).copy()).permute(2, 0, 1) >= _BRIGHT)[None]
+    return make_edit(image, args.strength, mask, None)
+
+
+def _picture(engine: Engine, path: Path) -> torch.Tensor:
+    """A picture's values from 0 to 255, float32 [1, C, H, W]."""
+    pixels = torch.from_numpy(read_picture(path, engine.shape).copy())
+    return pixels.permute(2, 0, 1)[None].to(torch.float32)
+
+
+class _Frames:
+    """The callback that collects an animation: the pixels of all images after the steps ``shown``."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, shown: list[int]) -> None:
+        self._engine, self._args, self._shown = engine, args, shown
+        channels, height, width = engine.shape
+        self._pixels = torch.zeros((len(shown), args.num, height, width, channels), dtype=torch.uint8)
+
+    def __call__(self, event: Event) -> None:
+        if event.step in self._shown:
+            self._pixels[self._shown.index(event.step), list(event.images)] = self._engine.to_uint8(event.x).cpu()
+
+    def grids(self) -> list[Pixels]:
+        """One grid a frame."""
+        return [_grid(self._args, self._engine, frame.numpy()) for frame in self._pixels]
+
+
+class _SingleFiles:
+    """The callback that writes every image as soon as it is done, so that those are kept when sampling stops."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+        self._engine, self._args = engine, args
+
+    def __call__(self, event: Event) -> None:
+        if event.step + 1 < event.steps:
+            return
+        folder, first = self._args.out, self._args.first_index
+        folder.mkdir(exist_ok=True)
+        try:
+            for image, pixels in zip(event.images, self._engine.to_uint8(event.x).cpu(), strict=True):
+                save_png(folder / f"{self._args.seed}-{first + image}.png", pixels.numpy())
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # where it is empty: not even one image could be written
+            raise
+
+
+def _shown_steps(steps: int) -> list[int]:
+    """Up to :data:`_FRAMES` steps, evenly chosen, the first and the last among them."""
+    return sorted({round(i * (steps - 1) / (_FRAMES - 1)) for i in range(_FRAMES)})
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("num", "scale", "columns"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= _MAX_COUNT:
+            raise ValueError(f"--{name} must be in [1, {_MAX_COUNT}], got {value}")
+    if not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed must be in [0, 2**64 - 1], got {args.seed}")
+    if not 0 <= args.first_index <= (1 << 32) - args.num:
+        raise ValueError(
+            f"--first-index must be in [0, {(1 << 32) - args.num}] for {_count(args.num, 'image')}, "
+            f"got {args.first_index}"
+        )
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse what could not be written at the end."""
+    if not args.single and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a directory: name a PNG file, or use --single")
+    if not args.single and args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {args.out}")
+    if args.single and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, and --single needs a directory")
+    check_folder("--out", args.out, args.out if args.out.is_dir() else args.out.parent)
+    if args.animate is not None:
+        if args.animate.suffix.lower() != ".gif" or args.animate.is_dir():
+            raise ValueError(f"--animate must be a file that ends in .gif, got {args.animate}")
+        check_folder("--animate", args.animate, args.animate.parent)
+
+
+def check_folder(name: str, path: Path, folder: Path) -> None:
+    """Try to make a file, which vanishes at once: a directory's permissions say too little."""
+    if not folder.is_dir():
+        raise ValueError(f"{name} {path} cannot be written: {folder} is not a directory")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {path} cannot be written: {error.strerror}") from error
+
+
+def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> None:
+    """Refuse images that have no picture, and pictures or animations that are too large."""
+    channels, *sizes = engine.shape
+    if channels not in CHANNELS:
+        raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, and this model's have {channels}")
+    if args.single and not frames:
+        return
+    height, width = grid_size(args.num, *sizes, columns=_columns(args, engine), scale=args.scale)
+    if frames and max(height, width) > _MAX_GIF_SIDE:
+        raise ValueError(f"a GIF is at most {_MAX_GIF_SIDE} pixels wide and high, got a grid of {width} x {height}")
+    if height * width * max(1, frames) > _MAX_PIXELS:
+        given = f"{width} x {height}" + (f" in {_count(frames, 'frame')}" if frames else "")
+        raise ValueError(f"the grid must have at most {_MAX_PIXELS} pixels, got {given}: lower --scale or --num")
+
+
+def chosen_labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
+    """The labels that the command line names, repeated to ``count``."""
+    classes = read_classes(engine, text)
+    return None if classes is None else [classes[i % len(classes)] for i in range(count)]
+
+
+def read_classes(engine: Engine, text: str | None) -> list[int] | None:
+    """The labels that ``--labels`` names, all classes without it; None for a model without labels."""
+    if engine.num_classes is None:
+        if text is not None:
+            raise ValueError("--labels was given, and this model takes none")
+        return None
+    if text is None:
+        return [label for label in range(engine.num_classes) if label != engine.null_label]
+    return [read_label(engine, part.strip(), "--labels") for part in text.split(",")]
+
+
+def read_label(engine: Engine, text: str, option: str) -> int:
+    """The number of the class that ``text`` names, in any case, or is; ``option`` is for the message."""
+    names = [name.lower() for name in engine.class_names or ()]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.lower() == "none" and engine.null_label is not None:
+        return engine.null_label
+    last = (engine.num_classes or 0) - 1
+    if text.isascii() and text.isdecimal() and int(text) <= last:
+        return int(text)
+    accepted = [f"numbers from 0 to {last}"]
+    accepted += [", ".join(engine.class_names)] if engine.class_names else []
+    accepted += ["none"] if engine.null_label is not None else []
+    raise ValueError(f"{option} must be among {'; '.join(accepted)}, got {text!r}")
+
+
+def _columns(args: argparse.Namespace, engine: Engine) -> int | None:
+    """The columns of the grid: as asked for, or one for each class where the labels are all classes in turn."""
+    if args.columns is not None or args.labels is not None or engine.num_classes is None:
+        columns: int | None = args.columns
+        return columns
+    classes = engine.num_classes - (engine.null_label is not None)
+    return classes if args.num > classes else None
+
+
+def _grid(args: argparse.Namespace, engine: Engine, pixels: Pixels) -> Pixels:
+    return grid(pixels, columns=_columns(args, engine), scale=args.scale)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

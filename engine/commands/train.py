@@ -1,0 +1,249 @@
+"""``stepfusion train``: train a small diffusion model on the CPU or a GPU, resumable at any step."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from stepfusion import _checks
+from stepfusion.checkpoints.diffusers_directory import save_pretrained
+from stepfusion.execution.plan import choose_device
+from stepfusion.files.atomic import atomic_write
+from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
+from stepfusion.training.state import latest_state, load_state
+from stepfusion.training.trainer import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
+
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stepfusion train``."""
+    parser.add_argument("data", type=Path, help="directory of idx files, folder of class folders of images, or .npz")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run in it is resumed")
+    parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
+    parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
+    parser.add_argument("--class-names", help="names of the classes, separated by commas")
+    parser.add_argument(
+        "--merge",
+        metavar="GROUPS",
+        help='join classes, by number, into named ones, leaving out others: "shoe=5,7; bag=8" (default: do not)',
+    )
+    parser.add_argument(
+        "--resize", type=int, metavar="N", help="shrink the images to N x N pixels, by area (default: do not)"
+    )
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="CPU threads, one microbatch each (default: one for each core)")
+    numbers = {
+        "steps": "optimiser steps in all",
+        "batch_size": "images a step",
+        "microbatch": "images that go through the network together",
+        "features": "channels of the context UNet at full size",
+        "layers_per_block": "residual blocks a level",
+        "head_dim": "channels of an attention head",
+        "norm_groups": "groups of every GroupNorm",
+        "train_timesteps": "timesteps of the noise schedule",
+        "learning_rate": "highest learning rate",
+        "warmup_steps": "steps of linear warm-up",
+        "weight_decay": "of AdamW",
+        "grad_clip": "largest norm of the gradient",
+        "ema_decay": "decay of the moving average that is exported",
+        "label_dropout": "probability of training without the label",
+        "seed": "of everything random",
+        "save_every": "steps between saved states",
+        "log_every": "steps between lines of metrics",
+    }
+    for name, text in numbers.items():
+        default = _DEFAULTS[name]
+        parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} (default: %(default)s)")
+    chosen = {
+        "network": (NETWORKS, "what to train"),
+        "prediction": (PREDICTIONS, "what the network learns to return"),
+        "schedule": (SCHEDULES, "noise schedule"),
+        "precision": (PRECISIONS, "of the network's arithmetic"),
+    }
+    for name, (choices, text) in chosen.items():
+        default = _DEFAULTS[name]
+        parser.add_argument(_flag(name), choices=tuple(choices), default=default, help=f"{text} (default: {default})")
+    channels = _DEFAULTS["channels"]
+    text = f"channels of each level of the network (default: {' '.join(map(str, channels))})"
+    parser.add_argument("--channels", type=int, nargs="+", default=channels, help=text)
+    text = "levels with attention, counted from 0 (default: none)"
+    parser.add_argument("--attention-levels", type=int, nargs="*", default=(), help=text)
+    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train as `args` say, then export; returns the exit status: 0, or 130 when a signal stopped it (state saved).
+
+    Raises:
+        ValueError: what `args` name cannot be used.
+    """
+    config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
+    _check_arguments(args)
+    dataset = load_dataset(args.data)
+    if args.merge is not None:
+        dataset = merge_classes(dataset, _groups(args.merge))
+    if args.resize is not None:
+        dataset = resize(dataset, args.resize)
+    dataset = _named(dataset, args.class_names)
+    if args.export_only:
+        export(_newest(config, dataset, args), args.export or args.out / "model")
+        return 0
+    workers = args.workers
+    if args.device == "cpu":
+        workers = workers or (1 if config.network == "context" else os.cpu_count())
+        torch.set_num_threads(1)
+    with _stop_signals() as stopped:
+        trainer = train(
+            config,
+            dataset,
+            args.out,
+            device=args.device,
+            workers=workers or 1,
+            should_stop=lambda: bool(stopped),
+            report=_print_row,
+        )
+    plot_loss(args.out)
+    if stopped:
+        print(f"stopped at step {trainer.step} of {config.steps}; the state is saved, the same command goes on")
+        return 130
+    export(trainer, args.export or args.out / "model")
+    return 0
+
+
+def export(trainer: Trainer, directory: Path) -> None:
+    """Write the averaged weights as a diffusers directory in float16, replacing what is there."""
+    dataset = trainer.dataset
+    save_pretrained(
+        directory,
+        trainer.ema_network(),
+        trainer.config.scheduler_config(),
+        class_names=dataset.class_names,
+        null_label=None if dataset.labels is None else dataset.num_classes,
+        dtype=torch.float16,
+        overwrite=True,
+    )
+    print(f"exported step {trainer.step} to {directory}")
+
+
+def plot_loss(directory: Path) -> None:
+    """Draw ``metrics.jsonl`` of a run as ``loss.png``; without matplotlib, say so and go on."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    if not rows:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no loss.png; metrics.jsonl holds the curve", file=sys.stderr)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+    axes.grid(alpha=0.3)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    atomic_write(directory / "loss.png", png.getvalue())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command by itself: ``python -m stepfusion.commands.train DATA --out DIR``."""
+    parser = argparse.ArgumentParser(prog="stepfusion train", description=__doc__)
+    add_train_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run_train(args)
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        print(f"stepfusion train: {error}", file=sys.stderr)
+        return 2
+
+
+def _newest(config: TrainConfig, dataset: ImageDataset, args: argparse.Namespace) -> Trainer:
+    """Restore the newest state of a run, which may be going on elsewhere: nothing in its directory is touched."""
+    newest = latest_state(args.out)
+    if newest is None:
+        raise ValueError(f"{args.out} has no saved state to export")
+    trainer = Trainer(config, dataset, args.device)
+    trainer.restore(load_state(newest))
+    return trainer
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before the training what would fail after it."""
+    args.device = str(choose_device(args.device)[0])
+    if args.workers is not None:
+        _checks.integer("--workers", args.workers, 1, 1024)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; it must be a directory")
+    if args.export is not None:
+        if args.export.exists() and not args.export.is_dir():
+            raise ValueError(f"--export {args.export} is a file; it must be a directory")
+        if not args.export.absolute().parent.is_dir():
+            raise ValueError(f"--export {args.export} cannot be written: {args.export.parent} is not a directory")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _groups(text: str) -> dict[str, list[int]]:
+    """The groups of classes that ``--merge`` describes: "shoe=5,7,9; bag=8"."""
+    groups: dict[str, list[int]] = {}
+    for part in text.split(";"):
+        name, _, numbers = (piece.strip() for piece in part.partition("="))
+        classes = [number.strip() for number in numbers.split(",")]
+        if not name or name in groups or not all(number.isascii() and number.isdecimal() for number in classes):
+            raise ValueError(f'--merge must be like "shoe=5,7,9; bag=8", every name once, got {text!r}')
+        groups[name] = [int(number) for number in classes]
+    return groups
+
+
+def _named(dataset: ImageDataset, names: str | None) -> ImageDataset:
+    """Give the classes of `dataset` the names in a comma-separated list."""
+    if names is None:
+        return dataset
+    split = tuple(name.strip() for name in names.split(","))
+    if dataset.labels is None:
+        raise ValueError("--class-names is given, but the data has no labels")
+    if len(split) != dataset.num_classes or not all(split):
+        raise ValueError(f"--class-names must give {dataset.num_classes} names, got {len(split)}: {names!r}")
+    return ImageDataset(dataset.images, dataset.labels, split)
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying of them."""
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,217 @@
+"""``network="compile"``: a network as `torch.compile` makes it, specialised, cached on disk, checked before use.
+
+What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bfloat16 with its time path hoisted,
+one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of several evaluations. CUDA: not measured yet.
+
+====  ======================================  =================================================================
+CPU   networks of ours in bfloat16 in their   145 ms of processor time, 300 to 316 without; the first process
+      form of `networks.cpu_form`, which is   starts in 15 s, of which most is the C++ compiler's, and the next
+      not compiled where it is whole          in 2.3; Inductor's in 57 and 3.8
+CPU   ``freezing`` off                        288 and 293 ms in two runs, 278 and 302 with it: no gain to be sure of,
+                                              and the graph's packed weights cannot be cached: the next process
+                                              starts in 22 s, without freezing in 8
+CUDA  ``max_autotune``                        matrix products and convolutions are chosen by timing them
+      ``coordinate_descent_tuning``           and so are the launch settings of generated kernels
+      ``loop_reindexing_after_fusion`` off    upsample, conv, GroupNorm, SiLU ran six times as long (pytorch#189488)
+      ``triton.cudagraphs`` off               the engine captures whole ticks itself
+====  ======================================  =================================================================
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from stepfusion import _checks
+from stepfusion.errors import first_line
+from stepfusion.execution.cache import compiler_cache
+from stepfusion.execution.cpu_form import CpuForm, CpuForms
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+
+_Signature: TypeAlias = tuple[tuple[object, ...], ...]
+
+#: Largest difference between the compiled and the eager network that rounding explains, relative to the largest
+#: output: eight units in the last place, of ten bits in float32, which is what TF32 keeps.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2.0**-7, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
+
+#: What Inductor is told, for this network alone.
+CPU_OPTIONS: dict[str, Any] = {"freezing": False}
+CUDA_OPTIONS: dict[str, Any] = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "triton.cudagraphs": False,
+    "loop_reindexing_after_fusion": False,
+}
+
+
+def compile_network(module: nn.Module, device: torch.device, dtype: torch.dtype) -> CompiledNetwork:
+    """Compile ``module``, once for each signature of its inputs, when it is first called with them.
+
+    Args:
+        module: maps tensors to one tensor; in eval mode, its parameters on ``device`` and, where floating, in
+            ``dtype``. Its parameters may not change afterwards.
+        device: where it runs; decides the compiler's settings.
+        dtype: of its output; decides how close compiled and eager must be.
+
+    Raises:
+        ValueError: ``dtype`` is not float64, float32, float16 or bfloat16.
+    """
+    if dtype not in TOLERANCE:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCE))}, got {dtype}")
+    options = CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS
+    forms = CpuForms(module) if why_not_cpu_form(device, dtype) is None else None
+    return CompiledNetwork(module, options, TOLERANCE[dtype], forms)
+
+
+def why_not_cpu_form(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why networks of ours are not compiled as their CPU form on ``device``; None if they are."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "the C++ kernels are for bfloat16 on CPUs"
+    return why_not_cpu_kernels()
+
+
+class CompiledNetwork:
+    """A network compiled for each signature (shapes, dtypes, strides) of its inputs, and checked against eager.
+
+    Attributes:
+        compilations: graphs compiled so far: one for each signature, unless something was compiled again.
+        failure: why the eager network is used for signatures that come from now on; None while all is well.
+        declined: why the module itself is compiled for signatures that come from now on, and not its ``forms``.
+
+    Args:
+        forms: makes a faster form of the module for given inputs, or None; it is checked against the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        options: dict[str, Any],
+        tolerance: float,
+        forms: Callable[[tuple[Tensor, ...]], CpuForm | None] | None = None,
+    ) -> None:
+        self.compilations = 0
+        self.failure: str | None = None
+        self.declined: str | None = None
+        self._module = module
+        self._options = options
+        self._tolerance = tolerance
+        self._forms = forms
+        self._trusted: dict[_Signature, Callable[..., Tensor]] = {}
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Run the network. The first call of a signature compiles, which takes seconds to minutes."""
+        network = self._trusted.get(_signature(tensors))
+        return network(*tensors) if network is not None else self._first_call(tensors)
+
+    def _first_call(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Compile for these inputs, and trust what was compiled if it agrees with the eager network.
+
+        Returns what every later call returns, so that a request gives the same bits first and later.
+        """
+        signature = _signature(tensors)
+        with self._lock:
+            if signature not in self._trusted:
+                expected: Tensor = self._module(*tensors)
+                if self.failure is not None:
+                    self._trusted[signature] = self._module
+                elif not bool(expected.isfinite().all()):
+                    return expected  # nothing to check against, until another call
+                elif not self._faster_form_is_trusted(signature, tensors, expected):
+                    self.failure = self._try(
+                        "torch.compile", lambda: self._compile(self._module), signature, tensors, expected
+                    )
+                    if self.failure is not None:
+                        warnings.warn(f"the network runs eagerly: {self.failure}", RuntimeWarning, stacklevel=4)
+        return self._trusted[signature](*tensors)
+
+    def _faster_form_is_trusted(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> bool:
+        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, none is made again."""
+        forms = self._forms
+        if forms is None:
+            return False
+
+        def make() -> Callable[..., Tensor] | None:
+            form = forms(tensors)
+            return None if form is None else form.network if form.whole else self._compile(form.network)
+
+        self.declined = self._try("its C++ form", make, signature, tensors, expected)
+        if self.declined is not None:
+            self._forms = None
+            warnings.warn(f"the network is compiled as it is: {self.declined}", RuntimeWarning, stacklevel=5)
+        return self._trusted[signature] is not self._module
+
+    def _try(
+        self,
+        what: str,
+        make: Callable[[], Callable[..., Tensor] | None],
+        signature: _Signature,
+        tensors: tuple[Tensor, ...],
+        expected: Tensor,
+    ) -> str | None:
+        """Trust what is made for these inputs and return None; or trust the eager network and return why.
+
+        Where ``make`` makes nothing, there is no reason either.
+        """
+        self._trusted[signature] = self._module
+        try:
+            with compiler_cache():
+                made = make()
+                if made is None:
+                    return None
+                actual = made(*tensors)
+        except torch.OutOfMemoryError:
+            del self._trusted[signature]
+            raise
+        except Exception as error:
+            cause = getattr(error, "inner_exception", error)  # what Dynamo wraps when a backend fails
+            return f"{what} failed with {first_line(cause)}"
+        difference = describe_difference(actual, expected, self._tolerance)
+        if difference is None:
+            self._trusted[signature] = made
+        return difference
+
+    def _compile(self, module: nn.Module) -> Callable[..., Tensor]:
+        """`torch.compile` a module behind a code object of its own.
+
+        Dynamo counts recompilations by code object: a class's ``forward`` is shared by its instances, so that several
+        engines, or several signatures, would run into its limit together.
+        """
+
+        def forward(*tensors: Tensor) -> Tensor:
+            out: Tensor = module(*tensors)
+            return out
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            self.compilations += 1
+            made: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=self._options)
+            return made
+
+        code = forward.__code__.replace()
+        own = types.FunctionType(code, forward.__globals__, "network", None, forward.__closure__)
+        compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+        return compiled
+
+
+def describe_difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
+    """How two outputs differ by more than ``tolerance`` times the largest expected absolute value; None if not."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return f"the compiled network returned {_checks.describe(actual)}, the eager one {_checks.describe(expected)}"
+    if expected.numel() == 0:
+        return None
+    scale = expected.abs().max().item()
+    difference = (actual.float() - expected.float()).abs().max().item()
+    if difference <= tolerance * scale:  # never true of a NaN
+        return None
+    return f"the compiled network differs by {difference:.3g} where the largest output is {scale:.3g}"
+
+
+def _signature(tensors: Sequence[Tensor]) -> _Signature:
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)

@@ -1,0 +1,214 @@
+"""Which path runs each part of an engine, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from stepfusion import _checks, kernels
+from stepfusion.kernels import reference
+from stepfusion.kernels.backend import (
+    BackendError,
+    backend_from_environment,
+    interpreting,
+    require_triton,
+    why_not_triton,
+)
+from stepfusion.lanes.cuda_graph import why_not_graph
+
+BACKENDS = ("auto", "triton", "reference")
+NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision, the reason for it, and whether it was asked for."""
+
+    value: str
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of one engine: where it runs, in which dtype, by which step and which network path."""
+
+    device: torch.device
+    dtype: torch.dtype
+    device_choice: Choice
+    dtype_choice: Choice
+    backend: Choice
+    network: Choice
+
+    def choices(self) -> dict[str, Choice]:
+        """The decisions by the name of what was decided."""
+        choices = {
+            "device": self.device_choice,
+            "network dtype": self.dtype_choice,
+            "step": self.backend,
+            "network": self.network,
+        }
+        if self.network.value == "compile" and self.device.type == "cpu":
+            choices["layers"] = self._layers
+        return choices
+
+    @property
+    def _layers(self) -> Choice:
+        """What runs the layers of a network of ours that is compiled for a CPU."""
+        from stepfusion.execution.compiled import why_not_cpu_form
+
+        reason = why_not_cpu_form(self.device, self.dtype)
+        if reason is None:
+            return Choice("C++", "residual and attention blocks of our networks whole, 3x3 convolutions by Winograd")
+        return Choice("PyTorch", reason)
+
+    @property
+    def ops(self) -> ModuleType:
+        """The module whose functions run the step: the fused ones, or the reference under the same names."""
+        return kernels if self.backend.value == "triton" else reference
+
+    @property
+    def captures(self) -> bool:
+        """True where ticks are captured as CUDA graphs."""
+        return "graph" in self.network.value
+
+    @property
+    def fuses_network(self) -> bool:
+        """True where our own networks run their fused kernels; a compiler fuses on its own, and sees through."""
+        return self.backend.value == "triton" and self.network.value in ("eager", "graph")
+
+    @property
+    def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
+        """What compiles the network, None where nothing does."""
+        if self.network.value == "openvino":
+            from stepfusion.execution.openvino_network import openvino_network
+
+            return partial(openvino_network, dtype=self.dtype)
+        if "compile" in self.network.value:
+            from stepfusion.execution.compiled import compile_network
+
+            return partial(compile_network, device=self.device, dtype=self.dtype)
+        return None
+
+    def lines(self) -> list[str]:
+        """One line for each decision."""
+        return [f"{name:<14} {choice.value:<13} {choice.reason}" for name, choice in self.choices().items()]
+
+
+def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str) -> Plan:
+    """Decide. ``"auto"`` anywhere leaves the decision to what is found here; anything else is done, or is an error.
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
+    """
+    where, device_choice = choose_device(device)
+    step = _backend(backend, where)
+    runs = _network(network, where, step)
+    kind, dtype_choice = _dtype(dtype, where, runs)
+    return Plan(where, kind, device_choice, dtype_choice, step, runs)
+
+
+def choose_device(device: str | torch.device) -> tuple[torch.device, Choice]:
+    """The device of this name, or the fastest one here for "auto"; ValueError where PyTorch finds none such."""
+    if device != "auto":
+        where = _usable(device)
+        return where, Choice(str(where), "asked for")
+    if torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
+        return where, Choice(str(where), f"auto: {torch.cuda.get_device_name(where)}")
+    if torch.xpu.is_available():
+        return torch.device("xpu", 0), Choice("xpu:0", "auto: an Intel GPU is here, and no CUDA device")
+    return torch.device("cpu"), Choice("cpu", "auto: PyTorch finds no GPU")
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device of this name, with its index; ValueError unless PyTorch can compute on it here."""
+    try:
+        where = torch.device(device)
+        if where.type == "cpu" and where.index in (None, 0):
+            return torch.device("cpu")
+        if where.type == "cuda" and (where.index or 0) < torch.cuda.device_count():
+            return where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
+        if where.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=where).item()
+            return where
+    except (AssertionError, RuntimeError, TypeError):  # PyTorch has one for each way of not having a device
+        pass
+    raise ValueError(f"device must be 'auto' or one that PyTorch finds here ({_found()}), got {str(device)!r}")
+
+
+def _found() -> str:
+    """The devices that PyTorch finds, by name."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    return ", ".join(("cpu", *(f"{accelerator}:{i}" for i in range(count))))
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> tuple[torch.dtype, Choice]:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype != "auto":
+        _checks.choice("dtype", dtype, ("auto", *DTYPES))
+        return DTYPES[dtype], Choice(dtype, "asked for; the state stays float32")
+    if device.type != "cpu":
+        return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
+    if network.value == "eager":
+        return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
+    if (unit := _bfloat16_unit()) is not None:
+        reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
+        return torch.bfloat16, Choice("bfloat16", reason)
+    return torch.float32, Choice("float32", "auto: this CPU has neither AMX nor AVX512-BF16")
+
+
+def _bfloat16_unit() -> str | None:
+    """What multiplies bfloat16 matrices on this CPU, None where nothing does faster than float32."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _backend(backend: str, device: torch.device) -> Choice:
+    _checks.choice("backend", backend, BACKENDS)
+    source = "asked for"
+    if backend == "auto" and (asked := backend_from_environment()) not in ("", "auto"):
+        backend = _checks.choice("STEPFUSION_BACKEND", asked, BACKENDS)
+        source = "asked for by STEPFUSION_BACKEND"
+    if backend == "triton":
+        require_triton(device)
+        return Choice("triton", f"{source}: the fused kernels", asked=True)
+    if backend == "reference":
+        return Choice("reference", f"{source}: eager PyTorch", asked=True)
+    reason = why_not_triton(device)
+    if reason is None and interpreting():
+        reason = "Triton's interpreter is for tests, and slower than PyTorch"
+    if reason is None:
+        return Choice("triton", "auto: Triton drives this device")
+    return Choice("reference", f"auto: {reason}")
+
+
+def _network(network: str, device: torch.device, step: Choice) -> Choice:
+    _checks.choice("network", network, NETWORK_MODES)
+    if network == "openvino" and device.type != "cpu":
+        raise BackendError(f"network='openvino' cannot run on {device}: it is for CPUs")
+    reason = _why_not_captured(device, step)
+    if network == "auto":
+        if reason is None:
+            return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
+        return Choice("eager", f"auto: {reason}" if device.type == "cuda" else "auto: no compilation to wait for")
+    if "graph" in network and reason is not None:
+        instead = "compile" if "compile" in network else "eager"
+        raise BackendError(f"network={network!r} cannot run: {reason}; use network={instead!r}")
+    return Choice(network, "asked for")
+
+
+def _why_not_captured(device: torch.device, step: Choice) -> str | None:
+    """The reason why ticks with this step cannot be captured; None if they can."""
+    if step.value == "reference":
+        return why_not_graph(device) or "the reference step waits for the device, which a CUDA graph cannot hold"
+    return why_not_graph(device)

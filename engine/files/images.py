@@ -1,0 +1,105 @@
+"""Pixels to files: grids, PNGs and animations, each written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stepfusion.files.atomic import atomic_write
+
+Pixels = NDArray[np.uint8]
+
+CHANNELS = (1, 3, 4)
+
+_BACKGROUND = 24
+
+
+def grid_size(
+    n: int, height: int, width: int, *, columns: int | None = None, scale: int = 1, gap: int = 2
+) -> tuple[int, int]:
+    """Height and width of the :func:`grid` of ``n`` images, in pixels."""
+    columns = _columns(n, columns)
+    rows = math.ceil(n / columns)
+    return rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap
+
+
+def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int = 2) -> Pixels:
+    """Images uint8 [n, H, W, C] side by side in one, uint8 [.., .., C].
+
+    Each is enlarged ``scale`` times. They stand row by row, ``gap`` pixels apart, in a square without ``columns``.
+    """
+    n, height, width, channels = pixels.shape
+    size = grid_size(n, height, width, columns=columns, scale=scale, gap=gap)
+    columns = _columns(n, columns)
+    cell_h, cell_w = height * scale + gap, width * scale + gap
+    sheet = np.full((*size, channels), _BACKGROUND, dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = gap + i // columns * cell_h, gap + i % columns * cell_w
+        sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return sheet
+
+
+def read_picture(path: str | Path, shape: Sequence[int]) -> Pixels:
+    """A PNG or JPEG as uint8 [H, W, C] for images of ``shape`` (C, H, W): grey, RGB or RGBA as they are.
+
+    ValueError: it is no sound picture, or of another size.
+    """
+    channels, height, width = shape
+    if channels not in CHANNELS:
+        raise ValueError(f"images must have 1, 3 or 4 channels to be read from a picture, got {channels}")
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as opened:
+            picture = opened.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a sound PNG or JPEG image: {error}") from None
+    if picture.size != (width, height):
+        raise ValueError(f"{path} is {picture.size[0]} x {picture.size[1]} pixels, and images are {width} x {height}")
+    return np.asarray(picture).reshape(height, width, channels)
+
+
+def save_png(path: str | Path, pixels: Pixels) -> None:
+    """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG."""
+    _write(path, encode_png(pixels, optimize=True))
+
+
+def encode_png(pixels: Pixels, *, optimize: bool = False) -> bytes:
+    """The PNG of one image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels; smaller and slower with ``optimize``."""
+    buffer = io.BytesIO()
+    _picture(pixels).save(buffer, format="PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
+def save_gif(path: str | Path, frames: Sequence[Pixels], *, milliseconds: int = 60, hold: int = 1500) -> None:
+    """Frames uint8 [H, W, C] as a looping GIF; the last one stays ``hold`` milliseconds."""
+    buffer = io.BytesIO()
+    pictures = [_picture(frame) for frame in frames]
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    _write(path, buffer.getvalue())
+
+
+def _columns(n: int, columns: int | None) -> int:
+    if n < 1:
+        raise ValueError("a grid needs at least one image, got none")
+    return math.ceil(math.sqrt(n)) if columns is None else min(columns, n)
+
+
+def _write(path: str | Path, data: bytes) -> None:
+    """An error names ``path`` and not the temporary file beside it."""
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _picture(pixels: Pixels) -> Image.Image:
+    channels = pixels.shape[-1]
+    if channels not in CHANNELS:
+        raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, got {channels}")
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)

@@ -1,0 +1,1 @@
+"""Lanes: images on their way through a table, and the runner that moves them all one row on."""

@@ -1,0 +1,124 @@
+"""Tables on a device, several at a time, in buffers that stay where they are.
+
+Lanes of one batch walk different tables, captured ticks read all of them by address, and requests bring new ones
+while lanes run. So a table gets a range of consecutive rows, for as long as somebody holds it and, beyond that, until
+the room is needed: the one that was held longest ago goes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfusion.execution.evaluator import Evaluator
+from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.samplers.table import StepTable
+
+
+@dataclass
+class _Place:
+    """The rows of one table, and how many hold it."""
+
+    first: int
+    rows: int
+    holders: int = 0
+
+
+class TableStore:
+    """Room for the rows of tables: what a tick reads of them.
+
+    ``coefficients`` float32 [R, 14], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
+    The last row is no table's: parked lanes, whose row is -1, read it.
+
+    Args:
+        evaluator: the network, whose features are computed once for each row that is placed.
+        rows: of all tables together; :meth:`grow` makes more.
+    """
+
+    def __init__(self, evaluator: Evaluator, device: torch.device, rows: int) -> None:
+        self._evaluator, self._device = evaluator, device
+        self._places: dict[bytes, _Place] = {}  # in the order in which they were last held
+        self.grow(rows)
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there are for tables."""
+        return len(self.timesteps) - 1
+
+    @property
+    def features(self) -> Tensor:
+        """What the network makes of each row's timestep, [R, ...]."""
+        if self._features is None:
+            self._allocate(self._evaluator.features(self.timesteps[:1]))
+        assert self._features is not None
+        return self._features
+
+    @property
+    def held(self) -> int:
+        """How many tables somebody holds."""
+        return sum(place.holders > 0 for place in self._places.values())
+
+    def grow(self, rows: int) -> None:
+        """Make new buffers for at least so many rows, and forget every table; nobody must be walking one."""
+        size = 1 << rows.bit_length()
+        self._places.clear()
+        self.coefficients = torch.zeros((size, len(COLUMNS)), device=self._device)
+        self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
+        self.next_row = torch.full_like(self.timesteps, PARKED)
+        self._features: Tensor | None = None  # their shape is not known before the network is asked
+
+    def hold(self, table: StepTable) -> int | None:
+        """The first row of ``table``, which stays there until it is released; None where there is no room now."""
+        place = self._places.pop(table.digest, None)
+        if place is None:
+            first = self._make_room(len(table))
+            if first is None:
+                return None
+            place = _Place(first, len(table))
+            self._write(table, first)
+        place.holders += 1
+        self._places[table.digest] = place
+        return place.first
+
+    def release(self, table: StepTable) -> None:
+        """Let go of a table that was held."""
+        self._places[table.digest].holders -= 1
+
+    def release_all(self) -> None:
+        """Let go of every table."""
+        for place in self._places.values():
+            place.holders = 0
+
+    def _make_room(self, rows: int) -> int | None:
+        """Where so many rows fit, once enough tables that nobody holds are gone; None where they never do."""
+        if rows > self.capacity:
+            return None
+        idle = [digest for digest, place in self._places.items() if place.holders == 0]
+        while (first := self._gap(rows)) is None:
+            if not idle:
+                return None
+            del self._places[idle.pop(0)]
+        return first
+
+    def _gap(self, rows: int) -> int | None:
+        first = 0
+        for place in sorted(self._places.values(), key=lambda place: place.first):
+            if place.first - first >= rows:
+                return first
+            first = place.first + place.rows
+        return first if self.capacity - first >= rows else None
+
+    def _write(self, table: StepTable, first: int) -> None:
+        values, where = table.on(self._device), slice(first, first + len(table))
+        self.coefficients[where] = values.coefficients
+        self.timesteps[where] = values.timesteps
+        self.next_row[where] = torch.where(values.next_row == PARKED, PARKED, values.next_row + first)
+        features = self._evaluator.features(values.timesteps)
+        if self._features is None:
+            self._allocate(features)
+        self.features[where] = features
+
+    def _allocate(self, like: Tensor) -> None:
+        self._features = like.new_zeros((len(self.timesteps), *like.shape[1:]))

@@ -1,0 +1,109 @@
+"""Making images from an image: start from it noised, and keep a part of it.
+
+``strength`` s starts from q(x_t | image) (Ho et al. 2020, equation 4) and takes the last ceil(s * steps) rows of a
+table (Meng et al. 2022, SDEdit). A mask keeps what it says: after every step the kept region is the image noised
+again to the level that the step reached (Lugmayr et al. 2022, equation 8a), inside the step itself, and after the
+last step the image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from stepfusion import _checks
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.table import StepTable
+
+_ROUNDING = 1e-9  # of strength * steps: 0.07 * 100 is above 7
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What :meth:`stepfusion.Engine.sample` was given: an image, how much of the noise to start from, and a mask."""
+
+    image: torch.Tensor
+    strength: float
+    mask: torch.Tensor | None
+
+    def shorten(self, table: StepTable) -> StepTable:
+        """The rows of ``table`` that are walked; ValueError where they cannot make images from an image."""
+        if not table.edits:
+            raise ValueError(f"image needs a sampler's table, whose rows lead to images, got {table!r}")
+        return table.last(max(1, math.ceil(self.strength * len(table) - _ROUNDING)))
+
+    @property
+    def noised(self) -> bool:
+        """True where images start from the image; at strength 1 they start from noise, as without an image."""
+        return self.strength < 1
+
+    def images(self, count: int) -> torch.Tensor:
+        """The image of each of ``count``, float32 [count, C, H, W]."""
+        return self.image.to(torch.float32).expand(count, *self.image.shape[1:])
+
+    def known(self, count: int) -> torch.Tensor | None:
+        """What is kept, float32 [count, C, H, W] and NaN where the sampler is free; None without a mask."""
+        if self.mask is None:
+            return None
+        images = self.images(count)
+        return torch.where(self.mask.to(images.device) != 0, math.nan, images)
+
+
+def make_edit(
+    image: torch.Tensor | None, strength: float | None, mask: torch.Tensor | None, start: torch.Tensor | None
+) -> Edit | None:
+    """The edit that these arguments ask for, None for none; TypeError or ValueError naming the argument."""
+    for name, value in (("strength", strength), ("mask", mask)):
+        if image is None and value is not None:
+            raise ValueError(f"{name} needs an image, got none")
+    if image is None:
+        return None
+    if start is not None:
+        raise ValueError("image and start exclude each other, got both")
+    if strength is None and mask is None:
+        raise ValueError("image needs a strength in (0, 1], or a mask, got neither")
+    strength = 1.0 if strength is None else _checks.number("strength", strength, 0.0, 1.0, open_low=True)
+    return Edit(image, strength, mask)
+
+
+def check_edit(edit: Edit, count: int, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless image and mask fit ``count`` images of this shape."""
+    _check_batch("image", edit.image, count, (shape,))
+    if not edit.image.is_floating_point():
+        raise TypeError(f"image must be a floating-point tensor in [-1, 1], got {edit.image.dtype}")
+    if not bool(edit.image.isfinite().all()):
+        raise ValueError("image must be finite, got NaN or infinite values")
+    if edit.mask is not None:
+        _check_batch("mask", edit.mask, count, ((1, *shape[1:]), shape))
+        if not bool(((edit.mask == 0) | (edit.mask == 1)).all()):
+            raise ValueError("mask must hold 1 where to repaint and 0 where to keep, and nothing else")
+
+
+def _check_batch(name: str, value: torch.Tensor, count: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """One tensor for all images, or one each."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+    accepted = dict.fromkeys((n, *shape) for shape in shapes for n in (1, count))
+    if tuple(value.shape) not in accepted:
+        wanted = " or ".join(str(list(shape)) for shape in accepted)
+        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+
+
+def noised(
+    images: torch.Tensor,
+    timesteps: torch.Tensor,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+    schedule: NoiseSchedule,
+    ops: ModuleType,
+) -> torch.Tensor:
+    """Images float32 [n, C, H, W] at their timesteps, each with the noise of its seed and index, all int64 [n]."""
+    tables = (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
+    on_device = (torch.from_numpy(table.copy()).to(images.device, torch.float32) for table in tables)
+    result: torch.Tensor = ops.q_sample(images, timesteps, *on_device, seeds=seeds, indices=indices)[0]
+    return result

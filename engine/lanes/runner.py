@@ -1,0 +1,293 @@
+"""Lanes and ticks: the loop that walks a table.
+
+A lane is one image on its way. Everything about it lives on the device: its state x (float32), its row of the table,
+its seed, index, label, guidance scale, and a flag that remembers the row at which it first became non-finite. A tick
+moves every lane one row on: network, step, row. The host never asks the device anything in between: it knows by
+counting when a lane is done.
+
+A tick reads all of that, and the table itself, through buffers that stay where they are. So it can be captured once
+as a CUDA graph, and another table, seed, label or guidance scale is other data in the same buffers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from stepfusion import kernels
+from stepfusion.execution.evaluator import Evaluator
+from stepfusion.kernels import FINITE, PARKED
+from stepfusion.lanes.cuda_graph import CaptureError, Graph
+from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.transfer import as_index, upload
+from stepfusion.samplers.table import StepTable
+
+Capture = Callable[[Callable[[], None], torch.device], Graph]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a lane needs to start: its first row, its identity, and its condition."""
+
+    row: int
+    seed: int
+    index: int
+    label: int | tuple[float, ...] = 0
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a runner is made for: one runner serves every request with these.
+
+    ``lanes``, how many; ``shape`` of one image; ``dtype`` of the network's input; ``null_label``, the label without a
+    condition where lanes are guided; ``separate``: call the network for the labels and for the null label one after
+    the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
+    the network learned; ``history``: the table has rows that use the x0 of the row before; ``known``: some lane keeps
+    a part of an image; ``threshold``: the table has dynamic thresholding; ``capacity``: rows of a table to make room
+    for; ``context_size``: labels are contexts with so many entries, all zero where there is no condition.
+    """
+
+    lanes: int
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    null_label: int | None = None
+    separate: bool = False
+    learned_variance: bool = False
+    history: bool = False
+    known: bool = False
+    threshold: bool = False
+    capacity: int = 0
+    context_size: int | None = None
+
+
+class Runner:
+    """Lanes of images of one shape, walking one table on one device.
+
+    Args:
+        evaluator: the network.
+        ops: where the step comes from, :mod:`stepfusion.kernels` or :mod:`stepfusion.kernels.reference`.
+        capture: captures ticks, so that they are replayed; None to run them one launch after the other.
+        tables: what lanes walk, shared with other runners of this evaluator; by default this runner's own.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        settings: Settings,
+        ops: ModuleType,
+        capture: Capture | None = None,
+        tables: TableStore | None = None,
+    ) -> None:
+        self._evaluator, self._settings, self._ops, self._capture = evaluator, settings, ops, capture
+        lanes, device = settings.lanes, settings.device
+        copies = 2 if settings.null_label is not None and not settings.separate else 1
+        self.x = torch.zeros((lanes, *settings.shape), device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self.flags = torch.full((lanes,), FINITE, device=device)
+        self._x_net = torch.zeros((copies * lanes, *settings.shape), device=device, dtype=settings.dtype)
+        self._known = torch.full_like(self.x, math.nan) if settings.known else None
+        self._noise: Tensor | None = None
+        self._rows = torch.full((lanes,), PARKED, device=device)
+        self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self._indices = torch.zeros_like(self._seeds)
+        if settings.context_size is None:
+            self._labels = torch.zeros_like(self._seeds)
+            self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+        else:
+            self._labels = torch.zeros(lanes, settings.context_size, device=device, dtype=settings.dtype)
+            self._nothing = torch.zeros_like(self._labels)
+        self._guidance = torch.ones(lanes, device=device)
+        self.tables = TableStore(evaluator, device, settings.capacity) if tables is None else tables
+        self.learned: bool | None = None  # whether the network learned its variance, once it was called
+        self._graphs: dict[tuple[bool, bool], Graph] = {}
+        self.uncaptured: str | None = None  # the reason why ticks are not replayed although that was asked for
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes there are."""
+        return self._settings.lanes
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured and are in use."""
+        return len(self._graphs)
+
+    def load(self, table: StepTable) -> int:
+        """Make room for a table in this runner's own store; every lane must be parked. Returns its first row."""
+        self.tables.release_all()
+        first = self.tables.hold(table)
+        if first is None:
+            self._graphs.clear()
+            self.tables.grow(len(table))
+            first = self.tables.hold(table)
+            assert first is not None
+        return first
+
+    def prepare(self, *, noise: bool, keep_x0: bool) -> None:
+        """Capture the kind of tick that is to come, where ticks are captured; every lane must be parked."""
+        kind = (noise, keep_x0)
+        if noise and self._noise is None:
+            self._noise = torch.zeros_like(self.x)
+        if self._capture is None or self.uncaptured is not None or kind in self._graphs:
+            return
+        try:
+            self._graphs[kind] = self._capture(
+                lambda: self._move(self._noise if noise else None, keep_x0), self.x.device
+            )
+        except CaptureError as error:
+            self.uncaptured = str(error)
+
+    def admit(
+        self,
+        lanes: list[int],
+        tickets: Sequence[Ticket],
+        first: int | Sequence[int],
+        start: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None:
+        """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own.
+
+        ``first`` is the row of the store at which their table stands, or each image's. ``known`` [k, ...] is what
+        they keep of an image, NaN where they are free.
+        """
+        device = self.x.device
+        places = [first] * len(tickets) if isinstance(first, int) else first
+        numbers = [[place + t.row, as_int64(t.seed), t.index] for place, t in zip(places, tickets, strict=True)]
+        rows, seeds, indices = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
+        labels = upload(torch.tensor([t.label for t in tickets], dtype=self._labels.dtype), device)
+        if start is None:
+            shape = self._settings.shape
+            start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
+        where = as_index(lanes, device)
+        self.x[where] = start.to(device, torch.float32)
+        self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
+        if self._known is not None:
+            self._known[where] = math.nan if known is None else known.to(device, torch.float32)
+        self._rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
+        self._labels[where] = labels
+        self._guidance[where] = upload(torch.tensor([t.guidance for t in tickets]), device)
+        self.flags[where] = FINITE
+
+    def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:
+        """Move every lane one row on.
+
+        ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``. Both as
+        :meth:`prepare` was told.
+        """
+        graph = self._graphs.get((noise is not None, keep_x0))
+        if graph is None:
+            self._move(noise, keep_x0)
+            return
+        if noise is not None and self._noise is not None:
+            self._noise.copy_(noise)
+        graph.replay()
+
+    def park(self, lanes: list[int] | None = None) -> None:
+        """Take the images out of these lanes, or out of every lane."""
+        self._rows[slice(None) if lanes is None else as_index(lanes, self.x.device)] = PARKED
+
+    def take_over(self, other: Runner, lanes: list[int]) -> None:
+        """Go on with the images in these lanes of ``other`` in the first lanes of this runner; all its lanes must be
+        parked, and afterwards those of ``other`` are. Both must share a store and all settings but ``lanes``.
+        """
+        where = as_index(lanes, self.x.device)
+        for mine, theirs in zip(self._lane_buffers(), other._lane_buffers(), strict=True):
+            mine[:, : len(lanes)] = theirs[:, where]
+        other.park()
+
+    def _lane_buffers(self) -> list[Tensor]:
+        """Everything that is a lane's own, [copies, lanes, ...]."""
+        single = (self.x, self.x0, self.flags, self._rows, self._seeds, self._indices, self._labels, self._guidance)
+        known = () if self._known is None else (self._known,)
+        return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in (*single, *known))]
+
+    def _move(self, noise: Tensor | None, keep_x0: bool) -> None:
+        """The launches of a tick, which read and write nothing but this runner's buffers."""
+        tables = self.tables
+        out, out_uncond = self._evaluate(tables.features[self._rows])  # parked lanes, row -1, read the last
+        self._ops.diffusion_step(
+            self.x,
+            out,
+            self._rows,
+            tables.coefficients,
+            tables.timesteps,
+            seeds=self._seeds if noise is None else None,
+            indices=self._indices if noise is None else None,
+            noise=noise,
+            out_uncond=out_uncond,
+            guidance=None if out_uncond is None else self._guidance,
+            x_next=self.x,
+            x_net=self._x_net,
+            x0=self.x0 if keep_x0 or self._settings.history else None,
+            flags=self.flags,
+            known=self._known,
+        )
+        self._rows.copy_(tables.next_row[self._rows])
+
+    def _evaluate(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output with the condition, and without it where lanes are guided."""
+        if self._settings.null_label is None:
+            return self._call(self._x_net, features, self._labels), None
+        if self._settings.separate:
+            out = self._call(self._x_net, features, self._labels)
+            return out, self._call(self._x_net, features, self._nothing)
+        both = self._call(self._x_net, torch.cat((features, features)), torch.cat((self._labels, self._nothing)))
+        out, out_uncond = both.chunk(2)
+        return out, out_uncond
+
+    def _call(self, x: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        out = self._evaluator(x, features, labels)
+        doubled = (len(x), 2 * x.shape[1], *x.shape[2:])
+        learned = self._settings.learned_variance
+        accepted = (doubled,) if learned else (tuple(x.shape), doubled)
+        if tuple(out.shape) not in accepted:
+            wanted = " or ".join(str(list(shape)) for shape in accepted)
+            reason = "the sampler's learned variance needs" if learned else "this shape of x needs"
+            raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
+        self.learned = tuple(out.shape) == doubled
+        return out
+
+
+class RunnerPool:
+    """Idle runners by what they are made for: a request borrows one, requests of other threads get their own.
+
+    At most ``keep`` runners stay idle; the one that was idle longest goes first.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[tuple[Settings, Runner]] = []
+
+    def take(self, settings: Settings, make: Callable[[Settings], Runner]) -> Runner:
+        """An idle runner with these settings, or a new one."""
+        with self._lock:
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position][0] == settings:
+                    return self._idle.pop(position)[1]
+        return make(settings)
+
+    def give(self, settings: Settings, runner: Runner) -> None:
+        """Bring a runner back, its lanes in whatever state."""
+        runner.park()
+        with self._lock:
+            self._idle.append((settings, runner))
+            del self._idle[: -self._keep]
+
+    def clear(self) -> None:
+        """Drop every idle runner, and the memory it holds."""
+        with self._lock:
+            self._idle.clear()
+
+
+def as_int64(seed: int) -> int:
+    """A 64-bit unsigned seed as the int64 with the same bits."""
+    return seed - (1 << 64) if seed >> 63 else seed

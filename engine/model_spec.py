@@ -1,0 +1,121 @@
+"""What is known of a model beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from stepfusion import _checks
+from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.samplers.registry import check_options, make_table
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.table import StepTable
+
+_MOST_CLASSES = 1 << 31
+_MOST_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What an engine, a request and an export must know of a model beside its weights.
+
+    Attributes:
+        schedule: the noise schedule that the model was trained with.
+        prediction: what the network returns: "epsilon", "sample" or "v_prediction".
+        shape: of one image, (C, H, W).
+        num_classes: how many labels the network takes; None for a network without labels.
+        null_label: the label that stands for none, which guidance needs; None if there is none.
+        class_names: what the labels are called; the null label needs no name. None if they have no names.
+        context_size: entries of a context vector, for networks that take one in place of a label; else None.
+        options: default options of the samplers (clip, spacing, ...), as a checkpoint's scheduler config gives them.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    schedule: NoiseSchedule
+    prediction: str
+    shape: tuple[int, ...]
+    num_classes: int | None = None
+    null_label: int | None = None
+    class_names: tuple[str, ...] | None = None
+    context_size: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(self.schedule).__name__}")
+        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        checked = {
+            "shape": _check_shape(self.shape),
+            "num_classes": None
+            if self.num_classes is None
+            else _checks.integer("num_classes", self.num_classes, 1, _MOST_CLASSES),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "null_label", self._check_null_label())
+        object.__setattr__(self, "class_names", self._check_class_names())
+        object.__setattr__(self, "options", check_options(self.options))
+
+    @classmethod
+    def of_network(
+        cls,
+        network: object,
+        schedule: NoiseSchedule,
+        *,
+        shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        **known: Any,
+    ) -> Self:
+        """The spec of a network, which itself says what is not given: its image shape, classes and context size.
+
+        Args:
+            network: read are ``in_channels`` and ``sample_size``, ``num_classes``, and ``context_size``.
+            known: other fields of the spec.
+        """
+        return cls(
+            schedule=schedule,
+            shape=_shape_of(network) if shape is None else shape,  # type: ignore[arg-type]
+            num_classes=getattr(network, "num_classes", None) if num_classes is None else num_classes,
+            context_size=getattr(network, "context_size", None),
+            **known,
+        )
+
+    def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
+        """A sampler's table for this schedule and prediction type (:func:`stepfusion.samplers.registry.make_table`)."""
+        return make_table(self.schedule, self.prediction, sampler, steps, defaults=self.options, **options)
+
+    def _check_null_label(self) -> int | None:
+        if self.null_label is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError(f"null_label is {self.null_label!r}, and the model takes no labels")
+        return _checks.integer("null_label", self.null_label, 0, self.num_classes - 1)
+
+    def _check_class_names(self) -> tuple[str, ...] | None:
+        """One name for each class; the null label needs none."""
+        names = self.class_names
+        if names is None:
+            return None
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"class_names must be a sequence of names, got {names!r}")
+        classes = self.num_classes or 0
+        if len(names) not in ((classes, classes - 1) if self.null_label is not None else (classes,)):
+            raise ValueError(f"class_names must name each of the {classes} classes, got {len(names)} names")
+        return tuple(names)
+
+
+def _shape_of(network: object) -> tuple[int, ...]:
+    """The image shape that a network states."""
+    channels, size = getattr(network, "in_channels", None), getattr(network, "sample_size", None)
+    if channels is None or size is None:
+        raise ValueError("shape is needed, e.g. (3, 32, 32): the model has no in_channels and sample_size")
+    return (channels, *((size, size) if isinstance(size, int) else size))
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or not shape:
+        raise TypeError(f"shape must be a sequence of sizes, e.g. (3, 32, 32), got {shape!r}")
+    return tuple(_checks.integer("shape", size, 1, _MOST_PIXELS) for size in shape)

@@ -1,0 +1,1 @@
+"""The UNet of guided-diffusion (ADM), with the keys of its published checkpoints."""

@@ -1,0 +1,1 @@
+"""The residual and attention UNet of the annotated implementations of DDPM."""

@@ -1,0 +1,1 @@
+"""The small UNet of a course, conditioned on a context vector."""

@@ -1,0 +1,201 @@
+"""A sampler as a table: one row of coefficients a step, in float64."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepfusion import _checks
+from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.samplers.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The rows that a lane walks, first to last, and what they were made for.
+
+    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
+    the network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the
+    first row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`,
+    :func:`stepfusion.dpmpp_2m`, :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`;
+    :meth:`concatenate` joins several, and :meth:`last` takes the end of one.
+    """
+
+    name: str
+    prediction: str
+    schedule: NoiseSchedule
+    coefficients: NDArray[np.float64]
+    timesteps: NDArray[np.int64]
+    next_row: NDArray[np.int64]
+    starts: tuple[int, ...] = (0,)
+    learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        if self.coefficients.shape != (rows, len(COLUMNS)) or self.next_row.shape != (rows,):
+            raise ValueError(
+                f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}] and next_row [{rows}], "
+                f"got {list(self.coefficients.shape)} and {list(self.next_row.shape)}"
+            )
+        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        last = self.schedule.num_timesteps - 1
+        if rows == 0 or self.timesteps.min() < 0 or self.timesteps.max() > last:
+            raise ValueError(
+                f"a table must have rows with timesteps in [0, {last}], got {self.timesteps.tolist()[:8]}"
+            )
+        if self.next_row.min() < PARKED or self.next_row.max() >= rows:
+            raise ValueError(f"next_row must lie in [{PARKED}, {rows - 1}], got {self.next_row.tolist()[:8]}")
+        finite = np.isfinite(self.coefficients)
+        finite[:, COLUMNS.index("clip")] |= np.isposinf(self.coefficients[:, COLUMNS.index("clip")])
+        if not finite.all():
+            row, column = (int(i) for i in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"coefficient {COLUMNS[column]} of row {row} (timestep {self.timesteps[row]}) is "
+                f"{self.coefficients[row, column]}, which no network output can be multiplied with"
+            )
+        for array in (self.coefficients, self.timesteps, self.next_row):
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        """The number of rows, of all its samplers together."""
+        return len(self.timesteps)
+
+    def steps(self, part: int = 0) -> int:
+        """How many steps a lane takes from ``starts[part]``."""
+        return (*self.starts[1:], len(self))[part] - self.starts[part]
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One column of the coefficients by its name, [R]."""
+        _checks.choice("column", name, COLUMNS)
+        return self.coefficients[:, COLUMNS.index(name)]
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """True where some row adds noise."""
+        return bool((self.column("sigma") != 0).any())
+
+    @cached_property
+    def history(self) -> bool:
+        """True where some row uses the x0 of the row before it, as multistep solvers do."""
+        return bool((self.column("next_prev") != 0).any())
+
+    @cached_property
+    def thresholds(self) -> bool:
+        """True where some row has dynamic thresholding."""
+        return bool((self.column("threshold") != 0).any())
+
+    @cached_property
+    def edits(self) -> bool:
+        """True where every row says how to noise a known region again: of samplers, and not of an inversion."""
+        return bool((self.column("known_x") != 0).all())
+
+    def last(self, steps: int) -> StepTable:
+        """The last ``steps`` rows, for a start from an image noised to the level where the first of them starts.
+
+        What that row would take from the x0 before it, it takes from its own x0: a first-order step.
+        """
+        if len(self.starts) != 1:
+            raise ValueError(f"last needs a table of one sampler, got one of {len(self.starts)}")
+        steps = _checks.integer("steps", steps, 1, len(self))
+        if steps == len(self):
+            return self
+        coefficients = self.coefficients[-steps:].copy()
+        next_x0, next_prev = COLUMNS.index("next_x0"), COLUMNS.index("next_prev")
+        coefficients[0, next_x0] += coefficients[0, next_prev]
+        coefficients[0, next_prev] = 0.0
+        following = self.next_row[-steps:]
+        following = np.where(following == PARKED, PARKED, following - (len(self) - steps))
+        name = f"{self.name}, last {steps} of {len(self)}"
+        return replace(
+            self, name=name, coefficients=coefficients, timesteps=self.timesteps[-steps:].copy(), next_row=following
+        )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """What tells its rows from those of other tables: a hash of all that a lane reads of them, 32 bytes."""
+        arrays = (self.coefficients, self.timesteps, self.next_row)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).digest()
+
+    @classmethod
+    def from_columns(
+        cls,
+        name: str,
+        prediction: str,
+        schedule: NoiseSchedule,
+        timesteps: NDArray[np.int64],
+        columns: Mapping[str, NDArray[np.floating]],
+        *,
+        learned_variance: bool = False,
+    ) -> StepTable:
+        """One sampler's table; columns that are not given are 0."""
+        rows = len(timesteps)
+        zero = np.zeros(rows)
+        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
+            np.float64
+        )
+        next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
+        return cls(
+            name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
+        """Several samplers in one table, so that lanes of one batch may walk different ones.
+
+        Part i starts at ``starts[i]``. ValueError unless all have one prediction type and one schedule.
+        """
+        if not tables:
+            raise ValueError("concatenate needs at least one table, got none")
+        first = tables[0]
+        starts: list[int] = []
+        offset = 0
+        next_rows = []
+        for table in tables:
+            if not isinstance(table, StepTable):
+                raise TypeError(f"concatenate takes StepTables, got {type(table).__name__}")
+            if table.prediction != first.prediction:
+                raise ValueError(
+                    f"tables must share a prediction type, got {first.prediction!r} and {table.prediction!r}"
+                )
+            if table.schedule != first.schedule:
+                raise ValueError(f"tables must share a schedule, got {first.schedule} and {table.schedule}")
+            starts.extend(start + offset for start in table.starts)
+            next_rows.append(np.where(table.next_row == PARKED, PARKED, table.next_row + offset))
+            offset += len(table)
+        return cls(
+            " + ".join(table.name for table in tables),
+            first.prediction,
+            first.schedule,
+            np.concatenate([table.coefficients for table in tables]),
+            np.concatenate([table.timesteps for table in tables]),
+            np.concatenate(next_rows),
+            tuple(starts),
+            any(table.learned_variance for table in tables),
+        )
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DeviceTable:
+        """The table as tensors on a device, coefficients rounded to ``dtype``."""
+        return DeviceTable(
+            torch.from_numpy(self.coefficients.copy()).to(device, dtype),
+            torch.from_numpy(self.timesteps.copy()).to(device),
+            torch.from_numpy(self.next_row.copy()).to(device),
+        )
+
+    def __repr__(self) -> str:
+        return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
+
+
+@dataclass(frozen=True)
+class DeviceTable:
+    """A :class:`StepTable` on a device: coefficients float32 [R, 14], timesteps int64 [R], next_row int64 [R]."""
+
+    coefficients: torch.Tensor
+    timesteps: torch.Tensor
+    next_row: torch.Tensor

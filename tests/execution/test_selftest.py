@@ -1,0 +1,50 @@
+"""The self-test of ``stepfusion env``: it passes, and it can fail."""
+
+import math
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+
+from stepfusion.execution import selftest
+from stepfusion.kernels import backend, reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.interpreter
+def test_fused_equals_reference_here() -> None:
+    plain, fused = selftest.self_test(CPU)
+    assert plain.passed
+    assert plain.error > 0
+    assert fused == selftest.Check("fused step against reference", 0.0, 0.0)
+
+
+def test_a_process_of_its_own_runs_the_interpreter() -> None:
+    if not backend.HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    check = selftest.self_test_in_interpreter()
+    assert check == selftest.Check("fused step against reference, in Triton's interpreter", 0.0, 0.0)
+
+
+def test_a_process_that_fails_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no such module\n")
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    check = selftest.self_test_in_interpreter()
+    assert not check.passed
+    assert math.isnan(check.error)
+    assert check.name.endswith("it did not run (ImportError: no such module)")
+
+
+def test_control_a_wrong_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = reference.diffusion_step
+
+    def wrong(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        result = honest(x, *arguments, **options)
+        return result * (1 + 1e-3) if x.dtype == torch.float32 else result
+
+    monkeypatch.setattr(reference, "diffusion_step", wrong)
+    assert not any(check.passed for check in selftest.self_test(CPU))

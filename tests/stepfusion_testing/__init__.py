@@ -1,0 +1,1 @@
+"""What several test files share. The name collides with no package."""
