@@ -7,13 +7,15 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from stepfusion.kernels.cpu import winograd_matrices
+
+_Result = TypeVar("_Result", Tensor, tuple[Tensor, Tensor, Tensor], None)
 
 LANES = 16  # channels of a vector: kernels take multiples of it
 
@@ -66,16 +68,18 @@ def load() -> Any:
     return CppCodeCache.load("\n".join(texts))
 
 
-def op(name: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
+def op(
+    name: str, fake: Callable[..., _Result], mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., _Result]], OpOverload]:
     """Make a function that allocates what it returns, as `fake` does, an operator on CPU tensors without gradients.
 
     ``torch.library.custom_op`` would do with less, and with three times the Python for each call, which matters
-    where the kernels have just taken the caches.
+    where the kernels have just taken the caches. `mutates` names the arguments that the function writes to.
     """
 
-    def register(function: Callable[..., Tensor]) -> OpOverload:
+    def register(function: Callable[..., _Result]) -> OpOverload:
         qualified = f"stepfusion::{name}"
-        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=mutates))
         torch.library.impl(qualified, "CPU", function)
         torch.library.register_fake(qualified, fake)
         overload: OpOverload = getattr(torch.ops.stepfusion, name).default
