@@ -83,7 +83,7 @@ def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:
         return x
 
     engine = Engine(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
-    engine.runners.policy = _Silent(wanted=True)
+    engine.runners.policy = _Silent()
     return engine
 
 

@@ -22,9 +22,8 @@ from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
 from stepfusion.kernels import STREAM_INITIAL
 from stepfusion.lanes import offline
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.request import Request, Tables, check_images
+from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runner import as_int64
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import ModelSpec
@@ -377,11 +376,12 @@ class Engine:
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
         runners = self.runners
+        uncaptured = None if runners.policy is None else runners.policy.failure
         lines = [
             *self.plan.lines(),
             *explain.threshold_lines(self.plan),
             *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
-            *explain.failure_lines(runners.policy.failure, self.evaluator.declined),
+            *explain.failure_lines(uncaptured, self.evaluator.declined),
             explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant),
             explain.guidance_line(self.null_label),
         ]

@@ -25,8 +25,8 @@ from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
 from stepfusion.engine import Engine
 from stepfusion.files.images import CHANNELS, Pixels, grid, grid_size, save_gif, save_png
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.editing import Edit, make_edit
+from stepfusion.lanes.request import Event
 
 _EXAMPLES = """examples:
   stepfusion sample fashion-mnist --labels sneaker,bag --guidance 2

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stepfusion.errors import NonFiniteError
 from stepfusion.kernels import FINITE
-from stepfusion.lanes.active_request import ActiveRequest, Event
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import ActiveRequest, Event, Request
 from stepfusion.lanes.runner import Runner
 from stepfusion.lanes.transfer import HostCopy, as_index
 

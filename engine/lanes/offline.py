@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from stepfusion.lanes.active_request import ActiveRequest, Event
 from stepfusion.lanes.lane_engine import Departure, LaneEngine, Occupant
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import ActiveRequest, Event, Request
 from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.runners import Runners
 from stepfusion.lanes.transfer import HostCopy, as_index

@@ -31,13 +31,14 @@ class Runners:
         options: of which ``batch`` and ``invariant`` are read.
 
     Attributes:
-        policy: whether ticks are captured.
+        policy: captures ticks; None if the plan has no CUDA graphs.
         pool: idle runners.
     """
 
     def __init__(self, spec: ModelSpec, plan: Plan, evaluator: Evaluator, options: ExecutionOptions) -> None:
         self.spec, self.plan, self.evaluator, self.invariant = spec, plan, evaluator, options.invariant
-        self.policy = CapturePolicy(plan.captures)
+        self.policy = CapturePolicy() if plan.captures else None
+        self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
         self._batch = default_batch(options, plan.device)
 
@@ -97,13 +98,13 @@ class Runners:
             history=request.table.history,
             known=request.known is not None,
             threshold=request.table.thresholds,
-            capacity=spec.schedule.num_timesteps if plan.captures else 0,
+            capacity=0 if self.policy is None else spec.schedule.num_timesteps,
             context_size=spec.context_size if request.mixed else None,
         )
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding runs on the reference path."""
-        ops = reference if key.threshold else self.plan.ops
+        ops = reference if key.threshold else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
     def shrink(self, lanes: int) -> None:

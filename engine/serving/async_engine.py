@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.lanes.active_request import Event
+from stepfusion.lanes.request import Event
 from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog

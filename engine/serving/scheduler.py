@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from stepfusion.errors import first_line
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import Event, Request
 from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.transfer import HostCopy, Pace
 from stepfusion.serving.admission import Admission

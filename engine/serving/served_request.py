@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepfusion.lanes.active_request import ActiveRequest, Event
+from stepfusion.lanes.request import ActiveRequest, Event
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import stepfusion as sf
 from stepfusion.lanes.request import LaneStart
 from stepfusion.lanes.runner import Runner
 from stepfusion.serving import AsyncEngine, Result
-from stepfusion.serving.served_request import ServedRequest
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.served_request import ServedRequest
 from stepfusion_testing.serving_twins import NAN_LABEL, leaks, offline, small_engine, wait_until_idle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from stepfusion.lanes.active_request import Event
+from stepfusion.lanes.request import Event
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.previews import Preview, PreviewBuffer
 from stepfusion.serving.served_request import Result
