@@ -26,11 +26,10 @@ from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runner import as_int64
 from stepfusion.lanes.runners import Runners
-from stepfusion.model_spec import ModelSpec
+from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.samplers.table import StepTable
 
 
@@ -132,14 +131,8 @@ class Engine:
             CheckpointError: what is missing or wrong in the directory or file.
         """
         loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else load_model(source)
-        schedule, prediction, options = read_config(loaded.scheduler_config)
-        found = {
-            "prediction": prediction,
-            "null_label": loaded.null_label,
-            "class_names": loaded.class_names,
-            "options": options,
-        }
-        return cls(loaded.network, schedule, **{**found, **arguments})
+        known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
+        return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 
     @classmethod
     def from_exported(cls, directory: str | os.PathLike[str], **arguments: Any) -> Self:
@@ -170,6 +163,12 @@ class Engine:
         engine = cls(network, network.schedule, **{**found, **arguments})
         engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
         return engine
+
+    @classmethod
+    def _of_spec(cls, network: Network, spec: ModelSpec, arguments: Mapping[str, Any]) -> Self:
+        """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
+        known = {name: getattr(spec, name) for name in SPEC_ARGUMENTS}
+        return cls(network, spec.schedule, **{**known, **arguments})
 
     # What it does
 

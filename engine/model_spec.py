@@ -12,6 +12,8 @@ from stepfusion.samplers.registry import check_options, make_table
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
+#: The fields of a spec that are arguments of :class:`stepfusion.Engine`, beside the schedule.
+SPEC_ARGUMENTS = ("prediction", "shape", "num_classes", "null_label", "class_names", "options")
 _MOST_CLASSES = 1 << 31
 _MOST_PIXELS = 1 << 20
 
