@@ -20,6 +20,9 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any is imported
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
+# after TRITON_INTERPRET is set: it imports the kernels
+from stepfusion_testing.bad_input_fixtures import bad_input_workspace, good_model, no_network_call  # noqa: E402, F401
+
 SKIPS = {
     "gpu": None if HAS_GPU and not INTERPRETING else "needs a GPU that torch sees, and TRITON_INTERPRET unset",
     "interpreter": None if INTERPRETING else "kernels do not run in Triton's interpreter here",
