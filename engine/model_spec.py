@@ -84,7 +84,7 @@ class ModelSpec:
         )
 
     def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
-        """A sampler's table for this schedule and prediction type (:func:`stepfusion.samplers.registry.make_table`)."""
+        """A sampler's table for this model: :func:`stepfusion.samplers.registry.make_table`."""
         return make_table(self.schedule, self.prediction, sampler, steps, defaults=self.options, **options)
 
     def _check_null_label(self) -> int | None:

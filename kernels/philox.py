@@ -200,7 +200,7 @@ def normal_reference(
 
     With ``dtype=torch.float64`` the same words go through Box-Muller with exact functions, in float64.
     """
-    _check(seeds, indices, timesteps)
+    check_arguments(seeds, indices, timesteps)
     elements = math.prod(shape)
     quads = torch.arange((elements + 3) // 4, device=seeds.device)
     counter = (quads[None], timesteps[:, None], indices[:, None], torch.full_like(seeds, stream)[:, None])
@@ -281,14 +281,15 @@ def normal(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    _check(seeds, indices, timesteps)
+    check_arguments(seeds, indices, timesteps)
     launch.check_elements("shape", math.prod(shape))
     z = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
     _normal(seeds, indices, timesteps, stream, z)
     return z
 
 
-def _check(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+def check_arguments(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+    """TypeError or ValueError that names the argument, for both twins."""
     launch.check_dtype("seeds", seeds, (torch.int64,))
     for name, tensor in (("seeds", seeds), ("indices", indices), ("timesteps", timesteps)):
         launch.check_like(name, tensor, (seeds.numel(),), seeds.device, (torch.int64,))

@@ -65,7 +65,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
     recorded = Captures()
     monkeypatch.setattr(sf.execution.plan, "why_not_graph", lambda device: None)
-    monkeypatch.setattr(sf.engine, "capture", recorded)
+    monkeypatch.setattr(sf.execution.cuda_graph, "capture", recorded)
     return recorded
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import stepfusion as sf
 from stepfusion import kernels
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.main import main
 from stepfusion.files import atomic as files
 from stepfusion.kernels import reference

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from stepfusion.checkpoints.diffusers_directory import Pretrained, bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.checkpoints.diffusers_directory import Pretrained
 from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
 from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.engine import Engine

@@ -20,7 +20,7 @@ from stepfusion.bulk.run import REPORT, check_out, run, verify
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import WorkerConfig
 from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
-from stepfusion.commands.sample import read_classes, read_label
+from stepfusion.commands.labels import read_classes, read_label
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import make_plan
 from stepfusion.options import ExecutionOptions

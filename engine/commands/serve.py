@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.options import ExecutionOptions
 from stepfusion.serving.http.stopping import terminate_with
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _EXAMPLES = """examples:
 SIGTERM or Ctrl-C takes no more requests, finishes those under way for --drain seconds, and exits with 0; a second one
 kills at once. There is no authentication: whoever reaches the port can use it."""
 _MOST = 1 << 31
+_MOST_PRIORITY = 1000  # that AsyncEngine.submit takes
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +70,20 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of one request: images * steps, twice that with guidance (default: %(default)s)",
     )
+    add(
+        "--max-previews",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of one stream: images * steps / every (default: %(default)s)",
+    )
+    add(
+        "--max-priority",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the highest that a client may choose, from 0 to 1000 (default: %(default)s: no one passes the others)",
+    )
     add("--max-body", type=int, default=1 << 16, metavar="BYTES", help="of one request's JSON (default: %(default)s)")
 
 
@@ -76,23 +92,29 @@ def run_serve(args: argparse.Namespace) -> int:
     _check_arguments(args)
     _check_installed(args)
     parent = os.getppid()
+    from stepfusion.serving.http.limits import Limits
     from stepfusion.serving.http.model_app import ModelApp
-    from stepfusion.serving.http.validation import Limits
 
     path = Path(args.model)
     model = ModelApp(
         str(path.resolve()) if path.is_dir() else args.model,
         path.name or args.model,
-        engine={
-            "device": args.device,
-            "dtype": args.dtype,
-            "backend": args.backend,
-            "network": args.network,
-            "batch": args.lanes,
-            "invariant": args.invariant,
-        },
+        execution=ExecutionOptions(
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            network=args.network,
+            batch=args.lanes,
+            invariant=args.invariant,
+        ),
         queue=args.queue,
-        limits=Limits(images=args.max_images, evaluations=args.max_evaluations, body=args.max_body),
+        limits=Limits(
+            images=args.max_images,
+            evaluations=args.max_evaluations,
+            previews=args.max_previews,
+            priority=args.max_priority,
+            body=args.max_body,
+        ),
         max_steps=args.max_steps,
     )
     if args.exit_with_parent:
@@ -136,10 +158,7 @@ def _announce(args: argparse.Namespace, port: int) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("queue", "max_images", "max_steps", "max_evaluations", "max_body", "replicas", "lanes"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < _MOST:
-            raise ValueError(f"--{name.replace('_', '-')} must be in [1, {_MOST - 1}], got {value}")
+    _check_counts(args)
     for name in ("drain", "cpus", "gpus"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -149,6 +168,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, default in (("ray", None), ("replicas", 1), ("cpus", None), ("gpus", None)):
         if args.local and getattr(args, name) != default:
             raise ValueError(f"--{name} is an option of Ray Serve, and --local does without it")
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    counts = ("queue", "max_images", "max_steps", "max_evaluations", "max_previews", "max_body", "replicas", "lanes")
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < _MOST:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [1, {_MOST - 1}], got {value}")
+    if not 0 <= args.max_priority <= _MOST_PRIORITY:
+        raise ValueError(f"--max-priority must be in [0, {_MOST_PRIORITY}], got {args.max_priority}")
 
 
 def _check_installed(args: argparse.Namespace) -> None:

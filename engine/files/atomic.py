@@ -55,7 +55,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
-    """Write `data` to `path` if nothing is there, whole or not at all; False where something is.
+    """Write `data` to `path` if nothing is there, whole or not at all; returns False if something is.
 
     Of several processes that publish at once, one wins.
     """
@@ -73,7 +73,7 @@ def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
 
 
 def remove_leftovers(directory: Path, of: Callable[[str], bool]) -> None:
-    """Remove what killed processes were writing in `directory`, where `of` accepts the name it was to get."""
+    """Remove what killed processes were writing in `directory`, if `of` accepts the name that it was to get."""
     for path in directory.glob(".*.tmp"):
         name = _TEMPORARY.fullmatch(path.name)
         if name is None or not of(name["name"]):
@@ -114,7 +114,7 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 
 def read_json(path: Path, error: type[Exception], most: int) -> dict[str, Any]:
-    """Read a JSON object of finite numbers, at most `most` bytes long; `error` names the file where it is none."""
+    """Read a JSON object of finite numbers, at most `most` bytes long; `error` names the file if it is none."""
     if not path.is_file():
         raise error(f"{path} is missing")
     try:

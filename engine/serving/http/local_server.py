@@ -19,7 +19,7 @@ _BACKLOG = 128
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError where there can be none. Port 0 takes a free one."""
+    """A listening socket. Port 0 takes a free one. OSError if the address is taken or is none of this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
@@ -27,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve_locally(app: ASGIApp, listening: socket.socket, *, drain: float) -> None:
     """Serve until SIGINT or SIGTERM; then finish what is under way, for ``drain`` seconds at most.
 
-    A second signal kills the process. Connections are closed that bring no request for 5 s after the last one.
+    A second signal kills the process. A connection that brings no further request for 5 s is closed.
     """
     config = uvicorn.Config(
         app,
@@ -46,7 +46,9 @@ def serve_locally(app: ASGIApp, listening: socket.socket, *, drain: float) -> No
 
 
 class _Server(uvicorn.Server):
-    """uvicorn forces an end on a second SIGINT only, and dies of the first signal when all is done."""
+    """Ends by :func:`stopping`: uvicorn's own handlers kill on a second SIGINT only, and raise the first signal again
+    after a clean end.
+    """
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
