@@ -118,7 +118,9 @@ def q_posterior_mean_variance(
     if sampling.left_to_the_reference(x_start, x_t):
         return posterior.q_posterior_mean_variance_reference(x_start, x_t, t, *tables)
     mean, variance, log_variance = _q_posterior_cpu(x_start, x_t, t, *tables)
-    if variances[0].dtype != torch.float32 or variances[1].dtype != torch.float32:  # the results have the tables' type
+    if (
+        variances[0].dtype != torch.float32 or variances[1].dtype != torch.float32
+    ):  # the results have the tables' type
         variance, log_variance = (launch.per_lane(launch.gather(table, t), x_t) for table in variances)
     return mean, variance, log_variance
 

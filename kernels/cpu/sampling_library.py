@@ -37,7 +37,7 @@ CHANNELS_LAST = 4
 
 _SOURCES = "sampling.h", "step.cpp", "forward.cpp", "pixels.cpp"
 _COMPILERS = "g++", "clang++", "c++"
-_FLAGS = "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
+FLAGS = "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 _VECTORS = {
     "AVX2": ("-mavx2",),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
@@ -156,16 +156,17 @@ def _load(instructions: str) -> Any:
 
 
 def _library(folder: Path, instructions: str) -> Any:
-    source, flags = _source(), _flags(instructions)
-    target = folder / f"sampling-{_key(source, flags)}.so"
+    text, flags = source(), _flags(instructions)
+    target = folder / f"sampling-{_key(text, flags)}.so"
     if not target.exists():
         with filelock.FileLock(target.with_suffix(".lock"), timeout=_SECONDS):  # several processes, one compiler
             if not target.exists():
-                _compile(source, flags, target)
+                _compile(text, flags, target)
     return ctypes.CDLL(str(target))
 
 
-def _source() -> str:
+def source() -> str:
+    """The kernels, as one text."""
     folder = Path(__file__).parent
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
 
@@ -174,24 +175,24 @@ def _flags(instructions: str) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP
     added = shlex.split(os.environ.get("STEPFUSION_CXXFLAGS", ""))
-    return [*_FLAGS, *threads, abi, *_VECTORS.get(instructions, ()), *added]
+    return [*FLAGS, *threads, abi, *_VECTORS.get(instructions, ()), *added]
 
 
-def _key(source: str, flags: Sequence[str]) -> str:
+def _key(text: str, flags: Sequence[str]) -> str:
     """A digest of everything that decides whether a library fits: a user's machines may share a cache."""
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
-    facts = (source, *flags, torch.__version__, sys.platform, platform.machine(), libc or "")
+    facts = (text, *flags, torch.__version__, sys.platform, platform.machine(), libc or "")
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
-def _compile(source: str, flags: Sequence[str], target: Path) -> None:
+def _compile(text: str, flags: Sequence[str], target: Path) -> None:
     compiler = _compiler()
     torch_folder = Path(torch.__file__).parent
     print("stepfusion: compiling the C++ sampling kernels, once on this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        text, compiled, linked = (Path(folder) / name for name in ("sampling.cpp", "sampling.o", "sampling.so"))
-        text.write_text(source, encoding="utf-8")
-        _run([*compiler, *flags, f"-I{torch_folder / 'include'}", "-c", str(text), "-o", str(compiled)])
+        path, compiled, linked = (Path(folder) / name for name in ("sampling.cpp", "sampling.o", "sampling.so"))
+        path.write_text(text, encoding="utf-8")
+        _run([*compiler, *flags, f"-I{torch_folder / 'include'}", "-c", str(path), "-o", str(compiled)])
         # Without -fopenmp: the OpenMP library must be the one that PyTorch runs, whatever its file is called.
         sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -11,9 +11,11 @@ import torch
 from stepfusion import kernels
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.cpu import sampling_library
+from stepfusion_testing.aarch64 import emulated
 
 INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
-FUSED = ("triton", *INSTRUCTION_SETS)
+_FUNCTION = sampling_library.function.__wrapped__  # without its cache, which knows one instruction set
+FUSED = ("triton", *INSTRUCTION_SETS, "NEON")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ def choose(name: str, request: pytest.FixtureRequest) -> Fused:
     if name == "triton":
         device: torch.device = request.getfixturevalue("kernel_device")
         return Fused(kernels, device, device.type == "cpu")
-    use_instruction_set(name, request.getfixturevalue("monkeypatch"))
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    if name == "NEON":
+        monkeypatch.setattr(sampling_library, "call", emulated(request.getfixturevalue("aarch64_program")))
+    else:
+        use_instruction_set(name, monkeypatch)
     return Fused(cpu_ops, torch.device("cpu"))
 
 
@@ -42,7 +48,7 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in offered and not offered[name]():
         pytest.skip(f"this CPU has no {name}")
     monkeypatch.setattr(sampling_library, "instruction_set", lambda: name)
-    monkeypatch.setattr(sampling_library, "function", sampling_library.function.__wrapped__)
+    monkeypatch.setattr(sampling_library, "function", _FUNCTION)
     reason = sampling_library.why_not_sampling_kernels()
     if reason is not None:
         pytest.skip(f"C++: {reason}")
