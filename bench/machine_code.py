@@ -6,9 +6,13 @@ so what is measured is what a GPU would run, argument specialisation included. N
 Large lanes are cut into blocks of 32 elements a thread, small ones into 8, where the fixed cost of a program (its
 scalars, addresses, the slow path of the square root) weighs four times as much: bounds are for large lanes.
 
+With ``--execute`` the PTX is also run, by an interpreter on the CPU (:mod:`stepfusion.bench.ptx`), and every result
+compared with the reference.
+
 Commands::
 
     python -m stepfusion.bench.machine_code [--json] [--target sm_90]
+    python -m stepfusion.bench.machine_code --execute [--quick] [--json] [--target sm_90]
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from stepfusion.bench.offline import TARGETS, Launch, offline
+from stepfusion.bench.ptx.executor import NVIDIA
+from stepfusion.bench.ptx.report import Result, lines, run
 from stepfusion.bench.sass import Sass, disassemble, narrow, parse_sass, small_accesses
 from stepfusion.bench.variants import Variant, variants
 from stepfusion.kernels import backend
@@ -116,14 +122,22 @@ def _row(code: MachineCode) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or JSON."""
+    """Print the table, or JSON; with ``--execute`` what running the compiled PTX gave. 1 if a result was wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m stepfusion.bench.machine_code", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--target", choices=TARGETS, action="append", help="compile for this one (repeat for more)")
+    parser.add_argument("--execute", action="store_true", help="run the compiled PTX on the CPU and compare results")
+    parser.add_argument("--quick", action="store_true", help="with --execute: the part of a minute that tests run")
     options = parser.parse_args(arguments)
+    if options.quick and not options.execute:
+        parser.error("--quick belongs to --execute")
+    if options.execute and set(options.target or ()) - set(NVIDIA):
+        parser.error(f"--execute runs PTX, which targets {', '.join(NVIDIA)} have; give one of these to --target")
     try:
+        if options.execute:
+            return _execute(options.target or NVIDIA, quick=options.quick, as_json=options.json)
         codes = measure(options.target or tuple(TARGETS))
     except RuntimeError as error:
         if not backend.interpreting():
@@ -136,6 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{heads} {'loads':20} {'stores':20} {'narrow':7} {'local':>5}")
     print("\n".join(map(_row, codes)))
     return 0
+
+
+def _execute(targets: Sequence[str], *, quick: bool, as_json: bool) -> int:
+    """Run the compiled PTX of every kernel on the CPU, and print how it compares."""
+
+    def show(result: Result) -> None:
+        if not as_json:
+            print(f"{result.target:7} {result.seconds:6.1f} s  {result.case}: {result.error or 'agrees'}", flush=True)
+
+    report = run(targets, quick=quick, progress=show)
+    if as_json:
+        json.dump(report.as_json(), sys.stdout)
+    else:
+        print("\n".join(lines(report)))
+    return 1 if report.failures else 0
 
 
 if __name__ == "__main__":

@@ -236,8 +236,9 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
     load = base == "ldmatrix"
     operands = instruction.args if load else instruction.args[::-1]
     registers, address = operands if len(operands) == 2 else ((), None)
-    form = ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"]
-    if words != form or not isinstance(registers, tuple) or not isinstance(address, Address):
+    if not isinstance(registers, tuple) or not isinstance(address, Address):
+        raise Fault("unknown matrix")
+    if words != ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"]:
         raise Fault("unknown matrix")
     addresses = _addresses(threads, address)
     targets = [threads.registers.target(register, "b32") for register in registers if load]
@@ -245,7 +246,8 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
 
     def rows(who: Array, k: int) -> tuple[Array, Array]:
         """The addresses of matrix ``k``, and the lanes that give them."""
-        return tuple(v.reshape(-1, WARP)[:, 8 * k : 8 * k + 8].reshape(-1) for v in (addresses(who), who))  # type: ignore[return-value]
+        where, givers = (v.reshape(-1, WARP)[:, 8 * k : 8 * k + 8].reshape(-1) for v in (addresses(who), who))
+        return where, givers
 
     def step(lanes: Lanes) -> None:
         who = _whole_warps(threads, lanes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     bits = np.array(np.broadcast_to(total, np.broadcast(total, lost).shape), "f8").view("i8")
     inexact = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
     bits = bits + np.where(inexact, np.where((lost > 0) == (bits >= 0), 1, -1), 0)
-    return bits.view("f8").astype("f4")
+    return np.asarray(bits.view("f8"), "f4")
 
 
 def extreme(*, largest: bool, keep_nan: bool) -> Function:
@@ -38,7 +38,7 @@ def extreme(*, largest: bool, keep_nan: bool) -> Function:
 
     def order(x: Array) -> Array:
         bits = np.ascontiguousarray(x).view("i4")
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return np.asarray(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
     def pick(a: Array, b: Array) -> Array:
         a, b = np.broadcast_arrays(np.asarray(a, "f4"), np.asarray(b, "f4"))
@@ -152,25 +152,26 @@ def extract_bits(a: Array, position: Array, length: Array) -> Array:
     field = (wide >> position) & ((1 << length) - 1)
     sign = (wide >> np.minimum(position + np.maximum(length, 1) - 1, 31)) & 1
     negative = (a.dtype.kind == "i") & (sign == 1) & (length > 0)
-    return np.where(negative, field | -(1 << length), field).astype(a.dtype)
+    return np.asarray(np.where(negative, field | -(1 << length), field), a.dtype)
 
 
 def insert_bits(a: Array, b: Array, position: Array, length: Array) -> Array:
     """bfi: ``b`` with ``length`` bits from ``position`` on replaced by the lowest of ``a``."""
     position = np.minimum(position & 255, 32).astype("i8")
     mask = ((1 << np.minimum(length & 255, 32).astype("i8")) - 1) << position
-    return ((b & ~mask) | ((a.astype("i8") << position) & mask)).astype("u4")
+    return np.asarray((b & ~mask) | ((a.astype("i8") << position) & mask), "u4")
 
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     """prmt: each byte of the result is one of eight, or eight times its sign."""
-    pool, result = a.astype("u8") | (b.astype("u8") << np.uint64(32)), np.uint64(0)
+    pool: Array = a.astype("u8") | (b.astype("u8") << np.uint64(32))
+    result: Array = np.zeros(1, np.uint64)
     for i in range(4):
         choice = (selector.astype("u8") >> np.uint64(4 * i)) & np.uint64(15)
         byte = (pool >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
         sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
         result = result | (np.where(choice & np.uint64(8), sign, byte) << np.uint64(8 * i))
-    return np.asarray(result).astype("u4")
+    return result.astype("u4")
 
 
 def logic3(a: Array, b: Array, c: Array, table: Array) -> Array:
@@ -187,7 +188,7 @@ def logic3(a: Array, b: Array, c: Array, table: Array) -> Array:
 def multiply_high(a: Array, b: Array) -> Array:
     """mul.hi: the upper half of the product of integers up to 32 bits."""
     wide = multiply_wide(a, b)
-    return (wide >> wide.dtype.type(8 * a.dtype.itemsize)).astype(a.dtype)
+    return np.asarray(wide >> wide.dtype.type(8 * a.dtype.itemsize), a.dtype)
 
 
 def multiply_wide(a: Array, b: Array) -> Array:
@@ -195,15 +196,16 @@ def multiply_wide(a: Array, b: Array) -> Array:
     if a.dtype.itemsize > 4:
         raise Fault("unknown product of 64 bits")
     double = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
-    return a.astype(double) * b.astype(double)
+    return np.asarray(a.astype(double) * b.astype(double))
 
 
-def to_integer(round_to: Callable[[Array], Array], dtype: np.dtype[np.generic]) -> Function:
+def to_integer(round_to: Callable[[Array], Array], dtype: np.dtype[Any]) -> Function:
     """cvt of a float to an integer up to 32 bits: NaN is 0, and what does not fit is the nearest that does."""
     limits = np.iinfo(dtype)
 
     def convert(x: Array) -> Array:
-        return np.clip(np.nan_to_num(round_to(x.astype("f8"))), limits.min, limits.max).astype("i8").astype(dtype)
+        whole: Array = np.clip(np.nan_to_num(round_to(x.astype("f8"))), limits.min, limits.max)
+        return whole.astype("i8").astype(dtype)
 
     return convert
 

@@ -37,7 +37,7 @@ def spoil_halves(values: Sequence[Array], holes: Sequence[Array | None], width: 
     """Two values in one word, from two operands: each spoils its own half, the first the upper."""
     half = width // 2
     upper, lower = (spoil(values, [hole], half).astype(f"u{width}") for hole in holes)
-    return upper << upper.dtype.type(8 * half) | lower
+    return np.asarray(upper << upper.dtype.type(8 * half) | lower)
 
 
 def move(function: Function, data: Sequence[bool]) -> Rule:

@@ -207,10 +207,16 @@ class Machine:
 def special_registers(program: Program, blocks: Sequence[tuple[int, ...]], grid: Sequence[int]) -> dict[str, Array]:
     """The read-only registers of the threads of ``blocks``, uint32."""
     thread = np.tile(np.arange(program.threads, dtype="u4"), len(blocks))
-    special = {"%tid.x": thread, "%laneid": thread % np.uint32(WARP), "%ntid.x": np.uint32([program.threads])}
+    lane, threads = thread % np.uint32(WARP), _one(program.threads)
+    special: dict[str, Array] = {"%tid.x": thread, "%laneid": lane, "%ntid.x": threads}
     for axis, name in enumerate("xyz"):
         special[f"%ctaid.{name}"] = np.repeat(np.array([block[axis] for block in blocks], "u4"), program.threads)
-        special[f"%nctaid.{name}"] = np.uint32([grid[axis]])
+        special[f"%nctaid.{name}"] = _one(grid[axis])
     for name in "yz":
-        special |= {f"%tid.{name}": np.uint32([0]), f"%ntid.{name}": np.uint32([1])}
+        special |= {f"%tid.{name}": _one(0), f"%ntid.{name}": _one(1)}
     return special
+
+
+def _one(number: int) -> Array:
+    """A register that holds the same for every thread."""
+    return np.array([number], "u4")

@@ -37,7 +37,7 @@ class _Span:
         self.start = min(e.address for e in extents)
         self.end = max(e.address + e.size for e in extents)
         buffer = (ctypes.c_uint8 * (self.end - self.start)).from_address(self.start)
-        self.bytes = np.frombuffer(buffer, np.uint8)
+        self.bytes = np.ctypeslib.as_array(buffer)
         self.states: Array | None = None
         if any(e.states is not None for e in extents):
             self.states = np.full(len(self.bytes), OUTSIDE, np.uint8)

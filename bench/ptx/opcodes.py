@@ -41,6 +41,10 @@ def _moving(operands: str, function: a.Function, data: str) -> Operation:
     return Operation(operands, function, h.move(function, [letter == "t" for letter in data]))
 
 
+def _select(a: Array, b: Array, chosen: Array) -> Array:
+    return np.where(chosen, a, b)
+
+
 #: Opcodes of integers, of bits and of predicates.
 INTEGER: dict[str, Operation] = {
     "add": Operation("tt", operator.add),
@@ -66,7 +70,7 @@ INTEGER: dict[str, Operation] = {
     "prmt": _moving("ttt", a.permute_bytes, "ttu"),
     "bfe": Operation("tuu", a.extract_bits),
     "bfi": Operation("ttuu", a.insert_bits),
-    "selp": Operation("ttp", lambda x, y, p: np.where(p, x, y), h.choice),
+    "selp": Operation("ttp", _select, h.choice),
 } | {
     f"shf.{side}.{mode}": _moving("ttu", a.funnel_shift(left=side == "l", wrap=mode == "wrap"), "ttu")
     for side in "lr"
@@ -132,7 +136,7 @@ class Compiler:
 
     def _computed(self, base: str, words: list[str], kinds: list[str], args: Sequence[object]) -> Step:
         if base == "createpolicy":  # a hint for the cache: 64 bits that nothing here looks at
-            return self._mapped(lambda: np.uint64(0), h.union, args[0], "b64", [])
+            return self._mapped(lambda: np.zeros(1, np.uint64), h.union, args[0], "b64", [])
         operation, kind, types = self._find(base, words, kinds)
         if len(args) != 1 + len(types):
             raise Fault(f"{len(args) - 1} operands where {len(types)} are known")
@@ -182,7 +186,7 @@ class Compiler:
             return self._unpack(out, kind, self._registers.source(source, kind))
         if instruction.placeholder:
             registers = self._registers
-            return lambda lanes: registers.punch(str(out))
+            return lambda lanes: registers.punch(str(out), lanes)
         return self._mapped(lambda value: value, h.union, out, kind, [self._registers.source(source, kind)])
 
     def _pack(self, out: object, kind: str, parts: Sequence[str]) -> Step:

@@ -1,8 +1,8 @@
 """Conflicting accesses of one launch with nothing between that orders them.
 
 Two accesses to one byte by two threads conflict if one is a write. A bar.sync orders the threads of a block, a
-bar.warp.sync those of a warp, a shuffle and the end of a block nothing. A conflict in which every access has the same
-value is left out: Triton has several threads write one value where a layout repeats it.
+bar.warp.sync those of a warp, a shuffle and the end of a block nothing. Writes of one value by several threads are left
+out, with what these threads read of it: Triton's layouts repeat elements.
 """
 
 from __future__ import annotations
@@ -91,13 +91,22 @@ def _conflicts(table: _Table, *, across_blocks: bool) -> list[Array]:
     for depth, threads in levels:
         edges = np.flatnonzero((np.diff(keys[:depth], axis=1) != 0).any(axis=0)) + 1
         starts = np.concatenate(([0], edges))
-        bad = _differ(threads[order], starts) & _differ(table.value[order], starts)
-        bad &= np.maximum.reduceat(table.write[order], starts) == 1
+        write = table.write[order]
+        bad = _differ(threads[order], starts) & (np.maximum.reduceat(write, starts) == 1)
+        bad &= _differ(table.value[order], starts) | (np.minimum.reduceat(write, starts) == 0)
         ends = np.concatenate((edges, [len(order)]))
-        found += [order[starts[group] : ends[group]] for group in np.flatnonzero(bad)]
+        groups = [order[starts[group] : ends[group]] for group in np.flatnonzero(bad)]
+        found += [rows for rows in groups if not _repeated(_chosen(table, rows))]
     return found
+
+
+def _repeated(group: _Table) -> bool:
+    """Every access is of one value, by threads that all write it."""
+    threads = np.stack((group.block, group.warp, group.lane))
+    writers = {tuple(thread) for thread in threads[:, group.write == 1].T}
+    return bool((group.value == group.value[0]).all()) and all(tuple(thread) in writers for thread in threads.T)
 
 
 def _differ(values: Array, starts: Array) -> Array:
     """Whether a group has more than one value, for groups that begin at ``starts``."""
-    return np.minimum.reduceat(values, starts) != np.maximum.reduceat(values, starts)
+    return np.asarray(np.minimum.reduceat(values, starts) != np.maximum.reduceat(values, starts))

@@ -66,9 +66,11 @@ class Registers:
         """The type of a register that holds an address; b32 for a symbol."""
         return f"b{8 * self._values[name].itemsize}" if name in self._values else "b32"
 
-    def punch(self, name: str) -> None:
-        """Forget what the register holds: nobody wrote it."""
-        self._holes[name] = np.full_like(self._values[name], ones(self._values[name].dtype))
+    def punch(self, name: str, lanes: Lanes) -> None:
+        """Forget what the register holds in some lanes: nobody wrote it."""
+        register = self._values[name]
+        marks = self._holes.setdefault(name, np.zeros_like(register))
+        marks[slice(None) if lanes is None else lanes] = ones(register.dtype)
 
     def source(self, token: object, kind: str) -> Source:
         """The operand ``token``, read as ``kind``.

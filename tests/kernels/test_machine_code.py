@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
-import json
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ import stepfusion.kernels
 from stepfusion.bench import machine_code
 from stepfusion.bench.offline import TARGETS
 from stepfusion.bench.sass import Sass, narrow, parse_sass, small_accesses
+from stepfusion_testing.compiler_process import json_of
 
 pytest.importorskip("triton")
 
@@ -54,33 +50,17 @@ SASS = """
 """
 
 
-def _run(temporary: pytest.TempPathFactory, *command: str) -> Any:
-    """The JSON that a process prints which has Triton's compiler and an empty compile cache; once for all workers."""
-    root = temporary.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else temporary.getbasetemp()
-    stem = Path(command[-1]).stem.strip("-")
-    output = root / f"{stem}.json"
-    with (root / f"{stem}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not output.exists():
-            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            environment |= {"TRITON_CACHE_DIR": str(temporary.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            output.write_text(done.stdout)
-    return json.loads(output.read_text())
-
-
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every variant of every kernel."""
-    codes: list[dict[str, Any]] = _run(tmp_path_factory, "-m", "stepfusion.bench.machine_code", "--json")
+    codes: list[dict[str, Any]] = json_of(tmp_path_factory, "-m", "stepfusion.bench.machine_code", "--json")
     return codes
 
 
 @pytest.fixture(scope="session")
 def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Kernels that must fail the checks below."""
-    codes: dict[str, dict[str, Any]] = _run(tmp_path_factory, str(SUPPORT / "slow_kernels.py"))
+    codes: dict[str, dict[str, Any]] = json_of(tmp_path_factory, str(SUPPORT / "slow_kernels.py"))
     return codes
 
 
