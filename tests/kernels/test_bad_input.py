@@ -1,4 +1,4 @@
-"""Bad input to the kernels' functions: each mistake's error to the letter, before any work, and nothing left behind."""
+"""Bad input to the kernels' functions: each mistake's error to the letter, before any work."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,30 @@ class Served:
 
     process: subprocess.Popen[str]
     url: str
+
+
+@contextmanager
+def served_here(app: Any, drain: float = 1.0, **limits: Any) -> Iterator[tuple[Any, int]]:
+    """The local server in a thread of this process, with no signal handlers: the server, and its port on 127.0.0.1.
+
+    ``limits``: of its connections.
+    """
+    from stepfusion.serving.http.connections import ConnectionLimits
+    from stepfusion.serving.http.local_server import LocalServer, listen
+
+    class Server(LocalServer):
+        capture_signals = nullcontext  # type: ignore[assignment]
+
+    with listen("127.0.0.1", 0) as listening:
+        server = Server(app, drain, ConnectionLimits(**limits))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield server, listening.getsockname()[1]
+        finally:
+            server.stop()
+            thread.join()
 
 
 @contextmanager

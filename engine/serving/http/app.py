@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from stepfusion.serving.http.page import page_headers, read_page
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 from stepfusion.serving.http.subscription import Subscription
 from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
-from stepfusion.serving.http.waiting import wait_while_connected
+from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 
 AnyRequest = TypeVar("AnyRequest", bound=GenerateRequest)
 
@@ -43,7 +44,9 @@ def make_app(service: AsyncEngine, *, limits: Limits | None = None, name: str = 
         name: of the model, for people.
 
     Returns:
-        an ASGI 3 application; its ``state.service`` is ``service``.
+        an ASGI 3 application. Its ``state.service`` is ``service``. Its ``state.end_requests``, called in the event
+        loop, ends all requests under way with status 503 or an error event: a server calls it if it is to stop and
+        waits for them no longer.
     """
     if limits is None:
         limits = Limits(steps=service.engine.schedule.num_timesteps)
@@ -60,6 +63,7 @@ def make_app(service: AsyncEngine, *, limits: Limits | None = None, name: str = 
     ]
     app = Starlette(routes=routes, lifespan=handlers.lifespan, exception_handlers=EXCEPTION_HANDLERS)
     app.state.service = service
+    app.state.end_requests = handlers.end_requests
     return app
 
 
@@ -70,8 +74,9 @@ class _Handlers:
         self._service, self._limits, self._name = service, limits, name
         self._page = read_page()
         self._description = describe(limits)
-        # Previews are encoded one after the other: their Python code holds back the thread that runs the engine.
-        self._encoding = asyncio.Semaphore(1)
+        # One thread encodes the previews of all streams: Python code holds back the thread that runs the engine.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="stepfusion-previews")
+        self._ending = Ending()
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -80,33 +85,46 @@ class _Handlers:
         try:
             yield
         finally:
+            self.end_requests()
             await self._service.aclose(drain=False)  # the server has waited for those who were to be waited for
             with suppress(EngineClosed, EngineDead):
                 await starting
 
+    def end_requests(self) -> None:
+        """End the requests under way, and those that still come."""
+        self._ending.end()
+
     # Images
 
     async def generate(self, request: Request) -> Response:
+        self._ending.check()
+        return await wait_unless(self._ending.wait(), self._generate(request))
+
+    async def stream(self, request: Request) -> Response:
+        self._ending.check()
+        return await wait_unless(self._ending.wait(), self._stream(request))
+
+    async def _generate(self, request: Request) -> Response:
         asked, validated = await self._validated(request, PictureRequest)
         as_png = asked.format == "png"
         if as_png:
             messages.check_picture(self._service.engine)
         with as_bad_request():
             future = self._service.submit(**validated.arguments, output="uint8")
-        pixels = messages.pixels_of(await wait_while_connected(request, asyncio.wrap_future(future)))
+        pixels = messages.pixels_of(await wait_unless(disconnected(request), asyncio.wrap_future(future)))
         if as_png:
             return Response(await asyncio.to_thread(messages.picture, pixels), media_type="image/png")
         data = await asyncio.to_thread(messages.arrays, validated, pixels)
         saved_as = {"Content-Disposition": 'attachment; filename="images.npz"'}
         return Response(data, media_type="application/x-npz", headers=saved_as)
 
-    async def stream(self, request: Request) -> Response:
+    async def _stream(self, request: Request) -> Response:
         asked, validated = await self._validated(request, StreamRequest)
         messages.check_picture(self._service.engine)
         with as_bad_request():
             every = preview_interval(validated, asked.every, self._limits)
             subscription = Subscription(self._service, **validated.arguments, output="uint8", every=every)
-        return EventStream(self._service.engine, validated, subscription, self._encoding)
+        return EventStream(self._service.engine, validated, subscription, self._encoder, self._ending)
 
     async def _validated(self, request: Request, kind: type[AnyRequest]) -> tuple[AnyRequest, ValidatedRequest]:
         body = await read_body(request, self._limits)
