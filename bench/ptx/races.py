@@ -1,8 +1,8 @@
 """Conflicting accesses of one launch with nothing between that orders them.
 
 Two accesses to one byte by two threads conflict if one is a write. A bar.sync orders the threads of a block, a
-bar.warp.sync those of a warp, a shuffle and the end of a block nothing. Writes of one value by several threads are left
-out, with what these threads read of it: Triton's layouts repeat elements.
+bar.warp.sync those of a warp, a shuffle and the end of a block nothing. Writes of one value by several threads are
+left out, with what these threads read of it: Triton's layouts repeat elements.
 """
 
 from __future__ import annotations
