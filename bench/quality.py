@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepfusion import Engine, StepTable
 from stepfusion.bench.folder_distance import LIBRARIES, folder_distance
-from stepfusion.engine import SAMPLERS
+from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
+from stepfusion.samplers.registry import SAMPLERS
+from stepfusion.samplers.table import StepTable
 from stepfusion.training.datasets import ImageDataset, load_dataset
 
 CLASSIFIER_DIRECTORY = Path(__file__).parent / "classifier"

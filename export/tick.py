@@ -206,7 +206,7 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     b2 = b * b
     sine = (((b2 * philox._SIN[2] + philox._SIN[1]) * b2 + philox._SIN[0]) * b2 + 1.0) * b
     cosine = ((b2 * philox._COS[1] + philox._COS[0]) * b2 - 0.5) * b2 + 1.0
-    return philox._quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
+    return philox.quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
 
 
 def check_kind(engine: Engine, kind: str, table: StepTable | None, guided: bool) -> None:

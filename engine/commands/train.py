@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
@@ -18,13 +17,15 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import save_pretrained
 from stepfusion.execution.plan import choose_device
-from stepfusion.files.atomic import atomic_write
 from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.training.config import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
+from stepfusion.training.export import export_model
+from stepfusion.training.metrics import plot_loss
+from stepfusion.training.run import train
 from stepfusion.training.state import latest_state, load_state
-from stepfusion.training.trainer import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
+from stepfusion.training.trainer import Trainer
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
@@ -100,7 +101,7 @@ def run_train(args: argparse.Namespace) -> int:
         dataset = resize(dataset, args.resize)
     dataset = _named(dataset, args.class_names)
     if args.export_only:
-        export(_newest(config, dataset, args), args.export or args.out / "model")
+        _export(_newest(config, dataset, args), args.export or args.out / "model")
         return 0
     workers = args.workers
     if args.device == "cpu":
@@ -120,45 +121,13 @@ def run_train(args: argparse.Namespace) -> int:
     if stopped:
         print(f"stopped at step {trainer.step} of {config.steps}; the state is saved, the same command goes on")
         return 130
-    export(trainer, args.export or args.out / "model")
+    _export(trainer, args.export or args.out / "model")
     return 0
 
 
-def export(trainer: Trainer, directory: Path) -> None:
-    """Write the averaged weights as a diffusers directory in float16, replacing what is there."""
-    dataset = trainer.dataset
-    save_pretrained(
-        directory,
-        trainer.ema_network(),
-        trainer.config.scheduler_config(),
-        class_names=dataset.class_names,
-        null_label=None if dataset.labels is None else dataset.num_classes,
-        dtype=torch.float16,
-        overwrite=True,
-    )
+def _export(trainer: Trainer, directory: Path) -> None:
+    export_model(trainer, directory)
     print(f"exported step {trainer.step} to {directory}")
-
-
-def plot_loss(directory: Path) -> None:
-    """Draw ``metrics.jsonl`` of a run as ``loss.png``; without matplotlib, say so and go on."""
-    rows = read_metrics(directory / "metrics.jsonl")
-    if not rows:
-        return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed: no loss.png; metrics.jsonl holds the curve", file=sys.stderr)
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
-    axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    atomic_write(directory / "loss.png", png.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

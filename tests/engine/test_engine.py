@@ -553,9 +553,9 @@ class TestCompiledNetwork:
                     table = engine.table(sampler, steps, **options)
                     images = engine.sample(3, table, labels=labels)
                     torch.testing.assert_close(images, eager.sample(3, table, labels=labels), rtol=0, atol=1e-4)
-        assert engine._evaluator._call.compilations == 1
+        assert engine.evaluator.compiled.compilations == 1
         engine.sample(5, steps=2)
-        assert engine._evaluator._call.compilations == 2, "another bucket"
+        assert engine.evaluator.compiled.compilations == 2, "another bucket"
 
     def test_a_request_gives_the_same_bits_first_and_later(
         self, schedule: sf.NoiseSchedule, monkeypatch: pytest.MonkeyPatch

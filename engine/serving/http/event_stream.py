@@ -16,7 +16,7 @@ from stepfusion.serving.http.previews import Preview
 from stepfusion.serving.http.subscription import Subscription
 from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.http.waiting import Ending, wait_unless
-from stepfusion.serving.job import Result
+from stepfusion.serving.served_request import Result
 
 _PING_SECONDS = 10.0  # between comments on a stream where nothing else happens, so that no proxy takes it for dead
 

@@ -16,7 +16,7 @@ from stepfusion.kernels.to_uint8 import to_uint8_reference
 from stepfusion.serving.http.errors import InvalidRequest
 from stepfusion.serving.http.previews import Preview
 from stepfusion.serving.http.validation import ValidatedRequest
-from stepfusion.serving.job import Result
+from stepfusion.serving.served_request import Result
 
 
 def check_picture(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.request import Event
 
 _LONGER_SIDE = 64  # pixels of a preview, at most
 _BYTES_KEPT = 1 << 20  # of a reader who is slower than the lanes

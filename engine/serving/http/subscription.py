@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.request import Event
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.previews import Preview, PreviewBuffer
-from stepfusion.serving.job import Result
+from stepfusion.serving.served_request import Result
 
 
 class Subscription:

@@ -468,7 +468,7 @@ def test_model_has_what_a_client_needs(here: Here) -> None:
     assert facts["classes"] == [{"label": i, "name": name} for i, name in enumerate(NAMES)]
     assert facts["guidance"] is True
     assert facts["limits"]["images"] == 8
-    assert set(facts["samplers"]) == {name for name in sf.engine.SAMPLERS if name != "ddim_inversion"}
+    assert set(facts["samplers"]) == {name for name in sf.samplers.registry.SAMPLERS if name != "ddim_inversion"}
     assert facts["spacings"] == ["leading", "trailing", "linspace", "karras"]
     assert facts["eta"] == {"ddim": 0, "euler_ancestral": 1}, "of the samplers that take one, by default"
 

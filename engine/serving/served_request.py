@@ -1,9 +1,8 @@
-"""A request on its way through a serving engine."""
+"""A request on its way through a serving engine, and what its caller gets."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ from typing import Any
 
 import torch
 
-from stepfusion.lanes.request import Request
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.request import ActiveRequest, Event
 
 
 @dataclass(frozen=True)
@@ -32,42 +30,44 @@ class Result:
     timings: Timings
 
 
-@dataclass(eq=False)
-class Job:
-    """A request, what its caller wants of it, and how far it is.
+@dataclass(eq=False, kw_only=True)
+class ServedRequest(ActiveRequest):
+    """A request under way, and what its caller wants of it.
 
-    ``deadline``, ``submitted``, ``started`` and ``since`` are times of ``time.monotonic``; ``since`` is when it last
-    got a lane, ``turn`` the number of that lane among all that were given. ``first`` is the row at which its table
-    stands, None while it does not. ``context`` is what tracing wants back.
+    Attributes:
+        number: of the request, in the order of arrival.
+        future: of the result.
+        submitted, started, since, deadline: times of ``time.monotonic``: when it came, when it first got a lane, when
+            it last got one, and when its images are of no more use.
+        pixels: its images are wanted as uint8.
+        priority: higher ones get lanes first.
+        progress: is called with its events.
+        context: what tracing wants back.
+        images: those that are done, on the host; None before the first one.
+        left: how many are not done.
+        turn: the number of the lane that it last got, among all lanes that were given.
+        ended: its caller knows how it ended.
     """
 
     number: int
-    request: Request
     future: Future[Result]
     submitted: float
     pixels: bool = False
     priority: int = 0
     deadline: float = math.inf
     progress: Callable[[Event], object] | None = None
-    every: int = 1
     context: Any = None
-    waiting: deque[int] = field(init=False)
     images: torch.Tensor | None = None
     left: int = field(init=False)
     started: float | None = None
     since: float = field(init=False)
     turn: int = 0
-    first: int | None = None
     ended: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.left = len(self.request)
-        self.waiting = deque(range(self.left))
         self.since = self.submitted
-
-    def steps(self, image: int) -> int:
-        """How many ticks an image takes."""
-        return self.request.table.steps(self.request.parts[image])
 
     @property
     def waiting_steps(self) -> int:

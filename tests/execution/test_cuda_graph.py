@@ -41,7 +41,7 @@ def one_at_a_time(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def idle_runners(engine: sf.Engine) -> list[Runner]:
-    return [runner for _, runner in engine._idle._idle]
+    return engine.runners.pool.idle
 
 
 REQUESTS: list[dict[str, Any]] = [

@@ -7,6 +7,7 @@ our own over static buffers does neither, and holds the fused step and the row i
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -62,3 +63,32 @@ def capture(body: Callable[[], None], device: torch.device) -> Graph:
             raise CaptureError(" ".join(str(error).split("\n")[0].split())) from error
         outside.wait_stream(stream)
     return graph
+
+
+class CapturePolicy:
+    """Which ticks of an engine are captured, if its plan has CUDA graphs: the one place that says so.
+
+    Attributes:
+        failure: why a capture failed; ticks run eagerly from then on. None if none failed.
+    """
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+
+    def captures(self, *, threshold: bool) -> bool:
+        """Whether ticks are captured; those with dynamic thresholding are not: their step waits for the device."""
+        return self.failure is None and not threshold
+
+    def capture(self, body: Callable[[], None], device: torch.device) -> Graph | None:
+        """The captured ``body`` (:func:`capture`), or None if it cannot be captured, which is warned of once."""
+        try:
+            return capture(body, device)
+        except CaptureError as error:
+            if self.failure is None:
+                self.failure = str(error)
+                warnings.warn(
+                    f"the tick cannot be captured as a CUDA graph, and runs eagerly: {self.failure}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return None
