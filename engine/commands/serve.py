@@ -37,6 +37,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("where").add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s: this machine only)")
     add("--port", type=int, default=8000, help="0 with --local takes a free one (default: %(default)s)")
+    add(
+        "--allowed-hosts",
+        metavar="NAMES",
+        help="hosts that requests may name, separated by commas, such as example.org,*.example.org; * is any "
+        "(default: localhost alone for requests that arrive at it, and any for others)",
+    )
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to finish for (default: %(default)s)")
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
@@ -49,9 +55,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--replicas", type=int, default=1, metavar="N", help="engines, each a process (default: %(default)s)")
     add("--cpus", type=float, metavar="N", help="of each replica, which also are its threads (default: a fair share)")
-    add(
-        "--gpus", type=float, metavar="N", help="of each replica (default: 1 where there is one that --device allows)"
-    )
+    add("--gpus", type=float, metavar="N", help="of each replica (default: 1 if there is one that --device allows)")
 
     add = parser.add_argument_group("how to run the model").add_argument
     add_device_argument(add)
@@ -92,11 +96,24 @@ def run_serve(args: argparse.Namespace) -> int:
     _check_arguments(args)
     _check_installed(args)
     parent = os.getppid()
+    model = _model(args)
+    if args.exit_with_parent:
+        terminate_with(parent)
+    if args.local:
+        _run_locally(args, model)
+    else:
+        _run_with_ray(args, model)
+    return 0
+
+
+def _model(args: argparse.Namespace) -> ModelApp:
+    """What is served, with which limits and to which hosts."""
+    from stepfusion.serving.http.hosts import check_hosts
     from stepfusion.serving.http.limits import Limits
     from stepfusion.serving.http.model_app import ModelApp
 
-    path = Path(args.model)
-    model = ModelApp(
+    path, hosts = Path(args.model), args.allowed_hosts
+    return ModelApp(
         str(path.resolve()) if path.is_dir() else args.model,
         path.name or args.model,
         execution=ExecutionOptions(
@@ -116,14 +133,9 @@ def run_serve(args: argparse.Namespace) -> int:
             body=args.max_body,
         ),
         max_steps=args.max_steps,
+        host=args.host or None,
+        allowed_hosts=None if hosts is None else check_hosts(host.strip() for host in hosts.split(",")),
     )
-    if args.exit_with_parent:
-        terminate_with(parent)
-    if args.local:
-        _run_locally(args, model)
-    else:
-        _run_with_ray(args, model)
-    return 0
 
 
 def _run_locally(args: argparse.Namespace, model: ModelApp) -> None:

@@ -7,12 +7,13 @@ It depends on no server: uvicorn runs it (:mod:`stepfusion.serving.http.local_se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -23,6 +24,7 @@ from stepfusion.serving.http import messages
 from stepfusion.serving.http.bodies import read_body
 from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, as_bad_request, error_response
 from stepfusion.serving.http.event_stream import EventStream
+from stepfusion.serving.http.hosts import HostCheck, check_hosts
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.metadata import engine_status, model_metadata
 from stepfusion.serving.http.openapi import describe
@@ -35,13 +37,27 @@ from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 AnyRequest = TypeVar("AnyRequest", bound=GenerateRequest)
 
 
-def make_app(service: AsyncEngine, *, limits: Limits | None = None, name: str = "model") -> Starlette:
+def make_app(
+    service: AsyncEngine,
+    *,
+    limits: Limits | None = None,
+    name: str = "model",
+    host: str | None = None,
+    allowed_hosts: Sequence[str] | None = None,
+) -> Starlette:
     """The application. It starts ``service`` when a server starts it, and closes it at the end.
 
     Args:
         service: what makes the images.
         limits: the most one request may ask for; by default the model's timesteps bound the steps.
         name: of the model, for people.
+        host: what the server is called, beside localhost and its addresses.
+        allowed_hosts: other hosts that requests may name; ``*.example.org`` stands for every name that ends so, and
+            ``*`` for all. By default, requests that arrive at a loopback address may name no other host, and others
+            may name any.
+
+    Raises:
+        ValueError: ``allowed_hosts`` has what is no host.
 
     Returns:
         an ASGI 3 application. Its ``state.service`` is ``service``. Its ``state.end_requests``, called in the event
@@ -50,6 +66,7 @@ def make_app(service: AsyncEngine, *, limits: Limits | None = None, name: str = 
     """
     if limits is None:
         limits = Limits(steps=service.engine.schedule.num_timesteps)
+    allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     handlers = _Handlers(service, limits, name)
     routes = [
         Route("/v1/generate", handlers.generate, methods=["POST"]),
@@ -61,7 +78,13 @@ def make_app(service: AsyncEngine, *, limits: Limits | None = None, name: str = 
         Route("/openapi.json", handlers.openapi),
         Route("/", handlers.form),
     ]
-    app = Starlette(routes=routes, lifespan=handlers.lifespan, exception_handlers=EXCEPTION_HANDLERS)
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(HostCheck, own=host, allowed=allowed_hosts)],
+        lifespan=handlers.lifespan,
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.router.redirect_slashes = False  # a redirect would repeat the Host of the request
     app.state.service = service
     app.state.end_requests = handlers.end_requests
     return app

@@ -24,6 +24,7 @@ class ModelApp:
         queue: the most images that may wait for a lane.
         limits: of a request; their ``steps`` are replaced by ``max_steps``.
         max_steps: of one image; by default the model's timesteps.
+        host, allowed_hosts: as for :func:`stepfusion.serving.http.app.make_app`.
     """
 
     model: str
@@ -32,11 +33,17 @@ class ModelApp:
     queue: int = 1024
     limits: Limits = field(default_factory=Limits)
     max_steps: int | None = None
+    host: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
 
     def make(self) -> Starlette:
         """Load the model and make its application."""
         engine = Engine.from_pretrained(self.model, **vars(self.execution))
         steps = engine.schedule.num_timesteps if self.max_steps is None else self.max_steps
         return make_app(
-            AsyncEngine(engine, queue=self.queue), limits=replace(self.limits, steps=steps), name=self.name
+            AsyncEngine(engine, queue=self.queue),
+            limits=replace(self.limits, steps=steps),
+            name=self.name,
+            host=self.host,
+            allowed_hosts=self.allowed_hosts,
         )

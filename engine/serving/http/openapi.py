@@ -9,14 +9,16 @@ from stepfusion.samplers.registry import OFFERED
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 
+_HOST = "the Host header names a host that this server does not accept"
 _PROBLEMS = {
     400: "a field is unknown, or its value is wrong",
     408: "the body came too slowly",
     413: "the body is too large",
     415: "the body is not declared as JSON",
+    421: _HOST,
     429: "too many images are waiting; Retry-After says when to come again",
     500: "an image became NaN or infinite, or the server failed",
-    503: "the engine is starting, closing or dead",
+    503: "the engine is starting, closing or dead, or the server was stopped before the request was done",
     504: "the deadline is, or was, out of reach",
 }
 _PRIORITY = "an integer from -1000 to {}, of which higher ones get lanes first"
@@ -95,7 +97,10 @@ def _post(
 
 
 def _get(summary: str, media: str, otherwise: int | None = None) -> dict[str, Any]:
-    responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {}}}}
+    responses: dict[str, Any] = {
+        "200": {"description": summary, "content": {media: {}}},
+        "421": {"description": _HOST},
+    }
     if otherwise is not None:
         responses[str(otherwise)] = {"description": "otherwise"}
     return {"summary": summary, "responses": responses}

@@ -512,7 +512,7 @@ def test_the_description_has_every_path_and_describes_what_is_asked(here: Here) 
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(bad, schema)
     described = document["paths"]["/v1/generate"]["post"]["responses"]
-    assert {"200", "400", "408", "413", "415", "429", "500", "503", "504"} == set(described)
+    assert {"200", "400", "408", "413", "415", "421", "429", "500", "503", "504"} == set(described)
 
 
 def test_nothing_is_shared_with_other_origins(here: Here) -> None:
