@@ -39,7 +39,9 @@ class Engine:
     Args:
         model: any callable ``model(x, timesteps)`` or ``model(x, timesteps, labels)`` that returns what
             ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]. A
-            ``torch.nn.Module`` is moved to the device and dtype (a copy of it, if that changes it).
+            ``torch.nn.Module`` is copied as it is now, in eval mode, on the engine's device, in its dtype: what is
+            changed afterwards in the module or its weights does not change this engine. In a training loop, make an
+            engine for each preview.
         schedule: the noise schedule it was trained with.
         prediction: "epsilon", "sample" or "v_prediction".
         shape: of one image, (C, H, W); by default the model's ``in_channels`` and ``sample_size``.
@@ -57,6 +59,8 @@ class Engine:
             callable, float32 [n, C, H, W] -> floating-point [n, C', H', W'] in [-1, 1]. Pixels are then of decoded
             images (:meth:`to_uint8`, :meth:`generate`), and :meth:`decode_latents` gives them as they are;
             :meth:`sample` still returns latents.
+        copy: False saves the memory of the copy if the module is already in eval mode on the device, in the dtype;
+            its weights must not change then.
 
     Attributes:
         spec: what is known of the model; its fields are attributes of the engine, too.
@@ -87,6 +91,7 @@ class Engine:
         invariant: bool = False,
         options: Mapping[str, Any] | None = None,
         decode: Decode | None = None,
+        copy: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -109,8 +114,9 @@ class Engine:
         self._decode = decoder_on(decode, self.plan.device)
         self.network = model
         if isinstance(model, torch.nn.Module):
-            fused = self.plan.fuses_network
-            self.network = prepare_network(model, self.plan.device, self.plan.dtype, fused=fused)
+            self.network = prepare_network(
+                model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
+            )
         self.evaluator = Evaluator(self.network, spec.num_classes is not None)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
@@ -130,7 +136,9 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else load_model(source)
+        given = isinstance(source, Pretrained | GuidedDiffusionModel)
+        loaded = source if given else load_model(source)
+        arguments.setdefault("copy", given)  # nobody else has what was loaded here
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 
