@@ -37,7 +37,7 @@ class Executor:
     Args:
         target: one of :data:`NVIDIA`. orders: of :data:`stepfusion.bench.ptx.machine.ORDERS`; what a launch writes
             must be the same in each. check_races: look for accesses that nothing orders. edit: changes the PTX before
-            it runs. worst: a generator; approximate instructions err by all that PTX allows.
+            it runs. worst: approximate instructions err by all that PTX allows.
 
     Attributes:
         case: a name for what is being run, kept with the programs it compiles. launches, elements: by kernel; the
@@ -52,7 +52,7 @@ class Executor:
         orders: Sequence[str] = ("together",),
         check_races: bool = False,
         edit: Callable[[str], str] | None = None,
-        worst: np.random.Generator | None = None,
+        worst: bool = True,
     ) -> None:
         if target not in NVIDIA:
             raise ValueError(f"target must be one of {', '.join(NVIDIA)}, whose code is PTX, got {target!r}")

@@ -25,12 +25,12 @@ class Options:
 
     Attributes:
         order: who comes first between barriers, one of :data:`stepfusion.bench.ptx.machine.ORDERS`.
-        worst: a generator, for approximate instructions that err by all that PTX allows.
+        worst: approximate instructions err by all that PTX allows.
         log: where to note every access of shared and global memory.
     """
 
     order: str = "together"
-    worst: np.random.Generator | None = None
+    worst: bool = False
     log: list[Access] | None = None
 
 
@@ -85,7 +85,7 @@ def execute(
                 first_block=first,
                 log=options.log,
             )
-            compiler = Compiler(threads.registers, Approximations(options.worst))
+            compiler = Compiler(threads.registers, Approximations(worst=options.worst))
             machine = Machine(program, threads, compiler, options.order)
             machine.run()
             execution.reached |= machine.reached

@@ -15,8 +15,6 @@ from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.engine import Engine
 from stepfusion.options import ExecutionOptions
 
-_CHECKING = ExecutionOptions(device="cpu", dtype="float32", backend="reference", network="eager")
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -49,8 +47,8 @@ class Checkpoint:
         """What names it to processes that run elsewhere: the bundled model, or an absolute path."""
         return self.source if self.source in bundled_models() else str(Path(self.source).absolute())
 
-    def engine(self, execution: ExecutionOptions = _CHECKING) -> Engine:
-        """An engine of this model; by default one that runs on any machine, to check requests with."""
+    def engine(self, execution: ExecutionOptions) -> Engine:
+        """An engine of this model."""
         return Engine.from_pretrained(self.model, **vars(execution))
 
 

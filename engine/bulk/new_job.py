@@ -9,19 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from stepfusion.bulk.checkpoint import Checkpoint
 from stepfusion.bulk.job import DEFAULT_UNIT, Job
 from stepfusion.bulk.labels import labels_digest
 from stepfusion.bulk.shards import FORMATS
-from stepfusion.engine import Engine
 from stepfusion.files.images import CHANNELS
+from stepfusion.lanes.request import make_request
+from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.table_request import TableRequest
 
 
 def make_job(
-    engine: Engine,
-    model_sha256: str,
+    checkpoint: Checkpoint,
     request: TableRequest,
     *,
     num: int,
@@ -37,8 +38,7 @@ def make_job(
     """The job that makes ``num`` images of a model.
 
     Args:
-        engine: of the model; it says what the model is, and checks labels and guidance.
-        model_sha256: :attr:`stepfusion.bulk.checkpoint.Checkpoint.digest` of the model.
+        checkpoint: the model.
         request: how the sampler's table is made.
         num, first_index, seed, classes, guidance, format, unit: as :class:`stepfusion.bulk.Job` has them.
         labels: int64 [num], one for each image, in place of ``classes``.
@@ -47,19 +47,20 @@ def make_job(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    table = request.of(engine)
+    spec = checkpoint.model.spec
+    table = request.of(spec)
     first_label = classes[0] if classes else None if labels is None else int(labels[0])
-    engine.generate(1, table, labels=first_label, guidance=guidance)
-    if FORMATS[format].picture and engine.shape[0] not in CHANNELS:
+    make_request(spec, 1, table, {"labels": first_label, "guidance": guidance})  # checks the label and the guidance
+    if FORMATS[format].picture and spec.shape[0] not in CHANNELS:
         raise ValueError(
-            f"{mark}format {format} needs images of 1, 3 or 4 channels, and this model's have {engine.shape[0]}: "
+            f"{mark}format {format} needs images of 1, 3 or 4 channels, and this model's have {spec.shape[0]}: "
             f"use {mark}format npz"
         )
     return Job(
-        model=model_sha256,
-        table=_described(request, engine, table),
+        model=checkpoint.digest,
+        table=_described(request, spec, table),
         table_sha256=table_digest(table),
-        shape=engine.shape,
+        shape=spec.shape,
         num=num,
         first_index=first_index,
         seed=seed,
@@ -83,11 +84,11 @@ def table_digest(table: StepTable) -> str:
     return digest.hexdigest()
 
 
-def _described(request: TableRequest, engine: Engine, table: StepTable) -> str:
+def _described(request: TableRequest, spec: ModelSpec, table: StepTable) -> str:
     """The sampler with its steps, and how these were chosen if that is not the model's own way."""
     how = [table.name, f"{len(table)} steps"]
     if request.timesteps is not None:
         how.append(f"timesteps {request.timesteps}")
-    elif request.spacing not in (None, engine.options.get("spacing")):
+    elif request.spacing not in (None, spec.options.get("spacing")):
         how.append(f"spacing {request.spacing}")
     return ", ".join(how)

@@ -21,8 +21,8 @@ from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import WorkerConfig
 from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
 from stepfusion.commands.labels import read_classes, read_label
-from stepfusion.engine import Engine
 from stepfusion.execution.plan import make_plan
+from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.table_request import TableRequest
 
@@ -184,16 +184,15 @@ def _job(
     args: argparse.Namespace, request: TableRequest, checkpoint: Checkpoint
 ) -> tuple[Job, NDArray[np.int64] | None]:
     """The job that ``args`` describe, and labels int64 [num] if they come from a file."""
-    engine = checkpoint.engine()
-    labels = _labels_of_file(engine, args)
+    spec = checkpoint.model.spec
+    labels = _labels_of_file(spec, args)
     job = make_job(
-        engine,
-        checkpoint.digest,
+        checkpoint,
         request,
         num=args.num,
         first_index=args.first_index,
         seed=args.seed,
-        classes=None if labels is not None else read_classes(engine, args.labels),
+        classes=None if labels is not None else read_classes(spec, args.labels),
         labels=labels,
         guidance=args.guidance,
         format=args.format,
@@ -203,15 +202,15 @@ def _job(
     return job, labels
 
 
-def _labels_of_file(engine: Engine, args: argparse.Namespace) -> NDArray[np.int64] | None:
+def _labels_of_file(spec: ModelSpec, args: argparse.Namespace) -> NDArray[np.int64] | None:
     """int64 [num], one label for each image; None without ``--labels-file``."""
     if args.labels_file is None:
         return None
-    if engine.num_classes is None:
+    if spec.num_classes is None:
         raise ValueError("--labels-file was given, and this model takes none")
     name = "--labels-file"
     return read_labels_file(
-        args.labels_file, args.num, engine.num_classes, partial(read_label, engine, option=name), name=name
+        args.labels_file, args.num, spec.num_classes, partial(read_label, spec, option=name), name=name
     )
 
 

@@ -138,7 +138,9 @@ def _between_pictures(engine: Engine, args: argparse.Namespace, weights: int) ->
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="PNG or JPEG pictures of the model's size")
+    parser.add_argument(
+        "images", type=Path, nargs="+", help="pictures (PNG, JPEG, WebP, BMP, TIFF) of the model's size"
+    )
     parser.add_argument("--labels", metavar="LIST", help=_LABELS)
 
 

@@ -58,7 +58,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image", type=Path, required=True, help="a PNG or JPEG picture")
+    add("--image", type=Path, required=True, help="a picture (PNG, JPEG, WebP, BMP or TIFF)")
     add("--timesteps", type=int, default=500, metavar="T", help="of the schedules (default: %(default)s)")
     add("--at", default="0,50,100,200,499", metavar="LIST", help="timesteps to show (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")

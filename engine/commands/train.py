@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -27,12 +27,17 @@ from stepfusion.training.run import train
 from stepfusion.training.state import latest_state, load_state
 from stepfusion.training.trainer import Trainer
 
+_SHOWN = 3  # of the files that are left out
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion train``."""
-    parser.add_argument("data", type=Path, help="directory of idx files, folder of class folders of images, or .npz")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="idx files, a folder of pictures or of class folders, an .npz, or what stepfusion generate wrote",
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run in it is resumed")
     parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
@@ -95,6 +100,7 @@ def run_train(args: argparse.Namespace) -> int:
     config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
     _check_arguments(args)
     dataset = load_dataset(args.data)
+    _say_left_out(args.data, dataset.left_out)
     if args.merge is not None:
         dataset = merge_classes(dataset, _groups(args.merge))
     if args.resize is not None:
@@ -164,6 +170,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--export {args.export} is a file; it must be a directory")
         if not args.export.absolute().parent.is_dir():
             raise ValueError(f"--export {args.export} cannot be written: {args.export.parent} is not a directory")
+
+
+def _say_left_out(data: Path, files: Sequence[Path]) -> None:
+    if not files:
+        return
+    names = sorted(str(file.relative_to(data)) for file in files)
+    shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
+    some = f"{len(names)} files are no pictures, and" if len(names) > 1 else "1 file is no picture, and is"
+    print(f"stepfusion: {some} left out: {shown}{f' and {more} more' if more > 0 else ''}", file=sys.stderr)
 
 
 def _flag(name: str) -> str:

@@ -135,7 +135,8 @@ class LaneEngine:
         """Move every image one step on."""
         self.runner.tick(self._noise() if self._given_noise else None, keep_x0=self._watched)
         self._now += 1
-        self._finishing = self._due.pop(self._now, [])
+        due = self._due.pop(self._now, [])
+        self._finishing = [occupant for occupant in due if self._occupants.get(occupant.lane) is occupant]
 
     def events(self) -> list[tuple[ActiveRequest, Event]]:
         """What is to be seen of this tick: an event for all images at the same step of the same part of a table."""
@@ -149,8 +150,7 @@ class LaneEngine:
 
     def done(self) -> list[Occupant]:
         """The images that are done with this tick, in the order of their lanes."""
-        there = (occupant for occupant in self._finishing if self._occupants.get(occupant.lane) is occupant)
-        return sorted(there, key=lambda occupant: occupant.lane)
+        return sorted(self._finishing, key=lambda occupant: occupant.lane)
 
     def values(self, occupants: Sequence[Occupant], buffer: str) -> Tensor:
         """A buffer of the runner at the lanes of these images: a view if the lanes are consecutive, else a copy."""
@@ -162,7 +162,7 @@ class LaneEngine:
         """Take out images that are done. Read what is wanted of them (:meth:`values`) before."""
         departure = Departure(occupants, self.values(occupants, "flags").clone())
         for occupant in occupants:
-            del self._occupants[occupant.lane]
+            self._leave(occupant)
         return departure
 
     def ticks_left(self, active: ActiveRequest) -> int:
@@ -172,11 +172,11 @@ class LaneEngine:
 
     def remove(self, active: ActiveRequest) -> None:
         """Take out all images of a request, done or not."""
-        lanes = [lane for lane, occupant in self._occupants.items() if occupant.active is active]
-        if lanes:
-            self.runner.park(lanes)
-        for lane in lanes:
-            del self._occupants[lane]
+        occupants = [occupant for occupant in self._occupants.values() if occupant.active is active]
+        if occupants:
+            self.runner.park([occupant.lane for occupant in occupants])
+        for occupant in occupants:
+            self._leave(occupant)
 
     def halve(self, error: torch.OutOfMemoryError) -> list[Image]:
         """Drop every runner, and have half as many lanes.
@@ -198,6 +198,12 @@ class LaneEngine:
         self._runners.clear()
         self._widths, self._width = narrower, narrower[0]
         return lost
+
+    def _leave(self, occupant: Occupant) -> None:
+        """Forget an image: a request that is over must not be kept alive until the next tick."""
+        del self._occupants[occupant.lane]
+        if occupant in self._finishing:
+            self._finishing.remove(occupant)
 
     def _start(self, chosen: Sequence[Image], lanes: Sequence[int]) -> None:
         """Put images into free lanes, from their given states or from noise of their own."""

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stepfusion.files.regular import open_regular
+
 MAX_DATASET_BYTES = 8 * 2**30
 
 _IDX_UINT8_IMAGES = 0x0803
@@ -38,11 +40,11 @@ def read_idx(path: str | Path) -> Tensor:
     """
     path = Path(path)
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as unpacked:
+        with open_regular(path, follow=True) as stream:
+            if path.suffix != ".gz":
+                return _parse_idx(path, stream)
+            with gzip.open(stream) as unpacked:
                 return _parse_idx(path, unpacked)
-        with path.open("rb") as stream:
-            return _parse_idx(path, stream)
     except EOFError:
         raise ValueError(f"{path} is truncated: the gzip stream ends too early") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -73,8 +75,12 @@ def _parse_idx(path: Path, stream: gzip.GzipFile | IO[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(payload), dtype=torch.uint8).reshape(shape)
 
 
-def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
+def read_npz(path: Path, most_labels: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Read ``arr_0``, images, and if it is there ``arr_1``, their labels.
+
+    Args:
+        path: the file.
+        most_labels: labels must be smaller; by default than the number of images.
 
     Returns:
         uint8 [N, C, H, W] with C of 1 or 3, and int64 [N] or None.
@@ -84,32 +90,37 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """
     try:
         images, labels = _read_npz(path)
-    except (EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (EOFError, zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is not a sound .npz file: {error}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise ValueError(
             f"{path}: arr_0 is {images.dtype} {list(images.shape)}; accepted is uint8 [N, H, W, C] with C of 1 or 3"
         )
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return pixels, None if labels is None else _check_npz_labels(path, labels, len(images))
+    return pixels, None if labels is None else _check_npz_labels(path, labels, len(images), most_labels)
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Read ``arr_0`` and, if it is there, ``arr_1``, of what must be a zip: ``np.load`` alone reads more."""
-    with path.open("rb") as stream, zipfile.ZipFile(stream) as members:
+    with open_regular(path, follow=True) as stream, zipfile.ZipFile(stream) as members:
         size = sum(member.file_size for member in members.infolist())
     if size > MAX_DATASET_BYTES:
         raise ValueError(f"it holds {size} bytes; accepted are {MAX_DATASET_BYTES} at most")
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+    with open_regular(path, follow=True) as stream, np.load(stream, allow_pickle=False) as archive:
         if "arr_0" not in archive.files:
             raise ValueError(f"it has no arr_0; it holds {sorted(archive.files)}")
-        return archive["arr_0"], archive["arr_1"] if "arr_1" in archive.files else None
+        found = [archive[name] for name in ("arr_0", "arr_1") if name in archive.files]
+    if not all(isinstance(array, np.ndarray) for array in found):  # NumPy hands out what is no array as bytes
+        raise ValueError("it holds something else than arrays")
+    return found[0], found[1] if len(found) > 1 else None
 
 
-def _check_npz_labels(path: Path, labels: NDArray[Any], count: int) -> Tensor:
+def _check_npz_labels(path: Path, labels: NDArray[Any], count: int, most: int | None) -> Tensor:
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}; accepted are integers [{count}]")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{path}: arr_1 has labels from {low} to {high}; accepted are 0 to {count - 1}")
+    low, high, most = int(labels.min()), int(labels.max()), count if most is None else most
+    if low < 0 or high >= most:
+        raise ValueError(f"{path}: arr_1 has labels from {low} to {high}; accepted are 0 to {most - 1}")
     return torch.from_numpy(labels.astype(np.int64))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stepfusion import _checks
+from stepfusion.files.picture_reader import FORMATS, read_any_picture
 from stepfusion.training.array_files import read_idx, read_npz
-from stepfusion.training.folders import read_class_folders
+from stepfusion.training.folders import find_pictures
+from stepfusion.training.shards import find_shards, read_shards
+from stepfusion.training.stack import PictureStack
 
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}
 
@@ -24,11 +27,13 @@ class ImageDataset:
         images: uint8 [N, C, H, W], N >= 1, C = 1 or 3.
         labels: int64 [N] in ``range(num_classes)``, or None.
         class_names: one name for each class, or None if the source names none.
+        left_out: files of the source that are no pictures, and of no use here.
     """
 
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    left_out: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -42,12 +47,16 @@ class ImageDataset:
 
 
 def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
-    """Load images from a directory of idx files, a folder of class folders of PNG or JPEG images, or an .npz file.
+    """Load images from idx files, a folder of pictures, class folders of pictures, an .npz file, or shards.
 
     - idx: ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, plain or ``.gz`` (the test split: ``t10k-``).
-    - folders: each sub-folder is a class, in the order of the sorted names. All pictures must be of one size; grey
-      ones among coloured ones become coloured.
+    - class folders: each sub-folder is a class, in the order of the sorted names, with the pictures in and below it.
+    - a folder of pictures: without classes, or with a ``metadata.csv`` of ``file_name`` and ``label``.
     - npz: ``arr_0`` uint8 [N, H, W, C] (as in guided-diffusion's sample files) and optionally ``arr_1``, labels.
+    - shards: what ``stepfusion generate`` wrote, a part of it, or a WebDataset .tar of pictures and ``.cls`` labels.
+
+    Pictures are PNG, JPEG, WebP, BMP or TIFF, as :mod:`stepfusion.files.picture_reader` reads them, and of one size;
+    grey ones among coloured ones become coloured. What operating systems leave beside files is passed over.
 
     Args:
         path: the directory or file.
@@ -59,19 +68,19 @@ def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     path = Path(path)
     if split not in _IDX_PREFIXES:
         raise ValueError(f"split is {split!r}; accepted are 'train' and 'test'")
+    shards = find_shards(path)
+    if shards is not None:
+        images, labels = read_shards(shards)
+        return ImageDataset(images, None if labels is None else torch.tensor(labels))
     if path.is_file() and path.suffix == ".npz":
         return ImageDataset(*read_npz(path))
     if not path.is_dir():
         raise ValueError(f"{path} is neither a directory nor an .npz file")
-    images = _find_idx(path, f"{_IDX_PREFIXES[split]}-images-idx3-ubyte")
-    if images is not None:
-        labels = _find_idx(path, f"{_IDX_PREFIXES[split]}-labels-idx1-ubyte")
-        return _load_idx(images, labels)
-    if any(child.is_dir() for child in path.iterdir()):
-        return ImageDataset(*read_class_folders(path))
-    raise ValueError(
-        f"{path} holds neither {_IDX_PREFIXES[split]}-images-idx3-ubyte(.gz) nor class folders of images"
-    )
+    name = f"{_IDX_PREFIXES[split]}-images-idx3-ubyte"
+    idx = _find_idx(path, name)
+    if idx is not None:
+        return _load_idx(idx, _find_idx(path, f"{_IDX_PREFIXES[split]}-labels-idx1-ubyte"))
+    return _load_pictures(path, name)
 
 
 def resize(dataset: ImageDataset, size: int) -> ImageDataset:
@@ -84,7 +93,7 @@ def resize(dataset: ImageDataset, size: int) -> ImageDataset:
     size = _checks.integer("size", size, 1, min(height, width))
     rows, columns = _area_weights(height, size), _area_weights(width, size)
     parts = [(rows @ part.to(torch.float32) @ columns.T).round_() for part in torch.split(dataset.images, 4096)]
-    return ImageDataset(torch.cat([part.to(torch.uint8) for part in parts]), dataset.labels, dataset.class_names)
+    return replace(dataset, images=torch.cat([part.to(torch.uint8) for part in parts]))
 
 
 def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) -> ImageDataset:
@@ -106,7 +115,7 @@ def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) ->
             raise ValueError(f"group {name!r} has no labels")
     labels = new[dataset.labels]
     kept = labels >= 0
-    return ImageDataset(dataset.images[kept], labels[kept], tuple(groups))
+    return replace(dataset, images=dataset.images[kept], labels=labels[kept], class_names=tuple(groups))
 
 
 def _area_weights(old: int, new: int) -> Tensor:
@@ -136,3 +145,13 @@ def _load_idx(images_path: Path, labels_path: Path | None) -> ImageDataset:
     if len(labels) != len(images):
         raise ValueError(f"{labels_path} holds {len(labels)} labels, but {images_path} holds {len(images)} images")
     return ImageDataset(images[:, None], labels.to(torch.int64))
+
+
+def _load_pictures(path: Path, idx: str) -> ImageDataset:
+    found, stack = find_pictures(path), PictureStack()
+    if not found.files:
+        raise ValueError(f"{path} holds neither {idx}(.gz) nor pictures ({FORMATS})")
+    for file in found.files:
+        stack.add(file, read_any_picture(file))
+    labels = None if found.labels is None else torch.tensor(found.labels, dtype=torch.int64)
+    return ImageDataset(stack.whole(), labels, found.class_names, tuple(found.left_out))

@@ -158,11 +158,23 @@ def _load(instructions: str) -> Any:
 def _library(folder: Path, instructions: str) -> Any:
     text, flags = source(), _flags(instructions)
     target = folder / f"sampling-{_key(text, flags)}.so"
-    if not target.exists():
-        with filelock.FileLock(target.with_suffix(".lock"), timeout=_SECONDS):  # several processes, one compiler
-            if not target.exists():
-                _compile(text, flags, target)
+    if (library := _open(target)) is not None:
+        return library
+    with filelock.FileLock(target.with_suffix(".lock"), timeout=_SECONDS):  # several processes, one compiler
+        if (library := _open(target)) is not None:
+            return library
+        _compiler()  # before the line that says so
+        print("stepfusion: compiling the C++ sampling kernels, once on this machine", file=sys.stderr, flush=True)
+        build(text, flags, target)
     return ctypes.CDLL(str(target))
+
+
+def _open(path: Path) -> Any:
+    """The library in a file; None if there is none, or one that cannot be loaded and is to be compiled again."""
+    try:
+        return ctypes.CDLL(str(path)) if path.exists() else None
+    except OSError:
+        return None
 
 
 def source() -> str:
@@ -185,10 +197,10 @@ def _key(text: str, flags: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
-def _compile(text: str, flags: Sequence[str], target: Path) -> None:
+def build(text: str, flags: Sequence[str], target: Path) -> None:
+    """Compile C++ that calls PyTorch into a library, which appears whole or not at all."""
     compiler = _compiler()
     torch_folder = Path(torch.__file__).parent
-    print("stepfusion: compiling the C++ sampling kernels, once on this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         path, compiled, linked = (Path(folder) / name for name in ("sampling.cpp", "sampling.o", "sampling.so"))
         path.write_text(text, encoding="utf-8")
@@ -201,20 +213,17 @@ def _compile(text: str, flags: Sequence[str], target: Path) -> None:
 
 
 def _compiler() -> list[str]:
-    chosen = os.environ.get("CXX")
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for words in [chosen] if chosen else [[name] for name in _COMPILERS]:
+        if shutil.which(words[0]) is not None:
+            return words
     if chosen:
-        return shlex.split(chosen)
-    for name in _COMPILERS:
-        if (path := shutil.which(name)) is not None:
-            return [path]
-    raise _CompilerError(f"there is no C++ compiler ({', '.join(_COMPILERS)}, or another that CXX names)")
+        raise _CompilerError(f"there is no C++ compiler {chosen[0]!r}, which CXX names")
+    raise _CompilerError(f"there is no C++ compiler ({', '.join(_COMPILERS)}; CXX names another)")
 
 
 def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except FileNotFoundError as error:
-        raise _CompilerError(f"there is no C++ compiler {command[0]!r}") from error
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1])

@@ -251,8 +251,8 @@ def test_a_picture_is_edited(capsys: pytest.CaptureFixture[str]) -> None:
         ("--mask picture.png", "mask needs an image, got none"),
         ("--image picture.png --strength 2", "strength must be a finite number in (0, 1], got 2.0"),
         ("--image wide.png --strength 0.5", f"wide.png is 3 x {SIZE} pixels, and images are {SIZE} x {SIZE}"),
-        ("--image text.png --strength 0.5", "text.png is not a sound PNG or JPEG image: "),
-        ("--image none.png --strength 0.5", "none.png is not a sound PNG or JPEG image: "),
+        ("--image text.png --strength 0.5", "text.png is not a sound picture (PNG, JPEG, WebP, BMP or TIFF)"),
+        ("--image none.png --strength 0.5", "none.png cannot be read: "),
     ],
 )
 def test_bad_edits_are_refused_before_any_work(

@@ -197,7 +197,7 @@ def test_interpolate_between_pictures_begins_and_ends_with_them() -> None:
 
 
 REFUSED = {
-    "show schedule --image none.png": "none.png is not a sound PNG or JPEG image",
+    "show schedule --image none.png": "none.png cannot be read: No such file or directory",
     "show schedule --image photo.png --at 0,500": "--at must be in [0, 499], got 500",
     "show schedule --image photo.png --at 1,x": "--at must be integers in [0, 499], separated by commas, got '1,x'",
     "show schedule --image photo.png --out a.gif": "--out must be a file that ends in .png, got a.gif",

@@ -112,7 +112,7 @@ def test_labels_that_do_not_fit(idx_directory: Path) -> None:
 
 def test_places_that_hold_nothing(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "is neither a directory nor an .npz file")
-    refused(tmp_path, "holds neither train-images-idx3-ubyte(.gz) nor class folders of images")
+    refused(tmp_path, "holds neither train-images-idx3-ubyte(.gz) nor pictures (PNG, JPEG, WebP, BMP or TIFF)")
     refused(tmp_path, "split is 'validation'; accepted are 'train' and 'test'", split="validation", name="split")
     with pytest.raises(FileNotFoundError):
         read_idx(tmp_path / "absent-idx1-ubyte")
@@ -150,15 +150,15 @@ def test_grey_pictures_among_coloured_ones_become_coloured(tmp_path: Path) -> No
 def test_damaged_folders(tmp_path: Path) -> None:
     folder = tmp_path / "bags"
     folder.mkdir()
-    refused(tmp_path, "holds no PNG or JPEG image", name="bags")
+    refused(tmp_path, "is the folder of a class, and holds no picture", name="bags")
     Image.new("L", (5, 6)).save(folder / "a.png")
     Image.new("L", (6, 6)).save(folder / "b.png")
     refused(tmp_path, "is 6 x 6 pixels, and the pictures before it are 5 x 6", name="b.png")
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
-    refused(tmp_path, "is not a sound PNG or JPEG image", name="b.png")
+    refused(tmp_path, "is not a sound picture", name="b.png")
     Image.new("L", (5, 6)).save(folder / "b.gif")
     (folder / "b.gif").rename(folder / "b.png")
-    refused(tmp_path, "is not a sound PNG or JPEG image", name="b.png")
+    refused(tmp_path, "is not a sound picture", name="b.png")
 
 
 def test_npz(tmp_path: Path) -> None:
