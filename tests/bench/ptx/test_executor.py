@@ -12,7 +12,7 @@ from stepfusion_testing.executed_kernels import LAUNCHES
 
 pytest.importorskip("triton")
 
-CONTROLS = Path(__file__).parents[2] / "support" / "executed_kernels.py"
+CONTROLS = Path(__file__).parents[2] / "stepfusion_testing" / "executed_kernels.py"
 
 
 @pytest.fixture(scope="session")
