@@ -93,11 +93,12 @@ class Runners:
             plan.device,
             plan.dtype,
             null_label=spec.null_label if request.guided else None,
-            separate=self.invariant,
+            separate=self.invariant,  # one batch size for guided and unguided calls, or bits would differ
             learned_variance=request.table.learned_variance,
             history=request.table.history,
             known=request.known is not None,
             threshold=request.table.thresholds,
+            # room for the longest table at once: growing would throw captured ticks away
             capacity=0 if self.policy is None else spec.schedule.num_timesteps,
             context_size=spec.context_size if request.mixed else None,
         )
