@@ -72,18 +72,24 @@ class _Nothing:
         pass
 
 
-class _Silent(Engine):
-    """An engine whose ticks are replays of nothing: what is left is its own Python."""
+def _replay_nothing(engine: Engine) -> None:
+    """Make the ticks of an engine replays of nothing."""
 
-    def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:
-        return Runner(self._evaluator, settings, self.plan.ops, lambda body, device: _Nothing(), tables)
+    def runner(settings: Settings, tables: TableStore | None = None) -> Runner:
+        return Runner(engine._evaluator, settings, engine.plan.ops, lambda body, device: _Nothing(), tables)
+
+    engine._runner = runner  # type: ignore[method-assign]
 
 
 def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:
+    """An engine whose ticks do nothing: what is left is its own Python."""
+
     def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return x
 
-    return _Silent(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
+    engine = Engine(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
+    _replay_nothing(engine)
+    return engine
 
 
 def _sampling(engine: Engine, steps: int, lanes: int) -> Callable[[], object]:
