@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfusion import Engine, StepTable
 from stepfusion.bench.folder_distance import LIBRARIES, folder_distance
 from stepfusion.bench.image_classifier import (
     CLASSIFIER_DIRECTORY,
@@ -39,8 +38,10 @@ from stepfusion.bench.image_classifier import (
     to_unit_range,
     train_classifier,
 )
+from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
 from stepfusion.samplers.registry import SAMPLERS
+from stepfusion.samplers.table import StepTable
 from stepfusion.training.datasets import ImageDataset, load_dataset
 
 ACCURACY_GATE = 0.85

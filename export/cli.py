@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.arguments import add_sampler_arguments, table_request
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError

@@ -14,24 +14,10 @@ from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.schedule import NoiseSchedule
 
 
-def spec_of(engine: Engine) -> ModelSpec:
-    """What an engine knows of its model."""
-    return ModelSpec(
-        schedule=engine.schedule,
-        prediction=engine.prediction,
-        shape=engine.shape,
-        num_classes=engine.num_classes,
-        null_label=engine.null_label,
-        class_names=engine.class_names,
-        context_size=getattr(engine.network, "context_size", None),
-        options=engine.options,
-    )
-
-
 def model_to_json(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
     """The spec of an engine's model, the config of its network, and the batch sizes that were exported."""
     return {
-        **spec_to_json(spec_of(engine)),
+        **spec_to_json(engine.spec),
         "network": _plain(network_config(engine.network)),
         "batch": None if batch is None else [batch.low, batch.best, batch.high],
     }

@@ -193,5 +193,4 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     b2 = b * b
     sine = (((b2 * philox._SIN[2] + philox._SIN[1]) * b2 + philox._SIN[0]) * b2 + 1.0) * b
     cosine = ((b2 * philox._COS[1] + philox._COS[0]) * b2 - 0.5) * b2 + 1.0
-    x, y = (cosine - sine) * radius, (cosine + sine) * radius
-    return torch.where(angle_word & 1 != 0, -x, x), torch.where(angle_word & 2 != 0, -y, y)
+    return philox.quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)

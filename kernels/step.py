@@ -256,7 +256,7 @@ def diffusion_step(
         launch.check_dtype(name, tensor, (torch.float32,))
     launch.check_dtype("out", out, launch.FLOATS)
     given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
-    _check(x, out, rows, coefficients, timesteps, *given)
+    check_arguments(x, out, rows, coefficients, timesteps, *given)
     into = torch.empty_like(x, memory_format=torch.contiguous_format) if x_next is None else x_next
     _diffusion_step(
         x,
@@ -304,7 +304,7 @@ def diffusion_step_reference(
     ``threshold_max``], x0 becomes clip(x0, -s, s) / s.
     """
     given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
-    _check(x, out, rows, coefficients, timesteps, *given)
+    check_arguments(x, out, rows, coefficients, timesteps, *given)
     active = launch.per_lane(rows >= 0, x)
     safe = rows.clamp(min=0)
     columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)
@@ -387,7 +387,7 @@ def _draw(
     return normal_reference(seeds, indices, keys, tuple(x.shape[1:]), dtype=x.dtype)
 
 
-def _check(
+def check_arguments(
     x: torch.Tensor,
     out: torch.Tensor,
     rows: torch.Tensor,

@@ -26,7 +26,7 @@ class _Place:
     holders: int = 0
 
 
-class TableStore:
+class DeviceTables:
     """Room for the rows of tables: what a tick reads of them.
 
     ``coefficients`` float32 [R, 14], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.

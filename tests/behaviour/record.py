@@ -479,7 +479,11 @@ def answer(url: str, body: Any) -> Any:
             return [status, kept, digest(dict(arrays))]
     is_text = kept.get("Content-Type", "").startswith(("application/json", "text/"))
     text = (
-        re.sub(r'"(queued|running|total|tick_seconds|quiet_seconds|\w*_s)": ?[0-9.e-]+', "TIME", timeless(content.decode()))
+        re.sub(
+            r'"(queued|running|total|tick_seconds|quiet_seconds|\w*_s)": ?[0-9.e-]+',
+            "TIME",
+            timeless(content.decode()),
+        )
         if is_text
         else ""
     )

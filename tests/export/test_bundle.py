@@ -20,7 +20,7 @@ from stepfusion.export.environment import check_runs_here
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.program import Batch
-from stepfusion.export.spec_json import batch_from_json, model_to_json, spec_from_json, spec_of
+from stepfusion.export.spec_json import batch_from_json, model_to_json, spec_from_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
@@ -71,7 +71,7 @@ def test_what_is_written_is_read_back_to_the_bit(engine: sf.Engine, written: Pat
 def test_the_spec_of_a_model_comes_back(engine: sf.Engine, written: Path) -> None:
     model = read_bundle(written).manifest.model
     spec = spec_from_json(model)
-    assert spec == spec_of(engine)
+    assert spec == engine.spec
     for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "schedule", "options"):
         assert getattr(spec, name) == getattr(engine, name), name
     assert batch_from_json(model) == Batch(1, 2, 4)

@@ -22,7 +22,6 @@ from stepfusion.export.guide import guide
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest
 from stepfusion.export.program import DYNAMIC, Batch, export_program, input_specs, plain_network
-from stepfusion.export.spec_json import spec_of
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
@@ -111,7 +110,7 @@ def test_a_dtype_that_the_bundle_has_not_is_refused(onnx_bundle: Path) -> None:
 
 def test_what_comes_back_describes_itself(engine: sf.Engine, onnx_bundle: Path) -> None:
     network = load_network(onnx_bundle)
-    assert network.spec == spec_of(engine)
+    assert network.spec == engine.spec
     for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "schedule", "options"):
         assert getattr(network, name) == getattr(network.spec, name), name
     assert (network.in_channels, network.sample_size) == (1, (8, 8))

@@ -49,7 +49,7 @@ NETWORKS = (
 def run_script(*arguments: str) -> list[dict[str, object]]:
     """Partition in a process of its own, in which the stubs and the package's registrations stay."""
     here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, (str(here.parent / "support"), str(here), os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join(filter(None, (str(here.parent), str(here), os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
         [sys.executable, str(here / "partition_without_gpu.py"), *arguments],
         env={**os.environ, "PYTHONPATH": path},
