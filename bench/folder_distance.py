@@ -30,7 +30,7 @@ def folder_distance(a: Path, b: Path, library: str = "auto", device: str = "auto
         device: "auto", or a device that PyTorch finds here.
 
     Returns:
-        library, images (of each folder), frechet, kernel, and kernel_std where the library says it.
+        library, images (of each folder), frechet, kernel, and kernel_std if the library says it.
 
     Raises:
         ValueError: a folder is none, or holds fewer than two images. ImportError: the library is not installed.

@@ -79,6 +79,8 @@ class _Silent(CapturePolicy):
 
 
 def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:
+    """An engine whose ticks do nothing."""
+
     def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return x
 

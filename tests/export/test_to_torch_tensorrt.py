@@ -89,11 +89,11 @@ def test_a_report_is_read() -> None:
 
 def test_it_needs_the_package_and_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = cpu_engine(tiny_unet())
-    monkeypatch.setattr("stepfusion.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda name: None)
     missing = r"^the package torch_tensorrt is not installed: pip install 'stepfusion\[torch-tensorrt\]'$"
     with pytest.raises(sf.ExportError, match=missing):
         export_torch_tensorrt(engine, tmp_path / "bundle")
-    monkeypatch.setattr("stepfusion.export.formats.find_spec", lambda name: name)
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda name: name)
     with pytest.raises(sf.ExportError, match=r"builds for the GPU that the engine is on, and this one is on cpu$"):
         export_torch_tensorrt(engine, tmp_path / "bundle")
 
