@@ -3,7 +3,7 @@
 Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
 """
 
-from stepfusion.kernels.group_norm import group_norm_silu_reference as group_norm_silu
+from stepfusion.kernels.group_norm_reference import group_norm_silu_reference as group_norm_silu
 from stepfusion.kernels.philox import normal_reference as normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample_reference as q_sample
