@@ -2,6 +2,9 @@
 
 The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch.
 This package knows tensors only.
+
+Kernels have no gradient. If an input requires one, a function here runs as its reference, through autograd, with the
+same result to rounding.
 """
 
 from stepfusion.kernels import reference

@@ -440,12 +440,16 @@ def group_norm_silu(
         silu: whether to activate.
 
     Returns:
-        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once.
+        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once. Inputs that require a gradient go
+        to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     _check(x, weight, bias, groups, eps, skip, time, scale, shift, launch.FLOATS)
+    if launch.needs_gradient(x, weight, bias, skip, time, scale, shift):
+        options = {"skip": skip, "time": time, "scale": scale, "shift": shift}
+        return group_norm_silu_reference(x, weight, bias, groups, eps, **options, silu=silu)
     out: torch.Tensor = _group_norm_silu(x, skip, weight, bias, groups, float(eps), time, scale, shift, silu)
     return out
 

@@ -33,6 +33,7 @@ from stepfusion.kernels.philox import STREAM_STEP, normal_block, normal_referenc
 PARKED = -1  #: the ``row`` of a lane that has nothing to do
 FINITE = -1  #: the ``flag`` of a lane that never met a non-finite value
 
+_OPTIONAL = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_next", "x_net", "x0", "flags", "known")
 _WIDTH = len(COLUMNS)
 WIDTH = tl.constexpr(_WIDTH)
 STREAM = tl.constexpr(STREAM_STEP)
@@ -247,7 +248,8 @@ def diffusion_step(
 
     Returns:
         x_next. Rows beyond the table give NaN, and so do rows with a threshold, which takes a quantile of the whole
-        image: those are for :func:`stepfusion.kernels.reference.diffusion_step`.
+        image: those are for :func:`stepfusion.kernels.reference.diffusion_step`, which also runs inputs that require
+        a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
@@ -257,6 +259,9 @@ def diffusion_step(
     launch.check_dtype("out", out, launch.FLOATS)
     given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
     _check(x, out, rows, coefficients, timesteps, *given)
+    if launch.needs_gradient(x, out, coefficients, *given):
+        optional = dict(zip(_OPTIONAL, given, strict=True))
+        return diffusion_step_reference(x, out, rows, coefficients, timesteps, **optional)
     into = torch.empty_like(x, memory_format=torch.contiguous_format) if x_next is None else x_next
     _diffusion_step(
         x,
@@ -321,19 +326,21 @@ def diffusion_step_reference(
         scale = launch.per_lane(guidance.to(x.dtype), x)
         eps = torch.where(scale == 1.0, eps, uncond + scale * (eps - uncond))
 
-    # In place wherever it can be: on a CPU fresh memory costs more than arithmetic.
+    # In place wherever it can be: on a CPU fresh memory costs more than arithmetic. Autograd refuses out=.
     start = c["x0_x"] * x
     term = c["x0_out"] * eps
     start += term
-    torch.minimum(torch.maximum(start, -c["clip"], out=start), c["clip"], out=start)
+    room = None if launch.needs_gradient(start, *given) else term
+    start = _clipped(start, c["clip"], room is not None)
     if bool((threshold > 0).any()):
-        bounded = _thresholded(start, threshold.nan_to_num(), c["threshold_max"])
+        largest = torch.where(threshold > 0, c["threshold_max"], 1.0)  # 0 / 0 would be a gradient of NaN elsewhere
+        bounded = _thresholded(start, threshold.nan_to_num(), largest)
         start = torch.where(threshold > 0, bounded, start)
     result = c["next_x0"] * start
-    result += torch.mul(c["next_x"], x, out=term)
-    result += torch.mul(c["next_out"], eps, out=term)
+    result += torch.mul(c["next_x"], x, out=room)
+    result += torch.mul(c["next_out"], eps, out=room)
     if x0 is not None and bool((next_prev != 0).any()):
-        result = torch.where(next_prev != 0, result + torch.mul(next_prev, x0, out=term), result)
+        result = torch.where(next_prev != 0, result + torch.mul(next_prev, x0, out=room), result)
     noisy = (sigma != 0) & active
     renoised = (c["known_sigma"] != 0) & active & (known is not None)
     fixed = None if known is None else c["known_x"] * known
@@ -342,7 +349,7 @@ def diffusion_step_reference(
         if fixed is not None:
             fixed = torch.where(renoised, fixed + c["known_sigma"] * z, fixed)
         std = sigma if v is None else sigma * (c["half_log_min"] + (v * 0.5 + 0.5) * c["half_log_span"]).exp()
-        torch.mul(std, z, out=term)
+        term = torch.mul(std, z, out=room)
         result = result.add_(term) if bool(noisy.all()) else torch.where(noisy, result + term, result)
     if fixed is not None and known is not None:
         result = torch.where(known.isnan(), result, fixed)
@@ -360,6 +367,17 @@ def diffusion_step_reference(
     if x_next is None:
         return (result if everywhere else torch.where(active, result, x)).contiguous()
     return x_next.copy_(result if everywhere else torch.where(active, result, x_next))
+
+
+def _clipped(x0: torch.Tensor, bound: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """``x0`` in [-bound, bound].
+
+    The two forms have the same bits. The first is much the faster on a CPU; the second has the gradient that clipping
+    should have, 1 at the bounds themselves, where maximum and minimum share it between equals.
+    """
+    if in_place:
+        return torch.minimum(torch.maximum(x0, -bound, out=x0), bound, out=x0)
+    return x0.clamp(-bound, bound)
 
 
 def _thresholded(x0: torch.Tensor, quantile: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
