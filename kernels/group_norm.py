@@ -29,7 +29,7 @@ import torch
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
 from stepfusion.kernels.group_norm_geometry import geometry, power_of_two
-from stepfusion.kernels.group_norm_reference import check_arguments
+from stepfusion.kernels.group_norm_reference import check_arguments, group_norm_silu_reference
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -386,11 +386,15 @@ def group_norm_silu(
         silu: whether to activate.
 
     Returns:
-        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once.
+        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once. Inputs that require a gradient go
+        to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     check_arguments(x, weight, bias, groups, eps, skip, time, scale, shift, launch.FLOATS)
+    if launch.needs_gradient(x, weight, bias, skip, time, scale, shift):
+        options = {"skip": skip, "time": time, "scale": scale, "shift": shift}
+        return group_norm_silu_reference(x, weight, bias, groups, eps, **options, silu=silu)
     out: torch.Tensor = _group_norm_silu(x, skip, weight, bias, groups, float(eps), time, scale, shift, silu)
     return out

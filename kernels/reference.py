@@ -9,7 +9,7 @@ from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as 
 from stepfusion.kernels.q_sample import q_sample_reference as q_sample
 from stepfusion.kernels.single_step import ddim_step_reference as ddim_step
 from stepfusion.kernels.single_step import ddpm_step_reference as ddpm_step
-from stepfusion.kernels.step import diffusion_step_reference as diffusion_step
+from stepfusion.kernels.step_reference import diffusion_step_reference as diffusion_step
 from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
 
 __all__ = [
