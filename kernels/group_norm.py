@@ -185,6 +185,13 @@ def _gather(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _reciprocal_root(variance):  # type: ignore[no-untyped-def]
+    """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
+    small = variance < 2.0**-100
+    return tl.rsqrt(tl.where(small, variance * 2.0**64, variance)) * tl.where(small, 2.0**32, 1.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _store(  # type: ignore[no-untyped-def]
     out_ptr, h, mean, gain, offset, pixel, rows, c, there, C: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr
 ):
@@ -259,7 +266,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         gain *= factor
         offset = offset * factor + tl.load(shift_ptr + lane * shift_stride + c, mask=known, other=0.0).to(tl.float32)
     mean = mean[None, :, None]
-    gain = _chunks(gain[None, :], U) * tl.rsqrt(variance + eps)[None, :, None]
+    gain = _chunks(gain[None, :], U) * _reciprocal_root(variance + eps)[None, :, None]
     offset = _chunks(offset[None, :], U)
 
     _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)

@@ -235,6 +235,12 @@ def test_extreme_values(device: torch.device) -> None:
     torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-37)
 
 
+def test_a_variance_below_the_least_normal_number(device: torch.device) -> None:
+    """A GPU's reciprocal root takes it for 0; Triton's interpreter does not."""
+    given = Case(8, 8, 8, 2, silu=False, std=4e-20).arguments(device)
+    _assert_equivalent(kernels.group_norm_silu, given | {"eps": 0.0})
+
+
 # What it promises
 
 
