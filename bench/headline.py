@@ -20,9 +20,9 @@ from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
 from stepfusion.kernels import BackendError
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion.samplers import ddim, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
-from stepfusion.samplers.tables import ddim, ddpm
 
 PART = "headline"
 NOTEBOOK = "notebook loop float32"

@@ -15,8 +15,7 @@ from stepfusion.bench.measure import Timing, summarise
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
-from stepfusion.lanes.device_tables import TableStore
-from stepfusion.lanes.runner import Runner, Settings
+from stepfusion.execution.cuda_graph import CapturePolicy, Graph
 from stepfusion.samplers.schedule import NoiseSchedule
 
 PART = "host"
@@ -72,18 +71,22 @@ class _Nothing:
         pass
 
 
-class _Silent(Engine):
-    """An engine whose ticks are replays of nothing: what is left is its own Python."""
+class _Silent(CapturePolicy):
+    """Replaces every tick by a replay of nothing: what is left is the engine's own Python."""
 
-    def _runner(self, settings: Settings, tables: TableStore | None = None) -> Runner:
-        return Runner(self._evaluator, settings, self.plan.ops, lambda body, device: _Nothing(), tables)
+    def capture(self, body: Callable[[], None], device: torch.device) -> Graph | None:
+        return _Nothing()
 
 
 def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:
+    """An engine whose ticks do nothing."""
+
     def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return x
 
-    return _Silent(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
+    engine = Engine(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
+    engine.runners.policy = _Silent()
+    return engine
 
 
 def _sampling(engine: Engine, steps: int, lanes: int) -> Callable[[], object]:

@@ -9,17 +9,18 @@ Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`:
 """
 
 from stepfusion import kernels, networks, serving
-from stepfusion.checkpoints.diffusers_directory import load_pretrained, save_pretrained
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.diffusion.likelihood import bits_per_dimension
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.request import Event
+from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
-from stepfusion.samplers.tables import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 
 __version__ = "0.1.0"
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.arguments import add_sampler_arguments, table_request
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.execution.plan import DTYPES
-from stepfusion.export.bundle import KINDS, check_out, read_bundle
-from stepfusion.export.formats import FORMATS, exporter, find_format
+from stepfusion.export.bundle import check_out
+from stepfusion.export.exporters import exporter
+from stepfusion.export.formats import FORMATS, find_format
+from stepfusion.export.manifest import KINDS
 from stepfusion.export.program import DYNAMIC, Batch, export_program
 from stepfusion.export.to_triton_server import BACKENDS
 
@@ -40,7 +42,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the network (default: %(default)s)")
     add("--batch", default="dynamic", metavar="B", help="a number of images, or 'dynamic' (the default)")
     add("--batch-range", metavar="LOW:BEST:HIGH", help="of a dynamic batch (default: 1:8:64)")
-    add("--device", help="the device to write for, where the format is for one (default: the format's)")
+    add("--device", help="the device to write for, if the format is for one (default: the format's)")
     add("--strip-weights", action="store_true", help="tensorrt, tensorrt-rtx: an engine that is refitted when loaded")
     add("--server-backend", choices=BACKENDS, default="onnx", help="triton-server: what runs it there")
     add("--dry-run", action="store_true", help="torch-tensorrt: say how much it covers, and write nothing")
@@ -80,9 +82,9 @@ def run_export(args: argparse.Namespace) -> int:
     with tqdm(unit="step", disable=args.quiet or not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         if args.format in ("tensorrt", "tensorrt-rtx"):
             options |= {"strip_weights": args.strip_weights, "progress": _shown_on(bar)}
-        export(engine, args.out, batch=batch, table=table, **options)
+        bundle = export(engine, args.out, batch=batch, table=table, **options)
     if not args.quiet:
-        files = read_bundle(args.out).manifest.files
+        files = bundle.manifest.files
         size = sum((args.out / name).stat().st_size for name in files) / 1e6
         seconds = time.perf_counter() - started
         what = f"{args.dtype} {args.kind} as {args.format}"

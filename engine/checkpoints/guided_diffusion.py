@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import MAX_JSON_BYTES, check_state, stored_in_archive
+from stepfusion.checkpoints.archive import stored_in_archive
+from stepfusion.checkpoints.json_file import read_object
+from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.checkpoints.weights import check_state
 from stepfusion.errors import CheckpointError
-from stepfusion.files.atomic import read_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig
 from stepfusion.networks.blocks import Attention
 
@@ -104,7 +106,7 @@ _THEIR_NAMES = (
 
 
 @dataclass(frozen=True)
-class GuidedDiffusionModel:
+class GuidedDiffusionModel(LoadedModel):
     """What a checkpoint of guided-diffusion or improved-diffusion holds, as an engine wants it.
 
     Attributes:
@@ -200,7 +202,7 @@ def _described(path: Path, model: str | None, flags: Mapping[str, Any]) -> dict[
     if model is not None:
         base = PUBLISHED[_checks.choice("model", model, PUBLISHED)]
     elif beside.exists():
-        base = read_json(beside, CheckpointError, MAX_JSON_BYTES)
+        base = read_object(beside)
     else:
         base = PUBLISHED.get(path.stem, {})
     described = {**base, **flags}

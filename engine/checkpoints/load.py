@@ -14,7 +14,7 @@ from stepfusion.networks import ADMUNet, ContextUNet, UNet2D
 
 def load_model(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionModel:
     """Read a ``.pt`` file (:func:`stepfusion.load_guided_diffusion`), a bundled model or a model directory
-    (:func:`stepfusion.load_pretrained`).
+    (:func:`stepfusion.load_pretrained`): its ``network``, and its ``spec``, what is known of the model beside it.
 
     Raises:
         CheckpointError: what is missing or wrong.

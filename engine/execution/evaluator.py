@@ -26,23 +26,34 @@ class Evaluator:
     Args:
         network: ``network(x, timesteps)`` or, where `labelled`, ``network(x, timesteps, labels)``.
         labelled: whether it takes labels.
+
+    Attributes:
+        hoisted: True if the time path of the network is computed once for each row of a table.
+        form: what is left of the network then, a module ``(x, features[, labels])``.
+        compiled: the form itself, or what :meth:`compile_with` made of it.
+        network: ``network(x, features, labels) -> out``: x [B, C, H, W] in the network's dtype, the features [B, ...]
+            of each lane's row, and its label, int64 [B]. It calls ``compiled``.
     """
+
+    compiled: Callable[..., Tensor]
+    network: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __init__(self, network: Network, labelled: bool) -> None:
         self._network = network
         self._labelled = labelled
         self.hoisted = _is_hoistable(network)
         self.form: nn.Module = self._form()
-        self._call: Callable[..., Tensor] = self.form
+        self.compile_with(lambda form: form)
 
     def compile_with(self, compiler: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
         """Call the network through what `compiler` makes of its form from now on."""
-        self._call = compiler(self.form)
+        self.compiled = call = compiler(self.form)
+        self.network = call if self._labelled else lambda x, features, labels: call(x, features)
 
     @property
     def declined(self) -> str | None:
         """Why the network does not run as it was to be compiled; None while it does."""
-        reason: str | None = getattr(self._call, "failure", None) or getattr(self._call, "declined", None)
+        reason: str | None = getattr(self.compiled, "failure", None) or getattr(self.compiled, "declined", None)
         return reason
 
     @torch.no_grad()
@@ -56,17 +67,6 @@ class Evaluator:
             time = self._network.embed_time(padded)
             parts.append((time if self._labelled else self._network.condition(time))[: len(chunk)])
         return torch.cat(parts)
-
-    def __call__(self, x: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Run the network on x [B, C, H, W] with the features [B, ...] of each lane's row and its label, int64 [B].
-
-        Raises:
-            TypeError: the network returned something that is not a tensor.
-        """
-        out = self._call(x, features, labels) if self._labelled else self._call(x, features)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
-        return out
 
     def _form(self) -> nn.Module:
         if isinstance(self._network, TimeConditioned) and self.hoisted:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stepfusion import _checks, kernels
+from stepfusion.execution.cuda_graph import why_not_graph
 from stepfusion.kernels import reference
 from stepfusion.kernels.backend import (
     BackendError,
@@ -19,10 +20,11 @@ from stepfusion.kernels.backend import (
     require_triton,
     why_not_triton,
 )
-from stepfusion.lanes.cuda_graph import why_not_graph
 
 BACKENDS = ("auto", "triton", "reference")
 NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
+#: Why dynamic thresholding runs on the reference path.
+WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

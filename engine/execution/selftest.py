@@ -15,8 +15,8 @@ from stepfusion import kernels
 from stepfusion.kernels import reference
 from stepfusion.kernels.backend import why_not_triton
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion.samplers import ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.tables import ddpm
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,27 @@ from collections.abc import Callable
 
 import torch
 
+from stepfusion.options import ExecutionOptions
+
+_DEFAULT = {"cpu": 64}  # by device type
+_DEFAULT_GPU = 256
+_DEFAULT_INVARIANT = 16
 _SHARE = 0.8  # of the free memory: fragmentation, and libraries that pick a larger workspace for a larger batch
 _TRIALS = (1, 4)  # images; memory is close to linear in them, and the difference leaves out what is paid once
 
 
-def largest_batch(peak: Callable[[int], int], free: int, most: int) -> int:
+def default_batch(options: ExecutionOptions, device: torch.device) -> int | None:
+    """The most images at a time, as given or by default; None if free memory decides it (:func:`largest_batch`)."""
+    if options.batch is not None:
+        return options.batch
+    if options.invariant:
+        return _DEFAULT_INVARIANT
+    if device.type == "cuda":
+        return None
+    return _DEFAULT.get(device.type, _DEFAULT_GPU)
+
+
+def largest_batch(peak: Callable[[int], int], free: int, most: int = _DEFAULT_GPU) -> int:
     """The largest power of two, at most ``most``, of images that need at most a share of ``free`` bytes.
 
     Args:

@@ -1,48 +1,55 @@
-"""What is asked of an engine, checked before any work is done."""
+"""Requests: what is asked of an engine, checked before any work is done, and how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from stepfusion import _checks
-from stepfusion.lanes.editing import Edit, check_edit
-from stepfusion.lanes.runner import Ticket
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.errors import NonFiniteError
+from stepfusion.lanes.editing import Edit, check_edit, make_edit
+from stepfusion.model_spec import ModelSpec
+from stepfusion.options import SamplingOptions
+from stepfusion.samplers.registry import DEFAULT_SAMPLER
 from stepfusion.samplers.table import StepTable
 
+_LAST_SEED = (1 << 64) - 1
+_LAST_INDEX = (1 << 32) - 1
+_LARGEST_GUIDANCE = 1e4
+
+Tables = StepTable | Sequence[StepTable]
 Labels = int | Sequence[int] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
-Each = float | Sequence[float] | None
+Condition = int | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Model:
-    """The facts of a model that a request must fit."""
+class LaneStart:
+    """What a lane needs to start an image: the first row of its table, its identity, and its condition."""
 
-    schedule: NoiseSchedule
-    prediction: str
-    shape: tuple[int, ...]
-    num_classes: int | None
-    null_label: int | None
-    context_size: int | None = None
+    row: int
+    seed: int
+    index: int
+    label: Condition = 0
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images to make: for each a ticket, and the part of ``table`` that it walks.
+    """Images to make: for each how its lane starts, and the part of ``table`` that it walks.
 
-    ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise; ``guided`` says that some image
-    is guided, ``mixed`` that the tickets' labels are contexts. ``image`` [n, ...] is to be noised to where each
-    starts, and ``known`` [n, ...] is what each keeps, NaN elsewhere. ``first`` is the number of the first image where
+    ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise. ``guided`` is True if some
+    image is guided, ``mixed`` if the labels are contexts. ``image`` [n, ...] is to be noised to where each image
+    starts, and ``known`` [n, ...] is what each keeps, NaN elsewhere. ``first`` is the number of the first image if
     this is a part of a request.
     """
 
     table: StepTable
     parts: list[int]
-    tickets: list[Ticket]
+    lane_starts: list[LaneStart]
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
@@ -52,14 +59,18 @@ class Request:
     first: int = 0
 
     def __len__(self) -> int:
-        return len(self.tickets)
+        return len(self.lane_starts)
+
+    def steps(self, image: int) -> int:
+        """How many ticks an image takes."""
+        return self.table.steps(self.parts[image])
 
     def part(self, first: int, last: int) -> Request:
         """The request for images ``first`` to ``last`` - 1 of this one."""
         return replace(
             self,
             parts=self.parts[first:last],
-            tickets=self.tickets[first:last],
+            lane_starts=self.lane_starts[first:last],
             start=None if self.start is None else self.start[first:last],
             image=None if self.image is None else self.image[first:last],
             known=None if self.known is None else self.known[first:last],
@@ -68,136 +79,92 @@ class Request:
         )
 
 
-def make_request(
-    model: Model,
-    n: int | None,
-    table: StepTable | Sequence[StepTable],
-    seed: int | Sequence[int],
-    indices: Sequence[int] | None,
-    labels: Labels,
-    guidance: Each,
-    start: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    edit: Edit | None = None,
-) -> Request:
-    """The request that :meth:`stepfusion.Engine.sample` describes; TypeError or ValueError naming the argument."""
-    contexts = _given_contexts(model, labels)
-    one_for_all = contexts is not None and contexts.ndim == 1
-    image = None if edit is None else edit.image
-    count = _count(n, table, seed, indices, None if one_for_all else labels, guidance, start, image)
-    if edit is not None:
-        check_edit(edit, count, model.shape)
-    joined, parts = _tables(model, count, table, edit)
-    seeds = [_checks.integer("seed", value, 0, (1 << 64) - 1) for value in _each("seed", seed, count)]
-    if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
-        raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
-    numbers = _each("indices", range(count) if indices is None else indices, count)
-    numbers = [_checks.integer("indices", value, 0, (1 << 32) - 1) for value in numbers]
-    scales = _each("guidance", 1.0 if guidance is None else guidance, count)
-    scales = [_checks.number("guidance", value, 0.0, 1e4) for value in scales]
-    guided = any(scale != 1.0 for scale in scales)
-    if guided and model.null_label is None:
-        raise ValueError("guidance needs a null label, and this engine's model has none")
-    conditions = _labels(model, labels, count) if contexts is None else _contexts(model, contexts, count)
-    identities = zip(seeds, numbers, conditions, scales, strict=True)
-    tickets = [Ticket(joined.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
-    if start is not None:
-        check_images("start", start, (count, *model.shape))
-        if not bool(start.isfinite().all()):
-            raise ValueError("start must be finite, got NaN or infinite values")
-    if noise is not None:
-        longest = max((joined.steps(part) for part in parts), default=0)
-        check_images("noise", noise, (longest, count, *model.shape))
-    mixed = contexts is not None
-    if edit is None:
-        return Request(joined, parts, tickets, start, noise, guided, mixed)
-    image = edit.images(count) if edit.noised else None
-    return Request(joined, parts, tickets, start, noise, guided, mixed, image, edit.known(count))
+@dataclass(frozen=True)
+class Event:
+    """One step of some images, seen by :meth:`stepfusion.Engine.stream` and by callbacks.
+
+    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from.
+    ``images`` are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the
+    predictions it used, float32.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+    images: tuple[int, ...]
+    x: torch.Tensor
+    x0: torch.Tensor
 
 
-def _count(n: int | None, *others: Any) -> int:
-    """The number of images: ``n``, or the length of whatever was given one for each, or 1."""
-    if n is not None:
-        return _checks.integer("n", n, 0, 1 << 31)
-    for value in others:
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return len(value)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return len(value)
-    return 1
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request, and how far it is.
 
+    Attributes:
+        request: what is made.
+        first: the row of the device tables at which its table stands; None while it has no rows.
+        every: an event is wanted after every so many steps of an image and after its last; None for no events.
+        waiting: the images that have no lane yet, the next one first.
+    """
 
-def _tables(
-    model: Model, count: int, table: StepTable | Sequence[StepTable], edit: Edit | None
-) -> tuple[StepTable, list[int]]:
-    """All tables of a request in one, and each image's part of it; of an edit, the rows that are walked."""
-    if isinstance(table, StepTable):
-        if len(table.starts) != 1:
-            raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
-        _check_table(model, table)
-        return table if edit is None else edit.shorten(table), [0] * count
-    if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
-        raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
-    if len(table) != count or not table:
-        raise ValueError(f"table must be one StepTable or one for each of the {count} images, got {len(table)}")
-    distinct = list({id(one): one for one in table}.values())
-    for one in distinct:
-        _check_table(model, one)
-    position = {id(one): i for i, one in enumerate(distinct)}
-    walked = distinct if edit is None else [edit.shorten(one) for one in distinct]
-    return StepTable.concatenate(walked), [position[id(one)] for one in table]
+    request: Request
+    first: int | None = None
+    every: int | None = None
+    waiting: deque[int] = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.waiting = deque(range(len(self.request)))
 
-def _check_table(model: Model, table: StepTable) -> None:
-    if table.prediction != model.prediction:
-        raise ValueError(f"table is for prediction {table.prediction!r}, and the network's is {model.prediction!r}")
-    if table.schedule != model.schedule:
-        raise ValueError(f"table is for {table.schedule!r}, and the network's is {model.schedule!r}")
+    def steps(self, image: int) -> int:
+        """How many ticks an image takes."""
+        return self.request.steps(image)
 
+    def shows(self, image: int, step: int) -> bool:
+        """Whether an event is wanted after ``step`` steps of an image."""
+        return self.every is not None and (step % self.every == 0 or step == self.steps(image))
 
-def _labels(model: Model, labels: Labels, count: int) -> list[int | tuple[float, ...]]:
-    """One label an image; 0, which nobody reads, for a model without labels."""
-    if model.num_classes is None:
-        if labels is not None:
-            raise ValueError("labels were given, and this engine's model takes none")
-        return [0] * count
-    if labels is None:
-        if model.null_label is None:
-            raise ValueError(f"labels are needed: the model has {model.num_classes} classes and no null label")
-        return [model.null_label] * count
-    if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    return [_checks.integer("labels", label, 0, model.num_classes - 1) for label in _each("labels", labels, count)]
-
-
-def _given_contexts(model: Model, labels: Labels) -> torch.Tensor | None:
-    """The labels, where they are contexts."""
-    if model.context_size is None or not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
-        return None
-    return labels
-
-
-def _contexts(model: Model, contexts: torch.Tensor, count: int) -> list[int | tuple[float, ...]]:
-    """One context vector an image, from floats [K] for all or [n, K]."""
-    size = model.context_size
-    if list(contexts.shape) not in ([size], [count, size]):
-        raise ValueError(
-            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+    def nonfinite(self, image: int, flag: int) -> NonFiniteError:
+        """The error that names an image and the step at which it became non-finite; ``flag`` is its row there."""
+        request = self.request
+        table, part, start = request.table, request.parts[image], request.lane_starts[image]
+        row = flag - (self.first or 0)
+        error = NonFiniteError(
+            f"image {request.first + image} (seed {start.seed}, index {start.index}) became non-finite at step "
+            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
         )
-    if not bool(contexts.isfinite().all()):
-        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
-    return [tuple(row) for row in contexts.expand(count, -1).tolist()]
+        error.image = request.first + image
+        return error
 
 
-def _each(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each image: ``value`` for all, or a sequence of so many."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} must be one value or one for each of the {count} images, got {len(value)}")
-    return list(value)
+def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
+    """The request for ``n`` images of a model with these options (:class:`stepfusion.options.SamplingOptions`).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _check_names(options)
+    start, noise = options.get("start"), options.get("noise")
+    tables = _chosen_table(spec, table, options)
+    image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
+    edited = image is not None or strength is not None or mask is not None
+    edit = make_edit(image, strength, mask, start) if edited else None
+    count = _count(spec, n, tables, edit, options)
+    if edit is not None:
+        check_edit(edit, count, spec.shape)
+    joined, parts = _join(spec, count, tables, edit)
+    starts, guided = _lane_starts(spec, count, joined, parts, options)
+    _check_tensors(spec, count, joined, parts, start, noise)
+    return Request(
+        joined,
+        parts,
+        starts,
+        start,
+        noise,
+        guided,
+        mixed=_given_contexts(spec, options.get("labels")) is not None,
+        image=edit.images(count) if edit is not None and edit.noised else None,
+        known=None if edit is None else edit.known(count),
+    )
 
 
 def check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -209,3 +176,161 @@ def check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     if value.is_meta:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """``**options`` takes any name at run time; a wrong one is refused as a wrong keyword argument is."""
+    accepted = SamplingOptions.__annotations__
+    for name in options:
+        if name not in accepted:
+            raise TypeError(f"{name!r} is not a sampling option; the options are {', '.join(accepted)}")
+
+
+def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOptions) -> Tables:
+    """The table as given, or the one that sampler, steps and eta describe."""
+    sampler, steps, eta = options.get("sampler"), options.get("steps"), options.get("eta")
+    if table is None:
+        return spec.table(sampler or DEFAULT_SAMPLER, steps, **({} if eta is None else {"eta": eta}))
+    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta)):
+        if value is not None:
+            raise ValueError(f"table and {name} exclude each other, got both")
+    return table
+
+
+def _count(spec: ModelSpec, n: int | None, tables: Tables, edit: Edit | None, options: SamplingOptions) -> int:
+    """The number of images: ``n``, or the length of the first option that has one value for each image, or 1."""
+    if n is not None:
+        return _checks.integer("n", n, 0, 1 << 31)
+    labels = options.get("labels")
+    contexts = _given_contexts(spec, labels)
+    one_for_all = contexts is not None and contexts.ndim == 1
+    image = None if edit is None else edit.image
+    for value in (
+        tables,
+        options.get("seed"),
+        options.get("indices"),
+        None if one_for_all else labels,
+        options.get("guidance"),
+        options.get("start"),
+        image,
+    ):
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return len(value)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return len(value)
+    return 1
+
+
+def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tuple[StepTable, list[int]]:
+    """All tables of a request in one, and each image's part of it; of an edit, only the rows that are walked."""
+    if isinstance(table, StepTable):
+        if len(table.starts) != 1:
+            raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
+        _check_table(spec, table)
+        return table if edit is None else edit.shorten(table), [0] * count
+    if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
+        raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
+    if len(table) != count or not table:
+        raise ValueError(f"table must be one StepTable or one for each of the {count} images, got {len(table)}")
+    distinct = list({id(one): one for one in table}.values())
+    for one in distinct:
+        _check_table(spec, one)
+    position = {id(one): i for i, one in enumerate(distinct)}
+    walked = distinct if edit is None else [edit.shorten(one) for one in distinct]
+    return StepTable.concatenate(walked), [position[id(one)] for one in table]
+
+
+def _check_table(spec: ModelSpec, table: StepTable) -> None:
+    if table.prediction != spec.prediction:
+        raise ValueError(f"table is for prediction {table.prediction!r}, and the network's is {spec.prediction!r}")
+    if table.schedule is not spec.schedule and table.schedule != spec.schedule:
+        raise ValueError(f"table is for {table.schedule!r}, and the network's is {spec.schedule!r}")
+
+
+def _lane_starts(
+    spec: ModelSpec, count: int, table: StepTable, parts: list[int], options: SamplingOptions
+) -> tuple[list[LaneStart], bool]:
+    """How each image starts, and whether some image is guided."""
+    seeds = [_checks.integer("seed", value, 0, _LAST_SEED) for value in _each("seed", options.get("seed", 0), count)]
+    indices = options.get("indices")
+    if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
+        raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
+    numbers = _each("indices", range(count) if indices is None else indices, count)
+    numbers = [_checks.integer("indices", value, 0, _LAST_INDEX) for value in numbers]
+    guidance = options.get("guidance")
+    scales = _each("guidance", 1.0 if guidance is None else guidance, count)
+    scales = [_checks.number("guidance", value, 0.0, _LARGEST_GUIDANCE) for value in scales]
+    guided = any(scale != 1.0 for scale in scales)
+    if guided and spec.null_label is None:
+        raise ValueError("guidance needs a null label, and this engine's model has none")
+    identities = zip(seeds, numbers, _conditions(spec, options.get("labels"), count), scales, strict=True)
+    starts = [LaneStart(table.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
+    return starts, guided
+
+
+def _check_tensors(
+    spec: ModelSpec,
+    count: int,
+    table: StepTable,
+    parts: list[int],
+    start: torch.Tensor | None,
+    noise: torch.Tensor | None,
+) -> None:
+    if start is not None:
+        check_images("start", start, (count, *spec.shape))
+        if not bool(start.isfinite().all()):
+            raise ValueError("start must be finite, got NaN or infinite values")
+    if noise is not None:
+        longest = max((table.steps(part) for part in parts), default=0)
+        check_images("noise", noise, (longest, count, *spec.shape))
+
+
+def _given_contexts(spec: ModelSpec, labels: Labels) -> torch.Tensor | None:
+    """The labels, if they are contexts; else None."""
+    if spec.context_size is None or not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
+        return None
+    return labels
+
+
+def _conditions(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+    """One condition for each of ``count`` images; TypeError or ValueError naming the argument."""
+    contexts = _given_contexts(spec, labels)
+    return _labels(spec, labels, count) if contexts is None else _contexts(spec, contexts, count)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each image: ``value`` for all, or a sequence of ``count`` values."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be one value or one for each of the {count} images, got {len(value)}")
+    return list(value)
+
+
+def _labels(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+    """One label for each image; 0, which nobody reads, for a model without labels."""
+    if spec.num_classes is None:
+        if labels is not None:
+            raise ValueError("labels were given, and this engine's model takes none")
+        return [0] * count
+    if labels is None:
+        if spec.null_label is None:
+            raise ValueError(f"labels are needed: the model has {spec.num_classes} classes and no null label")
+        return [spec.null_label] * count
+    if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    return [_checks.integer("labels", label, 0, spec.num_classes - 1) for label in _each("labels", labels, count)]
+
+
+def _contexts(spec: ModelSpec, contexts: torch.Tensor, count: int) -> list[Condition]:
+    """One context vector for each image, from floats [K] for all or [n, K]."""
+    size = spec.context_size
+    if list(contexts.shape) not in ([size], [count, size]):
+        raise ValueError(
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+        )
+    if not bool(contexts.isfinite().all()):
+        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
+    return [tuple(row) for row in contexts.expand(count, -1).tolist()]

@@ -16,42 +16,39 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from stepfusion import kernels
+from stepfusion.execution.cuda_graph import CapturePolicy, Graph
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import FINITE, PARKED
-from stepfusion.lanes.cuda_graph import CaptureError, Graph
-from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.device_tables import DeviceTables
+from stepfusion.lanes.request import LaneStart
 from stepfusion.lanes.transfer import as_index, upload
 from stepfusion.samplers.table import StepTable
 
-Capture = Callable[[Callable[[], None], torch.device], Graph]
-
 
 @dataclass(frozen=True)
-class Ticket:
-    """What a lane needs to start: its first row, its identity, and its condition."""
+class RunnerKey:
+    """What a runner is made for: one runner serves every request that needs these.
 
-    row: int
-    seed: int
-    index: int
-    label: int | tuple[float, ...] = 0
-    guidance: float = 1.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a runner is made for: one runner serves every request with these.
-
-    ``lanes``, how many; ``shape`` of one image; ``dtype`` of the network's input; ``null_label``, the label without a
-    condition where lanes are guided; ``separate``: call the network for the labels and for the null label one after
-    the other, which keeps the batch size, instead of at once; ``learned_variance``: the table needs the variance that
-    the network learned; ``history``: the table has rows that use the x0 of the row before; ``known``: some lane keeps
-    a part of an image; ``threshold``: the table has dynamic thresholding; ``capacity``: rows of a table to make room
-    for; ``context_size``: labels are contexts with so many entries, all zero where there is no condition.
+    Attributes:
+        lanes: how many there are.
+        shape: of one image.
+        device: where the lanes are.
+        dtype: of the network's input.
+        null_label: the label without a condition, if lanes are guided; else None.
+        separate: call the network for the labels and for the null label one after the other, which keeps the batch
+            size, instead of for both at once.
+        learned_variance: the table needs the variance that the network learned.
+        history: the table has rows that use the x0 of the row before.
+        known: some lane keeps a part of an image.
+        threshold: the table has dynamic thresholding.
+        capacity: rows of a table to make room for.
+        context_size: labels are contexts with so many entries, all zero if there is no condition; else None.
     """
 
     lanes: int
@@ -69,51 +66,52 @@ class Settings:
 
 
 class Runner:
-    """Lanes of images of one shape, walking one table on one device.
+    """Lanes of images of one shape, walking tables on one device.
 
     Args:
         evaluator: the network.
         ops: where the step comes from, :mod:`stepfusion.kernels` or :mod:`stepfusion.kernels.reference`.
-        capture: captures ticks, so that they are replayed; None to run them one launch after the other.
+        policy: whether ticks are captured, and what captures them; None to run them one launch after the other.
         tables: what lanes walk, shared with other runners of this evaluator; by default this runner's own.
     """
 
     def __init__(
         self,
         evaluator: Evaluator,
-        settings: Settings,
+        key: RunnerKey,
         ops: ModuleType,
-        capture: Capture | None = None,
-        tables: TableStore | None = None,
+        policy: CapturePolicy | None = None,
+        tables: DeviceTables | None = None,
     ) -> None:
-        self._evaluator, self._settings, self._ops, self._capture = evaluator, settings, ops, capture
-        lanes, device = settings.lanes, settings.device
-        copies = 2 if settings.null_label is not None and not settings.separate else 1
-        self.x = torch.zeros((lanes, *settings.shape), device=device)
+        self._evaluator, self._key, self._ops, self._policy = evaluator, key, ops, policy
+        lanes, device = key.lanes, key.device
+        # With guidance the network is called once for both halves of a doubled batch, so the step writes x_net twice.
+        copies = 2 if key.null_label is not None and not key.separate else 1
+        self.x = torch.zeros((lanes, *key.shape), device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
-        self._x_net = torch.zeros((copies * lanes, *settings.shape), device=device, dtype=settings.dtype)
-        self._known = torch.full_like(self.x, math.nan) if settings.known else None
+        self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
+        self._known = torch.full_like(self.x, math.nan) if key.known else None
         self._noise: Tensor | None = None
-        self._rows = torch.full((lanes,), PARKED, device=device)
+        # Everything below is data of a lane and stays at its address: a captured tick reads it by address.
+        self.rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
-        if settings.context_size is None:
+        if key.context_size is None:
             self._labels = torch.zeros_like(self._seeds)
-            self._nothing = torch.full_like(self._seeds, settings.null_label or 0)
+            self._nothing = torch.full_like(self._seeds, key.null_label or 0)
         else:
-            self._labels = torch.zeros(lanes, settings.context_size, device=device, dtype=settings.dtype)
+            self._labels = torch.zeros(lanes, key.context_size, device=device, dtype=key.dtype)
             self._nothing = torch.zeros_like(self._labels)
         self._guidance = torch.ones(lanes, device=device)
-        self.tables = TableStore(evaluator, device, settings.capacity) if tables is None else tables
+        self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
         self._graphs: dict[tuple[bool, bool], Graph] = {}
-        self.uncaptured: str | None = None  # the reason why ticks are not replayed although that was asked for
 
     @property
     def lanes(self) -> int:
         """How many lanes there are."""
-        return self._settings.lanes
+        return self._key.lanes
 
     @property
     def captures(self) -> int:
@@ -125,6 +123,7 @@ class Runner:
         self.tables.release_all()
         first = self.tables.hold(table)
         if first is None:
+            # Growing allocates new buffers, and captured ticks still read the old ones.
             self._graphs.clear()
             self.tables.grow(len(table))
             first = self.tables.hold(table)
@@ -132,23 +131,21 @@ class Runner:
         return first
 
     def prepare(self, *, noise: bool, keep_x0: bool) -> None:
-        """Capture the kind of tick that is to come, where ticks are captured; every lane must be parked."""
+        """Capture the kind of tick that is to come, if ticks are captured; every lane must be parked."""
         kind = (noise, keep_x0)
         if noise and self._noise is None:
+            # A replay reads the noise at the address that the capture saw, so given noise is copied to this buffer.
             self._noise = torch.zeros_like(self.x)
-        if self._capture is None or self.uncaptured is not None or kind in self._graphs:
+        if self._policy is None or kind in self._graphs or not self._policy.captures(threshold=self._key.threshold):
             return
-        try:
-            self._graphs[kind] = self._capture(
-                lambda: self._move(self._noise if noise else None, keep_x0), self.x.device
-            )
-        except CaptureError as error:
-            self.uncaptured = str(error)
+        graph = self._policy.capture(lambda: self._launch(self._noise if noise else None, keep_x0), self.x.device)
+        if graph is not None:
+            self._graphs[kind] = graph
 
     def admit(
         self,
-        lanes: list[int],
-        tickets: Sequence[Ticket],
+        lanes: Sequence[int],
+        starts: Sequence[LaneStart],
         first: int | Sequence[int],
         start: Tensor | None = None,
         known: Tensor | None = None,
@@ -159,21 +156,23 @@ class Runner:
         they keep of an image, NaN where they are free.
         """
         device = self.x.device
-        places = [first] * len(tickets) if isinstance(first, int) else first
-        numbers = [[place + t.row, as_int64(t.seed), t.index] for place, t in zip(places, tickets, strict=True)]
+        places = [first] * len(starts) if isinstance(first, int) else first
+        # One upload for three columns: a copy to the device costs more than its bytes.
+        numbers = [[place + s.row, as_int64(s.seed), s.index] for place, s in zip(places, starts, strict=True)]
         rows, seeds, indices = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
-        labels = upload(torch.tensor([t.label for t in tickets], dtype=self._labels.dtype), device)
+        labels = upload(torch.tensor([s.label for s in starts], dtype=self._labels.dtype), device)
         if start is None:
-            shape = self._settings.shape
+            shape = self._key.shape
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
         where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
+        # Between ticks x_net holds what the network is shown next; for a new image the step has not written it yet.
         self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
         if self._known is not None:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
-        self._rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
+        self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
-        self._guidance[where] = upload(torch.tensor([t.guidance for t in tickets]), device)
+        self._guidance[where] = upload(torch.tensor([s.guidance for s in starts]), device)
         self.flags[where] = FINITE
 
     def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:
@@ -184,19 +183,21 @@ class Runner:
         """
         graph = self._graphs.get((noise is not None, keep_x0))
         if graph is None:
-            self._move(noise, keep_x0)
+            self._launch(noise, keep_x0)
             return
         if noise is not None and self._noise is not None:
             self._noise.copy_(noise)
         graph.replay()
 
-    def park(self, lanes: list[int] | None = None) -> None:
+    def park(self, lanes: Sequence[int] | None = None) -> None:
         """Take the images out of these lanes, or out of every lane."""
-        self._rows[slice(None) if lanes is None else as_index(lanes, self.x.device)] = PARKED
+        self.rows[slice(None) if lanes is None else as_index(lanes, self.x.device)] = PARKED
 
-    def take_over(self, other: Runner, lanes: list[int]) -> None:
-        """Go on with the images in these lanes of ``other`` in the first lanes of this runner; all its lanes must be
-        parked, and afterwards those of ``other`` are. Both must share a store and all settings but ``lanes``.
+    def take_over(self, other: Self, lanes: Sequence[int]) -> None:
+        """Go on with the images in these lanes of ``other`` in the first lanes of this runner.
+
+        All lanes of this runner must be parked before, and those of ``other`` are afterwards. Both must share their
+        device tables and all of their key but ``lanes``.
         """
         where = as_index(lanes, self.x.device)
         for mine, theirs in zip(self._lane_buffers(), other._lane_buffers(), strict=True):
@@ -205,18 +206,29 @@ class Runner:
 
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
-        single = (self.x, self.x0, self.flags, self._rows, self._seeds, self._indices, self._labels, self._guidance)
+        single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
         known = () if self._known is None else (self._known,)
         return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in (*single, *known))]
 
-    def _move(self, noise: Tensor | None, keep_x0: bool) -> None:
+    def _launch(self, noise: Tensor | None, keep_x0: bool) -> None:
         """The launches of a tick, which read and write nothing but this runner's buffers."""
-        tables = self.tables
-        out, out_uncond = self._evaluate(tables.features[self._rows])  # parked lanes, row -1, read the last
+        tables, network, key = self.tables, self._evaluator.network, self._key
+        guided, labels = key.null_label is not None, self._labels
+        features = tables.features[self.rows]  # parked lanes, row -1, read the last
+        if guided and not key.separate:  # both halves of the batch in one call
+            features, labels = torch.cat((features, features)), torch.cat((labels, self._nothing))
+        outputs = [network(self._x_net, features, labels)]
+        if guided and key.separate:
+            outputs.append(network(self._x_net, features, self._nothing))
+        for output in outputs:
+            self._check_output(output)
+        if guided and not key.separate:
+            outputs = list(outputs[0].chunk(2))
+        out, out_uncond = outputs if guided else (outputs[0], None)
         self._ops.diffusion_step(
             self.x,
             out,
-            self._rows,
+            self.rows,
             tables.coefficients,
             tables.timesteps,
             seeds=self._seeds if noise is None else None,
@@ -226,34 +238,26 @@ class Runner:
             guidance=None if out_uncond is None else self._guidance,
             x_next=self.x,
             x_net=self._x_net,
-            x0=self.x0 if keep_x0 or self._settings.history else None,
+            x0=self.x0 if keep_x0 or key.history else None,
             flags=self.flags,
             known=self._known,
         )
-        self._rows.copy_(tables.next_row[self._rows])
+        # In place, and after the step, which reads the row: parked lanes stay parked, for the last row's next is -1.
+        self.rows.copy_(tables.next_row[self.rows])
 
-    def _evaluate(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output with the condition, and without it where lanes are guided."""
-        if self._settings.null_label is None:
-            return self._call(self._x_net, features, self._labels), None
-        if self._settings.separate:
-            out = self._call(self._x_net, features, self._labels)
-            return out, self._call(self._x_net, features, self._nothing)
-        both = self._call(self._x_net, torch.cat((features, features)), torch.cat((self._labels, self._nothing)))
-        out, out_uncond = both.chunk(2)
-        return out, out_uncond
-
-    def _call(self, x: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        out = self._evaluator(x, features, labels)
-        doubled = (len(x), 2 * x.shape[1], *x.shape[2:])
-        learned = self._settings.learned_variance
-        accepted = (doubled,) if learned else (tuple(x.shape), doubled)
+    def _check_output(self, out: Tensor) -> None:
+        """TypeError or ValueError unless the network returned what the step takes."""
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
+        single = tuple(self._x_net.shape)
+        doubled = (single[0], 2 * single[1], *single[2:])
+        learned = self._key.learned_variance
+        accepted = (doubled,) if learned else (single, doubled)
         if tuple(out.shape) not in accepted:
             wanted = " or ".join(str(list(shape)) for shape in accepted)
             reason = "the sampler's learned variance needs" if learned else "this shape of x needs"
             raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
         self.learned = tuple(out.shape) == doubled
-        return out
 
 
 class RunnerPool:
@@ -265,21 +269,27 @@ class RunnerPool:
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._lock = threading.Lock()
-        self._idle: list[tuple[Settings, Runner]] = []
+        self._idle: list[tuple[RunnerKey, Runner]] = []
 
-    def take(self, settings: Settings, make: Callable[[Settings], Runner]) -> Runner:
-        """An idle runner with these settings, or a new one."""
+    @property
+    def idle(self) -> list[Runner]:
+        """The idle runners, the one that was idle longest first."""
+        with self._lock:
+            return [runner for _, runner in self._idle]
+
+    def take(self, key: RunnerKey, make: Callable[[RunnerKey], Runner]) -> Runner:
+        """An idle runner with this key, or a new one."""
         with self._lock:
             for position in reversed(range(len(self._idle))):
-                if self._idle[position][0] == settings:
+                if self._idle[position][0] == key:
                     return self._idle.pop(position)[1]
-        return make(settings)
+        return make(key)
 
-    def give(self, settings: Settings, runner: Runner) -> None:
+    def give(self, key: RunnerKey, runner: Runner) -> None:
         """Bring a runner back, its lanes in whatever state."""
         runner.park()
         with self._lock:
-            self._idle.append((settings, runner))
+            self._idle.append((key, runner))
             del self._idle[: -self._keep]
 
     def clear(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,9 @@ class Pace:
         self._before = reached
 
 
-def as_index(positions: list[int], device: torch.device) -> slice | Tensor:
+def as_index(positions: Sequence[int], device: torch.device) -> slice | Tensor:
     """What indexes a dimension at these positions: a slice where they are consecutive, which needs no copy."""
     first = positions[0]
-    if positions == list(range(first, first + len(positions))):
+    if list(positions) == list(range(first, first + len(positions))):
         return slice(first, first + len(positions))
     return upload(torch.tensor(positions, dtype=torch.int64), device)

@@ -6,16 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepfusion import _checks
-from stepfusion.samplers import tables
+from stepfusion.samplers.ancestral import ddpm
+from stepfusion.samplers.dpm_solver import dpmpp_2m, timesteps_in_bound
+from stepfusion.samplers.euler import euler_ancestral
+from stepfusion.samplers.implicit import ddim, ddim_inversion
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.timesteps import largest_offset
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
-    "ddim": tables.ddim,
-    "ddpm": tables.ddpm,
-    "dpmpp_2m": tables.dpmpp_2m,
-    "euler_ancestral": tables.euler_ancestral,
-    "ddim_inversion": tables.ddim_inversion,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_ancestral": euler_ancestral,
+    "ddim_inversion": ddim_inversion,
 }
 #: The default eta of the samplers that take one.
 SAMPLERS_WITH_ETA: dict[str, float] = {
@@ -43,8 +47,8 @@ def make_table(
 
     Args:
         steps: 50 by default, but all timesteps for "ddpm".
-        defaults: options of the model, used if ``options`` does not give them and the sampler takes them. Its clip
-            is used only for samplers that clip by default.
+        defaults: options of the model, used if ``options`` does not give them, the sampler takes them, and the
+            caller's own options leave a place for them. Its clip is used only for samplers that clip by default.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -56,10 +60,45 @@ def make_table(
     unknown = [name for name in options if name not in accepted]
     if unknown:
         raise TypeError(f"sampler {sampler!r} takes no option {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
-    chosen = {name: value for name, value in defaults.items() if name in accepted}
+    chosen = {name: value for name, value in defaults.items() if name in accepted and name not in options}
     if accepted.get("clip") is None:
         chosen.pop("clip", None)
-    return make(schedule, steps, **{**chosen, "prediction": prediction, **options})
+    _give_way(chosen, options, accepted)
+    options = {**chosen, "prediction": prediction, **options}
+    if "steps_offset" in chosen:
+        options["steps_offset"] = min(chosen["steps_offset"], _room_for_offset(schedule, steps, options, accepted))
+    return make(schedule, steps, **options)
+
+
+def _give_way(chosen: dict[str, Any], options: Mapping[str, Any], accepted: Mapping[str, Any]) -> None:
+    """Take out of a model's options what the caller's own options leave no place for.
+
+    Only what a caller gave may be refused: a model's "steps_offset" is an option of the spacing "leading", a list of
+    timesteps needs no spacing at all, and a caller's clip is one in place of the model's threshold.
+    """
+    if "timesteps" in options:
+        for name in ("spacing", "steps_offset", "lambda_min_clipped"):
+            chosen.pop(name, None)
+    if chosen.get("spacing") == "karras" and ("compat" in options or "steps_offset" in options):
+        del chosen["spacing"]
+    if {**accepted, **chosen, **options}.get("spacing") != "leading":
+        chosen.pop("steps_offset", None)
+    if "clip" in options and "threshold" not in options:
+        chosen.pop("threshold", None)
+    if options.get("v_posterior") and chosen.get("variance") == "fixed_large":
+        del chosen["variance"]
+
+
+def _room_for_offset(
+    schedule: NoiseSchedule, steps: int | None, options: Mapping[str, Any], accepted: Mapping[str, Any]
+) -> int:
+    """The largest offset with which so many steps stay below T; 0 if ``steps`` are none, as the sampler will say."""
+    total = schedule.num_timesteps
+    if "lambda_min_clipped" in accepted:
+        bound = options.get("lambda_min_clipped")
+        total = timesteps_in_bound(schedule, steps, None, options["prediction"], bound) or total
+    steps = total if steps is None else steps
+    return largest_offset(total, steps) if isinstance(steps, int) and 1 <= steps <= total else 0
 
 
 def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

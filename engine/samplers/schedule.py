@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepfusion import _checks
+from stepfusion.samplers.betas import MAX_TIMESTEPS, check_betas
 
 Array = NDArray[np.float64]
-
-MAX_TIMESTEPS = 1 << 20
 
 # What diffusers' scheduler configs hold: the keys of the first set shape the schedule, the others are the sampler's.
 _SCHEDULE_KEYS = frozenset(
@@ -45,21 +44,12 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
-        """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages."""
-        try:
-            array = np.asarray(betas, dtype=np.float64).copy()
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"betas must be numbers: {error}") from error
-        if array.ndim != 1 or not 1 <= len(array) <= MAX_TIMESTEPS:
-            raise ValueError(
-                f"betas must be one-dimensional with 1 to {MAX_TIMESTEPS} entries, got shape {array.shape}"
-            )
-        inside = (array > 0) & (array < 1)
-        inside[-1] |= array[-1] == 1
-        if not inside.all():
-            t = int(np.argmin(inside))
-            raise ValueError(f"betas must lie in (0, 1), the last one in (0, 1], got betas[{t}] = {array[t]}")
-        self.betas: Array = _frozen(array)
+        """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages.
+
+        Raises:
+            TypeError, ValueError: ``betas`` are not such numbers (:func:`stepfusion.samplers.betas.check_betas`).
+        """
+        self.betas: Array = _frozen(check_betas(betas))
         self.name = name
 
     @classmethod
@@ -131,7 +121,11 @@ class NoiseSchedule:
         ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
         trained = config.get("trained_betas")
         if trained is not None:
-            schedule = cls.from_betas(trained)
+            schedule = cls.from_betas(check_betas(trained, "trained_betas"))
+            if len(schedule.betas) != timesteps:
+                raise ValueError(
+                    f"trained_betas must have num_train_timesteps = {timesteps} entries, got {len(schedule.betas)}"
+                )
         elif kind == "linear":
             schedule = cls.linear(timesteps, *ends, scaled=False)
         elif kind == "scaled_linear":

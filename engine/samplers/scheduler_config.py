@@ -22,7 +22,7 @@ _VARIANCES = {
 
 def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str, Any]]:
     """The schedule, the prediction type, and the samplers' options, by their names in
-    :mod:`stepfusion.samplers.tables`.
+    :mod:`stepfusion.samplers.registry`.
 
     Options that the config leaves out have diffusers' defaults. What its settings mean is taken over, its quirks
     are not: ask for those with ``compat="diffusers"``.

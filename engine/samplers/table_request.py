@@ -1,32 +1,38 @@
-"""How commands, bulk jobs and HTTP ask for a sampler's table: in values that can be sent to another process."""
+"""A request for a sampler's table, in values that can be sent to another process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from stepfusion.engine import SAMPLERS, SAMPLERS_WITH_ETA, Engine
+from stepfusion.samplers.registry import DEFAULT_SAMPLER, SAMPLERS_WITH_ETA
 from stepfusion.samplers.table import StepTable
 
-#: What can be asked for by name: every sampler that starts from noise.
-OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
+
+class MakesTables(Protocol):
+    """A model that makes its samplers' tables: a :class:`stepfusion.model_spec.ModelSpec` or an engine."""
+
+    def table(self, sampler: str = ..., steps: int | None = ..., **options: Any) -> StepTable:
+        """:func:`stepfusion.samplers.registry.make_table` for this model's schedule and prediction type."""
+        ...
 
 
 @dataclass(frozen=True)
 class TableRequest:
-    """A sampler and its options, as :meth:`stepfusion.Engine.table` takes them; None is its default.
+    """A sampler and its options, as :func:`stepfusion.samplers.registry.make_table` takes them; None is the default.
 
     ``timesteps`` stands in place of ``steps`` and ``spacing``.
     """
 
-    sampler: str = "ddim"
+    sampler: str = DEFAULT_SAMPLER
     steps: int | None = None
     eta: float | None = None
     spacing: str | None = None
     timesteps: str | Sequence[int] | None = None
 
     def check(self, mark: str = "") -> None:
-        """ValueError where options contradict each other, or one is not the sampler's.
+        """ValueError if options contradict each other, or one is not the sampler's.
 
         ``mark`` stands before every name, "--" in a command.
         """
@@ -37,8 +43,8 @@ class TableRequest:
             if self.timesteps is not None and getattr(self, name) is not None:
                 raise ValueError(f"{mark}{name} and {mark}timesteps exclude each other, got both")
 
-    def of(self, engine: Engine) -> StepTable:
-        """The table of this engine's schedule."""
+    def of(self, model: MakesTables) -> StepTable:
+        """The table for this model's schedule."""
         names = ("eta", "spacing", "timesteps")
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return engine.table(self.sampler, self.steps, **options)
+        return model.table(self.sampler, self.steps, **options)

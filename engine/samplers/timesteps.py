@@ -29,13 +29,18 @@ def spaced(
 ) -> Timesteps:
     """``steps`` timesteps out of [0, T), strictly decreasing, int64.
 
-    - leading: multiples of T // steps, plus ``steps_offset`` (Ho et al.'s and Song et al.'s code);
+    - leading: in even steps from ``steps_offset`` to where ``range(steps_offset, T, T // steps)`` ends (Song et al.'s
+      code). If ``steps`` divides T, these are the multiples of T / steps (Ho et al.'s). If not, that range has more
+      than ``steps`` entries, and the lowest of them, which peers keep, may end far below T: 501 of 1000 at 500, where
+      an image is not yet noise;
     - linspace: evenly from T-1 to 0, ends included;
     - trailing: T-1 and then every T / steps down, so that the first step starts from pure noise (Lin et al. 2024,
       table 2).
 
-    The names are diffusers'. ``compat="guided-diffusion"`` rounds "linspace" as that library's sections do;
-    ``compat="diffusers"`` refuses the step counts for which that library's "trailing" ends in t = -1.
+    The names are diffusers'. A single step starts at T-1 with every spacing. ``compat`` gives peers' lists: as
+    "leading" the lowest multiples of T // steps, and as a single step of "leading" and "linspace" timestep 0.
+    ``compat="guided-diffusion"`` rounds "linspace" as that library's sections do; ``compat="diffusers"`` refuses the
+    step counts for which that library's "trailing" ends in t = -1.
     """
     total = _checks.integer("num_train_timesteps", num_train_timesteps, 1, 1 << 20)
     steps = _checks.integer("steps", steps, 1, total)
@@ -46,12 +51,17 @@ def spaced(
             f"steps = {steps} with spacing 'trailing' is a count for which diffusers makes {steps + 1} timesteps, "
             "the last one -1: use another count, or compat=None"
         )
-    result = _ascending(total, steps, spacing, offset, compat)[::-1].astype(np.int64)
-    if result[0] >= total:
+    reached = offset + (steps - 1) * (total // steps)
+    if spacing == "leading" and reached >= total:
         raise ValueError(
-            f"steps_offset = {offset} with steps = {steps} reaches timestep {result[0]}, beyond T - 1 = {total - 1}"
+            f"steps_offset = {offset} with steps = {steps} reaches timestep {reached}, beyond T - 1 = {total - 1}"
         )
-    return result
+    return _ascending(total, steps, spacing, offset, compat)[::-1].astype(np.int64)
+
+
+def largest_offset(num_train_timesteps: int, steps: int) -> int:
+    """The largest ``steps_offset`` that :func:`spaced` takes with so many steps of "leading"."""
+    return num_train_timesteps - 1 - (steps - 1) * (num_train_timesteps // steps)
 
 
 def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7.0) -> Timesteps:
@@ -133,13 +143,24 @@ def given(num_train_timesteps: int, timesteps: Sequence[int] | NDArray[Any] | st
 
 def _ascending(total: int, steps: int, spacing: str, offset: int, compat: str | None) -> NDArray[np.floating[Any]]:
     """The timesteps of :func:`spaced`, integers still held as floats, first to last."""
+    if compat is None and steps == 1:
+        return np.array([total - 1.0])
     if spacing == "leading":
-        return np.arange(steps) * float(total // steps) + offset
+        stride = total // steps
+        if compat is None:
+            return _even(offset, offset + (total - 1 - offset) // stride * stride, steps)
+        return np.arange(steps) * float(stride) + offset
     if spacing == "trailing":
         return np.round(np.arange(total, 0, -total / steps))[:steps][::-1] - 1  # arange may run one entry on, to 0
     if compat == "guided-diffusion":
         return _sections(total, steps)
     return np.round(np.linspace(0, total - 1, steps))
+
+
+def _even(first: int, last: int, steps: int) -> NDArray[np.float64]:
+    """At least two integers from ``first`` to ``last``, evenly spaced and rounded."""
+    positions = np.arange(steps, dtype=np.int64) * (last - first)
+    return (first + (2 * positions + steps - 1) // (2 * (steps - 1))).astype(np.float64)
 
 
 def _counts(counts: str | Sequence[int]) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 from stepfusion.serving.async_engine import AsyncEngine, Status
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
-from stepfusion.serving.job import Result, Timings
+from stepfusion.serving.served_request import Result, Timings
 
 __all__ = [
     "AsyncEngine",

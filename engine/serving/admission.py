@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-from stepfusion.serving.job import Job
+from stepfusion.serving.served_request import ServedRequest
 
 
 class Admission:
@@ -18,29 +18,29 @@ class Admission:
 
     def __init__(self, aging: float) -> None:
         self._aging = aging
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, ServedRequest] = {}
         self._turn = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ServedRequest) -> None:
         """Let a request wait, unless all of its images have a lane."""
         if job.waiting:
             self._jobs[job.number] = job
 
-    def discard(self, job: Job) -> None:
+    def discard(self, job: ServedRequest) -> None:
         """Forget a request."""
         self._jobs.pop(job.number, None)
 
-    def pick(self, lanes: int, now: float, ready: Callable[[Job], bool]) -> list[tuple[Job, int]]:
+    def pick(self, lanes: int, now: float, ready: Callable[[ServedRequest], bool]) -> list[tuple[ServedRequest, int]]:
         """The images that get so many free lanes at the time ``now``, taken off what their requests wait with.
 
         ``ready``: whether a request can start now.
         """
         if not self._jobs or lanes < 1:
             return []
-        chosen: list[tuple[Job, int]] = []
+        chosen: list[tuple[ServedRequest, int]] = []
         heap = [(-self._level(job, now), job.turn, number) for number, job in self._jobs.items()]
         heapify(heap)
         while heap and len(chosen) < lanes:
@@ -57,5 +57,5 @@ class Admission:
                 del self._jobs[number]
         return chosen
 
-    def _level(self, job: Job, now: float) -> int:
+    def _level(self, job: ServedRequest, now: float) -> int:
         return job.priority + int((now - job.since) / self._aging)

@@ -6,31 +6,29 @@ import asyncio
 import itertools
 import time
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.lanes.walk import Event
+from stepfusion.lanes.request import Event
+from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
-from stepfusion.serving.job import Job, Result
+from stepfusion.serving.events import EventQueue
 from stepfusion.serving.metrics import make_metrics
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.served_request import Result, ServedRequest
 from stepfusion.serving.tracing import make_tracing
 from stepfusion.serving.worker import Worker
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-_EVENTS_KEPT = 64  # of one stream, for a reader who is slower than the lanes
 _MOST_PRIORITY = 1000
 
 
@@ -100,7 +98,8 @@ class AsyncEngine:
         self._numbers = itertools.count(1)
         backlog, metrics, tracing = self._backlog, self._metrics, self._tracing
 
-        def make() -> Scheduler:  # it does not know this object, which so ends, with its thread, when nobody has it
+        # It holds no reference to this object: so this object and its thread end when nobody uses it any more.
+        def make() -> Scheduler:
             widths = _widths(engine, engine.batch if lanes is None else lanes)
             return Scheduler(engine, backlog, widths=widths, rows=rows, aging=aging, metrics=metrics, tracing=tracing)
 
@@ -114,23 +113,17 @@ class AsyncEngine:
         n: int | None = None,
         table: StepTable | Sequence[StepTable] | None = None,
         *,
-        steps: int | None = None,
-        eta: float | None = None,
-        sampler: str | None = None,
-        seed: int | Sequence[int] = 0,
-        indices: Sequence[int] | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
-        guidance: float | Sequence[float] | None = None,
         output: str = "float32",
         priority: int = 0,
         deadline: float | None = None,
         progress: Callable[[Event], object] | None = None,
         every: int = 1,
+        **options: Unpack[SamplingOptions],
     ) -> Future[Result]:
         """Ask for images, from any thread. ``future.cancel()`` frees their lanes by the next tick, at any time.
 
         Args:
-            n, table, steps, eta, sampler, seed, indices, labels, guidance: as for :meth:`stepfusion.Engine.sample`.
+            n, table, options: as for :meth:`stepfusion.Engine.sample`.
             output: "float32" images in [-1, 1], or "uint8" pixels, as ``engine.to_uint8`` makes them.
             priority: in [-1000, 1000]; higher ones get lanes first.
             deadline: seconds from now after which the images are of no use.
@@ -149,17 +142,16 @@ class AsyncEngine:
         """
         try:
             self._worker.check()
-            chosen: dict[str, Any] = {"steps": steps, "eta": eta, "sampler": sampler, "seed": seed}
-            request = self._engine.request(n, table, **chosen, indices=indices, labels=labels, guidance=guidance)
-            job = Job(
-                next(self._numbers),
-                request,
-                Future(),
-                time.monotonic(),
+            every = _checks.integer("every", every, 1, 1 << 31)
+            job = ServedRequest(
+                self._engine.request(n, table, **options),
+                every=None if progress is None else every,
+                number=next(self._numbers),
+                future=Future(),
+                submitted=time.monotonic(),
                 pixels=_checks.choice("output", output, ("float32", "uint8")) == "uint8",
                 priority=_checks.integer("priority", priority, -_MOST_PRIORITY, _MOST_PRIORITY),
                 progress=progress,
-                every=_checks.integer("every", every, 1, 1 << 31),
                 context=self._tracing.context(),
             )
             self._check(job, deadline)
@@ -186,26 +178,15 @@ class AsyncEngine:
         """
         if "progress" in arguments:
             raise TypeError("stream takes no progress: it yields the events")
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
-
-        def arrive(event: Event | None = None) -> None:
-            if event is not None:
-                events.append(event)
-            arrived.set()
-
-        progress: Callable[[Event], object] = lambda event: loop.call_soon_threadsafe(arrive, event)  # noqa: E731
-        future = asyncio.wrap_future(self.submit(n, table, progress=progress, **arguments))
-        future.add_done_callback(lambda _: arrive())
+        events = EventQueue()
+        events.follow(self.submit(n, table, progress=events.send, **arguments))
         try:
-            while not future.done() or events:
-                await arrived.wait()
-                arrived.clear()
-                while events:
-                    yield events.popleft()
-            yield await future
+            while not isinstance(event := await events.next(), Result):
+                if event is not None:
+                    yield event
+            yield event
         finally:
-            future.cancel()
+            events.cancel()
 
     # Life
 
@@ -274,7 +255,7 @@ class AsyncEngine:
 
     # How it does it
 
-    def _check(self, job: Job, deadline: float | None) -> None:
+    def _check(self, job: ServedRequest, deadline: float | None) -> None:
         """What :meth:`stepfusion.Engine.request` cannot know."""
         table, size, scheduler = job.request.table, len(job.request), self._worker.scheduler
         assert scheduler is not None  # the worker was ready
@@ -296,7 +277,7 @@ class AsyncEngine:
                     f"deadline must be at least {least:.3g} s, which these images take on idle lanes, got {deadline}"
                 )
 
-    def _enter(self, job: Job) -> None:
+    def _enter(self, job: ServedRequest) -> None:
         """Announce a request's images, and hand it over."""
         images, steps = len(job.waiting), job.waiting_steps
         self._backlog.enter(images, steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from stepfusion.serving.job import Timings
+from stepfusion.serving.served_request import Timings
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -13,23 +13,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from stepfusion.errors import first_line
-from stepfusion.kernels import FINITE
-from stepfusion.lanes.device_tables import TableStore
-from stepfusion.lanes.request import Request
-from stepfusion.lanes.runner import Runner, Settings
+from stepfusion.lanes.device_tables import DeviceTables
+from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
+from stepfusion.lanes.request import Event, Request
+from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.transfer import HostCopy, Pace
-from stepfusion.lanes.walk import Event, nonfinite
 from stepfusion.serving.admission import Admission
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded
-from stepfusion.serving.job import Job, Result, Timings
-from stepfusion.serving.lanes import LanePool, Seat
 from stepfusion.serving.metrics import Metrics
+from stepfusion.serving.served_request import Result, ServedRequest, Timings
 from stepfusion.serving.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -39,25 +37,22 @@ logger = logging.getLogger("stepfusion.serving")
 
 
 @dataclass(frozen=True)
-class _Landing:
+class _Transfer:
     """Values on their way to the host, and what is done with them there."""
 
-    copies: Sequence[HostCopy]
-    land: Callable[..., None]
+    copies: Sequence[HostCopy | Departure]
+    arrive: Callable[[], None]
 
     @property
     def ready(self) -> bool:
         return all(copy.ready for copy in self.copies)
 
-    def __call__(self) -> None:
-        self.land(*(copy.wait() for copy in self.copies))
-
 
 @dataclass
 class _Pool:
-    """The lanes of one kind, and who waits for them."""
+    """The lanes of one kind, and the requests that wait for them."""
 
-    lanes: LanePool
+    lanes: LaneEngine
     queue: Admission
 
 
@@ -83,19 +78,19 @@ class Scheduler:
         self._engine, self._backlog = engine, backlog
         self._widths, self._aging = tuple(widths), aging
         self._metrics, self._tracing = metrics, tracing
-        self._tables = TableStore(engine._evaluator, engine.plan.device, rows)
-        self._pools: dict[Settings, _Pool] = {}
-        self._jobs: dict[int, Job] = {}
-        self._landings: deque[_Landing] = deque()
+        self._tables = DeviceTables(engine.evaluator, engine.plan.device, rows)
+        self._pools: dict[tuple[RunnerKey, bool], _Pool] = {}
+        self._requests: dict[int, ServedRequest] = {}
+        self._transfers: deque[_Transfer] = deque()
         self._pace = Pace(engine.plan.device)
-        self._needs_room: Job | None = None
+        self._needs_room: ServedRequest | None = None
         self.learned = False  #: whether the network learned its variance
         backlog.lanes = self._widths[-1]
 
     @property
     def idle(self) -> bool:
         """True where no request is left."""
-        return not self._jobs
+        return not self._requests
 
     @property
     def busy(self) -> int:
@@ -132,9 +127,10 @@ class Scheduler:
                 except torch.OutOfMemoryError as error:
                     self._halve(pool, error)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ServedRequest) -> None:
         """Take a request on; its images are in the backlog."""
-        self._jobs[job.number] = job
+        job.request = self._engine.runners.noised(job.request)
+        self._requests[job.number] = job
         if job.future.cancelled():
             self.cancelled(job.number)
         elif job.left:
@@ -144,22 +140,22 @@ class Scheduler:
 
     def cancelled(self, number: int) -> None:
         """The caller of a request wants nothing more of it; its lanes are free."""
-        job = self._jobs.get(number)
+        job = self._requests.get(number)
         if job is not None:
             self._end(job, "cancelled", None)
 
     def end_all(self, outcome: str, error: Exception) -> None:
         """End every request with this error."""
-        for job in list(self._jobs.values()):
+        for job in list(self._requests.values()):
             self._end(job, outcome, error)
 
-    def bury(self, late: Sequence[Job], error: Exception) -> None:
+    def fail_all(self, late: Sequence[ServedRequest], error: Exception) -> None:
         """Tell every caller, of ``late`` requests too, that nothing more comes; the device, which may be broken, is
         left alone.
         """
-        for job in (*self._jobs.values(), *late):
+        for job in (*self._requests.values(), *late):
             self._tell(job, "dead", error)
-        self._jobs.clear()
+        self._requests.clear()
 
     def step(self) -> None:
         """One round. torch.OutOfMemoryError where not even one lane fits."""
@@ -172,31 +168,32 @@ class Scheduler:
                     self._tick(pool.lanes)
             except torch.OutOfMemoryError as error:
                 self._halve(pool, error)
-        ticked = self.busy > 0 or bool(self._landings)
+        ticked = self.busy > 0 or bool(self._transfers)
         self._pace.step()
-        while self._landings and (self._landings[0].ready or not self.busy):
-            self._landings.popleft()()
+        while self._transfers and (self._transfers[0].ready or not self.busy):
+            self._transfers.popleft().arrive()
         if ticked:
             self._backlog.measured(time.monotonic() - started)
         self._metrics.lanes(self.busy, self.lanes)
-        self._metrics.queue(len(self._jobs), self._backlog.images)
+        self._metrics.queue(len(self._requests), self._backlog.images)
 
     # Lanes
 
     def _pool(self, request: Request) -> _Pool:
         """The lanes for a request, by how its network is called; guided ones with the null label as well."""
+        runners, given_noise = self._engine.runners, request.noise is not None
         # whether the network learned its variance is known by now, and the same for all
-        settings = replace(self._engine._settings(request, self._widths[-1]), learned_variance=False)
-        pool = self._pools.get(settings)
+        key = replace(runners.key(request, self._widths[-1]), learned_variance=False)
+        pool = self._pools.get((key, given_noise))
         if pool is None:
 
             def make(width: int) -> Runner:
-                runner = self._engine._runner(replace(settings, lanes=width), self._tables)
-                runner.prepare(noise=False, keep_x0=True)
-                self._engine._note_capture(runner)
+                runner = runners.make(replace(key, lanes=width), self._tables)
+                runner.prepare(noise=given_noise, keep_x0=True)
                 return runner
 
-            pool = self._pools[settings] = _Pool(LanePool(make, self._widths), Admission(self._aging))
+            lanes = LaneEngine(make, self._widths, given_noise=given_noise, may_halve=not runners.invariant)
+            pool = self._pools[key, given_noise] = _Pool(lanes, Admission(self._aging))
         return pool
 
     def _admit(self, pool: _Pool, now: float) -> None:
@@ -211,72 +208,68 @@ class Scheduler:
             self._put_back(pool, chosen)
             raise
 
-    def _place(self, job: Job) -> bool:
+    def _place(self, job: ServedRequest) -> bool:
         """Whether a request's table has its rows. Who finds no room is the next to get some, before all others."""
         if job.first is None and self._needs_room in (None, job):
             job.first = self._tables.hold(job.request.table)
             self._needs_room = job if job.first is None else None
         return job.first is not None
 
-    def _tick(self, lanes: LanePool) -> None:
+    def _tick(self, lanes: LaneEngine) -> None:
         lanes.tick()
         self._metrics.tick()
-        for job, part, step, seats in lanes.watched():
-            self._show(job, part, step, [seat.image for seat in seats], *lanes.copies(seats, "x", "x0"))
+        for active, event in lanes.events():
+            self._show(cast(ServedRequest, active), event)
         done = lanes.done()
-        if not done:
-            return
-        landings = []
         for pixels in (False, True):
-            seats = [seat for seat in done if seat.job.pixels is pixels]
-            if seats:
-                x, flags = lanes.copies(seats, "x", "flags")
-                landings.append(self._landing(seats, self._engine.to_uint8(x) if pixels else x, flags))
-        lanes.leave(done)
-        self._landings.extend(landings)
+            occupants = [occupant for occupant in done if cast(ServedRequest, occupant.active).pixels is pixels]
+            if occupants:
+                x = lanes.values(occupants, "x").clone()
+                values = HostCopy(self._engine.to_uint8(x) if pixels else x)
+                self._hand_over(values, lanes.depart(occupants))
 
-    def _show(self, job: Job, part: int, step: int, images: Sequence[int], x: torch.Tensor, x0: torch.Tensor) -> None:
-        table = job.request.table
-        timestep = int(table.timesteps[table.starts[part] + step])
+    def _show(self, job: ServedRequest, event: Event) -> None:
+        """Call a request's callback with an event, once its values are on the host."""
+        x, x0 = HostCopy(event.x), HostCopy(event.x0)
 
-        def land(x: torch.Tensor, x0: torch.Tensor) -> None:
+        def arrive() -> None:
             if job.ended or job.progress is None:
                 return
             try:
-                job.progress(Event(step, table.steps(part), timestep, tuple(images), x, x0))
+                job.progress(replace(event, x=x.wait(), x0=x0.wait()))
             except Exception as error:
                 self._end(job, "callback", error)
 
-        self._landings.append(_Landing((HostCopy(x), HostCopy(x0)), land))
+        self._transfers.append(_Transfer((x, x0), arrive))
 
-    def _landing(self, seats: Sequence[Seat], values: torch.Tensor, flags: torch.Tensor) -> _Landing:
-        whose = [(seat.job, seat.image) for seat in seats]
+    def _hand_over(self, values: HostCopy, departure: Departure) -> None:
+        """Give images to their requests, once they and their flags are on the host."""
 
-        def land(values: torch.Tensor, flags: torch.Tensor) -> None:
-            for (job, image), value, flag in zip(whose, values, flags.tolist(), strict=True):
+        def arrive() -> None:
+            for value, (active, image, error) in zip(values.wait(), departure.outcomes(), strict=True):
+                job = cast(ServedRequest, active)
                 if job.ended:
                     continue
-                if flag != FINITE:
-                    self._end(job, "nonfinite", nonfinite(job.request, image, flag - (job.first or 0)))
+                if error is not None:
+                    self._end(job, "nonfinite", error)
                     continue
                 job.receive(image, value)
                 if not job.left:
                     self._finish(job)
 
-        return _Landing((HostCopy(values), HostCopy(flags)), land)
+        self._transfers.append(_Transfer((values, departure), arrive))
 
     def _halve(self, pool: _Pool, error: torch.OutOfMemoryError) -> None:
         """Go on with half the lanes; what was in them starts again, and comes out the same."""
-        lost = None if self._engine.invariant else pool.lanes.halve()
-        if lost is None:
-            raise error
-        self._engine._idle.clear()
-        self._put_back(pool, [(seat.job, seat.image) for seat in lost])
+        lost = pool.lanes.halve(error)
+        self._engine.runners.pool.clear()
+        self._put_back(pool, lost)
         self._backlog.lanes = min(self._backlog.lanes, pool.lanes.lanes)
         logger.warning("out of memory: going on with %d lanes", pool.lanes.lanes, extra={"lanes": pool.lanes.lanes})
 
-    def _put_back(self, pool: _Pool, images: Sequence[tuple[Job, int]]) -> None:
-        for job, image in images:
+    def _put_back(self, pool: _Pool, images: Sequence[Image]) -> None:
+        for active, image in images:
+            job = cast(ServedRequest, active)
             job.waiting.appendleft(image)
             self._backlog.put_back(1, job.steps(image))
             pool.queue.add(job)
@@ -284,22 +277,22 @@ class Scheduler:
     # Requests
 
     def _end_late(self, now: float) -> None:
-        for job in [job for job in self._jobs.values() if job.deadline < math.inf]:
+        for job in [job for job in self._requests.values() if job.deadline < math.inf]:
             ticks = max(self._pool(job.request).lanes.ticks_left(job), *map(job.steps, job.waiting), 0)
             if now + self._backlog.fastest * ticks > job.deadline:
                 done = len(job.request) - job.left
                 message = f"the deadline was out of reach when {done} of {len(job.request)} images were done"
                 self._end(job, "deadline", DeadlineExceeded(message))
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: ServedRequest) -> None:
         if job.images is None:
             empty = torch.empty((0, *self._engine.shape))
             job.images = self._engine.to_uint8(empty) if job.pixels else empty
         self._end(job, "done", None)
 
-    def _end(self, job: Job, outcome: str, error: Exception | None) -> None:
+    def _end(self, job: ServedRequest, outcome: str, error: Exception | None) -> None:
         """The end of a request, whichever: its lanes and rows are free, and its caller knows."""
-        del self._jobs[job.number]
+        del self._requests[job.number]
         pool = self._pool(job.request)
         pool.queue.discard(job)
         pool.lanes.remove(job)
@@ -309,7 +302,7 @@ class Scheduler:
             self._needs_room = None
         self._tell(job, outcome, error)
 
-    def _tell(self, job: Job, outcome: str, error: Exception | None) -> None:
+    def _tell(self, job: ServedRequest, outcome: str, error: Exception | None) -> None:
         """Resolve the future of a request, unless it was cancelled, and write down how it ended."""
         job.ended = True
         self._backlog.leave(len(job.waiting), job.waiting_steps)

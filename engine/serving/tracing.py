@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from stepfusion.errors import first_line
-from stepfusion.serving.job import Job, Timings
+from stepfusion.serving.served_request import ServedRequest, Timings
 
 _NS = 1_000_000_000
 
@@ -22,7 +22,7 @@ class Tracing:
     def context(self) -> Any:
         """Where a request is made, for :meth:`ended`."""
 
-    def ended(self, job: Job, outcome: str, timings: Timings, error: Exception | None) -> None:
+    def ended(self, job: ServedRequest, outcome: str, timings: Timings, error: Exception | None) -> None:
         """A request ended now."""
 
 
@@ -34,7 +34,7 @@ class SpanTracing(Tracing):
 
         return context.get_current()
 
-    def ended(self, job: Job, outcome: str, timings: Timings, error: Exception | None) -> None:
+    def ended(self, job: ServedRequest, outcome: str, timings: Timings, error: Exception | None) -> None:
         from opentelemetry import trace
 
         tracer = trace.get_tracer("stepfusion.serving")

@@ -13,8 +13,8 @@ import torch
 
 from stepfusion.errors import first_line
 from stepfusion.serving.errors import EngineClosed, EngineDead
-from stepfusion.serving.job import Job
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.served_request import ServedRequest
 
 logger = logging.getLogger("stepfusion.serving")
 
@@ -34,7 +34,7 @@ class Worker:
     def __init__(self, make: Callable[[], Scheduler], device: torch.device) -> None:
         self._make, self._device = make, device
         # a request, the number of one that was cancelled, or a mere nudge
-        self._inbox: queue.SimpleQueue[Job | int | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ServedRequest | int | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._settled = threading.Event()  # ready, or dead
         self._thread = threading.Thread(target=self._run, name="stepfusion-serving", daemon=True)
@@ -65,7 +65,7 @@ class Worker:
         if self.state != "ready":
             raise EngineClosed("the engine takes no requests: " + _WHY[self.state])
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: ServedRequest) -> None:
         """Hand a request over. EngineDead or EngineClosed where it is too late."""
         with self._lock:
             self.check()
@@ -119,7 +119,7 @@ class Worker:
             with self._lock:  # whoever holds it has put a request that is still found here, or finds the engine dead
                 self.state, self._cause = "dead", error
             logger.exception("the engine is dead")
-            self._bury()
+            self._fail_all()
         finally:
             self._settled.set()
 
@@ -144,19 +144,19 @@ class Worker:
         while waits or not self._inbox.empty():
             waits = False
             match self._inbox.get():
-                case Job() as job:
+                case ServedRequest() as job:
                     scheduler.add(job)
                 case int() as number:
                     scheduler.cancelled(number)
 
-    def _bury(self) -> None:
+    def _fail_all(self) -> None:
         """Fail every request that is here or still in the inbox."""
         late = []
         while not self._inbox.empty():
-            if isinstance(job := self._inbox.get(), Job):
+            if isinstance(job := self._inbox.get(), ServedRequest):
                 late.append(job)
         if self.scheduler is not None:
-            self.scheduler.bury(late, self._dead())
+            self.scheduler.fail_all(late, self._dead())
 
     def _dead(self) -> EngineDead:
         assert self._cause is not None

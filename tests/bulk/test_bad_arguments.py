@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepfusion.checkpoints.diffusers_directory import bundled_models
+from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.main import main
 from stepfusion_testing.tiny_model import save_tiny_model
 

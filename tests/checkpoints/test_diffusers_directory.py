@@ -15,8 +15,10 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-import stepfusion.checkpoints.diffusers_directory
-from stepfusion.checkpoints.diffusers_directory import Pretrained, bundled_models, load_pretrained, save_pretrained
+import stepfusion.checkpoints.bundled
+from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.checkpoints.diffusers_directory import Pretrained, load_pretrained
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.errors import CheckpointError
 from stepfusion.files.atomic import atomic_directory, atomic_write
 from stepfusion.networks import UNet2D, UNet2DConfig
@@ -237,7 +239,7 @@ def test_bundled_names(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model.rename(tmp_path / "models/fashion")
     (tmp_path / "models/__pycache__").mkdir()
     shutil.copytree(tmp_path / "models/fashion", tmp_path / "outside")
-    monkeypatch.setattr(stepfusion.checkpoints.diffusers_directory, "_MODELS", tmp_path / "models")
+    monkeypatch.setattr(stepfusion.checkpoints.bundled, "MODELS", tmp_path / "models")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
@@ -254,7 +256,7 @@ def test_bundled_names(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_bundled_name_goes_before_a_directory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model, tmp_path / "models/both")
     shutil.copytree(model, tmp_path / "here/both")
-    monkeypatch.setattr(stepfusion.checkpoints.diffusers_directory, "_MODELS", tmp_path / "models")
+    monkeypatch.setattr(stepfusion.checkpoints.bundled, "MODELS", tmp_path / "models")
     monkeypatch.chdir(tmp_path / "here")
     assert load_pretrained("both").path == tmp_path / "models/both"
     assert load_pretrained("./both").path == Path("both")

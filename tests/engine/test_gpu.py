@@ -64,7 +64,7 @@ def test_changing_the_request_captures_nothing(schedule: sf.NoiseSchedule, monke
     def refuse(*_: Any) -> None:
         pytest.fail("captured again")
 
-    monkeypatch.setattr(sf.engine, "capture", refuse)
+    monkeypatch.setattr(sf.execution.cuda_graph, "capture", refuse)
     for sampler in ("ddim", "ddpm"):
         for steps in (3, 20):
             for seed in (0, 1):
@@ -76,8 +76,8 @@ def test_the_host_does_not_wait_inside_the_loop(schedule: sf.NoiseSchedule, no_w
     torch.cuda.set_sync_debug_mode("default")
     table = one.table(steps=20)
     one.sample(8, table)
-    settings = one._settings(sf.lanes.request.make_request(one._facts, 8, table, 0, None, 0, None, None, None), 8)
-    runner = one._idle.take(settings, lambda _: pytest.fail("no idle runner"))
+    key = one.runners.key(one.request(8, table, labels=0), 8)
+    runner = one.runners.pool.take(key, lambda _: pytest.fail("no idle runner"))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(20):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.engine import SAMPLERS
 from stepfusion.kernels import STREAM_FORWARD, STREAM_STEP, reference
+from stepfusion.samplers.registry import SAMPLERS
 from stepfusion_testing.networks import labelled, smooth
 from stepfusion_testing.recorded_graph import Captures
 
@@ -194,7 +194,7 @@ def test_captured_ticks_edit(monkeypatch: pytest.MonkeyPatch, image: torch.Tenso
     """One graph for everything that keeps and remembers: masks, strengths, solvers and images are data."""
     captures = Captures()
     monkeypatch.setattr(sf.execution.plan, "why_not_graph", lambda device: None)
-    monkeypatch.setattr(sf.engine, "capture", captures)
+    monkeypatch.setattr(sf.execution.cuda_graph, "capture", captures)
     arguments: dict[str, Any] = {"num_classes": 4, "null_label": 3, "backend": "triton"}
     captured, eager = (make_engine(labelled, network=way, **arguments) for way in ("graph", "eager"))
     for steps, strength, flip in ((4, None, False), (6, 0.5, True), (3, 0.9, False)):

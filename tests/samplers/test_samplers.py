@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from stepfusion.kernels import COLUMNS, PARKED, reference
+from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
-from stepfusion.samplers.tables import ddim, ddim_inversion, ddpm
 from stepfusion_testing import paper
 from stepfusion_testing.walking import Gaussian, walk
 

@@ -10,7 +10,7 @@ import pytest
 from diffusers import DDPMScheduler
 
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.timesteps import SPACINGS, given, spaced
+from stepfusion.samplers.timesteps import SPACINGS, given, largest_offset, spaced
 from stepfusion_testing.guided_diffusion_formulas import sections
 
 T = 1000
@@ -36,14 +36,15 @@ def test_every_count_gives_that_many_decreasing_timesteps(spacing: str, compat: 
     ("spacing", "count", "expected"),
     [
         ("leading", 4, [750, 500, 250, 0]),
-        ("leading", 3, [666, 333, 0]),
+        ("leading", 3, [999, 500, 0]),
+        ("leading", 7, [994, 828, 663, 497, 331, 166, 0]),
         ("trailing", 4, [999, 749, 499, 249]),
         ("trailing", 3, [999, 666, 332]),
         ("linspace", 4, [999, 666, 333, 0]),
         ("linspace", 3, [999, 500, 0]),  # 499.5 rounds to the even neighbour
-        ("leading", 1, [0]),
+        ("leading", 1, [999]),
         ("trailing", 1, [999]),
-        ("linspace", 1, [0]),
+        ("linspace", 1, [999]),
     ],
 )
 def test_known_lists(spacing: str, count: int, expected: list[int]) -> None:
@@ -59,17 +60,46 @@ def test_all_timesteps(spacing: str) -> None:
 @pytest.mark.parametrize("compat", [None, "diffusers"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_equal_to_diffusers_for_every_count(spacing: str, compat: str | None) -> None:
-    """Trap 5: but for the 62 counts at which its trailing list runs on to t = -1."""
+    """Trap 5: but for the 62 counts at which its trailing list runs on to t = -1, and those that start too low."""
     scheduler = DDPMScheduler(timestep_spacing=spacing)
     for count in COUNTS:
         scheduler.set_timesteps(count)
         theirs = scheduler.timesteps.tolist()
-        if len(theirs) == count:
-            assert spaced(T, count, spacing, compat=compat).tolist() == theirs
-        else:
+        low = count == 1 if spacing == "linspace" else count == 1 or T % count != 0
+        if len(theirs) != count:
             assert spacing == "trailing"
             assert theirs[-1] == -1
             assert spaced(T, count, spacing).tolist() == theirs[:-1]
+        elif compat is None and spacing != "trailing" and low:
+            assert spaced(T, count, spacing)[0] > theirs[0]
+        else:
+            assert spaced(T, count, spacing, compat=compat).tolist() == theirs
+
+
+@pytest.mark.parametrize("total", [1000, 997, 100, 12, 2])
+def test_leading_reaches_where_song_et_als_range_ends(total: int) -> None:
+    for count in range(2, total + 1):
+        for offset in {0, 1, largest_offset(total, count)} & set(range(largest_offset(total, count) + 1)):
+            visits = spaced(total, count, steps_offset=offset)
+            assert visits[0] == max(range(offset, total, total // count))
+            assert visits[-1] == offset
+            assert len(visits) == count
+            assert (np.abs(np.diff(visits) + (visits[0] - offset) / (count - 1)) < 1).all()
+
+
+def test_leading_of_peers_stops_below() -> None:
+    """501 of 1000: peers take the lowest 501 timesteps, and a lone step of theirs takes t = 0."""
+    assert spaced(T, 501)[[0, 1, -1]].tolist() == [999, 997, 0]
+    for compat in ("diffusers", "guided-diffusion"):
+        assert spaced(T, 501, compat=compat).tolist() == list(range(500, -1, -1))
+        assert spaced(T, 1, compat=compat).tolist() == spaced(T, 1, "linspace", compat=compat).tolist() == [0]
+        assert spaced(T, 1, compat=compat, steps_offset=3).tolist() == [3]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("total", "offset"), [(1000, 0), (1000, 7), (3, 2), (1, 0)])
+def test_a_single_step_starts_from_noise(spacing: str, total: int, offset: int) -> None:
+    assert spaced(total, 1, spacing, steps_offset=offset).tolist() == [total - 1]
 
 
 def test_counts_that_diffusers_gets_wrong_are_refused_in_its_name() -> None:
@@ -91,7 +121,7 @@ def test_guided_diffusion_rounds_a_running_sum() -> None:
     for count in COUNTS:
         visits = spaced(T, count, "linspace", compat="guided-diffusion").tolist()
         assert visits == sections(T, count)[::-1]
-        different += visits != spaced(T, count, "linspace").tolist()
+        different += visits != spaced(T, count, "linspace", compat="diffusers").tolist()
     assert different == 278
 
 
@@ -100,15 +130,17 @@ def test_strided_lists_of_guided_diffusion_exist_for_62_counts() -> None:
     strided = {len(range(0, T, stride)): list(range(0, T, stride))[::-1] for stride in range(T - 1, 0, -1)}
     assert len(strided) == 62
     for count, visits in strided.items():
-        assert (spaced(T, count).tolist() == visits) == (T % count == 0)
+        assert (spaced(T, count, compat="diffusers").tolist() == visits) == (T % count == 0)
 
 
-@pytest.mark.parametrize(("count", "offset"), [(50, 1), (50, 19), (7, 5), (999, 1), (1, 999)])
+@pytest.mark.parametrize(("count", "offset"), [(50, 1), (50, 19), (7, 5), (3, 0), (500, 1)])
 def test_offset_is_added(count: int, offset: int) -> None:
     assert spaced(T, count, steps_offset=offset).tolist() == (spaced(T, count) + offset).tolist()
 
 
-@pytest.mark.parametrize(("count", "offset", "reached"), [(1000, 1, 1000), (50, 20, 1000), (2, 999, 1499)])
+@pytest.mark.parametrize(
+    ("count", "offset", "reached"), [(1000, 1, 1000), (50, 20, 1000), (2, 999, 1499), (501, 500, 1000)]
+)
 def test_offset_beyond_the_schedule_is_refused(count: int, offset: int, reached: int) -> None:
     message = f"steps_offset = {offset} with steps = {count} reaches timestep {reached}, beyond T - 1 = 999"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

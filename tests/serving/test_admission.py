@@ -7,18 +7,18 @@ from typing import Any, cast
 
 from stepfusion.lanes.request import Request
 from stepfusion.serving.admission import Admission
-from stepfusion.serving.job import Job
+from stepfusion.serving.served_request import ServedRequest
 
 AGING = 10.0
 
 
-def job(number: int, images: int, *, priority: int = 0, submitted: float = 0.0) -> Job:
+def job(number: int, images: int, *, priority: int = 0, submitted: float = 0.0) -> ServedRequest:
     """A request of so many images that nobody will make."""
     request = cast(Request, [SimpleNamespace()] * images)
-    return Job(number, request, Future(), submitted, priority=priority)
+    return ServedRequest(request, number=number, future=Future(), submitted=submitted, priority=priority)
 
 
-def waiting(*jobs: Job) -> Admission:
+def waiting(*jobs: ServedRequest) -> Admission:
     admission = Admission(AGING)
     for one in jobs:
         admission.add(one)

@@ -7,7 +7,7 @@ import torch
 import stepfusion as sf
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import PARKED
-from stepfusion.lanes.device_tables import TableStore
+from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion_testing.networks import smooth
 
 SCHEDULE = sf.NoiseSchedule.linear()
@@ -19,12 +19,12 @@ def table(steps: int, eta: float = 0.0) -> sf.StepTable:
 
 
 @pytest.fixture
-def store() -> TableStore:
+def store() -> DeviceTables:
     """Room for 31 rows."""
-    return TableStore(Evaluator(smooth, labelled=False), CPU, 31)
+    return DeviceTables(Evaluator(smooth, labelled=False), CPU, 31)
 
 
-def place(store: TableStore, given: sf.StepTable) -> int:
+def place(store: DeviceTables, given: sf.StepTable) -> int:
     """Hold a table for which there is room, and check that its rows are where they are said to be."""
     first = store.hold(given)
     assert first is not None
@@ -36,14 +36,14 @@ def place(store: TableStore, given: sf.StepTable) -> int:
     return first
 
 
-def test_tables_stand_side_by_side_and_equal_ones_in_one_place(store: TableStore) -> None:
+def test_tables_stand_side_by_side_and_equal_ones_in_one_place(store: DeviceTables) -> None:
     assert [place(store, table(n)) for n in (10, 12, 9)] == [0, 10, 22]
     assert place(store, table(12)) == 10
     assert store.held == 3
     assert store.next_row[31] == PARKED, "the last row is the parked lanes'"
 
 
-def test_who_is_held_stays(store: TableStore) -> None:
+def test_who_is_held_stays(store: DeviceTables) -> None:
     place(store, table(16))
     assert store.hold(table(16, eta=1.0)) is None
     assert store.hold(table(32)) is None, "that never fits"
@@ -54,7 +54,7 @@ def test_who_is_held_stays(store: TableStore) -> None:
     assert place(store, table(16, eta=1.0)) == 0
 
 
-def test_who_was_held_longest_ago_goes_first(store: TableStore) -> None:
+def test_who_was_held_longest_ago_goes_first(store: DeviceTables) -> None:
     first, second, third = (table(n) for n in (10, 11, 9))
     for one in (first, second, third, first):
         place(store, one)
@@ -66,7 +66,7 @@ def test_who_was_held_longest_ago_goes_first(store: TableStore) -> None:
     assert buffers == (store.coefficients.data_ptr(), store.features.data_ptr())
 
 
-def test_room_for_more(store: TableStore) -> None:
+def test_room_for_more(store: DeviceTables) -> None:
     store.grow(100)
     assert store.capacity == 127
     assert place(store, table(100)) == 0

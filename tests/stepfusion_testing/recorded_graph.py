@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepfusion.lanes.cuda_graph import CaptureError
+from stepfusion.execution.cuda_graph import CaptureError
 
 INTERPRETER = threading.RLock()  # Triton's interpreter has global state
 _WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2")

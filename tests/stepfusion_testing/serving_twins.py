@@ -13,9 +13,9 @@ import stepfusion as sf
 from stepfusion.kernels import PARKED
 from stepfusion.serving import AsyncEngine, Result
 from stepfusion.serving.backlog import Backlog
-from stepfusion.serving.job import Job
 from stepfusion.serving.metrics import Metrics
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.served_request import ServedRequest
 from stepfusion.serving.tracing import Tracing
 from stepfusion_testing.networks import labelled
 
@@ -47,12 +47,12 @@ def leaks(service: AsyncEngine) -> dict[str, int]:
     """What an idle service still holds; nothing, where all is well."""
     scheduler = service._worker.scheduler
     assert scheduler is not None
-    runners = [runner for pool in scheduler._pools.values() for runner in pool.lanes._runners.values()]
+    runners = [runner for pool in scheduler._pools.values() for runner in pool.lanes.runners]
     found = {
         "lanes": scheduler.busy,
-        "rows": sum(int((runner._rows != PARKED).sum()) for runner in runners),
+        "rows": sum(int((runner.rows != PARKED).sum()) for runner in runners),
         "tables": scheduler.tables_held,
-        "requests": len(scheduler._jobs) + sum(len(pool.queue) for pool in scheduler._pools.values()),
+        "requests": len(scheduler._requests) + sum(len(pool.queue) for pool in scheduler._pools.values()),
         "backlog": service._backlog.images,
         "steps": service._backlog.steps,
     }
@@ -110,8 +110,15 @@ class Desk:
         """Make a request; nothing happens yet."""
         self._number += 1
         request = self.engine.request(**arguments)
-        options = {"priority": priority, "progress": progress, "every": every}
-        job = Job(self._number, request, Future(), time.monotonic(), **options)
+        job = ServedRequest(
+            request,
+            every=None if progress is None else every,
+            number=self._number,
+            future=Future(),
+            submitted=time.monotonic(),
+            priority=priority,
+            progress=progress,
+        )
         self.backlog.enter(len(job.waiting), job.waiting_steps)
         self.scheduler.add(job)
         return job.future

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepfusion.checkpoints.diffusers_directory import save_pretrained
+from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.networks import UNet2D, UNet2DConfig
 
 CLASS_NAMES = ("Cat", "Dog", "T-shirt/top")

@@ -1,0 +1,41 @@
+"""The hook that turns final latents into images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from stepfusion import _checks
+
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def decoder_on(decode: Decode | None, device: torch.device) -> Decode | None:
+    """A decoder on a device: a module is copied there in eval mode, unless it is already there; others stay.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    if decode is not None and not callable(decode):
+        raise TypeError(f"decode must be callable, got {type(decode).__name__}")
+    if not isinstance(decode, torch.nn.Module):
+        return decode
+    tensors = (*decode.parameters(), *decode.buffers())
+    if not decode.training and all(tensor.device == device for tensor in tensors):
+        return decode
+    return copy.deepcopy(decode).to(device).eval()
+
+
+def decode_batches(decode: Decode, latents: torch.Tensor, batch: int) -> torch.Tensor:
+    """The images [n, C', H', W'] of latents [n, C, H, W], ``batch`` at a time; ValueError if they are no images."""
+    parts = []
+    for latent in torch.split(latents, batch):
+        part = decode(latent)
+        image = isinstance(part, torch.Tensor) and part.is_floating_point()
+        if not image or part.ndim != 4 or len(part) != len(latent):
+            given = _checks.describe(part) if isinstance(part, torch.Tensor) else type(part).__name__
+            raise ValueError(f"decode must return floating-point images [{len(latent)}, C, H, W], got {given}")
+        parts.append(part)
+    return torch.cat(parts)

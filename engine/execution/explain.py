@@ -1,0 +1,46 @@
+"""The text of :meth:`stepfusion.Engine.explain`: which path runs each part, and why."""
+
+from __future__ import annotations
+
+from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+
+
+def line(name: str, value: str, reason: str) -> str:
+    """One decision: what was decided, how, and why."""
+    return f"{name:<14} {value:<13} {reason}"
+
+
+def threshold_lines(plan: Plan) -> list[str]:
+    """What happens to dynamic thresholding if the step is fused."""
+    if plan.backend.value != "triton":
+        return []
+    return [line("threshold", "refused" if plan.backend.asked else "reference", WHY_NOT_THRESHOLD)]
+
+
+def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:
+    """What was to be captured or compiled and was not, and why."""
+    lines = []
+    if uncaptured is not None:
+        lines.append(line("", "eager", f"no tick was captured: {uncaptured}"))
+    if declined is not None:
+        lines.append(line("", "declined", declined))
+    return lines
+
+
+def lanes_line(batch: int | None, *, invariant: bool) -> str:
+    """The buckets of lanes; ``batch`` is None if it is found later."""
+    if batch is None:
+        bucket = "buckets of lanes up to what fits, found before the first images"
+    elif invariant:
+        bucket = f"one bucket of {batch} lanes: bits depend on neither batch size nor neighbours"
+    else:
+        bucket = f"buckets of 1 to {batch} lanes: noise is identical, images agree to rounding between buckets"
+    return line("lanes", "", bucket)
+
+
+def guidance_line(null_label: int | None) -> str:
+    """Whether lanes can be guided."""
+    known = null_label is not None
+    return line(
+        "guidance", "", "classifier-free, by the null label" if known else "none: the model has no null label"
+    )

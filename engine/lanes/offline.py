@@ -1,0 +1,162 @@
+"""One request alone in lanes of its own, from its first image to its last."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+
+from stepfusion.lanes.lane_engine import Departure, LaneEngine, Occupant
+from stepfusion.lanes.request import ActiveRequest, Event, Request
+from stepfusion.lanes.runner import Runner, RunnerKey
+from stepfusion.lanes.runners import Runners
+from stepfusion.lanes.transfer import HostCopy, as_index
+
+
+class OfflineLanes:
+    """Takes a request through lanes, and writes each image into ``result`` when it is done.
+
+    If memory runs out, the lanes are halved and the unfinished images start again: they come out the same.
+
+    Args:
+        result: float32 [n, ...] on the device.
+        strict: raise NonFiniteError if an image becomes non-finite. Flags are read when the next images leave, and
+            the last ones by :meth:`check`.
+        watched: yield events.
+        deferred: read no flags before :meth:`check`.
+    """
+
+    def __init__(
+        self,
+        runners: Runners,
+        request: Request,
+        result: torch.Tensor,
+        *,
+        strict: bool,
+        watched: bool,
+        deferred: bool = False,
+    ) -> None:
+        self._runners, self._result = runners, result
+        self._strict, self._watched, self._deferred = strict, watched, deferred
+        self._active = ActiveRequest(runners.noised(request), every=1 if watched else None)
+        self._borrowed: tuple[RunnerKey, Runner] | None = None
+        self._unread: deque[Departure] = deque()
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[int, list[Event]]]:
+        """Tick until every image is done; yields how many images each tick moved, and its events."""
+        active, lanes = self._active, self._lane_engine()
+        try:
+            while active.waiting or lanes.busy:
+                try:
+                    self._admit(lanes)
+                    lanes.tick()
+                    moved = lanes.busy
+                    events = [event for _, event in lanes.events()] if self._watched else []
+                    self._depart(lanes)
+                except torch.OutOfMemoryError as error:
+                    self._halve(lanes, error)
+                    continue
+                yield moved, events
+        finally:
+            self._give_back()
+
+    def check(self, unread: int = 0) -> None:
+        """Read flags until those of at most ``unread`` departures are left; NonFiniteError if one is raised."""
+        while len(self._unread) > unread:
+            for _, _, error in self._unread.popleft().outcomes():
+                if error is not None:
+                    raise error
+
+    def _lane_engine(self) -> LaneEngine:
+        return LaneEngine(
+            self._borrow,
+            (self._runners.bucket(len(self._active.request)),),
+            watched=self._watched,
+            given_noise=self._active.request.noise is not None,
+            may_halve=not self._runners.invariant,
+        )
+
+    def _admit(self, lanes: LaneEngine) -> None:
+        waiting = self._active.waiting
+        count = min(len(waiting), lanes.free)
+        if count:
+            lanes.admit([(self._active, waiting[place]) for place in range(count)])
+        for _ in range(count):
+            waiting.popleft()
+
+    def _depart(self, lanes: LaneEngine) -> None:
+        """Write out the images that are done, and take them out of their lanes."""
+        done = lanes.done()
+        if not done:
+            return
+        self._write(lanes, done)
+        departure = lanes.depart(done)
+        if self._strict:
+            self._unread.append(departure)
+            if not self._deferred:
+                # On a GPU these flags are read with the next departure, so that the host does not wait.
+                self.check(unread=0 if self._result.device.type == "cpu" else 1)
+
+    def _write(self, lanes: LaneEngine, done: list[Occupant]) -> None:
+        where = as_index([occupant.image for occupant in done], self._result.device)
+        self._result[where] = lanes.values(done, "x")
+
+    def _halve(self, lanes: LaneEngine, error: torch.OutOfMemoryError) -> None:
+        lost = lanes.halve(error)
+        self._borrowed = None  # it is too large to be lent again
+        self._runners.shrink(lanes.lanes)
+        self._active.waiting.extendleft(image for _, image in reversed(lost))
+        warnings.warn(f"out of memory: going on with {lanes.lanes} lanes at a time", RuntimeWarning, stacklevel=4)
+
+    def _borrow(self, lanes: int) -> Runner:
+        """A runner of so many lanes with the request's table in its store, and its kind of tick captured."""
+        request = self._active.request
+        key = self._runners.key(request, lanes)
+        runner = self._runners.pool.take(key, self._runners.make)
+        self._borrowed = key, runner
+        self._active.first = runner.load(request.table)
+        runner.prepare(noise=request.noise is not None, keep_x0=self._watched)
+        return runner
+
+    def _give_back(self) -> None:
+        if self._borrowed is not None:
+            self._runners.pool.give(*self._borrowed)
+            self._borrowed = None
+
+
+def stream(runners: Runners, request: Request, every: int) -> Iterator[Event]:
+    """An event after every ``every``-th step of an image and after its last."""
+    lanes = OfflineLanes(runners, request, _result(runners, request), strict=True, watched=True)
+    for _, events in lanes.run():
+        for event in events:
+            if (event.step + 1) % every == 0 or event.step + 1 == event.steps:
+                yield event
+    lanes.check()
+
+
+def generate(
+    runners: Runners, request: Request, to_pixels: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Pixels uint8 [k, H, W, C] on the host: one batch is on its way there while the next one is computed."""
+    under_way: deque[tuple[HostCopy, OfflineLanes]] = deque()
+    first = 0
+    while first < len(request) or under_way:
+        if first < len(request):
+            part = request.part(first, min(first + runners.batch, len(request)))
+            result = _result(runners, part)
+            lanes = OfflineLanes(runners, part, result, strict=True, watched=False, deferred=True)
+            for _ in lanes.run():
+                pass
+            under_way.append((HostCopy(to_pixels(result)), lanes))
+            first += len(part)
+        if len(under_way) > 1 or first == len(request):
+            copy, lanes = under_way.popleft()
+            lanes.check()
+            yield copy.wait()
+
+
+def _result(runners: Runners, request: Request) -> torch.Tensor:
+    return torch.empty((len(request), *runners.spec.shape), device=runners.plan.device)

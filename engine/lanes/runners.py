@@ -1,0 +1,131 @@
+"""The runners of one engine: which are needed, who makes them, how many lanes they may have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from stepfusion.errors import BackendError
+from stepfusion.execution.cuda_graph import CapturePolicy
+from stepfusion.execution.evaluator import Evaluator
+from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.kernels import reference
+from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
+from stepfusion.lanes.device_tables import DeviceTables
+from stepfusion.lanes.editing import noised
+from stepfusion.lanes.request import Request, Tables, make_request
+from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
+from stepfusion.lanes.transfer import upload
+from stepfusion.model_spec import ModelSpec
+from stepfusion.options import ExecutionOptions, SamplingOptions
+
+_IDLE = 4  # runners kept for the next requests
+
+
+class Runners:
+    """Checks requests against a model and its plan, and makes and lends the runners that move their lanes.
+
+    Args:
+        spec, plan, evaluator: the model, how it is run, and what calls its network.
+        options: of which ``batch`` and ``invariant`` are read.
+
+    Attributes:
+        policy: captures ticks; None if the plan has no CUDA graphs.
+        pool: idle runners.
+    """
+
+    def __init__(self, spec: ModelSpec, plan: Plan, evaluator: Evaluator, options: ExecutionOptions) -> None:
+        self.spec, self.plan, self.evaluator, self.invariant = spec, plan, evaluator, options.invariant
+        self.policy = CapturePolicy() if plan.captures else None
+        self._ops = plan.ops
+        self.pool = RunnerPool(_IDLE)
+        self._batch = default_batch(options, plan.device)
+
+    @property
+    def batch(self) -> int:
+        """The most lanes at a time; found by a trial at the first call if free memory decides it."""
+        if self._batch is None:
+            self._batch = self._fitting_batch()
+        return self._batch
+
+    @property
+    def batch_is_known(self) -> bool:
+        """False until the trial that finds :attr:`batch`."""
+        return self._batch is not None
+
+    def bucket(self, images: int) -> int:
+        """The lanes for so many images: the smallest power of two that holds them, at most :attr:`batch`."""
+        if self.invariant:
+            return self.batch
+        return min(self.batch, 1 << max(0, images - 1).bit_length())
+
+    def request(self, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
+        """A checked request.
+
+        Raises:
+            TypeError, ValueError: naming the argument. BackendError: the step was asked for from kernels that cannot
+                take it.
+        """
+        request = make_request(self.spec, n, table, options)
+        backend = self.plan.backend
+        if request.table.thresholds and backend.value == "triton" and backend.asked:
+            raise BackendError(f"backend='triton' cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
+        return request
+
+    def noised(self, request: Request) -> Request:
+        """The request with the states that its image gives it to start from."""
+        if request.image is None:
+            return request
+        device, table = self.plan.device, request.table
+        numbers = [[int(table.timesteps[s.row]), as_int64(s.seed), s.index] for s in request.lane_starts]
+        values = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous()
+        timesteps, seeds, indices = upload(values, device)
+        start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
+        return replace(request, image=None, start=start)
+
+    def key(self, request: Request, lanes: int) -> RunnerKey:
+        """What a runner with so many lanes is made for if it is to serve this request."""
+        spec, plan = self.spec, self.plan
+        return RunnerKey(
+            lanes,
+            spec.shape,
+            plan.device,
+            plan.dtype,
+            null_label=spec.null_label if request.guided else None,
+            separate=self.invariant,  # one batch size for guided and unguided calls, or bits would differ
+            learned_variance=request.table.learned_variance,
+            history=request.table.history,
+            known=request.known is not None,
+            threshold=request.table.thresholds,
+            # room for the longest table at once: growing would throw captured ticks away
+            capacity=0 if self.policy is None else spec.schedule.num_timesteps,
+            context_size=spec.context_size if request.mixed else None,
+        )
+
+    def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
+        """A new runner; dynamic thresholding runs on the reference path."""
+        ops = reference if key.threshold else self._ops
+        return Runner(self.evaluator, key, ops, self.policy, tables)
+
+    def shrink(self, lanes: int) -> None:
+        """Have at most so many lanes from now on, because memory ran out, and drop the idle runners."""
+        self.pool.clear()
+        self._batch = lanes
+
+    def _fitting_batch(self) -> int:
+        """The largest batch that the free memory allows, by trial."""
+        labels = 0 if self.spec.num_classes else None
+        request = make_request(self.spec, 1, self.spec.table("ddim", 1), {"labels": labels})
+
+        def peak(lanes: int) -> int:
+            def run() -> None:
+                runner = Runner(self.evaluator, self.key(request, lanes), self.plan.ops)
+                runner.load(request.table)
+                with torch.no_grad():
+                    runner.tick()
+
+            run()  # what is paid once is paid before measuring
+            return peak_bytes(run, self.plan.device)
+
+        return largest_batch(peak, free_bytes(self.plan.device))

@@ -1,0 +1,82 @@
+"""A request on its way through a serving engine, and what its caller gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stepfusion.lanes.request import ActiveRequest, Event
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that a request waited for its first lane, ran from then on, and took in all."""
+
+    queued: float
+    running: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was asked for: ``images`` on the host, float32 [n, C, H, W] or uint8 [n, H, W, C], and its timings."""
+
+    images: torch.Tensor
+    timings: Timings
+
+
+@dataclass(eq=False, kw_only=True)
+class ServedRequest(ActiveRequest):
+    """A request under way, and what its caller wants of it.
+
+    Attributes:
+        number: of the request, in the order of arrival.
+        future: of the result.
+        submitted, started, since, deadline: times of ``time.monotonic``: when it came, when it first got a lane, when
+            it last got one, and when its images are of no more use.
+        pixels: its images are wanted as uint8.
+        priority: higher ones get lanes first.
+        progress: is called with its events.
+        context: what tracing wants back.
+        images: those that are done, on the host; None before the first one.
+        left: how many are not done.
+        turn: the number of the lane that it last got, among all lanes that were given.
+        ended: its caller knows how it ended.
+    """
+
+    number: int
+    future: Future[Result]
+    submitted: float
+    pixels: bool = False
+    priority: int = 0
+    deadline: float = math.inf
+    progress: Callable[[Event], object] | None = None
+    context: Any = None
+    images: torch.Tensor | None = None
+    left: int = field(init=False)
+    started: float | None = None
+    since: float = field(init=False)
+    turn: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.left = len(self.request)
+        self.since = self.submitted
+
+    @property
+    def waiting_steps(self) -> int:
+        """Steps of the images that have no lane yet."""
+        return sum(map(self.steps, self.waiting))
+
+    def receive(self, image: int, value: torch.Tensor) -> None:
+        """Take in a finished image, on the host."""
+        if self.images is None:
+            self.images = torch.empty((len(self.request), *value.shape), dtype=value.dtype)
+        self.images[image] = value
+        self.left -= 1
