@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import stepfusion as sf
-from stepfusion.export import cli
+from stepfusion.commands.export import add_export_arguments, read_batch, run_export
+from stepfusion.commands import export as cli
 from stepfusion.export.bundle import read_bundle
-from stepfusion.export.cli import add_export_arguments, read_batch, run_export
 from stepfusion.export.program import DYNAMIC, Batch
 from stepfusion_testing.tiny_model import save_tiny_model
 
