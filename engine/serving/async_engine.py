@@ -249,6 +249,14 @@ class AsyncEngine:
         """The Prometheus registry of its metrics; None without prometheus-client."""
         return self._metrics.registry
 
+    def count_rejected(self, reason: str) -> None:
+        """Count a request that a front, such as the HTTP application, refused before :meth:`submit` saw it.
+
+        Args:
+            reason: "invalid", "overloaded", "deadline", "closed" or "dead".
+        """
+        self._metrics.rejected(_checks.choice("reason", reason, ("invalid", *_REASONS.values())))
+
     def metrics(self) -> bytes:
         """The metrics in Prometheus' text format; empty without prometheus-client."""
         return self._metrics.exposition()
