@@ -156,6 +156,8 @@ class Scheduler:
         for job in (*self._requests.values(), *late):
             self._tell(job, "dead", error)
         self._requests.clear()
+        self._metrics.lanes(0, 0)
+        self._metrics.queue(0, 0)
 
     def step(self) -> None:
         """One round. torch.OutOfMemoryError where not even one lane fits."""
