@@ -172,6 +172,11 @@ class LaneEngine:
         ends = [o.entered + active.steps(o.image) for o in self._occupants.values() if o.active is active]
         return max((end - self._now for end in ends), default=0)
 
+    def remaining(self) -> list[int]:
+        """How many ticks each lane is still taken for, 0 for those that are free. For any thread, as an estimate."""
+        busy = [o.entered + o.active.steps(o.image) - self._now for o in list(self._occupants.values())]
+        return busy + [0] * (self.lanes - len(busy))
+
     def remove(self, active: ActiveRequest) -> None:
         """Take out all images of a request, done or not."""
         occupants = [occupant for occupant in self._occupants.values() if occupant.active is active]
