@@ -134,9 +134,11 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        given = isinstance(source, Pretrained | GuidedDiffusionModel)
-        loaded = source if given else load_model(source)
-        arguments.setdefault("copy", given)  # nobody else has what was loaded here
+        if isinstance(source, Pretrained | GuidedDiffusionModel):
+            loaded = source
+        else:
+            loaded = load_model(source)
+            arguments.setdefault("copy", False)  # nobody else has what was loaded here
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 

@@ -184,7 +184,7 @@ def _gather(  # type: ignore[no-untyped-def]
     return mean, tl.sum(m2s + apart * apart * (pixels * U), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _reciprocal_root(variance):  # type: ignore[no-untyped-def]
     """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
     small = variance < 2.0**-100
@@ -277,20 +277,6 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
 
 
-def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """A [B, C] operand with unit stride along C, and the distance of its rows: a slice of a wider tensor as it is."""
-    if x is None:
-        return None, 0
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0) if len(x) > 1 else 0
-
-
-def _nhwc(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
-
-
 def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
     shape = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -315,8 +301,12 @@ def _group_norm_silu(
     if out.numel() == 0:
         return out
     cut = geometry(channels, groups, pixels, x.dtype)
-    x, skip = _nhwc(x), None if skip is None else _nhwc(skip)
-    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = _rows(time), _rows(scale), _rows(shift)
+    x, skip = launch.nhwc(x), None if skip is None else launch.nhwc(skip)
+    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = (
+        launch.with_unit_stride(time),
+        launch.with_unit_stride(scale),
+        launch.with_unit_stride(shift),
+    )
     grid = (len(x) * cut.blocks * cut.splits,)
     common = {
         "C": channels,

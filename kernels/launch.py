@@ -133,3 +133,17 @@ def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     inside = (rows >= 0) & (rows < len(table))
     values = table[rows.clamp(0, len(table) - 1)]
     return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)
+
+
+def with_unit_stride(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A [B, C] operand with unit stride along C, and the distance of its rows: a slice of a wider tensor as it is."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0) if len(x) > 1 else 0
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)

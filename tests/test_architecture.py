@@ -30,7 +30,7 @@ FLOORS = (
     ("execution", "checkpoints"),
     ("model_spec",),
     ("networks", "samplers"),
-    ("options", "files"),
+    ("options", "files", "strict_model"),
     ("errors", "_checks"),
     ("__init__",),  # imported as a whole, for its version alone
     ("kernels",),

@@ -15,7 +15,7 @@ import torch
 
 import stepfusion as sf
 from stepfusion import kernels
-from stepfusion.kernels import group_norm, reference
+from stepfusion.kernels import group_norm, launch, reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 from stepfusion_testing.twins import assert_same_bits, assert_within, mutate
 
@@ -303,12 +303,12 @@ def test_layouts(layout: str, size: int, device: torch.device) -> None:
 
 def test_time_is_read_where_it_lies() -> None:
     wide = torch.randn(3, 80)
-    rows, stride = group_norm._rows(wide[:, 16:48])
+    rows, stride = launch.with_unit_stride(wide[:, 16:48])
     assert rows is not None
     assert rows.data_ptr() == wide.data_ptr() + 64
     assert stride == 80
-    assert group_norm._rows(wide[:1, 16:48])[1] == 0
-    assert group_norm._rows(wide.t())[1] == 3
+    assert launch.with_unit_stride(wide[:1, 16:48])[1] == 0
+    assert launch.with_unit_stride(wide.t())[1] == 3
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
