@@ -302,11 +302,8 @@ def _group_norm_silu(
         return out
     cut = geometry(channels, groups, pixels, x.dtype)
     x, skip = launch.nhwc(x), None if skip is None else launch.nhwc(skip)
-    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = (
-        launch.with_unit_stride(time),
-        launch.with_unit_stride(scale),
-        launch.with_unit_stride(shift),
-    )
+    operands = (launch.with_unit_stride(operand) for operand in (time, scale, shift))
+    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = operands
     grid = (len(x) * cut.blocks * cut.splits,)
     common = {
         "C": channels,
