@@ -112,7 +112,7 @@ def _serve() -> tuple[Declare, Command]:
 
 
 def _export() -> tuple[Declare, Command]:
-    from stepfusion.export.cli import add_export_arguments, run_export
+    from stepfusion.commands.export import add_export_arguments, run_export
 
     return add_export_arguments, run_export
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import stepfusion as sf
+from stepfusion.commands.export import add_export_arguments, run_export
 from stepfusion.export import tick_program
-from stepfusion.export.cli import add_export_arguments, run_export
 from stepfusion.export.load import ExportedTick, load_network, load_tick
 from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import Runtime
