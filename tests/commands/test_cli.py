@@ -382,7 +382,7 @@ def test_help_imports_no_other_folder() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[arguments[0]] = {name for name in done.stderr.split() if name.startswith(heavy)}
     assert found["--help"] == found["sample"] == set()
-    assert "stepfusion.commands.export" in found["export"]
+    assert "stepfusion.export.formats" in found["export"]
     assert "stepfusion.bench.cli" not in found["export"]
 
 

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 import stepfusion as sf
+<<<<<<<< HEAD:tests/commands/test_export.py
 from stepfusion.commands import export as cli
+========
+from stepfusion.commands import export as command
+>>>>>>>> refs/heads/export:tests/commands/test_export_command.py
 from stepfusion.commands.export import add_export_arguments, read_batch, run_export
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.program import DYNAMIC, Batch
@@ -87,7 +91,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(cli.Engine, "from_pretrained", work)
+    monkeypatch.setattr(command.Engine, "from_pretrained", work)
     with pytest.raises((ValueError, sf.ExportError), match=message):
         export("fashion-mnist", "--format", "onnx", "--out", tmp_path / "bundle", *arguments)
     with pytest.raises(sf.ExportError, match=r"^out must be a directory that does not exist yet, and .+ exists$"):
