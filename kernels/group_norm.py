@@ -238,7 +238,7 @@ def _gather(  # type: ignore[no-untyped-def]
     return mean, tl.sum(m2s + apart * apart * (pixels * U), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _reciprocal_root(variance):  # type: ignore[no-untyped-def]
     """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
     small = variance < 2.0**-100
