@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stepfusion.serving import admission
+from stepfusion.serving.served_request import ServedRequest
 from stepfusion_testing.serving_twins import Desk, small_engine
 
 Ask = tuple[int, int, int]  # the tick at which it comes, images, steps
@@ -42,17 +46,41 @@ MIXED_SIZES: list[Ask] = sorted([(20 * i, 32, 50) for i in range(4)] + [(7 * i, 
 MIXED_STEPS: list[Ask] = [(0, 4, 100), (0, 4, 10)] * 8
 
 
-@pytest.mark.parametrize(
-    ("asks", "expected"),
-    [
-        (EQUAL, (125.0, 125.0, 200)),
-        (LARGE_THEN_SMALL, (85.7, 75, 300)),
-        (MIXED_SIZES, (112.7, 79.5, 540)),
-        (MIXED_STEPS, (92.5, 70.0, 220)),
-    ],
-)
-def test_requests_are_done_when_the_documentation_says(asks: list[Ask], expected: tuple[float, float, int]) -> None:
-    assert summary(ticks_taken(asks)) == expected
+def in_turn() -> Callable[[ServedRequest, Sequence[int]], int]:
+    """A rule to compare with: the request that has waited longest since its last lane."""
+    turns: dict[int, tuple[int, int]] = {}  # by request: images with a lane, and their last turn
+
+    def last_turn(job: ServedRequest, waiting: Sequence[int]) -> int:
+        given = len(job.request) - len(waiting)
+        if given and given != turns.get(job.number, (0, 0))[0]:
+            turns[job.number] = given, 1 + max((turn for _, turn in turns.values()), default=0)
+        return turns.get(job.number, (0, 0))[1]
+
+    return last_turn
+
+
+RULES: dict[str, Callable[[], Callable[[ServedRequest, Sequence[int]], int]]] = {
+    "in turn": in_turn,
+    "first come": lambda: lambda job, waiting: 0,
+    "least work": lambda: admission._work,
+}
+REQUESTS = [EQUAL, LARGE_THEN_SMALL, MIXED_SIZES, MIXED_STEPS]
+
+
+def documented() -> list[tuple[list[Ask], str, list[float]]]:
+    """The rows of the table: requests, rule, and mean, median and last."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    lines = text.split("| requests | rule | mean | median | last |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
+    assert [bool(row[0]) for row in cells] == [True, False, False] * len(REQUESTS)
+    return [(REQUESTS[i // 3], row[1], [float(cell) for cell in row[2:]]) for i, row in enumerate(cells)]
+
+
+@pytest.mark.parametrize("row", range(3 * len(REQUESTS)))
+def test_requests_are_done_when_the_documentation_says(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks, rule, expected = documented()[row]
+    monkeypatch.setattr(admission, "_work", RULES[rule]())
+    assert list(summary(ticks_taken(asks))) == expected
 
 
 def test_equal_requests_do_not_all_end_last() -> None:
