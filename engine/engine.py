@@ -20,11 +20,9 @@ from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
-from stepfusion.kernels import STREAM_INITIAL
 from stepfusion.lanes import offline
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.request import Event, Request, Tables, check_images
-from stepfusion.lanes.runner import as_int64
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
@@ -136,9 +134,11 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        given = isinstance(source, Pretrained | GuidedDiffusionModel)
-        loaded = source if given else load_model(source)
-        arguments.setdefault("copy", given)  # nobody else has what was loaded here
+        if isinstance(source, Pretrained | GuidedDiffusionModel):
+            loaded = source
+        else:
+            loaded = load_model(source)
+            arguments.setdefault("copy", False)  # nobody else has what was loaded here
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 
@@ -158,17 +158,7 @@ class Engine:
         # export depends on the engine, and not the engine on export: it is imported when it is asked for
         load = import_module("stepfusion.export.load").load_network
         network = load(directory, arguments.pop("device", "auto"), arguments.pop("dtype", "auto"))
-        found = {
-            "prediction": network.prediction,
-            "shape": network.shape,
-            "num_classes": network.num_classes,
-            "null_label": network.null_label,
-            "class_names": network.class_names,
-            "options": network.options,
-            "device": network.device,
-            "dtype": network.dtype,
-        }
-        engine = cls(network, network.schedule, **{**found, **arguments})
+        engine = cls._of_spec(network, network.spec, {"device": network.device, "dtype": network.dtype, **arguments})
         engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
         return engine
 
@@ -351,7 +341,7 @@ class Engine:
         Returns:
             float32 [k, C, H, W], one image for each weight.
         """
-        start = slerp(self._noise("a", a), self._noise("b", b), weights)
+        start = slerp(self.runners.initial_noise("a", a), self.runners.initial_noise("b", b), weights)
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
@@ -399,14 +389,3 @@ class Engine:
         return (
             f"Engine({shape}, {self.prediction}, {self.schedule.name}, {self.plan.device}, {self.plan.backend.value})"
         )
-
-    def _noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
-        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from."""
-        device = self.plan.device
-        if isinstance(value, torch.Tensor):
-            check_images(name, value, self.shape)
-            return value.to(device)
-        seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
-        zero = torch.zeros_like(seed)
-        noise: torch.Tensor = self.plan.ops.normal(seed, zero, zero, self.shape, STREAM_INITIAL)[0]
-        return noise

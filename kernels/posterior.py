@@ -93,13 +93,16 @@ def q_posterior_mean_variance(
             the tables that :class:`stepfusion.NoiseSchedule` calls so.
 
     Returns:
-        The mean [B, ...] in the dtype of x_start; variance and log variance, float32 [B, 1, ...].
+        The mean [B, ...] in the dtype of x_start; variance and log variance, float32 [B, 1, ...]. Inputs that require
+        a gradient go to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     tables = (posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped)
     check_arguments(x_start, x_t, t, tables, launch.FLOATS)
+    if launch.needs_gradient(x_start, x_t, *tables):
+        return q_posterior_mean_variance_reference(x_start, x_t, t, *tables)
     mean = _q_posterior_mean(x_start, x_t, t, posterior_mean_coef1, posterior_mean_coef2)
     variance, log_variance = (launch.per_lane(launch.gather(table, t), x_t) for table in tables[2:])
     return mean, variance, log_variance

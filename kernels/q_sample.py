@@ -119,7 +119,8 @@ def q_sample(
         seeds, indices: int64 [B], draw the noise of (seed, t, index).
 
     Returns:
-        x_t in the dtype of x_start, and eps, float32: the noise as given, or as drawn.
+        x_t in the dtype of x_start, and eps, float32: the noise as given, or as drawn. Inputs that require a gradient
+        go to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
@@ -127,6 +128,9 @@ def q_sample(
     check_arguments(
         x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise, seeds, indices, launch.FLOATS
     )
+    if launch.needs_gradient(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise):
+        tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+        return q_sample_reference(x_start, t, *tables, noise=noise, seeds=seeds, indices=indices)
     x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
     noise_out = torch.empty_like(x_t, dtype=torch.float32) if noise is None else None
     _q_sample(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, seeds, indices, noise, x_t, noise_out)

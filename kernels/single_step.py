@@ -12,7 +12,8 @@ import torch
 
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import launch
-from stepfusion.kernels.step import diffusion_step, diffusion_step_reference
+from stepfusion.kernels.step import diffusion_step
+from stepfusion.kernels.step_reference import diffusion_step_reference
 
 
 def ddim_step(

@@ -30,14 +30,14 @@ FLOORS = (
     ("execution", "checkpoints"),
     ("model_spec",),
     ("networks", "samplers"),
-    ("options", "files"),
+    ("options", "files", "strict_model"),
     ("errors", "_checks"),
     ("__init__",),  # imported as a whole, for its version alone
     ("kernels",),
 )
 FLOOR_OF = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = ("__init__", "__main__")  # the package itself gathers the public names of all rooms
-NOT_OURS = {"_forward_hooks", "_forward_pre_hooks", "_replace"}  # of torch.nn.Module and of named tuples
+NOT_OURS = {"_forward_hooks", "_forward_pre_hooks", "_replace", "_asdict"}  # of torch.nn.Module and of named tuples
 MOST_LINES, MEDIAN_FUNCTION, MOST_METHODS = 400, 10, 19
 MOST_FILES = 14  # of this package that a sample on a CPU passes
 

@@ -40,14 +40,16 @@ class Norm:
     mean: float = 0.0
     std: float = 1.0
     halves: bool = False
+    eps: float = 1e-6
     offset: int = 0
 
     def __str__(self) -> str:
         channels = f"{self.channels}+{self.skip} channels"
         options = ["no silu"] * (not self.silu) + ["halves"] * self.halves + ["offset"] * bool(self.offset)
-        mean = f"mean {self.mean}" if self.mean else ""
+        options += [f"mean {self.mean}"] * (self.mean != 0) + [f"std {self.std}"] * (self.std != 1)
+        options += [f"eps {self.eps}"] * (self.eps != 1e-6)
         size, batch = (self.height, self.width), f"batch {self.batch}"
-        return words("norm", self.dtype, size, channels, f"{self.groups} groups", batch, *self.extras, *options, mean)
+        return words("norm", self.dtype, size, channels, f"{self.groups} groups", batch, *self.extras, *options)
 
     def arguments(self) -> dict[str, Any]:
         """Random inputs; time, scale and shift are columns of one wider tensor, as in a UNet."""
@@ -60,7 +62,7 @@ class Norm:
             "weight": torch.randn(total).to(parameters),
             "bias": torch.randn(total).to(parameters),
             "groups": self.groups,
-            "eps": 1e-6,
+            "eps": self.eps,
             "silu": self.silu,
         }
         if self.skip:
@@ -108,6 +110,7 @@ def _quick() -> list[tuple[Norm, tuple[str, ...]]]:
         (Norm(96, 33, 35, 32, BRAIN, extras=("time",), halves=True), hopper),
         (Norm(768, 17, 17, 1, BRAIN, extras=_ALL, batch=1), hopper),
         (Norm(24, 30, 35, 2, SINGLE, mean=1e3, std=0.1, batch=1), hopper),
+        (Norm(8, 8, 8, 2, SINGLE, std=4e-20, eps=0.0, silu=False, batch=1), NVIDIA),
         (Norm(1, 5, 7, 1, HALF, offset=1), hopper),
         (Norm(6, 1, 1, 3, SINGLE, extras=("scale", "shift"), batch=1), hopper),
     ]
@@ -139,6 +142,7 @@ def _every() -> Iterator[Norm]:
             yield replace(norm, dtype=dtype, batch=1, halves=True)
         mean, std = (1e3, 0.1) if dtype == SINGLE else (5.0, 0.1)
         yield Norm(32, 32, 32, 8, dtype, mean=mean, std=std)
+        yield Norm(24, 30, 35, 2, dtype, std=1e-15 if dtype != HALF else 1e-3, eps=0.0)
         yield Norm(32, 12, 12, 8, dtype, offset=1)
         yield Norm(128, 32, 32, 32, dtype)
     yield Norm(256, 16, 16, 32, BRAIN, extras=_ALL)

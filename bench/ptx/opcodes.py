@@ -81,15 +81,22 @@ _SUMS = {name: Operation("tt", getattr(operator, name)) for name in ("add", "sub
 #: Those of float32 that exist for two at once, and all but mul with operands of half precision.
 _PAIRED = _SUMS | {f"{name}.rn": operation for name, operation in _SUMS.items()} | {"fma.rn": Operation("ttt", a.fma)}
 
+
+def _extremes() -> dict[str, Operation]:
+    """max and min of two float32, and of three; with .NaN, or without."""
+    found = {}
+    for name in ("max", "min"):
+        for mode in ("", ".NaN"):
+            pick = a.extreme(largest=name == "max", keep_nan=mode == ".NaN")
+            found[f"{name}{mode}"] = Operation("tt", pick)
+            found[f"{name}{mode} of 3"] = Operation("ttt", lambda x, y, z, pick=pick: pick(pick(x, y), z))
+    return found
+
+
 #: Opcodes of float32. For each, ``.ftz`` is accepted as well.
-FLOAT: dict[str, Operation] = _PAIRED | {
-    "neg": Operation("t", operator.neg),
-    "abs": Operation("t", np.abs),
-    "max": Operation("tt", a.extreme(largest=True, keep_nan=False)),
-    "min": Operation("tt", a.extreme(largest=False, keep_nan=False)),
-    "max.NaN": Operation("tt", a.extreme(largest=True, keep_nan=True)),
-    "min.NaN": Operation("tt", a.extreme(largest=False, keep_nan=True)),
-}
+FLOAT: dict[str, Operation] = (
+    _PAIRED | _extremes() | {"neg": Operation("t", operator.neg), "abs": Operation("t", np.abs)}
+)
 _APPROXIMATE = {"ex2.approx", "rsqrt.approx", "rcp.approx", "rcp.rn", "sqrt.approx", "sqrt.rn", "lg2.approx"}
 _QUOTIENTS = {"div.full", "div.approx", "div.rn"}
 
@@ -137,34 +144,34 @@ class Compiler:
     def _computed(self, base: str, words: list[str], kinds: list[str], args: Sequence[object]) -> Step:
         if base == "createpolicy":  # a hint for the cache: 64 bits that nothing here looks at
             return self._mapped(lambda: np.zeros(1, np.uint64), h.union, args[0], "b64", [])
-        operation, kind, types = self._find(base, words, kinds)
+        opcode = ".".join([base, *(word for word in words if word != "ftz")])
+        if base in ("max", "min") and len(args) == 4:
+            opcode += " of 3"
+        operation, kind, types = self._typed(opcode, kinds, flush="ftz" in words)
         if len(args) != 1 + len(types):
             raise Fault(f"{len(args) - 1} operands where {len(types)} are known")
         sources = [self._registers.source(arg, k) for arg, k in zip(args[1:], types, strict=True)]
         return self._mapped(operation.function, operation.rule, args[0], kind, sources)
 
-    def _find(self, base: str, words: list[str], kinds: list[str]) -> tuple[Operation, str, list[str]]:
+    def _typed(self, opcode: str, kinds: list[str], *, flush: bool) -> tuple[Operation, str, list[str]]:
         """The operation, the type of its result, and those of its operands."""
-        opcode = ".".join([base, *(word for word in words if word != "ftz")])
-        kind = kinds[-1] if kinds else ""
-        if kinds[:1] == ["f32"] and len(kinds) == 2 and opcode in _PAIRED and base != "mul":
-            return _mixed(_PAIRED[opcode]), "f32", [kind] * (len(_PAIRED[opcode].operands) - 1) + ["f32"]
-        if len(kinds) != 1 or (kind in FLOATS and kind != "f32" and base != "selp"):
-            raise Fault("unknown instruction")
-        if kind == "f32x2" and opcode in _PAIRED and "ftz" not in words:
-            return _PAIRED[opcode], kind, [kind] * len(_PAIRED[opcode].operands)
-        if kind == "f32" and base != "selp":
+        if opcode == "selp" and len(kinds) == 1 and not flush:
+            return _integer(opcode, bits(kinds[0]))
+        if kinds == ["f32"]:
             operation = self._float(opcode)
-            if "ftz" in words:
+            if flush:
                 operation = Operation(operation.operands, a.flushed(operation.function))
-            return operation, kind, [kind] * len(operation.operands)
-        kind = bits(kind) if base == "selp" else kind
-        if opcode not in INTEGER or "ftz" in words:
+            return operation, "f32", ["f32"] * len(operation.operands)
+        if flush:
             raise Fault("unknown instruction")
-        operation = INTEGER[opcode]
-        wide = f"{kind[0]}{16 * TYPES[kind].itemsize}"
-        letters = {"t": kind, "u": "u32", "p": "pred", "w": wide}
-        return operation, wide if operation.wide else kind, [letters[letter] for letter in operation.operands]
+        if kinds == ["f32x2"] and opcode in _PAIRED:
+            return _PAIRED[opcode], "f32x2", ["f32x2"] * len(_PAIRED[opcode].operands)
+        if kinds in (["f32", "f16"], ["f32", "bf16"]) and opcode in _PAIRED and not opcode.startswith("mul"):
+            mixed = _mixed(_PAIRED[opcode])
+            return mixed, "f32", [kinds[1]] * (len(mixed.operands) - 1) + ["f32"]
+        if len(kinds) != 1 or kinds[0] in FLOATS:
+            raise Fault("unknown instruction")
+        return _integer(opcode, kinds[0])
 
     def _float(self, opcode: str) -> Operation:
         if opcode in _APPROXIMATE | _QUOTIENTS:
@@ -240,6 +247,16 @@ class Compiler:
 
 def _is_register(token: object) -> bool:
     return isinstance(token, str) and token.startswith("%")
+
+
+def _integer(opcode: str, kind: str) -> tuple[Operation, str, list[str]]:
+    """An operation of :data:`INTEGER`, the type of its result, and those of its operands."""
+    if opcode not in INTEGER:
+        raise Fault("unknown instruction")
+    operation = INTEGER[opcode]
+    wide = f"{kind[0]}{16 * TYPES[kind].itemsize}"
+    letters = {"t": kind, "u": "u32", "p": "pred", "w": wide}
+    return operation, wide if operation.wide else kind, [letters[letter] for letter in operation.operands]
 
 
 def _mixed(operation: Operation) -> Operation:

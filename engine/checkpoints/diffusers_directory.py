@@ -16,9 +16,15 @@ from stepfusion.checkpoints.bundled import model_directory
 from stepfusion.checkpoints.json_file import read_object
 from stepfusion.checkpoints.labels import LABELS_FILE, LabelMetadata, read_labels
 from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.checkpoints.pipeline import find_layout, read_scheduler
 from stepfusion.checkpoints.weight_files import find_weights, read_weights
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
+
+_UNCOUNTED = {
+    "timestep": "class_embed_type is 'timestep', and num_class_embeds does not say how many labels there are",
+    "identity": "class_embed_type is 'identity', which takes a vector in place of a label, and is not implemented",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Pretrained(LoadedModel):
 
     Attributes:
         network: in eval mode, float32, on the CPU.
-        scheduler_config: the scheduler's config as it stands in the directory; empty if a flat directory has none.
+        scheduler_config: the scheduler's config as it stands in the directory, under the class that the pipeline
+            loads it into; empty if there is none.
         class_names: the name of each label, or None; the null label, if any, has no name.
         null_label: the label that means "no label" for classifier-free guidance (Ho & Salimans 2022), or None.
         path: the directory.
@@ -40,29 +47,29 @@ class Pretrained(LoadedModel):
     path: Path
 
 
-def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
+def load_pretrained(source: str | os.PathLike[str], *, variant: str | None = None) -> Pretrained:
     """Read a bundled model or a model directory. Nothing is downloaded.
 
     Args:
-        source: a bundled model's name, or the path of a directory in one of two layouts: a diffusers pipeline
-            (``unet/config.json``, ``unet/diffusion_pytorch_model.safetensors``, ``scheduler/scheduler_config.json``),
-            or flat (the same files in one folder; the scheduler's is optional). Half-precision variants (``.fp16``)
-            and ``.bin`` files are read where there is no plain safetensors file, the latter without executing
-            anything. A bundled name goes before a directory of that name: write ``./name`` for the directory.
+        source: a bundled model's name, or the path of a directory: a diffusers pipeline (``unet/config.json``,
+            ``unet/diffusion_pytorch_model.safetensors``, ``scheduler/scheduler_config.json``), the network's folder
+            of one, whose scheduler is the pipeline's, or everything in one folder, in which the scheduler may be
+            missing. A bundled name goes before a directory of that name: write ``./name`` for the directory.
+        variant: which weights, if there are several: the part of their file's name, such as "fp16" or "ema". By
+            default those without one; then safetensors files, then ``.bin`` files, which are read without executing
+            anything. Shards are read by their ``.index.json`` file.
 
     Raises:
-        CheckpointError: a file, key, shape or value is missing or wrong; the sentence names it.
+        CheckpointError: a file, key, shape or value is missing or wrong, or the pipeline has a part that is not
+            implemented; the sentence names it.
     """
-    path = model_directory(source)
-    nested = (path / "unet").is_dir()
-    folder = path / "unet" if nested else path
-    network = _read_network(folder / "config.json")
-    scheduler_file = path / "scheduler" / "scheduler_config.json" if nested else path / "scheduler_config.json"
-    scheduler = read_object(scheduler_file) if nested or scheduler_file.exists() else {}
-    labels_file = path / LABELS_FILE
+    layout = find_layout(model_directory(source))
+    network = _read_network(layout.network / "config.json")
+    scheduler = read_scheduler(layout)
+    labels_file = layout.root / LABELS_FILE
     labels = read_labels(labels_file, network.num_classes) if labels_file.exists() else LabelMetadata(None, None)
-    network.load_state_dict(read_weights(find_weights(folder), network), strict=True, assign=True)
-    return Pretrained(network.eval(), scheduler, labels.class_names, labels.null_label, path)
+    network.load_state_dict(read_weights(find_weights(layout.network, variant), network), strict=True, assign=True)
+    return Pretrained(network.eval(), scheduler, labels.class_names, labels.null_label, layout.root)
 
 
 def _read_network(path: Path) -> UNet2D | ContextUNet:
@@ -72,6 +79,9 @@ def _read_network(path: Path) -> UNet2D | ContextUNet:
         with torch.device("meta"):
             if config.get("_class_name") == "ContextUNet":
                 return ContextUNet.from_config(config)
-            return UNet2D(UNet2DConfig.from_dict(config))
+            network = UNet2D(UNet2DConfig.from_dict(config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if network.class_embedding is not None and network.num_classes is None:
+        raise CheckpointError(f"{path}: {_UNCOUNTED[network.config.class_embed_type]}")
+    return network

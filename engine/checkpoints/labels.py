@@ -6,15 +6,23 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from stepfusion.checkpoints.json_file import read_object
+from stepfusion.checkpoints.json_file import read_model
 from stepfusion.errors import CheckpointError
+from stepfusion.strict_model import StrictModel
 
 LABELS_FILE = "stepfusion.json"
 
 
+class LabelsFile(StrictModel):
+    """The object in ``stepfusion.json``."""
+
+    class_names: list[str] | None = None
+    null_label: int | None = None
+
+
 @dataclass(frozen=True)
 class LabelMetadata:
-    """What ``stepfusion.json`` adds to a diffusers directory."""
+    """The names of a network's labels, the null label left out, and the null label; None for what there is not."""
 
     class_names: tuple[str, ...] | None
     null_label: int | None
@@ -22,11 +30,8 @@ class LabelMetadata:
 
 def read_labels(path: Path, classes: int | None) -> LabelMetadata:
     """What the file says of the labels of a network with so many classes; CheckpointError if it does not fit."""
-    given = {key: value for key, value in read_object(path).items() if not key.startswith("_")}
-    for key in given:
-        if key not in ("class_names", "null_label"):
-            raise CheckpointError(f"{path} has the unknown key {short(key)}; accepted are class_names, null_label")
-    return check_labels(given, classes, str(path))
+    read = read_model(path, LabelsFile)
+    return check_labels({"class_names": read.class_names, "null_label": read.null_label}, classes, str(path))
 
 
 def check_labels(given: Mapping[str, Any], classes: int | None, where: str) -> LabelMetadata:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepfusion.checkpoints.json_file import to_json
 from stepfusion.checkpoints.labels import LABELS_FILE, LabelMetadata, check_labels
-from stepfusion.checkpoints.weight_files import WEIGHT_FILES
+from stepfusion.checkpoints.weight_files import WEIGHTS_FILE
 from stepfusion.checkpoints.weights import DTYPES
 from stepfusion.errors import CheckpointError
 from stepfusion.files.atomic import atomic_directory, write_synced
@@ -57,7 +57,7 @@ def save_pretrained(
         "model_index.json": to_json({"_class_name": pipeline, **parts}),
         "scheduler/scheduler_config.json": to_json({"_class_name": scheduler_class, **scheduler_config}),
         "unet/config.json": to_json(config),
-        f"unet/{WEIGHT_FILES[0]}": save(_storable_state(network, dtype), metadata={"format": "pt"}),
+        f"unet/{WEIGHTS_FILE}": save(_storable_state(network, dtype), metadata={"format": "pt"}),
     }
     if labels != LabelMetadata(None, None):
         contents[LABELS_FILE] = to_json({"class_names": labels.class_names, "null_label": labels.null_label})

@@ -48,7 +48,7 @@ def capture(body: Callable[[], None], device: torch.device) -> Graph:
     with _CAPTURING, torch.cuda.device(device):
         outside = torch.cuda.current_stream(device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(outside)
+        stream.wait_stream(outside)  # what was launched before wrote the buffers that the body reads
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 body()
@@ -61,7 +61,7 @@ def capture(body: Callable[[], None], device: torch.device) -> Graph:
             raise
         except RuntimeError as error:
             raise CaptureError(" ".join(str(error).split("\n")[0].split())) from error
-        outside.wait_stream(stream)
+        outside.wait_stream(stream)  # and the first replay must not overtake the warm-up
     return graph
 
 

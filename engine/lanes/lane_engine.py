@@ -80,6 +80,7 @@ class LaneEngine:
         self._make, self._widths = make, tuple(widths)
         self._watched, self._given_noise, self._may_halve = watched, given_noise, may_halve
         self._runners: dict[int, Runner] = {}
+        # The host counts ticks, so it knows which lane is done without asking the device.
         self._occupants: dict[int, Occupant] = {}  # by lane
         self._due: dict[int, list[Occupant]] = {}  # by the tick with which they are done
         self._finishing: list[Occupant] = []  # with the last tick
@@ -123,6 +124,7 @@ class LaneEngine:
         self._fit(self.busy + len(chosen))
         if not chosen:
             return
+        # The lowest free lanes: consecutive lanes are read and written as slices, without an index on the device.
         lanes = [lane for lane in range(self._width) if lane not in self._occupants][: len(chosen)]
         for together in _admissions(chosen):
             self._start([chosen[place] for place in together], [lanes[place] for place in together])
@@ -170,6 +172,11 @@ class LaneEngine:
         ends = [o.entered + active.steps(o.image) for o in self._occupants.values() if o.active is active]
         return max((end - self._now for end in ends), default=0)
 
+    def remaining(self) -> list[int]:
+        """How many ticks each lane is still taken for, 0 for those that are free. For any thread, as an estimate."""
+        busy = [o.entered + o.active.steps(o.image) - self._now for o in list(self._occupants.values())]
+        return busy + [0] * (self.lanes - len(busy))
+
     def remove(self, active: ActiveRequest) -> None:
         """Take out all images of a request, done or not."""
         occupants = [occupant for occupant in self._occupants.values() if occupant.active is active]
@@ -195,6 +202,7 @@ class LaneEngine:
         self._occupants.clear()
         self._due.clear()
         self._finishing.clear()
+        # Dropped before the narrower ones are made: their memory is what is missing.
         self._runners.clear()
         self._widths, self._width = narrower, narrower[0]
         return lost
@@ -243,6 +251,7 @@ class LaneEngine:
         width = next(width for width in self._widths if width >= images)
         if width == self._width:
             return
+        # Lanes are independent, so an image goes on in another lane of another runner with the same bits.
         before, self._width = self.runner, width
         occupants = sorted(self._occupants.values(), key=lambda occupant: occupant.lane)
         if occupants:

@@ -221,15 +221,13 @@ class Attention(nn.Module):
 class DownBlock(nn.Module):
     """One level on the way down: residual blocks, each followed by attention if any, then a downsampler if any."""
 
-    def __init__(
-        self, config: UNet2DConfig, in_channels: int, out_channels: int, attention: bool, resamples: bool
-    ) -> None:
+    def __init__(self, config: UNet2DConfig, in_channels: int, out_channels: int, kind: str, resamples: bool) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (config.layers_per_block - 1)
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, out_channels) for channels in inputs)
-        self.attentions = _attentions(config, out_channels, len(inputs)) if attention else None
+        self.attentions = _attentions(config, out_channels, len(inputs)) if "Attn" in kind else None
         self.downsamplers = None
-        if resamples and attention and config.downsample_type == "resnet":
+        if resamples and config.resamples_by_resnet(kind):
             self.downsamplers = nn.ModuleList([ResnetBlock(config, out_channels, out_channels, resample="down")])
         elif resamples:
             self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)])
@@ -276,7 +274,7 @@ class UpBlock(nn.Module):
         below_channels: int,
         out_channels: int,
         above_channels: int,
-        attention: bool,
+        kind: str,
         resamples: bool,
     ) -> None:
         super().__init__()
@@ -285,9 +283,9 @@ class UpBlock(nn.Module):
         skips = [out_channels] * (layers - 1) + [above_channels]
         inputs = [state + skip for state, skip in zip(states, skips, strict=True)]
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, out_channels) for channels in inputs)
-        self.attentions = _attentions(config, out_channels, layers) if attention else None
+        self.attentions = _attentions(config, out_channels, layers) if "Attn" in kind else None
         self.upsamplers = None
-        if resamples and attention and config.upsample_type == "resnet":
+        if resamples and config.resamples_by_resnet(kind):
             self.upsamplers = nn.ModuleList([ResnetBlock(config, out_channels, out_channels, resample="up")])
         elif resamples:
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])

@@ -10,30 +10,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from stepfusion import _checks
 from stepfusion.samplers.betas import MAX_TIMESTEPS, check_betas
+from stepfusion.samplers.scheduler_keys import KNOWN_KEYS, SCHEDULE_KEYS, scheduler_of
+from stepfusion.strict_model import StrictModel
 
 Array = NDArray[np.float64]
 
-# What diffusers' scheduler configs hold: the keys of the first set shape the schedule, the others are the sampler's.
-_SCHEDULE_KEYS = frozenset(
-    {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
-)
-_SAMPLER_KEYS = frozenset(
-    {
-        "prediction_type", "clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset",
-        "set_alpha_to_one", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
-        "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "use_karras_sigmas",
-        "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "flow_shift",
-        "final_sigmas_type", "lambda_min_clipped", "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
-        "tensor_format",
-    }
-)  # fmt: skip
+
+class ScheduleConfig(StrictModel):
+    """The keys of a diffusers scheduler config that shape the schedule, with its defaults."""
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)] = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    trained_betas: Any = None
+    rescale_betas_zero_snr: bool = False
 
 
 class NoiseSchedule:
@@ -109,37 +108,39 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a diffusers scheduler config describes (``scheduler_config.json`` as a dict).
 
-        Keys that shape the sampler and not the schedule are passed over; an unknown key is a ValueError.
+        Keys that shape the sampler and not the schedule are passed over
+        (:mod:`stepfusion.samplers.scheduler_keys`).
+
+        Raises:
+            TypeError, ValueError: a key or a scheduler is unknown, or a value is of another type or out of range.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a dict, got {type(config).__name__}")
-        unknown = [k for k in config if not (k in _SCHEDULE_KEYS or k in _SAMPLER_KEYS or str(k).startswith("_"))]
+        unknown = [key for key in config if key not in KNOWN_KEYS and not str(key).startswith("_")]
         if unknown:
-            raise ValueError(f"scheduler config has unknown keys: {', '.join(map(repr, sorted(unknown)))}")
-        timesteps = _checks.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TIMESTEPS)
-        kind = config.get("beta_schedule", "linear")
-        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-        trained = config.get("trained_betas")
-        if trained is not None:
-            schedule = cls.from_betas(check_betas(trained, "trained_betas"))
-            if len(schedule.betas) != timesteps:
-                raise ValueError(
-                    f"trained_betas must have num_train_timesteps = {timesteps} entries, got {len(schedule.betas)}"
-                )
-        elif kind == "linear":
-            schedule = cls.linear(timesteps, *ends, scaled=False)
-        elif kind == "scaled_linear":
-            schedule = cls.scaled_linear(timesteps, *ends)
-        elif kind == "squaredcos_cap_v2":
-            schedule = cls.cosine(timesteps)
-        elif kind == "sigmoid":
-            schedule = cls.sigmoid(timesteps, *ends)
-        else:
-            accepted = "'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid'"
-            raise ValueError(f"beta_schedule must be one of {accepted}, got {kind!r}")
-        if _checks.boolean("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False)):
-            schedule = schedule.rescale_zero_terminal_snr()
-        return schedule
+            raise ValueError(f"scheduler config has unknown keys: {', '.join(sorted(map(repr, unknown)))}")
+        defaults = scheduler_of(config)[1].defaults
+        merged = {**defaults, **config}
+        read = ScheduleConfig.of({key: merged[key] for key in merged if key in SCHEDULE_KEYS})
+        schedule = cls._of_config(read)
+        return schedule.rescale_zero_terminal_snr() if read.rescale_betas_zero_snr else schedule
+
+    @classmethod
+    def _of_config(cls, read: ScheduleConfig) -> NoiseSchedule:
+        """The schedule before it is rescaled."""
+        total, ends = read.num_train_timesteps, (read.beta_start, read.beta_end)
+        if read.trained_betas is not None:
+            betas = check_betas(read.trained_betas, "trained_betas")
+            if len(betas) != total:
+                raise ValueError(f"trained_betas must have num_train_timesteps = {total} entries, got {len(betas)}")
+            return cls(betas)
+        if read.beta_schedule == "scaled_linear":
+            return cls.scaled_linear(total, *ends)
+        if read.beta_schedule == "squaredcos_cap_v2":
+            return cls.cosine(total)
+        if read.beta_schedule == "sigmoid":
+            return cls.sigmoid(total, *ends)
+        return cls.linear(total, *ends, scaled=False)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(abar) so that the last one is exactly 0 (Lin et al. 2024, algorithm 1)."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from stepfusion import _checks
+import numpy as np
+from pydantic import AfterValidator, Field
+
 from stepfusion.errors import CheckpointError
-from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.timesteps import SPACINGS
+from stepfusion.samplers.scheduler_keys import HONOURED_KEYS, NEUTRAL_VALUES, OTHER_SOLVERS, Scheduler, scheduler_of
+from stepfusion.strict_model import StrictModel
 
 _VARIANCES = {
     "fixed_small": "fixed_small",
@@ -17,42 +21,151 @@ _VARIANCES = {
     "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
+    None: "fixed_small",  # of a solver's config loaded into DDPMScheduler, which then takes its variance as it is
 }
+_UNBOUNDED = float(np.finfo(np.float32).max)
+
+
+def _not_nan(value: float) -> float:
+    if math.isnan(value) or value == math.inf:
+        raise ValueError(f"lambda_min_clipped must be a number or -Infinity, got {value}")
+    return value
+
+
+class SamplerConfig(StrictModel):
+    """The keys of a scheduler config that say how to sample, with the defaults of diffusers' DDPMScheduler."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    predict_epsilon: bool | None = None
+    clip_sample: bool = True
+    clip_sample_range: float | None = 1.0
+    variance_type: Literal[
+        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", "learned", None
+    ] = "fixed_small"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    set_alpha_to_one: bool = True
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float | None = 0.995
+    sample_max_value: float | None = 1.0
+    lambda_min_clipped: Annotated[float, Field(allow_inf_nan=True), AfterValidator(_not_nan)] | None = None
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    use_karras_sigmas: bool | None = False
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str, Any]]:
     """The schedule, the prediction type, and the samplers' options, by their names in
     :mod:`stepfusion.samplers.registry`.
 
-    Options that the config leaves out have diffusers' defaults. What its settings mean is taken over, its quirks
-    are not: ask for those with ``compat="diffusers"``.
+    Options that the config leaves out have the defaults of its scheduler in diffusers. What its settings mean is
+    taken over, its quirks are not: ask for those with ``compat="diffusers"``. Which keys are read, and why others are
+    not, stands in :mod:`stepfusion.samplers.scheduler_keys`.
 
     Raises:
-        CheckpointError: a setting that is unknown or not supported, named.
+        CheckpointError: a scheduler or a setting that is unknown or not supported, named.
+
+    Warns:
+        UserWarning: the scheduler's own solver is not what samples by default, or has no table here.
     """
     try:
-        prediction = _checks.choice("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)
-        variance = _checks.choice("variance_type", config.get("variance_type", "fixed_small"), _VARIANCES)
-        spacing = _checks.choice("timestep_spacing", config.get("timestep_spacing", "leading"), SPACINGS)
-        offset = _checks.integer("steps_offset", config.get("steps_offset", 0), 0, 1 << 20)
-        clipped = _checks.boolean("clip_sample", config.get("clip_sample", True))
-        bound = _checks.number("clip_sample_range", config.get("clip_sample_range", 1.0), 0.0, open_low=True)
-        whole = _checks.boolean("set_alpha_to_one", config.get("set_alpha_to_one", True))
-        thresholding = _checks.boolean("thresholding", config.get("thresholding", False))
-        name = "dynamic_thresholding_ratio"
-        ratio = _checks.number(name, config.get(name, 0.995), 0.0, 1.0, open_low=True)
-        largest = _checks.number("sample_max_value", config.get("sample_max_value", 1.0), 1.0)
         schedule = NoiseSchedule.from_config(config)
+        name, scheduler = scheduler_of(config)
+        if scheduler.refused is not None:
+            raise ValueError(f"{name} is not implemented: {scheduler.refused}")
+        _check_neutral(config, scheduler)
+        given = {key: config[key] for key in config if key in HONOURED_KEYS}
+        read = SamplerConfig.of({**_defaults(scheduler), **given})
+        prediction = _prediction(config, read)
+        options = _options(name, scheduler, read, schedule)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"scheduler config: {str(error).removeprefix('scheduler config has ')}") from error
-    options: dict[str, Any] = {
-        "variance": _VARIANCES[variance],
-        "spacing": spacing,
-        "steps_offset": offset,
-        "clip": bound if clipped else None,
-    }
-    if thresholding:
-        options |= {"threshold": ratio, "sample_max_value": largest}
-    if not whole:
-        options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
+    if name in OTHER_SOLVERS:
+        how = f"; its own images come with {scheduler.sampler}" if scheduler.sampler else ", for it has no table here"
+        warnings.warn(
+            f"this model's scheduler is {name}: it is sampled by DDIM unless another sampler is asked for{how}",
+            UserWarning,
+            stacklevel=2,
+        )
     return schedule, prediction, options
+
+
+def _defaults(scheduler: Scheduler) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.defaults.items() if key in HONOURED_KEYS}
+
+
+def _check_neutral(config: Mapping[str, Any], scheduler: Scheduler) -> None:
+    """ValueError if the scheduler reads a key whose value no table here honours."""
+    for key, values in NEUTRAL_VALUES.items():
+        if key in scheduler.reads and key in config and config[key] not in values:
+            accepted = " or ".join({False: "false", None: "null"}.get(value, repr(value)) for value in values)
+            raise ValueError(f"{key} must be {accepted}, for nothing here samples otherwise, got {config[key]!r}")
+
+
+def _prediction(config: Mapping[str, Any], read: SamplerConfig) -> str:
+    """The prediction type; configs before it was a key say ``predict_epsilon``."""
+    if read.predict_epsilon is None:
+        return read.prediction_type
+    told = "epsilon" if read.predict_epsilon else "sample"
+    if "prediction_type" in config and read.prediction_type != told:
+        raise ValueError(f"predict_epsilon says {told!r}, and prediction_type {read.prediction_type!r}")
+    return told
+
+
+def _options(name: str, scheduler: Scheduler, read: SamplerConfig, schedule: NoiseSchedule) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "variance": _variance(name, read),
+        "spacing": read.timestep_spacing,
+        "steps_offset": read.steps_offset,
+        "clip": _positive("clip_sample_range", read.clip_sample_range) if read.clip_sample else None,
+    }
+    if "use_karras_sigmas" in scheduler.reads and read.use_karras_sigmas:
+        options["spacing"] = "karras"
+    if read.thresholding:
+        options |= _threshold(read)
+    if not read.set_alpha_to_one or _ends_at_the_first_level(name, read):
+        options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
+    return options | _of_dpm_solver(read)
+
+
+def _variance(name: str, read: SamplerConfig) -> str:
+    """The variance of DDPM; "learned" means something else to diffusers' DDPM than to the networks' authors."""
+    if read.variance_type != "learned":
+        return _VARIANCES[read.variance_type]
+    if "DDPM" in name:
+        accepted = ", ".join(repr(value) for value in _VARIANCES)
+        raise ValueError(f"variance_type must be one of {accepted}, got 'learned'")
+    return "fixed_small"  # a solver that draws no variance only learns from it that the network returns one
+
+
+def _threshold(read: SamplerConfig) -> dict[str, Any]:
+    ratio = _positive("dynamic_thresholding_ratio", read.dynamic_thresholding_ratio)
+    if ratio > 1:
+        raise ValueError(f"dynamic_thresholding_ratio must be a finite number in (0, 1], got {ratio}")
+    largest = _UNBOUNDED if read.sample_max_value is None else read.sample_max_value
+    if largest < 1:
+        raise ValueError(f"sample_max_value must be a finite number in [1, inf], got {largest}")
+    return {"threshold": ratio, "sample_max_value": largest}
+
+
+def _of_dpm_solver(read: SamplerConfig) -> dict[str, Any]:
+    """What ``dpmpp_2m`` takes; by default "lower_order_final" means fewer than 15 steps there as here."""
+    options: dict[str, Any] = {}
+    if read.lambda_min_clipped is not None and math.isfinite(read.lambda_min_clipped):
+        options["lambda_min_clipped"] = read.lambda_min_clipped
+    if read.euler_at_final or not read.lower_order_final:
+        options["lower_order_final"] = read.euler_at_final
+    return options
+
+
+def _ends_at_the_first_level(name: str, read: SamplerConfig) -> bool:
+    """True for a solver whose last row ends at the level of timestep 0, and not at the image."""
+    reads = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler")
+    return read.final_sigmas_type == "sigma_min" and name in (*reads, "UniPCMultistepScheduler")
+
+
+def _positive(name: str, value: float | None) -> float:
+    if value is None or value <= 0:
+        raise ValueError(f"{name} must be a finite number in (0, inf], got {value}")
+    return value

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
+from heapq import heapify, heapreplace
 
 from stepfusion.serving.errors import Overloaded
 
 _SMOOTHING = 0.1  # weight of the newest round in the mean
+_UNKNOWN_SECONDS = 1.0  # of a wait, before the first round
+_LEAST_SECONDS = 0.01  # of a wait
+_MOST_FOLLOWED = 4096  # images whose lanes are followed one by one in an estimate
 
 
 class Backlog:
@@ -23,6 +28,7 @@ class Backlog:
         self.images = 0
         self.steps = 0
         self.lanes = 1
+        self.remaining: Callable[[], Sequence[int]] = list  #: rounds for which each lane is still taken
         self.seconds = 0.0  #: of a round: every pool that has images ticks once; a running mean
         self.fastest = 0.0  #: of all rounds so far
 
@@ -31,16 +37,29 @@ class Backlog:
         with self._lock:
             over = self.images + images - self._limit
             if over > 0:
-                # what is in the way is a share of what waits, which the lanes work off together
-                share = min(1.0, over / max(1, self.images))
-                retry = max(self.seconds, share * self.steps * self.seconds / self.lanes)
+                retry = self._seconds_until(over)
                 raise Overloaded(
                     f"{self.images} images are waiting, {images} more would exceed the queue's {self._limit}; "
-                    f"there should be room in {retry:.3g} s",
+                    f"there should be room in {retry:{'.3g' if retry < 1000 else '.0f'}} s",
                     retry,
                 )
             self.images += images
             self.steps += steps
+
+    def _seconds_until(self, entered: int) -> float:
+        """An estimate of the seconds until so many of the images that wait have a lane.
+
+        The next image takes the lane that is free next, for the mean number of steps of all that wait.
+        """
+        if not self.seconds:
+            return _UNKNOWN_SECONDS
+        steps = self.steps / max(1, self.images)
+        free_at = [float(rounds) for rounds in self.remaining()] or [0.0] * self.lanes
+        heapify(free_at)
+        followed = min(entered, _MOST_FOLLOWED)
+        for _ in range(followed - 1):
+            heapreplace(free_at, free_at[0] + steps)
+        return max(_LEAST_SECONDS, free_at[0] * entered / followed * self.seconds)
 
     def put_back(self, images: int, steps: int) -> None:
         """Images lost their lanes, and wait again."""

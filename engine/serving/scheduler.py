@@ -85,7 +85,7 @@ class Scheduler:
         self._pace = Pace(engine.plan.device)
         self._needs_room: ServedRequest | None = None
         self.learned = False  #: whether the network learned its variance
-        backlog.lanes = self._widths[-1]
+        backlog.lanes, backlog.remaining = self._widths[-1], self._remaining
 
     @property
     def idle(self) -> bool:
@@ -156,6 +156,8 @@ class Scheduler:
         for job in (*self._requests.values(), *late):
             self._tell(job, "dead", error)
         self._requests.clear()
+        self._metrics.lanes(0, 0)
+        self._metrics.queue(0, 0)
 
     def step(self) -> None:
         """One round. torch.OutOfMemoryError where not even one lane fits."""
@@ -178,6 +180,11 @@ class Scheduler:
         self._metrics.queue(len(self._requests), self._backlog.images)
 
     # Lanes
+
+    def _remaining(self) -> list[int]:
+        """How many rounds each lane is still taken for, of the pools that have or await images."""
+        pools = [pool for pool in list(self._pools.values()) if pool.lanes.busy or len(pool.queue)]
+        return [ticks for pool in pools for ticks in pool.lanes.remaining()]
 
     def _pool(self, request: Request) -> _Pool:
         """The lanes for a request, by how its network is called; guided ones with the null label as well."""

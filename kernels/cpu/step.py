@@ -15,7 +15,7 @@ from torch import Tensor
 from stepfusion.kernels import launch
 from stepfusion.kernels.cpu import library
 from stepfusion.kernels.cpu import sampling_library as sampling
-from stepfusion.kernels.step import check_arguments, diffusion_step_reference
+from stepfusion.kernels.step_reference import check_arguments, diffusion_step_reference
 
 
 def _nothing(*_: object) -> None:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig, blocks
@@ -57,6 +58,21 @@ VARIANTS = {
         "block_out_channels": [16, 32, 32],
         "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    },
+    "resnet blocks": {
+        "block_out_channels": [16, 32, 32],
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    },
+    "resnet blocks, scale shift": {
+        "resnet_time_scale_shift": "scale_shift",
+        "layers_per_block": 2,
+        "down_block_types": ["ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"],
+        "up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"],
+    },
+    "names of old": {
+        "down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"],
+        "up_block_types": ["UNetResAttnUpBlock2D", "UNetResUpBlock2D"],
     },
     "no middle attention": {"add_attention": False},
     "no middle": {"mid_block_type": None},
@@ -318,6 +334,39 @@ def test_config_round_trip(name: str) -> None:
     assert UNet2DConfig.from_dict(dict(UNet2DModel.from_config(config.to_dict()).config)) == config
 
 
+def test_block_names_of_old_are_those_of_today() -> None:
+    old = UNet2DConfig.from_dict({**SMALL, **VARIANTS["names of old"]})
+    assert old == UNet2DConfig.from_dict(SMALL)
+    with pytest.raises(CheckpointError, match="down_block_types"):
+        UNet2DConfig.from_dict({**SMALL, "down_block_types": ["UNetResSkipDownBlock2D", "DownBlock2D"]})
+
+
+def test_what_an_average_says_of_itself_is_skipped() -> None:
+    average = EMAModel(UNet2DModel(**SMALL).parameters(), model_cls=UNet2DModel, model_config=SMALL)
+    noted = {key: value for key, value in average.state_dict().items() if key != "shadow_params"}
+    assert UNet2DConfig.from_dict({**SMALL, **noted}) == UNet2DConfig.from_dict(SMALL)
+    with pytest.raises(CheckpointError, match="unknown key 'momentum'"):
+        UNet2DConfig.from_dict({**SMALL, **noted, "momentum": 0.9})
+
+
+@pytest.mark.parametrize("kind", [{"num_class_embeds": 3}, {"class_embed_type": "timestep"}])
+def test_a_condition_is_never_left_out(kind: dict) -> None:
+    """Also in the parts that an engine calls: an image of no class was the answer."""
+    network = UNet2D(UNet2DConfig.from_dict({**SMALL, **kind}))
+    time = network.embed_time(T)
+    with pytest.raises(ValueError, match="class_labels is None; this network is conditioned on a class"):
+        network.condition(time)
+    assert network.condition(time, T).shape == (2, network.projection_size)
+
+
+def test_labels_that_are_embedded_as_timesteps_are_counted() -> None:
+    assert UNet2DConfig.from_dict({**SMALL, "class_embed_type": "timestep"}).num_classes is None
+    counted = UNet2DConfig.from_dict({**SMALL, "class_embed_type": "timestep", "num_class_embeds": 7})
+    assert (counted.num_classes, counted.class_embedding_rows) == (7, None)
+    identity = UNet2DConfig.from_dict({**SMALL, "class_embed_type": "identity", "num_class_embeds": 7})
+    assert identity.num_classes is None
+
+
 def test_config_defaults_are_those_of_diffusers() -> None:
     """A missing attention_head_dim means 8, a null one head; underscored notes are skipped."""
     theirs = dict(UNet2DModel(**SMALL).config)
@@ -358,7 +407,7 @@ ONLY = "(nothing else is implemented)"
         (
             "down_block_types",
             ["DownBlock2D", "SkipDownBlock2D"],
-            f"a list of 1 to 16 entries, each 'DownBlock2D' or 'AttnDownBlock2D' {ONLY}",
+            f"a list of 1 to 16 entries, each 'DownBlock2D' or 'AttnDownBlock2D' or 'ResnetDownsampleBlock2D' {ONLY}",
         ),
         ("down_block_types", ["DownBlock2D"], PER_LEVEL),
         ("up_block_types", ["UpBlock2D"] * 3, PER_LEVEL),

@@ -110,6 +110,12 @@ def idle(service: AsyncEngine) -> bool:
     return status.busy == 0 and status.waiting == 0
 
 
+def rejected(service: AsyncEngine, reason: str) -> int:
+    """How many requests were refused for this reason."""
+    assert service.registry is not None
+    return int(service.registry.get_sample_value("stepfusion_rejected_total", {"reason": reason}) or 0)
+
+
 @dataclass(frozen=True)
 class Served:
     """A server in a process of its own: what was started, and where it answers."""

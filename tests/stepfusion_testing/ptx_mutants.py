@@ -41,6 +41,7 @@ class Mutant:
 BEYOND = Step((9,), torch.float32, "drawn", rows=(3, 10))
 PLANTED = Step((9,), torch.float32, "none", "ddim", x0=True, planted=math.nan, rows=(3,))
 PADDED = Norm(20, 9, 9, 4, torch.float32, batch=1)
+TINY = Norm(8, 8, 8, 2, torch.float32, std=4e-20, eps=0.0, silu=False, batch=1)
 SPLIT = Norm(24, 30, 35, 2, torch.float32, batch=1)
 
 STATISTICS = "means = tl.load(ptr, mask=there"
@@ -62,6 +63,12 @@ MUTANTS = {
         old=f"{STATISTICS}, other=0.0)",
         new=f"{STATISTICS})",
         call=SPLIT,
+    ),
+    "a variance below the least normal number": Mutant(
+        *("group_norm.py", "group_norm_silu"),
+        old="small = variance < 2.0**-100",
+        new="small = variance < 0.0",
+        call=TINY,
     ),
     "a clamp without NaN": Mutant(
         *("step.py", "diffusion_step"),

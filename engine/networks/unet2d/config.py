@@ -14,15 +14,21 @@ MAX_LEVELS = 16
 MAX_SIZE = 65_536
 MAX_PARAMETERS = 10_000_000_000
 
-_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+_OLD_PREFIX = "UNetRes"  # of the block types' names before diffusers 0.3
+#: What an exponential moving average adds to the config of the network that it saves (diffusers' ``EMAModel``).
+_EMA_KEYS = frozenset(
+    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+)
 
 
 @dataclass(frozen=True)
 class UNet2DConfig:
     """The configuration of a `UNet2D`, with the names, meanings and defaults of diffusers' ``UNet2DModel``.
 
-    A missing `attention_head_dim` means heads of 8 channels; ``None`` means one head over all channels.
+    A missing `attention_head_dim` means heads of 8 channels; ``None`` means one head over all channels. With
+    ``class_embed_type="timestep"``, `num_class_embeds` is the number of labels, each embedded as a timestep is.
 
     Raises:
         CheckpointError: a field has a wrong type or value, or fields contradict each other; the sentence names the
@@ -61,8 +67,8 @@ class UNet2DConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = tuple(value)
+            if isinstance(value, list | tuple):
+                value = tuple(_block_name(entry) for entry in value) if "block_types" in field.name else tuple(value)
                 object.__setattr__(self, field.name, value)
             rule = _RULES[field.name]
             if not rule.holds(value):
@@ -76,7 +82,8 @@ class UNet2DConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNet2DConfig":
-        """Read the dict of a diffusers ``config.json``; keys that start with ``_`` are notes and are skipped.
+        """Read the dict of a diffusers ``config.json``; keys that start with ``_`` are notes and are skipped, and so
+        is what an ``EMAModel`` says of its average.
 
         Raises:
             CheckpointError: an unknown key, a wrong value (see the class), or the config of another model class.
@@ -86,7 +93,9 @@ class UNet2DConfig:
         name = config.get("_class_name", "UNet2DModel")
         if name != "UNet2DModel":
             raise _refusal("_class_name", name, "'UNet2DModel'")
-        given = {str(key): value for key, value in config.items() if not str(key).startswith("_")}
+        given = {
+            str(key): value for key, value in config.items() if not str(key).startswith("_") and key not in _EMA_KEYS
+        }
         known = {field.name for field in fields(cls)}
         unknown = sorted(given.keys() - known)
         if unknown:
@@ -111,8 +120,20 @@ class UNet2DConfig:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of labels of the class embedding table; None without one (diffusers lets other types of it win)."""
+        """Number of labels that the network takes; None if it takes none, or does not say how many."""
+        return self.num_class_embeds if self.class_embed_type != "identity" else None
+
+    @property
+    def class_embedding_rows(self) -> int | None:
+        """Rows of the class embedding table; None without one (diffusers lets other types of embedding win)."""
         return self.num_class_embeds if self.class_embed_type is None else None
+
+    def resamples_by_resnet(self, block_type: str) -> bool:
+        """True for a block that changes the resolution by a residual block and not by a convolution."""
+        if block_type.startswith("Resnet"):
+            return True
+        kind = self.downsample_type if "Down" in block_type else self.upsample_type
+        return "Attn" in block_type and kind == "resnet"
 
     def head_dim(self, channels: int) -> int:
         """Channels of one attention head in a block of `channels`."""
@@ -267,19 +288,19 @@ def _count_parameters(config: UNet2DConfig) -> int:
         total += first * (config.num_train_timesteps or 0)
     if config.class_embed_type == "timestep":
         total += mlp
-    total += width * (config.num_classes or 0)
+    total += width * (config.class_embedding_rows or 0)
     if config.mid_block_type is not None:
         total += 2 * _resnet(config, last, last)
         total += _attention(config, last, config.mid_attention_groups) if config.add_attention else 0
     for level, (size, kind) in enumerate(zip(channels, config.down_block_types, strict=True)):
         total += _resnet(config, channels[max(level - 1, 0)], size) + (layers - 1) * _resnet(config, size, size)
-        total += _block_extras(config, size, kind, layers, config.downsample_type, level < len(channels) - 1)
+        total += _block_extras(config, size, kind, layers, level < len(channels) - 1)
     for level, (size, kind) in enumerate(zip(reversed(channels), config.up_block_types, strict=True)):
         below = channels[min(len(channels) - level, len(channels) - 1)]
         above = channels[max(len(channels) - level - 2, 0)]
         total += _resnet(config, below + size, size) + (layers - 1) * _resnet(config, 2 * size, size)
         total += _resnet(config, size + above, size)
-        total += _block_extras(config, size, kind, layers + 1, config.upsample_type, level < len(channels) - 1)
+        total += _block_extras(config, size, kind, layers + 1, level < len(channels) - 1)
     return total
 
 
@@ -299,9 +320,14 @@ def _attention(config: UNet2DConfig, channels: int, groups: int | None) -> int:
     return (2 * channels if groups is not None else 0) + 3 * _affine(channels, inner) + _affine(inner, channels)
 
 
-def _block_extras(config: UNet2DConfig, size: int, kind: str, layers: int, resample: str, resamples: bool) -> int:
+def _block_extras(config: UNet2DConfig, size: int, kind: str, layers: int, resamples: bool) -> int:
     attention = layers * _attention(config, size, config.norm_num_groups) if "Attn" in kind else 0
     if not resamples:
         return attention
-    by_resnet = "Attn" in kind and resample == "resnet"
+    by_resnet = config.resamples_by_resnet(kind)
     return attention + (_resnet(config, size, size) if by_resnet else _affine(9 * size, size))
+
+
+def _block_name(name: object) -> object:
+    """A block type by its name of today."""
+    return name.removeprefix(_OLD_PREFIX) if isinstance(name, str) else name

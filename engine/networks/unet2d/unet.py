@@ -14,6 +14,8 @@ from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.networks.unet2d.config import UNet2DConfig
 
+_NO_LABELS = "class_labels is None; this network is conditioned on a class and needs them"
+
 
 class UNet2D(TimeConditioned):
     """A UNet over images, conditioned on a timestep and, if the config says so, on a class label.
@@ -24,7 +26,7 @@ class UNet2D(TimeConditioned):
     Attributes:
         config: as given.
         in_channels, out_channels, sample_size: from the config.
-        num_classes: number of labels of the class embedding, or None without one.
+        num_classes: number of labels that the class embedding takes; None if there is none, or no number of them.
         projection_size: P, the columns of the time projections.
     """
 
@@ -43,13 +45,13 @@ class UNet2D(TimeConditioned):
         self.class_embedding = self._make_class_embedding()
         self.down_blocks = nn.ModuleList()
         for i, kind in enumerate(config.down_block_types):
-            block = DownBlock(config, channels[max(i - 1, 0)], channels[i], "Attn" in kind, i < levels - 1)
+            block = DownBlock(config, channels[max(i - 1, 0)], channels[i], kind, i < levels - 1)
             self.down_blocks.append(block)
         self.mid_block = MidBlock(config, channels[-1]) if config.mid_block_type is not None else None
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
             below, above = channels[min(i + 1, levels - 1)], channels[max(i - 1, 0)]
-            self.up_blocks.append(UpBlock(config, below, channels[i], above, "Attn" in kind, i > 0))
+            self.up_blocks.append(UpBlock(config, below, channels[i], above, kind, i > 0))
         self.act = activation(config.act_fn)
         self.conv_norm_out = GroupNormAct(config.norm_num_groups, channels[0], config.norm_eps, nn.SiLU())
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, kernel_size=3, padding=1)
@@ -86,9 +88,14 @@ class UNet2D(TimeConditioned):
         return embedding
 
     def condition(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Add the class embedding to that of `embed_time`, and project it for every block: [B, projection_size]."""
-        if class_labels is None or self.class_embedding is None:
+        """Add the class embedding to that of `embed_time`, and project it for every block: [B, projection_size].
+
+        ValueError if the network is conditioned on a class and none is given: its images would be of no class.
+        """
+        if self.class_embedding is None:
             return self.project(time)
+        if class_labels is None:
+            raise ValueError(_NO_LABELS)
         if self.config.class_embed_type == "timestep":
             class_labels = self._embed_position(class_labels)
         return self.project(time + self.class_embedding(class_labels))
@@ -120,8 +127,8 @@ class UNet2D(TimeConditioned):
             return TimeMLP(config.block_out_channels[0], config.time_embed_dim)
         if config.class_embed_type == "identity":
             return nn.Identity()
-        if config.num_classes is not None:
-            return nn.Embedding(config.num_classes, config.time_embed_dim)
+        if config.class_embedding_rows is not None:
+            return nn.Embedding(config.class_embedding_rows, config.time_embed_dim)
         return None
 
     def _embed_position(self, timesteps: Tensor) -> Tensor:
@@ -136,7 +143,7 @@ class UNet2D(TimeConditioned):
     def _check_labels(self, timesteps: Tensor, class_labels: Tensor | None) -> None:
         if class_labels is None:
             if self.class_embedding is not None:
-                raise ValueError("class_labels is None; this network is conditioned on a class and needs them")
+                raise ValueError(_NO_LABELS)
             return
         if self.class_embedding is None:
             raise ValueError("class_labels is given; this network takes none (its config has no class embedding)")

@@ -7,12 +7,13 @@ It depends on no server: uvicorn runs it (:mod:`stepfusion.serving.http.local_se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -22,7 +23,7 @@ from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import EngineClosed, EngineDead
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.bodies import read_body
-from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, as_bad_request, error_response
+from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, InvalidRequest, as_bad_request, error_response
 from stepfusion.serving.http.event_stream import EventStream
 from stepfusion.serving.http.hosts import HostCheck, check_hosts
 from stepfusion.serving.http.limits import Limits
@@ -120,32 +121,31 @@ class _Handlers:
     # Images
 
     async def generate(self, request: Request) -> Response:
-        self._ending.check()
-        return await wait_unless(self._ending.wait(), self._generate(request))
+        return await self._until_the_end(self._generate, request)
 
     async def stream(self, request: Request) -> Response:
-        self._ending.check()
-        return await wait_unless(self._ending.wait(), self._stream(request))
+        return await self._until_the_end(self._stream, request)
 
     async def _generate(self, request: Request) -> Response:
-        asked, validated = await self._validated(request, PictureRequest)
-        as_png = asked.format == "png"
-        if as_png:
-            messages.check_picture(self._service.engine)
+        with self._counting_refusals():
+            asked, validated = await self._validated(request, PictureRequest)
+            if asked.format == "png":
+                messages.check_picture(self._service.engine)
         with as_bad_request():
             future = self._service.submit(**validated.arguments, output="uint8")
         pixels = messages.pixels_of(await wait_unless(disconnected(request), asyncio.wrap_future(future)))
-        if as_png:
+        if asked.format == "png":
             return Response(await asyncio.to_thread(messages.picture, pixels), media_type="image/png")
         data = await asyncio.to_thread(messages.arrays, validated, pixels)
         saved_as = {"Content-Disposition": 'attachment; filename="images.npz"'}
         return Response(data, media_type="application/x-npz", headers=saved_as)
 
     async def _stream(self, request: Request) -> Response:
-        asked, validated = await self._validated(request, StreamRequest)
-        messages.check_picture(self._service.engine)
-        with as_bad_request():
+        with self._counting_refusals():
+            asked, validated = await self._validated(request, StreamRequest)
+            messages.check_picture(self._service.engine)
             every = preview_interval(validated, asked.every, self._limits)
+        with as_bad_request():
             subscription = Subscription(self._service, **validated.arguments, output="uint8", every=every)
         return EventStream(self._service.engine, validated, subscription, self._encoder, self._ending)
 
@@ -154,6 +154,22 @@ class _Handlers:
         with as_bad_request():
             asked = kind.parse(body)
             return asked, validate(asked, self._service.engine, self._limits)
+
+    async def _until_the_end(self, handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+        """The response of a handler, unless the server was stopped before, or is now."""
+        if self._ending.ended:
+            self._service.count_rejected("closed")
+            await self._ending.wait()
+        return await wait_unless(self._ending.wait(), handler(request))
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """Count the requests that are refused here; those that the engine refuses, it counts itself."""
+        try:
+            yield
+        except (HTTPException, InvalidRequest):
+            self._service.count_rejected("invalid")
+            raise
 
     # The model and the state of the engine
 

@@ -58,6 +58,7 @@ class PreviewBuffer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._previews: deque[Preview] = deque()
+        self._closed = False
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +68,8 @@ class PreviewBuffer:
     def put(self, preview: Preview) -> None:
         """Let a preview wait."""
         with self._lock:
+            if self._closed:
+                return
             self._previews.append(preview)
             if self.nbytes > _BYTES_KEPT:
                 self._keep_latest()
@@ -75,6 +78,12 @@ class PreviewBuffer:
         """The oldest preview that waits; None if there is none."""
         with self._lock:
             return self._previews.popleft() if self._previews else None
+
+    def close(self) -> None:
+        """Forget all previews, and those that still come."""
+        with self._lock:
+            self._closed = True
+            self._previews.clear()
 
     def _keep_latest(self) -> None:
         seen: set[int] = set()

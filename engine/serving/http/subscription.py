@@ -43,8 +43,9 @@ class Subscription:
         return await self.next(timeout)
 
     def cancel(self) -> None:
-        """Free the lanes by the next tick. Nothing happens if the request is over."""
+        """Read no more: free the lanes by the next tick, if the request is not over, and forget its previews."""
         self._request.cancel()
+        self._previews.close()
 
     def _receive(self, event: Event) -> None:
         """Called in the worker's thread."""

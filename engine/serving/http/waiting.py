@@ -37,19 +37,14 @@ class Ending:
     """The end of a server that waits for its requests no longer. For any thread and any event loop."""
 
     def __init__(self) -> None:
-        self._ended = False
+        self.ended = False
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     def end(self) -> None:
         """Interrupt everybody who waits, now or later."""
-        self._ended = True
+        self.ended = True
         for loop, woken in self._waiters.copy():
             loop.call_soon_threadsafe(woken.set)
-
-    def check(self) -> None:
-        """EngineClosed if the end has come."""
-        if self._ended:
-            raise EngineClosed("the server was stopped before this request was done")
 
     async def wait(self) -> NoReturn:
         """Raise EngineClosed as soon as the end has come."""
@@ -57,8 +52,8 @@ class Ending:
         waiter = asyncio.get_running_loop(), woken
         self._waiters.add(waiter)
         try:
-            while True:
-                self.check()
+            if not self.ended:
                 await woken.wait()
         finally:
             self._waiters.discard(waiter)
+        raise EngineClosed("the server was stopped before this request was done")

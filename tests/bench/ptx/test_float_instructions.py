@@ -140,6 +140,15 @@ def test_a_nan_wins_only_where_the_opcode_says_so(op: str) -> None:
     assert (compute(f"{op}.f32 D, A, B", NAN, NAN) == CANONICAL).all()
 
 
+@pytest.mark.parametrize(("op", "right"), [("max", np.maximum), ("min", np.minimum)])
+def test_min_and_max_of_three(op: str, right: Callable[..., np.ndarray]) -> None:
+    a, b, c = moderate(), moderate(), moderate()
+    assert np.array_equal(compute(f"{op}.f32 D, A, B, C", a, b, c, kind="f4"), right(right(a, b), c))
+    for operands in ((NAN, a, b), (a, NAN, b), (a, b, NAN)):
+        assert np.array_equal(compute(f"{op}.f32 D, A, B, C", *operands, kind="f4"), right(a, b))
+        assert (compute(f"{op}.NaN.f32 D, A, B, C", *operands) == CANONICAL).all()
+
+
 def unordered(x: float, y: float) -> bool:
     return math.isnan(x) or math.isnan(y)
 

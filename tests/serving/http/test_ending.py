@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from stepfusion.serving import AsyncEngine, EngineClosed
 from stepfusion.serving.http.app import make_app
 from stepfusion.serving.http.waiting import Ending
-from stepfusion_testing.http_service import call, events_of, gated_engine, served, served_here, until
+from stepfusion_testing.http_service import call, events_of, gated_engine, rejected, served, served_here, until
 from stepfusion_testing.tiny_model import save_tiny_model
 
 STOPPED = "the server was stopped before this request was done"
@@ -109,6 +109,7 @@ def test_any_server_can_end_requests_and_frees_their_lanes(path: str) -> None:
         late, _, told = call(app, path, b'{"steps": 3, "labels": 0}', asyncio.Event())
         await asyncio.wait_for(late, 5)
         assert told[0]["status"] == 503
+        assert rejected(service, "closed") == 1
         gate.opened.set()
         while service.status.busy:
             await asyncio.sleep(0.01)

@@ -69,8 +69,7 @@ def test_a_reader_that_never_reads_costs_little_and_nothing_after_it_left(watche
     held, sent = asyncio.run(ask())
     assert held - before < 8 * MEBIBYTE, "60 events of 4 images have 94 MB"
     assert [message["type"] for message in sent] == ["http.response.start"]
-    assert live_bytes() - before < MEBIBYTE
-    assert not [found for found in gc.get_objects() if type(found) is PreviewBuffer]
+    assert live_bytes() - before < MEBIBYTE // 2, "the images of the last request may wait for the next tick"
 
 
 async def until_ended(service: AsyncEngine, requests: float) -> None:
@@ -131,6 +130,15 @@ def test_previews_are_encoded_one_after_the_other(watched: Watched, monkeypatch:
 
 
 # The buffer
+
+
+def test_a_closed_buffer_holds_nothing_and_takes_nothing() -> None:
+    buffer = PreviewBuffer()
+    buffer.put(preview(1, (0, 1)))
+    buffer.close()
+    buffer.put(preview(2, (0, 1)))
+    assert buffer.nbytes == 0
+    assert buffer.take() is None
 
 
 def preview(step: int, images: tuple[int, ...], side: int = 64) -> Preview:
