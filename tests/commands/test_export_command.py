@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 
 import stepfusion as sf
-<<<<<<<< HEAD:tests/commands/test_export.py
-from stepfusion.commands import export as cli
-========
 from stepfusion.commands import export as command
->>>>>>>> refs/heads/export:tests/commands/test_export_command.py
 from stepfusion.commands.export import add_export_arguments, read_batch, run_export
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.program import DYNAMIC, Batch
