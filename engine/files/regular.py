@@ -59,7 +59,7 @@ def append_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         NotARegularFileError: something else is there.
         OSError: the file may not be written.
     """
-    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+    return os.fdopen(_open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def read_regular(path: str | os.PathLike[str], most: int, *, follow: bool = False) -> bytes:
@@ -70,8 +70,9 @@ def read_regular(path: str | os.PathLike[str], most: int, *, follow: bool = Fals
         OSError: it cannot be read, or is larger.
     """
     with open_regular(path, follow=follow) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, most) + 1)  # as many bytes as that are set aside before they are read
+    if max(size, len(data)) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most} bytes", os.fspath(path))
     return data
 
