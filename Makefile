@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test soak partition server bench lint types wheel clean
+.PHONY: help demo test soak sanitize partition server bench lint types wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -25,6 +25,16 @@ test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKER
 
 soak: $(VENV)/.dev  ## the tests that take minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) -m soak
+
+# Python itself is not instrumented, so that the address sanitizer's library has to be loaded before it, and C++'s own
+# for exceptions; PyTorch's allocations then have guards, and what a kernel reads or writes beside a tensor ends the run.
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+sanitize: $(VENV)/.dev  ## the C++ sampling kernels' tests under the address and undefined-behaviour sanitizers
+	@STEPFUSION_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -n 0 --benchmark-disable -k "not triton and not NEON" $(PYTEST_ARGS) \
+		tests/kernels/cpu/test_sampling.py tests/kernels/test_equivalence.py
 
 # Packages that stay out of .venv, for they ask for PyTorch's CUDA build and for a web stack: without what they depend
 # on, in a folder of their own. Where they cannot be installed their tests are skipped. Torch-tensorrt's own libraries

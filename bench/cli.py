@@ -64,7 +64,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Measure as ``args`` say. Returns 0, or 1 where something failed: its row, and one line on stderr, say why.
+    """Measure as ``args`` say. Returns 0, or 1 if something failed: its row, and one line on stderr, say why.
 
     Raises:
         TypeError, ValueError: naming the argument, before any work.
@@ -165,7 +165,7 @@ def _check_folder(folder: Path | None) -> None:
 
 
 def _status(records: Sequence[Record]) -> int:
-    """0, or 1 and one line where a part or a row failed."""
+    """0, or 1 and one line on stderr if a part or a row failed."""
     parts = [f"{end.part} {end.status}" for end in records if isinstance(end, End) and end.status != "done"]
     failed = [row for row in rows_of(records) if row.error is not None]
     rows = [f"{failed[0].provider}, {failed[0].op}: {failed[0].error} ({len(failed)} rows failed)"] if failed else []

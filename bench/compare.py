@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from stepfusion.bench.floors import measure_floors
 from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.peers import Case, Provider, exported_providers
+from stepfusion.bench.ours import exported_providers
+from stepfusion.bench.providers import Case, Provider
 from stepfusion.bench.race import Race
 from stepfusion.bench.rows import Row
 

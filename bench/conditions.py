@@ -75,7 +75,7 @@ def _cpu_field(name: str) -> str:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit of a work tree, marked where files differ from it; None for an installed package."""
+    """The commit of a work tree, marked if files differ from it; None for an installed package."""
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
@@ -84,7 +84,7 @@ def _commit(root: Path) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a command prints; None where there is no such command, or it fails or prints nothing."""
+    """The first line that a command prints; None if there is no such command, or it fails or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)

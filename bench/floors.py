@@ -29,7 +29,7 @@ class Floors:
 
 
 def measure_floors(part: str, device: torch.device, *, tiny: bool = False, rounds: int = 15) -> Floors:
-    """Measure both on ``device``; ``tiny`` is for rehearsals, where caches hold the buffers."""
+    """Measure both on ``device``; ``tiny`` is for rehearsals: caches hold the buffers."""
     copied = _TINY_COPIED if tiny else _COPIED.get(device.type, 1 << 30)
     side = _TINY_SIDE if tiny else _SIDE.get(device.type, 8192)
     source = torch.ones(copied, dtype=torch.uint8, device=device)

@@ -15,8 +15,8 @@ import torch
 from stepfusion import _checks
 from stepfusion.bench.optional import need, why_not
 from stepfusion.execution.plan import choose_device
-from stepfusion.training.datasets import IMAGE_SUFFIXES
 
+_SUFFIXES = (".png", ".jpg", ".jpeg")  # the pictures that both libraries look for
 _SUBSET = 1000  # images that one estimate of the kernel distance compares, by default in both libraries
 
 
@@ -30,7 +30,7 @@ def folder_distance(a: Path, b: Path, library: str = "auto", device: str = "auto
         device: "auto", or a device that PyTorch finds here.
 
     Returns:
-        library, images (of each folder), frechet, kernel, and kernel_std where the library says it.
+        library, images (of each folder), frechet, kernel, and kernel_std if the library says it.
 
     Raises:
         ValueError: a folder is none, or holds fewer than two images. ImportError: the library is not installed.
@@ -45,7 +45,7 @@ def folder_distance(a: Path, b: Path, library: str = "auto", device: str = "auto
 def _count(name: str, folder: Path) -> int:
     if not folder.is_dir():
         raise ValueError(f"{name} must be a folder of images, got {str(folder)!r}")
-    count = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+    count = sum(file.suffix.lower() in _SUFFIXES for file in folder.iterdir())
     if count < 2:
         raise ValueError(f"{name} must hold at least two PNG or JPEG images, and {folder} holds {count}")
     return count

@@ -79,11 +79,13 @@ class _Silent(CapturePolicy):
 
 
 def _silent_engine(schedule: NoiseSchedule, lanes: int) -> Engine:
+    """An engine whose ticks do nothing."""
+
     def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return x
 
     engine = Engine(network, schedule, shape=(1, 2, 2), device="cpu", batch=lanes)
-    engine.runners.policy = _Silent(wanted=True)
+    engine.runners.policy = _Silent()
     return engine
 
 

@@ -13,7 +13,8 @@ from stepfusion.bench.host import tick_cost
 from stepfusion.bench.measure import interleave, one_line
 from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.peers import Case, make_engine
+from stepfusion.bench.ours import make_engine
+from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
 from stepfusion.bench.rows import Row
 from stepfusion.kernels import BackendError

@@ -33,7 +33,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest and root mean square difference of two outputs; infinite where one is not finite."""
+    """Largest and root mean square difference of two outputs; infinite if one is not finite."""
 
     max: float
     rms: float
@@ -47,7 +47,7 @@ class Limit:
     measure: str = "max"
 
     def holds(self, difference: Difference) -> bool:
-        """True where the difference is within the limit."""
+        """True if the difference is within the limit."""
         value: float = getattr(difference, self.measure)
         return value <= self.allowed
 
@@ -88,7 +88,7 @@ class Verdict:
 
 
 def difference(out: torch.Tensor, reference: torch.Tensor) -> Difference:
-    """How far two outputs of one shape are apart. ValueError where the shapes differ."""
+    """How far two outputs of one shape are apart. ValueError if the shapes differ."""
     if out.shape != reference.shape:
         raise ValueError(f"the output has shape {list(out.shape)}, and the reference {list(reference.shape)}")
     if out.numel() == 0:
@@ -154,14 +154,14 @@ def interleave(calls: Mapping[str, Call], device: torch.device, rounds: int) -> 
 
 
 def summarise(samples: Sequence[tuple[float, float | None]]) -> Timing:
-    """Median and percentiles of pairs of wall and device time, in seconds; no device time where one has none."""
+    """Median and percentiles of pairs of wall and device time, in seconds; no device time if one has none."""
     low, p20, median, p80 = (float(q) for q in np.quantile([1e3 * s[0] for s in samples], (0.0, 0.2, 0.5, 0.8)))
     on_device = [1e3 * seconds for _, seconds in samples if seconds is not None]
     return Timing(median, p20, p80, low, float(np.median(on_device)) if len(on_device) == len(samples) else None)
 
 
 def time_alone(call: Call, device: torch.device, rounds: int) -> Timing:
-    """The timing of one call that has no rival. RuntimeError where it fails."""
+    """The timing of one call that has no rival. RuntimeError if it fails."""
     timing = interleave({"call": call}, device, rounds)["call"]
     if isinstance(timing, str):
         raise RuntimeError(timing)

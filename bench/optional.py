@@ -1,4 +1,4 @@
-"""Packages that some peers need, imported where they are used."""
+"""Packages that some peers need, imported when they are used."""
 
 from __future__ import annotations
 

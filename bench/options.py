@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stepfusion.bench.peers import Provider, all_providers
+from stepfusion.bench.peers import all_providers
+from stepfusion.bench.providers import Provider
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
     providers: tuple[str, ...] | None = None
 
     def select(self) -> list[Provider]:
-        """The providers that take part on this device. ValueError where a name is none of theirs."""
+        """The providers that take part on this device. ValueError if a name is none of theirs."""
         everyone = all_providers(self.device)
         if self.providers is not None:
             check_names("providers", self.providers, [provider.name for provider in everyone])

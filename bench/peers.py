@@ -1,212 +1,21 @@
-"""Who runs a network and a whole sampling loop: stepfusion in each of its ways, and its peers.
-
-A provider is one class: its name, what it needs, and :meth:`Provider.build`. All get the same weights, start, labels
-and timesteps, and return float32 tensors that are compared before anything is timed.
-"""
+"""The peers: other networks and runtimes in diffusers' own sampling loop, and the list of everyone who may run."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from stepfusion.bench.models import BenchModel
-from stepfusion.bench.optional import need, why_not
-from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
+from stepfusion.bench.optional import need
+from stepfusion.bench.ours import Ours
+from stepfusion.bench.providers import Built, Case, Provider, TensorOutput
 from stepfusion.execution.openvino_network import openvino_core
-from stepfusion.export.formats import FORMATS, exporter
-from stepfusion.export.program import Batch
-from stepfusion.kernels import BackendError
-from stepfusion.samplers.scheduler_config import read_config
-
-_OPSET = 20  # the first with a native GroupNormalization in the runtimes measured
-
-
-@dataclass(frozen=True)
-class Case:
-    """The work that all providers share.
-
-    Attributes:
-        model, device, batch: what runs where. steps: of the loop. sampler: "ddim" (eta 0) or "ddpm".
-        evaluations: how many are timed together, so that the host time of a call weighs less on a GPU.
-    """
-
-    model: BenchModel
-    device: torch.device
-    batch: int
-    steps: int
-    sampler: str = "ddim"
-    evaluations: int = 1
-    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory, repr=False)
-
-    @cached_property
-    def start(self) -> torch.Tensor:
-        """The noise that every loop starts from, float32 [B, C, H, W]."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.batch, *self.model.image_shape, generator=generator).to(self.device)
-
-    @cached_property
-    def noise(self) -> torch.Tensor | None:
-        """The z of every step of a stochastic loop, [steps, B, C, H, W], for the comparison; None for DDIM."""
-        if self.sampler == "ddim":
-            return None
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.steps, self.batch, *self.model.image_shape, generator=generator).to(self.device)
-
-    @cached_property
-    def labels(self) -> torch.Tensor | None:
-        """One label an image on the device, int64 [B], or None."""
-        labels = self.model.labels(self.batch)
-        return None if labels is None else labels.to(self.device)
-
-    @property
-    def timestep(self) -> int:
-        """Of the evaluation that is measured: the middle of the schedule."""
-        return self.model.schedule.num_timesteps // 2
-
-    @cached_property
-    def onnx(self) -> Path:
-        """diffusers' network as an ONNX file of this case's shapes: inputs x and t, and labels if there are any."""
-        network = _Sample(self.model.diffusers_network()).eval()
-        path = Path(self.folder.name) / "network.onnx"
-        timesteps = torch.full((self.batch,), self.timestep)
-        inputs: tuple[torch.Tensor, ...] = (self.start.cpu(), timesteps)
-        if self.labels is not None:
-            inputs = (*inputs, self.labels.cpu())
-        names = ["x", "t", "labels"][: len(inputs)]
-        torch.onnx.export(
-            network,
-            inputs,
-            path,
-            dynamo=True,
-            opset_version=_OPSET,
-            input_names=names,
-            external_data=False,
-            verbose=False,
-        )
-        return path
-
-
-@dataclass(frozen=True)
-class Built:
-    """What can be run.
-
-    ``evaluate(count)``: so many evaluations of the network, the first on the start; the last output, float32
-    [B, C, H, W]. Only that of one evaluation can be compared: what the next ones are given differs.
-    ``loop(noise)``: from the start to the last state, float32 [B, C, H, W] on the device; without noise, a stochastic
-    sampler draws its own. ``finish()``: the loop, and the finished images on the host.
-    """
-
-    evaluate: Callable[[int], torch.Tensor]
-    loop: Callable[[torch.Tensor | None], torch.Tensor]
-    finish: Callable[[], object]
-
-
-class Provider(ABC):
-    """Somebody who can run a case. ``family`` is what ``--peer`` selects; ``dtype`` the network's; ``compiles``: it
-    takes many seconds to prepare.
-    """
-
-    family: str
-    name: str
-    dtype: str
-    compiles = False
-    packages: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ("cpu", "cuda")
-
-    def why_not(self, case: Case) -> str | None:
-        """The reason why this provider cannot run the case here; None if it can."""
-        if case.device.type not in self.devices:
-            return f"not for device type '{case.device.type}'"
-        return why_not(*self.packages)
-
-    @abstractmethod
-    def build(self, case: Case) -> Built:
-        """Prepare everything that is not part of a call. :class:`Unavailable` where this cannot run here."""
-
-
-class Unavailable(RuntimeError):
-    """This provider cannot run here; the message says what is missing."""
-
-
-class Ours(Provider):
-    """stepfusion's engine with one of its ``network`` modes."""
-
-    family = "stepfusion"
-
-    def __init__(self, mode: str, dtype: str) -> None:
-        self.mode, self.dtype = mode, dtype
-        self.name = f"stepfusion {mode} {dtype}"
-        self.compiles = "compile" in mode or mode == "openvino"
-
-    def engine(self, case: Case) -> Engine:
-        """The engine that is measured."""
-        return make_engine(case, case.model.network, self.mode, self.dtype)
-
-    def build(self, case: Case) -> Built:
-        try:
-            engine = self.engine(case)
-        except (BackendError, ExportError) as error:
-            raise Unavailable(str(error)) from error
-        table = engine.table(case.sampler, case.steps, compat="diffusers")
-        evaluations = {n: case.model.evaluation_table(case.timestep, n) for n in (1, case.evaluations)}
-
-        def sample(walked: Any, noise: torch.Tensor | None = None) -> torch.Tensor:
-            return engine.sample(table=walked, start=case.start, labels=case.labels, noise=noise, progress=False)
-
-        def finish() -> torch.Tensor:
-            return engine.to_uint8(sample(table)).cpu()
-
-        def loop(noise: torch.Tensor | None = None) -> torch.Tensor:
-            return sample(table, noise)
-
-        return Built(lambda count: sample(evaluations[count]), loop, finish)
-
-
-class Exported(Ours):
-    """stepfusion's engine with its network exported in one of the formats, and loaded back."""
-
-    def __init__(self, form: str, dtype: str) -> None:
-        self.form, self.dtype = form, dtype
-        self.compiles = form != "onnx"
-        self.name = f"stepfusion exported {form} {dtype}"
-        self.packages = FORMATS[form].needs
-
-    def engine(self, case: Case) -> Engine:
-        home = case.device if FORMATS[self.form].device in ("any", case.device.type) else torch.device("cpu")
-        source = make_engine(replace(case, device=home), case.model.network, "eager", self.dtype)
-        bundle = Path(case.folder.name) / f"{self.form}-{self.dtype}"
-        exporter(self.form)(source, bundle, batch=Batch.fixed(case.batch))
-        return Engine.from_exported(bundle, device=case.device, batch=case.batch)
-
-
-def make_engine(case: Case, network: Callable[..., torch.Tensor], mode: str, dtype: str) -> Engine:
-    """An engine for a case, with its own network or another that takes and returns the same shapes."""
-    schedule, prediction, options = read_config(case.model.scheduler_config)
-    return Engine(
-        network,
-        schedule,
-        prediction=prediction,
-        shape=case.model.image_shape,
-        num_classes=case.model.network.num_classes,
-        null_label=case.model.null_label,
-        options=options,
-        device=case.device,
-        dtype=dtype,
-        network=mode,
-        batch=case.batch,
-    )
 
 
 class _Loop(Provider):
@@ -249,7 +58,7 @@ class _Loop(Provider):
 
 
 class Diffusers(_Loop):
-    """diffusers as shipped: float32, eager; its own pipeline where the model has no labels."""
+    """diffusers as shipped: float32, eager; its own pipeline if the model has no labels."""
 
     family, name, dtype = "diffusers", "diffusers float32", "float32"
 
@@ -385,27 +194,6 @@ def all_providers(device: torch.device) -> list[Provider]:
     return [*(Ours(mode, dtype) for mode, dtype in ours), *peers]
 
 
-def exported_providers(device: torch.device) -> list[Provider]:
-    """The engine without an export first, then with each format that can run on a device."""
-    if device.type == "cpu":
-        plain, forms = "eager", [("onnx", "float32"), ("openvino", "float32"), ("aoti", "float32")]
-    else:
-        plain, forms = "graph", [(form, "bfloat16") for form in ("aoti", "torch-tensorrt", "tensorrt")]
-    return [Ours(plain, forms[0][1]), *(Exported(form, dtype) for form, dtype in forms)]
-
-
-class _Sample(torch.nn.Module):
-    """A diffusers network that returns a tensor, for exporters and compilers."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        out: torch.Tensor = self.unet(x, t, class_labels=labels).sample
-        return out
-
-
 class _Expanding(torch.nn.Module):
     """Our UNet under diffusers' convention of one timestep for the batch."""
 
@@ -424,7 +212,7 @@ def _compiled(
     """The network compiled whole for the case's shapes; on a CPU with frozen weights. Compiled before it returns."""
     from torch._inductor import config
 
-    whole = (unet if isinstance(unet, _Expanding) else _Sample(unet)).eval()
+    whole = (unet if isinstance(unet, _Expanding) else TensorOutput(unet)).eval()
     compiled = torch.compile(whole, fullgraph=True, dynamic=False, mode=mode)
     on_cpu = case.device.type == "cpu"
 

@@ -40,7 +40,7 @@ def roofline(rows: Sequence[Row]) -> bytes | None:
     if bandwidth is None or not points:
         return None
     largest: dict[tuple[str, str], Row] = {}
-    for row in points:  # the largest work of each, where the host does not matter
+    for row in points:  # the largest work of each: the host's time does not matter there
         key = (row.op, row.provider)
         if key not in largest or (row.bytes or 0) > (largest[key].bytes or 0):
             largest[key] = row

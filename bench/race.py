@@ -13,7 +13,9 @@ import torch
 
 from stepfusion.bench.floors import Floors
 from stepfusion.bench.measure import Contender, Limit, contest, one_line
-from stepfusion.bench.peers import Built, Case, Diffusers, Ours, Provider, Unavailable
+from stepfusion.bench.ours import Ours
+from stepfusion.bench.peers import Diffusers
+from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.rows import Row
 
 #: Of one evaluation, relative to the largest output. On a GPU PyTorch's float32 convolutions are TF32 by default.

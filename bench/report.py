@@ -25,12 +25,12 @@ _TITLES = {
 _PICTURES = {"kernels": ("roofline.png",), "latency": ("latency.png", "tick.png"), "throughput": ("throughput.png",)}
 _LEGEND = """Times are wall times of one call, host time included, in milliseconds: the median of interleaved rounds,
 with the 20th and 80th percentile. Warm-up (compilation included) is apart. Outputs were compared with the reference
-before anything was timed; where the difference is more than the tolerance, the row is an error and has no time.
+before anything was timed; if the difference is more than the tolerance, the row is an error and has no time.
 Fractions refer to the ceilings that the same run measured."""
 
 
 def read(folder: Path) -> list[Record]:
-    """The records of a folder of results; none where there are no results yet.
+    """The records of a folder of results; none if there are no results yet.
 
     Raises:
         ValueError: the file of rows is not one.

@@ -58,7 +58,7 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Finished images a second, where a call is a whole loop."""
+        """Finished images a second, if a call is a whole loop."""
         if self.batch is None or self.steps is None or self.median_ms is None:
             return None
         return 1e3 * self.batch / self.median_ms

@@ -67,10 +67,10 @@ def serve_rows(options: Options) -> Iterator[Row]:
 
 
 def make_engine(model: BenchModel, device: torch.device, lanes: int, *, invariant: bool) -> Engine:
-    """An engine of so many lanes; never fewer where it is invariant, so that all ticks have one cost."""
+    """An engine of so many lanes; never fewer if it is invariant, so that all ticks have one cost."""
     schedule, prediction, options = read_config(model.scheduler_config)
-    facts: dict[str, Any] = {"null_label": model.null_label, "options": options, "prediction": prediction}
-    return Engine(model.network, schedule, **facts, device=device, batch=lanes, invariant=invariant)
+    known: dict[str, Any] = {"null_label": model.null_label, "options": options, "prediction": prediction}
+    return Engine(model.network, schedule, **known, device=device, batch=lanes, invariant=invariant)
 
 
 def poisson_traffic(engine: Engine, count: int, steps: Sequence[int]) -> list[Arrival]:

@@ -119,7 +119,7 @@ def _lines(stream: IO[str], deadline: float) -> Iterator[str]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Stop a process and everything it started; nothing where it has ended."""
+    """Stop a process and everything it started; nothing if it has ended."""
     for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
         if process.poll() is not None:
             return

@@ -24,7 +24,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """One target. ``device`` is where it counts; ``measure`` returns None where the rows do not have it."""
+    """One target. ``device`` is where it counts; ``measure`` returns None if the rows do not have it."""
 
     what: str
     target: str

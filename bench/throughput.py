@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stepfusion.bench.floors import measure_floors
 from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.peers import Case
+from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
 from stepfusion.bench.rows import Row
 

@@ -16,8 +16,8 @@ from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.diffusion.likelihood import bits_per_dimension
 from stepfusion.engine import Engine
 from stepfusion.errors import BackendError, BulkError, CheckpointError, ExportError, NonFiniteError, SamplingCancelled
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.interpolation import slerp
+from stepfusion.lanes.request import Event
 from stepfusion.samplers import ddim, ddim_inversion, ddpm, dpmpp_2m, euler_ancestral
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable

@@ -20,18 +20,14 @@ from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
-from stepfusion.kernels import STREAM_INITIAL
 from stepfusion.lanes import offline
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.request import Request, Tables, check_images
-from stepfusion.lanes.runner import as_int64
+from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
-from stepfusion.model_spec import ModelSpec
+from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.samplers.table import StepTable
 
 
@@ -41,7 +37,9 @@ class Engine:
     Args:
         model: any callable ``model(x, timesteps)`` or ``model(x, timesteps, labels)`` that returns what
             ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]. A
-            ``torch.nn.Module`` is moved to the device and dtype (a copy of it, if that changes it).
+            ``torch.nn.Module`` is copied as it is now, in eval mode, on the engine's device, in its dtype: what is
+            changed afterwards in the module or its weights does not change this engine. In a training loop, make an
+            engine for each preview.
         schedule: the noise schedule it was trained with.
         prediction: "epsilon", "sample" or "v_prediction".
         shape: of one image, (C, H, W); by default the model's ``in_channels`` and ``sample_size``.
@@ -59,6 +57,8 @@ class Engine:
             callable, float32 [n, C, H, W] -> floating-point [n, C', H', W'] in [-1, 1]. Pixels are then of decoded
             images (:meth:`to_uint8`, :meth:`generate`), and :meth:`decode_latents` gives them as they are;
             :meth:`sample` still returns latents.
+        copy: False saves the memory of the copy if the module is already in eval mode on the device, in the dtype;
+            its weights must not change then.
 
     Attributes:
         spec: what is known of the model; its fields are attributes of the engine, too.
@@ -89,6 +89,7 @@ class Engine:
         invariant: bool = False,
         options: Mapping[str, Any] | None = None,
         decode: Decode | None = None,
+        copy: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -111,8 +112,9 @@ class Engine:
         self._decode = decoder_on(decode, self.plan.device)
         self.network = model
         if isinstance(model, torch.nn.Module):
-            fused = self.plan.fuses_network
-            self.network = prepare_network(model, self.plan.device, self.plan.dtype, fused=fused)
+            self.network = prepare_network(
+                model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
+            )
         self.evaluator = Evaluator(self.network, spec.num_classes is not None)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
@@ -132,15 +134,13 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        loaded = source if isinstance(source, Pretrained | GuidedDiffusionModel) else load_model(source)
-        schedule, prediction, options = read_config(loaded.scheduler_config)
-        found = {
-            "prediction": prediction,
-            "null_label": loaded.null_label,
-            "class_names": loaded.class_names,
-            "options": options,
-        }
-        return cls(loaded.network, schedule, **{**found, **arguments})
+        if isinstance(source, Pretrained | GuidedDiffusionModel):
+            loaded = source
+        else:
+            loaded = load_model(source)
+            arguments.setdefault("copy", False)  # nobody else has what was loaded here
+        known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
+        return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 
     @classmethod
     def from_exported(cls, directory: str | os.PathLike[str], **arguments: Any) -> Self:
@@ -158,19 +158,15 @@ class Engine:
         # export depends on the engine, and not the engine on export: it is imported when it is asked for
         load = import_module("stepfusion.export.load").load_network
         network = load(directory, arguments.pop("device", "auto"), arguments.pop("dtype", "auto"))
-        found = {
-            "prediction": network.prediction,
-            "shape": network.shape,
-            "num_classes": network.num_classes,
-            "null_label": network.null_label,
-            "class_names": network.class_names,
-            "options": network.options,
-            "device": network.device,
-            "dtype": network.dtype,
-        }
-        engine = cls(network, network.schedule, **{**found, **arguments})
+        engine = cls._of_spec(network, network.spec, {"device": network.device, "dtype": network.dtype, **arguments})
         engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
         return engine
+
+    @classmethod
+    def _of_spec(cls, network: Network, spec: ModelSpec, arguments: Mapping[str, Any]) -> Self:
+        """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
+        known = {name: getattr(spec, name) for name in SPEC_ARGUMENTS}
+        return cls(network, spec.schedule, **{**known, **arguments})
 
     # What it does
 
@@ -345,7 +341,7 @@ class Engine:
         Returns:
             float32 [k, C, H, W], one image for each weight.
         """
-        start = slerp(self._noise("a", a), self._noise("b", b), weights)
+        start = slerp(self.runners.initial_noise("a", a), self.runners.initial_noise("b", b), weights)
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
@@ -377,11 +373,12 @@ class Engine:
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
         runners = self.runners
+        uncaptured = None if runners.policy is None else runners.policy.failure
         lines = [
             *self.plan.lines(),
             *explain.threshold_lines(self.plan),
             *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
-            *explain.failure_lines(runners.policy.failure, self.evaluator.declined),
+            *explain.failure_lines(uncaptured, self.evaluator.declined),
             explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant),
             explain.guidance_line(self.null_label),
         ]
@@ -392,14 +389,3 @@ class Engine:
         return (
             f"Engine({shape}, {self.prediction}, {self.schedule.name}, {self.plan.device}, {self.plan.backend.value})"
         )
-
-    def _noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
-        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from."""
-        device = self.plan.device
-        if isinstance(value, torch.Tensor):
-            check_images(name, value, self.shape)
-            return value.to(device)
-        seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
-        zero = torch.zeros_like(seed)
-        noise: torch.Tensor = self.plan.ops.normal(seed, zero, zero, self.shape, STREAM_INITIAL)[0]
-        return noise

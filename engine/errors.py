@@ -12,7 +12,7 @@ class ExportError(RuntimeError):
 
 
 class BulkError(RuntimeError):
-    """A directory of bulk images cannot be gone on with, or is not what its manifest says."""
+    """A bulk job cannot begin or go on in its directory, or the images there are not what its manifest says."""
 
 
 class NonFiniteError(ArithmeticError):

@@ -12,6 +12,8 @@ from stepfusion.samplers.registry import check_options, make_table
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
+#: The fields of a spec that are arguments of :class:`stepfusion.Engine`, beside the schedule.
+SPEC_ARGUMENTS = ("prediction", "shape", "num_classes", "null_label", "class_names", "options")
 _MOST_CLASSES = 1 << 31
 _MOST_PIXELS = 1 << 20
 
@@ -44,8 +46,7 @@ class ModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {type(self.schedule).__name__}")
+        _check_schedule(self.schedule)
         _checks.choice("prediction", self.prediction, PREDICTIONS)
         checked = {
             "shape": _check_shape(self.shape),
@@ -75,6 +76,7 @@ class ModelSpec:
             network: read are ``in_channels`` and ``sample_size``, ``num_classes``, and ``context_size``.
             known: other fields of the spec.
         """
+        _check_schedule(schedule)
         return cls(
             schedule=schedule,
             shape=_shape_of(network) if shape is None else shape,  # type: ignore[arg-type]
@@ -105,6 +107,11 @@ class ModelSpec:
         if len(names) not in ((classes, classes - 1) if self.null_label is not None else (classes,)):
             raise ValueError(f"class_names must name each of the {classes} classes, got {len(names)} names")
         return tuple(names)
+
+
+def _check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
 
 
 def _shape_of(network: object) -> tuple[int, ...]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stepfusion.export.bundle import Manifest, Tensorspec
-    from stepfusion.samplers.table import StepTable
+from stepfusion.export.manifest import Manifest, Tensorspec
+from stepfusion.samplers.table import StepTable
 
 _RUN = {
     "onnx": """\

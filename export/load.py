@@ -12,11 +12,13 @@ from torch import Tensor
 
 from stepfusion.errors import ExportError
 from stepfusion.execution.plan import DTYPES, choose_device
-from stepfusion.export.bundle import ANY_DEVICE, Bundle, Manifest, check_runs_here, read_bundle
-from stepfusion.export.facts import read_facts
-from stepfusion.export.formats import FORMATS, require
+from stepfusion.export.bundle import Bundle, read_bundle
+from stepfusion.export.environment import check_runs_here, require
+from stepfusion.export.formats import FORMATS
+from stepfusion.export.manifest import ANY_DEVICE, Manifest
 from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork
+from stepfusion.export.spec_json import batch_from_json, spec_from_json
 
 Loader = Callable[[Bundle, torch.device], Runtime]
 _Loads = TypeVar("_Loads")
@@ -28,21 +30,22 @@ class ExportedNetwork:
     Batches that the artefact was not made for are split, or filled up with zeros.
 
     Attributes:
-        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options: of the
-            model that was exported.
+        spec: of the model that was exported.
+        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options: what the
+            spec says, under the names that an engine looks for.
         device, dtype: where it runs, and the dtype of x and out.
         bundle: where it comes from.
     """
 
     def __init__(self, bundle: Bundle, run: Runtime, device: torch.device) -> None:
-        facts = read_facts(bundle.manifest.model)
+        spec = spec_from_json(bundle.manifest.model)
         self.bundle, self.device, self.dtype = bundle, device, DTYPES[bundle.manifest.dtype]
-        self.shape = facts.shape
-        self.in_channels, self.sample_size = facts.shape[0], facts.shape[1:]
-        self.num_classes, self.null_label, self.class_names = facts.num_classes, facts.null_label, facts.class_names
-        self.schedule, self.prediction, self.options = facts.schedule, facts.prediction, facts.options
+        self.spec, self.shape = spec, spec.shape
+        self.in_channels, self.sample_size = spec.shape[0], spec.shape[1:]
+        self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
+        self.schedule, self.prediction, self.options = spec.schedule, spec.prediction, spec.options
         self._run = run
-        self._batch = facts.batch or Batch(1, 1, 1 << 16)
+        self._batch = batch_from_json(bundle.manifest.model) or Batch(1, 1, 1 << 16)
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W], timesteps int64 [B] and labels int64 [B], if it takes any, to [B, C', H, W]."""

@@ -13,18 +13,18 @@ from torch.export import Dim, ExportedProgram
 from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
-from stepfusion.export.bundle import Tensorspec
+from stepfusion.export.manifest import Tensorspec
 from stepfusion.kernels.tolerance import UNIT
 from stepfusion.networks.norm import GroupNormAct
 
 _LARGEST = 1 << 16
-#: A whole network: its output may differ by so many units in the last place where kernels are chosen anew.
+#: A whole network: its output may differ by so many units in the last place if kernels are chosen anew.
 _ROUNDINGS = {torch.float64: 1000, torch.float32: 1000, torch.float16: 32, torch.bfloat16: 32}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch sizes of an export: from ``low`` to ``high``, tuned for ``best``; one size where all are equal."""
+    """The batch sizes of an export: from ``low`` to ``high``, tuned for ``best``; one size if all are equal."""
 
     low: int
     best: int
@@ -43,16 +43,16 @@ class Batch:
 
     @property
     def dynamic(self) -> bool:
-        """True where there is more than one size."""
+        """True if there is more than one size."""
         return self.low != self.high
 
     @property
     def dimension(self) -> int | str:
-        """The first size of a :class:`stepfusion.export.bundle.Tensorspec`."""
+        """The first size of a :class:`stepfusion.export.manifest.Tensorspec`."""
         return "batch" if self.dynamic else self.low
 
     def examples(self) -> list[int]:
-        """Sizes to trace and to check at: never 1 first, where the size is dynamic, for PyTorch specialises on it."""
+        """Sizes to trace (the first one) and to check at. PyTorch would specialise on a size that is traced at 1."""
         return [max(2, self.low), min(5, self.high), self.low] if self.dynamic else [self.low]
 
 
@@ -129,7 +129,7 @@ def trace(
 
 
 def example_inputs(engine: Engine, batch: int) -> tuple[Tensor, ...]:
-    """Inputs of the network for a batch: x, timesteps and, where it takes them, labels."""
+    """Inputs of the network for a batch: x, timesteps and, if it takes them, labels."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn((batch, *engine.shape), generator=generator).to(engine.plan.device, engine.plan.dtype)
     timesteps = torch.arange(batch, device=engine.plan.device) * (engine.schedule.num_timesteps // batch)
@@ -157,8 +157,10 @@ def output_specs(program: ExportedProgram, batch: Batch, dtype: str | None = Non
 def check_close(
     actual: Tensor, expected: Tensor, what: str, batch: int, computed_in: torch.dtype | None = None
 ) -> float:
-    """The largest difference between two outputs of a network, or of a tick whose network is in ``computed_in``;
-    ExportError where rounding does not explain it.
+    """The largest difference between two outputs of a network, or of a tick whose network is in ``computed_in``.
+
+    Raises:
+        ExportError: rounding does not explain it.
     """
     dtype = computed_in or expected.dtype
     allowed = _ROUNDINGS[dtype] * UNIT[dtype] * float(expected.abs().max())

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch import Tensor
 from stepfusion.errors import ExportError
 from stepfusion.execution.openvino_network import openvino_core
 from stepfusion.execution.plan import DTYPES
-
-if TYPE_CHECKING:
-    from stepfusion.export.bundle import Manifest, Tensorspec
+from stepfusion.export.manifest import Manifest, Tensorspec
 
 LAYER_REPORT = "Layers:\n"
 #: ``onnx.TensorProto.DataType`` of each dtype.
@@ -55,7 +53,8 @@ class OnnxRuntimeNetwork:
     """An ONNX file in onnxruntime, on a CPU or on CUDA: there on the stream that was PyTorch's when it was loaded."""
 
     def __init__(self, path: Path, manifest: Manifest, device: torch.device) -> None:
-        ort = import_module("onnxruntime")
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.log_severity_level = 3
         providers: list[Any] = ["CPUExecutionProvider"]

@@ -8,9 +8,9 @@ A consumer starts from x_T, calls the tick for row 0 (``starts`` of another samp
 table needs no other program.
 
 The step is that of :mod:`stepfusion.kernels.step` and the noise that of :mod:`stepfusion.kernels.philox`: the same
-float32 operations in the same order, so the same noise bit for bit where a compiler does not contract products and
-sums. They are written in operators that ONNX has too and that overflow nowhere: int64 arithmetic in place of unsigned
-words, and comparisons in place of reading a float's bits. Nothing depends on data but data, so a tick is one graph.
+float32 operations in the same order, so the same noise bit for bit unless a compiler contracts products and sums.
+They are written in operators that ONNX has too and that overflow nowhere: int64 arithmetic in place of unsigned
+words, and comparisons in place of reading a float's bits. No branch depends on data, so a tick is one graph.
 """
 
 from __future__ import annotations
@@ -21,26 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
-from stepfusion import _checks
-from stepfusion.engine import Engine
-from stepfusion.errors import ExportError
-from stepfusion.export.bundle import KINDS, Tensorspec
-from stepfusion.export.program import Batch, check_close, example_inputs, plain_network, trace
-from stepfusion.export.runtimes import Runtime
 from stepfusion.kernels import COLUMNS, launch, philox
-from stepfusion.samplers.table import StepTable
 
 _WORD = 1 << 32
 _MASK = _WORD - 1
 _FOUR_THIRDS = 1.3333334  # the float32 above 4/3, where philox puts the end of a mantissa
 _LARGEST_EXPONENT = 32  # of a word + 1
-_MOST_ROWS = 1 << 24
-_EXAMPLE_ROWS = 8
-_EXAMPLE_SEED = 0x0123456789ABCDEF
-_LOOP_EVALUATIONS = 50  # of one image, in the loop that checks an export
-_LOOP_DRIFT = 1e-3  # float32, after that loop
 
 
 class Tick(nn.Module):
@@ -48,7 +35,7 @@ class Tick(nn.Module):
 
     Args:
         network: ``network(x, timesteps[, labels])``, in eval mode; returns what the table's prediction says, or twice
-            as many channels where it learned its variance.
+            as many channels if it learned its variance.
         dtype: of the network's input; the state is float32 in any case.
         null_label: the label without a condition, for a tick with classifier-free guidance (Ho & Salimans 2022),
             which then runs the network for both labels of each lane.
@@ -80,8 +67,8 @@ class Tick(nn.Module):
             timesteps: int64 [R], what the network is told and what keys a row's noise.
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
-            labels: int64 [B], where the network takes labels.
-            guidance: float32 [B], where the tick was made with a null label; 1 is none.
+            labels: int64 [B], if the network takes labels.
+            guidance: float32 [B], if the tick was made with a null label; 1 is none.
 
         Returns:
             float32 [B, C, H, W]. A row beyond the table gives NaN.
@@ -96,7 +83,7 @@ class Tick(nn.Module):
         return torch.where(launch.per_lane(row >= 0, x), step(x, out, columns, z), x)
 
     def _evaluate(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """The network's output in float32, guided where the tick is; a learned variance is the condition's own."""
+        """The network's output in float32, guided if the tick is; a learned variance is that of the condition."""
         if labels is None:
             return self._call(x, t)
         if self.null_label is None or guidance is None:
@@ -188,7 +175,7 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two standard normals, float32, from two words: :func:`stepfusion.kernels.philox._box_muller_reference`."""
+    """Two standard normals, float32, from two words: the bits of :mod:`stepfusion.kernels.philox`."""
     mantissa = radius_word.to(torch.float32) + 1.0
     exponent = torch.full_like(mantissa, -_LARGEST_EXPONENT)
     for shift in (32, 16, 8, 4, 2, 1):  # to a mantissa in [2/3, 4/3); every product is exact
@@ -206,155 +193,4 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     b2 = b * b
     sine = (((b2 * philox._SIN[2] + philox._SIN[1]) * b2 + philox._SIN[0]) * b2 + 1.0) * b
     cosine = ((b2 * philox._COS[1] + philox._COS[0]) * b2 - 0.5) * b2 + 1.0
-    return philox._quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
-
-
-def check_kind(engine: Engine, kind: str, table: StepTable | None, guided: bool) -> None:
-    """Refuse a kind that there is not, guidance of a network, and what :func:`check_tick` refuses of a tick."""
-    _checks.choice("kind", kind, KINDS)
-    if kind == "network" and guided:
-        raise ExportError("guided is for kind='tick': a network runs once, with the labels that it is given")
-    if kind == "tick":
-        check_tick(engine, table, guided)
-
-
-def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
-    """Refuse a tick that could not run.
-
-    Raises:
-        ExportError: there is no table, or one for another prediction type or schedule, or of a sampler that a tick
-            cannot run, or a tick of a model without a null label was to be guided.
-    """
-    if table is None:
-        raise ExportError("a tick needs a table: the sampler's rows that go with it")
-    if table.prediction != engine.prediction or table.schedule != engine.schedule:
-        raise ExportError(
-            f"the table is for {table.prediction} and {table.schedule}, and the engine for {engine.prediction} and "
-            f"{engine.schedule}"
-        )
-    if table.history:
-        raise ExportError(f"a tick keeps nothing but x from row to row, and {table!r} needs the x0 before as well")
-    if table.thresholds:
-        raise ExportError(f"a tick has no dynamic thresholding, and {table!r} asks for it")
-    if guided and engine.null_label is None:
-        raise ExportError("a guided tick needs a null label, and the model has none")
-
-
-def tick_module(engine: Engine, *, guided: bool = False) -> Tick:
-    """The engine's tick, with its network in plain operators."""
-    return Tick(plain_network(engine), engine.plan.dtype, engine.null_label if guided else None).eval()
-
-
-def tick_program(engine: Engine, batch: Batch, *, guided: bool = False) -> ExportedProgram:
-    """The engine's tick as a program for these batch sizes and tables of any length.
-
-    Raises:
-        ExportError: the network is not a module, or cannot be traced.
-    """
-    example = tick_example(engine, batch.examples()[0], guided=guided)
-    shapes = [_lanes(batch) for _ in example]
-    shapes[2] = shapes[3] = {0: Dim("rows", min=1, max=_MOST_ROWS)}
-    return trace(tick_module(engine, guided=guided), example, tuple(shapes), "tick")
-
-
-def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
-    """Where the engine's images start, as a program (seed, index) -> x_T for these batch sizes."""
-    numbers = torch.arange(batch.examples()[0], device=engine.plan.device)
-    shapes = (_lanes(batch), _lanes(batch))
-    return trace(InitialNoise(engine.shape).eval(), (numbers, numbers.clone()), shapes, "initial noise")
-
-
-def tick_example(engine: Engine, batch: int, *, guided: bool = False) -> tuple[Tensor, ...]:
-    """Inputs of the engine's tick for a batch, in order: lanes all over a DDPM's table."""
-    x, _, *labels = example_inputs(engine, batch)
-    table = engine.table("ddpm", min(_EXAMPLE_ROWS, engine.schedule.num_timesteps)).on(x.device)
-    lane = torch.arange(batch, device=x.device)
-    row = lane % len(table.timesteps)
-    scale = [1.0 + lane.to(torch.float32)] if guided else []
-    seed = (lane + 1) * _EXAMPLE_SEED
-    return (x.float(), row, table.coefficients, table.timesteps, seed, lane + 7, *labels, *scale)
-
-
-def tick_specs(
-    engine: Engine, batch: Batch, *, guided: bool = False
-) -> tuple[tuple[Tensorspec, ...], tuple[Tensorspec, ...]]:
-    """The inputs and outputs of the engine's tick, for a manifest."""
-    lanes, image = (batch.dimension,), (batch.dimension, *engine.shape)
-    inputs = [
-        Tensorspec("x", "float32", image),
-        Tensorspec("row", "int64", lanes),
-        Tensorspec("coefficients", "float32", ("rows", len(COLUMNS))),
-        Tensorspec("timesteps", "int64", ("rows",)),
-        Tensorspec("seed", "int64", lanes),
-        Tensorspec("index", "int64", lanes),
-    ]
-    if engine.num_classes is not None:
-        inputs.append(Tensorspec("labels", "int64", lanes))
-    if guided:
-        inputs.append(Tensorspec("guidance", "float32", lanes))
-    return tuple(inputs), (Tensorspec("x_next", "float32", image),)
-
-
-def initial_noise_specs(
-    shape: Sequence[int], lanes: int | str
-) -> tuple[tuple[Tensorspec, ...], tuple[Tensorspec, ...]]:
-    """The inputs and outputs of the initial noise of images of a shape, for ``lanes`` of them, a number or a name."""
-    return (Tensorspec("seed", "int64", (lanes,)), Tensorspec("index", "int64", (lanes,))), (
-        Tensorspec("x", "float32", (lanes, *shape)),
-    )
-
-
-@torch.no_grad()
-def compare_tick(
-    engine: Engine,
-    batch: Batch,
-    table: StepTable,
-    tick: Runtime,
-    initial_noise: Runtime,
-    what: str,
-    *,
-    guided: bool = False,
-) -> str:
-    """Hold an exported tick and its initial noise against the engine's, alone and in a loop; says what was found.
-
-    Raises:
-        ExportError: ``what`` computes something else.
-    """
-    reference, start, dtype = tick_module(engine, guided=guided), InitialNoise(engine.shape), engine.plan.dtype
-    largest = noise = 0.0
-    for size in sorted(set(batch.examples())):
-        example = tick_example(engine, size, guided=guided)
-        largest = max(largest, check_close(tick(*example), reference(*example), f"{what} tick", size, dtype))
-        lanes = example[4], example[5]
-        noise = max(noise, check_close(initial_noise(*lanes), start(*lanes), f"{what} initial noise", size))
-    rows = _loop_rows(table, max(2, _LOOP_EVALUATIONS // batch.low))
-    _, _, _, _, seed, index, *condition = tick_example(engine, batch.low, guided=guided)
-    values, expected = table.on(engine.plan.device), start(seed, index)
-    actual = initial_noise(seed, index)
-    for row in rows:
-        data = torch.full_like(index, row), values.coefficients, values.timesteps, seed, index, *condition
-        actual, expected = tick(actual, *data), reference(expected, *data)
-    drift = float((actual.to(expected.device) - expected).abs().max())
-    if dtype == torch.float32 and engine.plan.device.type == "cpu" and not drift <= _LOOP_DRIFT:
-        raise ExportError(
-            f"the {what} tick differs from the engine's by {drift:.2g} after {len(rows)} rows; "
-            f"{_LOOP_DRIFT} is allowed"
-        )
-    same = "bit for bit the engine's" if noise == 0.0 else f"the engine's to {noise:.2g}"
-    return (
-        f"a tick differs from the engine's by at most {largest:.2g}, and the state by {drift:.2g} after {len(rows)} "
-        f"row(s) of {table.name}; the initial noise is {same}."
-    )
-
-
-def _loop_rows(table: StepTable, most: int) -> list[int]:
-    """The rows that an image goes through from row 0 on, up to ``most`` of them."""
-    rows = [0]
-    while len(rows) < most and (row := int(table.next_row[rows[-1]])) >= 0:
-        rows.append(row)
-    return rows
-
-
-def _lanes(batch: Batch) -> dict[int, Any]:
-    """The dynamic dimensions of an input with one entry for each lane."""
-    return {0: Dim("batch", min=batch.low, max=batch.high)} if batch.dynamic else {}
+    return philox.quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)

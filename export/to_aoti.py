@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -15,38 +15,12 @@ from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import compiler_cache
 from stepfusion.execution.compiled import CUDA_OPTIONS
-from stepfusion.export.bundle import (
-    Bundle,
-    Manifest,
-    Tensorspec,
-    check_out,
-    check_runs_here,
-    here,
-    versions,
-    write_bundle,
-)
-from stepfusion.export.facts import model_facts
-from stepfusion.export.program import (
-    DYNAMIC,
-    Batch,
-    check_close,
-    example_inputs,
-    export_program,
-    input_specs,
-    name_of,
-    output_specs,
-    plain_network,
-)
+from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
+from stepfusion.export.bundle import Bundle
+from stepfusion.export.environment import check_runs_here, here, versions
+from stepfusion.export.manifest import Tensorspec
 from stepfusion.export.runtimes import Runtime, as_specified
-from stepfusion.export.tick import (
-    check_kind,
-    compare_tick,
-    initial_noise_program,
-    initial_noise_specs,
-    tick_program,
-    tick_specs,
-)
-from stepfusion.samplers.table import StepTable
+from stepfusion.export.tick_program import initial_noise_specs
 
 MODEL, INITIAL_NOISE = "model.pt2", "initial_noise.pt2"
 _PROCESSOR = "cpu_capability"  # in ``versions``: the vector instructions that code for a CPU was made with
@@ -57,19 +31,11 @@ _PROCESSOR = "cpu_capability"  # in ``versions``: the vector instructions that c
 _TICK_OPTIONS = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
 
 #: ``freezing``, which :mod:`stepfusion.execution.compiled` uses, gives wrong numbers in a package (PyTorch 2.13), and
-#: threads are counted where the package runs, not where it was made.
+#: threads are counted on the machine that the package runs on, not on the one it was made on.
 _CPU_OPTIONS: dict[str, Any] = {"freezing": False, "cpp.dynamic_threads": True}
 
 
-def export_aoti(
-    engine: Engine,
-    out: Path,
-    *,
-    kind: str = "network",
-    batch: Batch = DYNAMIC,
-    table: StepTable | None = None,
-    guided: bool = False,
-) -> None:
+def export_aoti(engine: Engine, out: Path, **options: Unpack[TickOptions]) -> Bundle:
     """Write a bundle with the network, or a whole tick of a sampler, compiled for the engine's device.
 
     A network is ``model.pt2``. A tick is ``model.pt2`` (:class:`stepfusion.export.tick.Tick`) and
@@ -78,55 +44,34 @@ def export_aoti(
     Args:
         engine: on a CPU or a CUDA device.
         out: the directory to write, which must not exist.
-        kind: "network" or "tick".
-        batch: the batch sizes to compile for.
-        table: the sampler's rows for ``table.json``, which a tick needs.
-        guided: a tick with classifier-free guidance, whose network runs twice a step.
+        options: :class:`stepfusion.export.base.TickOptions`.
 
     Raises:
         ExportError: ``out`` exists; there is no table for a tick; the network cannot be exported or compiled; or what
             was compiled does not compute what the engine does.
     """
-    if engine.plan.device.type not in ("cpu", "cuda"):
-        raise ExportError(f"AOTInductor compiles for cpu and cuda, and the engine is on {engine.plan.device}")
-    check_kind(engine, kind, table, guided)
-    check_out(out)
-    if kind == "tick" and table is not None:
-        _export_tick(engine, out, batch, table, guided)
-    else:
-        _export_network(engine, out, batch, table)
-
-
-def _export_network(engine: Engine, out: Path, batch: Batch, table: StepTable | None) -> None:
-    program = export_program(engine, batch)
-    manifest = _manifest(engine, "network", batch, input_specs(engine, batch), output_specs(program, batch))
-
-    def build(folder: Path) -> str:
-        compile_program(program, folder / MODEL, engine.plan.device)
-        run, network = load_package(folder / MODEL, engine.plan.device), plain_network(engine)
-        largest = 0.0
-        with torch.no_grad():
-            for size in batch.examples():
-                example = example_inputs(engine, size)
-                largest = max(largest, check_close(run(*example), network(*example), "compiled network", size))
-        return f"Run before the bundle was finished: it differs from the engine's network by at most {largest:.2g}."
-
-    write_bundle(out, manifest, build, table=table)
-
-
-def _export_tick(engine: Engine, out: Path, batch: Batch, table: StepTable, guided: bool) -> None:
-    program = tick_program(engine, batch, guided=guided)
-    manifest = _manifest(engine, "tick", batch, *tick_specs(engine, batch, guided=guided))
     device = engine.plan.device
+    if device.type not in ("cpu", "cuda"):
+        raise ExportError(f"AOTInductor compiles for cpu and cuda, and the engine is on {device}")
+    bound = {_PROCESSOR: torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        bound = {"compute_capability": here("compute_capability", device)}
+    target = Target("aoti", device.type, {**versions(), **bound})
+    return export_either(engine, out, target, _build_network, _build_tick, **options)
 
-    def build(folder: Path) -> str:
-        compile_program(program, folder / MODEL, device, _TICK_OPTIONS)
-        compile_program(initial_noise_program(engine, batch), folder / INITIAL_NOISE, device, _TICK_OPTIONS)
-        run, noise = load_package(folder / MODEL, device), load_package(folder / INITIAL_NOISE, device)
-        found = compare_tick(engine, batch, table, run, noise, "compiled", guided=guided)
-        return f"Run before the bundle was finished: {found}"
 
-    write_bundle(out, manifest, build, table=table)
+def _build_network(export: NetworkExport, folder: Path) -> str:
+    device = export.engine.plan.device
+    compile_program(export.program, folder / MODEL, device)
+    return export.compared(load_package(folder / MODEL, device), "compiled network")
+
+
+def _build_tick(export: TickExport, folder: Path) -> str:
+    device = export.engine.plan.device
+    compile_program(export.program, folder / MODEL, device, _TICK_OPTIONS)
+    compile_program(export.initial_noise, folder / INITIAL_NOISE, device, _TICK_OPTIONS)
+    run, noise = load_package(folder / MODEL, device), load_package(folder / INITIAL_NOISE, device)
+    return f"Run before the bundle was finished: {export.compare(run, noise, 'compiled')}"
 
 
 def load_aoti(bundle: Bundle, device: str | torch.device) -> Runtime:
@@ -191,26 +136,6 @@ def compile_program(
         raise
     except Exception as error:  # Inductor has a class for each stage, all private
         raise ExportError(f"AOTInductor cannot compile the {path.stem}: {first_line(error)}") from error
-
-
-def _manifest(
-    engine: Engine, kind: str, batch: Batch, inputs: tuple[Tensorspec, ...], outputs: tuple[Tensorspec, ...]
-) -> Manifest:
-    device = engine.plan.device
-    bound = {_PROCESSOR: torch.backends.cpu.get_cpu_capability()}
-    if device.type == "cuda":
-        bound = {"compute_capability": here("compute_capability", device)}
-    return Manifest(
-        format="aoti",
-        kind=kind,
-        device=device.type,
-        dtype=name_of(engine.plan.dtype),
-        inputs=inputs,
-        outputs=outputs,
-        versions={**versions(), **bound},
-        model=model_facts(engine, batch),
-        files={},
-    )
 
 
 @contextmanager

@@ -9,101 +9,60 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
 
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
-from stepfusion.export.bundle import ANY_DEVICE, Manifest, Tensorspec, check_out, versions, write_bundle
-from stepfusion.export.facts import model_facts
-from stepfusion.export.formats import require
-from stepfusion.export.program import (
-    DYNAMIC,
-    Batch,
-    check_close,
-    example_inputs,
-    export_program,
-    input_specs,
-    name_of,
-    output_specs,
-    plain_network,
-)
+from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
+from stepfusion.export.bundle import Bundle
+from stepfusion.export.environment import require, versions
+from stepfusion.export.manifest import ANY_DEVICE, Manifest, Tensorspec
 from stepfusion.export.runtimes import OnnxRuntimeNetwork
-from stepfusion.export.tick import (
-    check_kind,
-    compare_tick,
-    initial_noise_program,
-    initial_noise_specs,
-    tick_program,
-    tick_specs,
-)
-from stepfusion.samplers.table import StepTable
+from stepfusion.export.tick_program import initial_noise_specs
 
 MODEL, INITIAL_NOISE = "model.onnx", "initial_noise.onnx"
 OPSET = 22  # the first with bfloat16 convolutions; since 21, GroupNormalization has a scale for each channel
 _EXTERNAL_ABOVE = 1 << 30  # bytes of weights; a protocol buffer ends at 2 GiB
 
 
-def export_onnx(
-    engine: Engine,
-    out: Path,
-    *,
-    kind: str = "network",
-    batch: Batch = DYNAMIC,
-    table: StepTable | None = None,
-    guided: bool = False,
-) -> None:
+def export_onnx(engine: Engine, out: Path, **options: Unpack[TickOptions]) -> Bundle:
     """Write a bundle with the network, or a whole tick of a sampler, as ``model.onnx``.
 
     A tick (:class:`stepfusion.export.tick.Tick`) comes with ``initial_noise.onnx``
     (:class:`stepfusion.export.tick.InitialNoise`).
 
     Args:
-        kind: "network" or "tick".
-        table: the sampler's rows for ``table.json``, which a tick needs.
-        guided: a tick with classifier-free guidance, whose network runs twice a step.
+        out: the directory to write, which must not exist.
+        options: :class:`stepfusion.export.base.TickOptions`.
 
     Raises:
         ExportError: a package is missing, ``out`` exists, there is no table for a tick, the network cannot be
             exported, or what was exported does not compute what the engine does.
     """
     require(("onnx", "onnxscript"), "onnx")
-    check_kind(engine, kind, table, guided)
-    check_out(out)
-    if kind == "tick" and table is not None:
-        _export_tick(engine, out, batch, table, guided)
-    else:
-        _export_network(engine, out, batch, table)
+    runtime = ("onnxruntime",) if find_spec("onnxruntime") is not None else ()
+    target = Target("onnx", ANY_DEVICE, versions("onnx", "onnxscript", *runtime))
+    return export_either(engine, out, target, _build_network, _build_tick, **options)
 
 
-def _export_network(engine: Engine, out: Path, batch: Batch, table: StepTable | None) -> None:
-    program = export_program(engine, batch)
-    manifest = _manifest(engine, "network", batch, input_specs(engine, batch), output_specs(program, batch))
-
-    def build(folder: Path) -> str:
-        write_onnx(program, folder / MODEL, manifest.inputs, manifest.outputs)
-        return compare_in_onnxruntime(engine, folder / MODEL, manifest, batch)
-
-    write_bundle(out, manifest, build, table=table)
+def _build_network(export: NetworkExport, folder: Path) -> str:
+    write_onnx(export.program, folder / MODEL, export.manifest.inputs, export.manifest.outputs)
+    return compare_in_onnxruntime(export, folder / MODEL)
 
 
-def _export_tick(engine: Engine, out: Path, batch: Batch, table: StepTable, guided: bool) -> None:
-    program, noise = tick_program(engine, batch, guided=guided), initial_noise_program(engine, batch)
-    manifest = _manifest(engine, "tick", batch, *tick_specs(engine, batch, guided=guided))
-
-    def build(folder: Path) -> str:
-        write_onnx(program, folder / MODEL, manifest.inputs, manifest.outputs)
-        write_onnx(noise, folder / INITIAL_NOISE, *initial_noise_specs(engine.shape, batch.dimension))
-        reason = _why_not_run(engine)
-        if reason is not None:
-            return reason
-        loaded = load_onnx_tick(folder, manifest, engine.plan.device)
-        found = compare_tick(engine, batch, table, *loaded, "ONNX", guided=guided)
-        return f"Run in onnxruntime before the bundle was finished: {found}"
-
-    write_bundle(out, manifest, build, table=table)
+def _build_tick(export: TickExport, folder: Path) -> str:
+    engine, manifest = export.engine, export.manifest
+    write_onnx(export.program, folder / MODEL, manifest.inputs, manifest.outputs)
+    noise_specs = initial_noise_specs(engine.shape, export.batch.dimension)
+    write_onnx(export.initial_noise, folder / INITIAL_NOISE, *noise_specs)
+    reason = _why_not_run(engine)
+    if reason is not None:
+        return reason
+    found = export.compare(*load_onnx_tick(folder, manifest, engine.plan.device), "ONNX")
+    return f"Run in onnxruntime before the bundle was finished: {found}"
 
 
 def load_onnx_tick(
@@ -118,27 +77,10 @@ def load_onnx_tick(
     )
 
 
-def _manifest(
-    engine: Engine, kind: str, batch: Batch, inputs: tuple[Tensorspec, ...], outputs: tuple[Tensorspec, ...]
-) -> Manifest:
-    runtime = ("onnxruntime",) if find_spec("onnxruntime") is not None else ()
-    return Manifest(
-        format="onnx",
-        kind=kind,
-        device=ANY_DEVICE,
-        dtype=name_of(engine.plan.dtype),
-        inputs=inputs,
-        outputs=outputs,
-        versions=versions("onnx", "onnxscript", *runtime),
-        model=model_facts(engine, batch),
-        files={},
-    )
-
-
 def write_onnx(
     program: ExportedProgram, path: Path, inputs: Sequence[Tensorspec], outputs: Sequence[Tensorspec]
 ) -> None:
-    """Write a program as an ONNX file, its weights beside it where they are above 1 GB, and check it.
+    """Write a program as an ONNX file, its weights beside it if they are above 1 GB, and check it.
 
     Args:
         inputs, outputs: of the program, in its order: they name the file's tensors and dynamic dimensions.
@@ -173,22 +115,18 @@ def write_onnx(
         raise ExportError(f"onnx.checker refuses the exported model: {first_line(error)}") from error
 
 
-def compare_in_onnxruntime(engine: Engine, path: Path, manifest: Manifest, batch: Batch) -> str:
+def compare_in_onnxruntime(export: NetworkExport, path: Path) -> str:
     """Run an ONNX file and compare it with the engine's network; says what was found, or why nothing could be.
 
     Raises:
         ExportError: it computes something else.
     """
-    reason = _why_not_run(engine)
+    reason = _why_not_run(export.engine)
     if reason is not None:
         return reason
-    network, reference = OnnxRuntimeNetwork(path, manifest, engine.plan.device), plain_network(engine)
-    sizes, largest = sorted(set(batch.examples())), 0.0
-    with torch.no_grad():
-        for size in sizes:
-            example = example_inputs(engine, size)
-            largest = max(largest, check_close(network(*example), reference(*example), "ONNX model", size))
-    batches = " and ".join(map(str, sizes))
+    network = OnnxRuntimeNetwork(path, export.manifest, export.engine.plan.device)
+    largest = export.compare(network, "ONNX model")
+    batches = " and ".join(map(str, sorted(set(export.batch.examples()))))
     return (
         f"Run in onnxruntime before the bundle was finished, at batch {batches}: "
         f"it differs from the engine's network by at most {largest:.2g}."

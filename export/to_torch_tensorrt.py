@@ -1,6 +1,6 @@
 """torch-tensorrt: the network compiled ahead of time for the GPU at hand, kept as an exported program.
 
-For torch-tensorrt 2.11 to 2.14. Networks are strongly typed in all of them; where that is an option, it is set.
+For torch-tensorrt 2.11 to 2.14. Networks are strongly typed in all of them; if that is an option, it is set.
 Built engines and measured timings are kept in stepfusion's cache directory, for the next export.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,22 +24,12 @@ from torch.export import ExportedProgram
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import make_cache_directory
-from stepfusion.export.bundle import Bundle, Manifest, here, versions, write_bundle
-from stepfusion.export.facts import model_facts
-from stepfusion.export.formats import require
-from stepfusion.export.program import (
-    DYNAMIC,
-    Batch,
-    check_close,
-    example_inputs,
-    export_program,
-    input_specs,
-    name_of,
-    output_specs,
-    plain_network,
-)
+from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
+from stepfusion.export.bundle import Bundle
+from stepfusion.export.environment import here, require, versions
+from stepfusion.export.manifest import Manifest
+from stepfusion.export.program import Batch, example_inputs
 from stepfusion.export.runtimes import as_specified
-from stepfusion.samplers.table import StepTable
 
 MODEL = "model.ep"
 _ENGINE_CACHE_BYTES = 8 << 30
@@ -60,7 +50,7 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """True where the whole network becomes one engine."""
+        """True if the whole network becomes one engine."""
         return self.supported == self.operators and self.engines == 1
 
     def __str__(self) -> str:
@@ -69,10 +59,12 @@ class Coverage:
         return f"{text}; without a converter: {', '.join(self.unsupported)}" if self.unsupported else text
 
 
-def export_torch_tensorrt(
-    engine: Engine, out: Path, *, batch: Batch = DYNAMIC, table: StepTable | None = None
-) -> None:
+def export_torch_tensorrt(engine: Engine, out: Path, **options: Unpack[ExportOptions]) -> Bundle:
     """Write a bundle with the network as ``model.ep``, for the GPU that the engine is on.
+
+    Args:
+        out: the directory to write, which must not exist.
+        options: :class:`stepfusion.export.base.ExportOptions`.
 
     Raises:
         ExportError: the package or the GPU is missing, ``out`` exists, an operator has no converter (it is named), or
@@ -82,32 +74,25 @@ def export_torch_tensorrt(
     device = engine.plan.device
     if device.type != "cuda":
         raise ExportError(f"torch-tensorrt builds for the GPU that the engine is on, and this one is on {device}")
+    made_with = {**versions("torch-tensorrt"), "compute_capability": here("compute_capability", device)}
+    return export_network(engine, out, Target("torch-tensorrt", "cuda", made_with), _build, **options)
+
+
+def _build(export: NetworkExport, folder: Path) -> str:
     trt = import_module("torch_tensorrt")
-    program = export_program(engine, batch)
+    engine, batch, program = export.engine, export.batch, export.program
+    device = engine.plan.device
     coverage = dry_run(program, engine, batch)
     if not coverage.complete:
         raise ExportError(f"torch-tensorrt cannot build the whole network: {coverage}")
-    manifest = Manifest(
-        format="torch-tensorrt",
-        kind="network",
-        device="cuda",
-        dtype=name_of(engine.plan.dtype),
-        inputs=input_specs(engine, batch),
-        outputs=output_specs(program, batch),
-        versions={**versions("torch-tensorrt"), "compute_capability": here("compute_capability", device)},
-        model=model_facts(engine, batch),
-        files={},
-    )
-
-    def build(folder: Path) -> str:
-        try:
-            module = trt.dynamo.compile(_convertible(program), _inputs(trt, engine, batch), **_settings(trt, device))
-        except Exception as error:  # torch-tensorrt has no error class of its own
-            raise ExportError(f"torch-tensorrt cannot build the network: {first_line(error)}") from error
-        trt.save(module, str(folder / MODEL), output_format="exported_program", retrace=False)
-        return f"Partitioned by torch-tensorrt: {coverage}. {_compare(engine, folder, manifest, batch)}"
-
-    write_bundle(out, manifest, build, table=table)
+    try:
+        module = trt.dynamo.compile(_convertible(program), _inputs(trt, engine, batch), **_settings(trt, device))
+    except Exception as error:  # torch-tensorrt has no error class of its own
+        raise ExportError(f"torch-tensorrt cannot build the network: {first_line(error)}") from error
+    trt.save(module, str(folder / MODEL), output_format="exported_program", retrace=False)
+    run = TorchTensorRTNetwork(folder / MODEL, export.manifest, device)
+    compared = export.compared(run, "torch-tensorrt module", (batch.low, batch.best))
+    return f"Partitioned by torch-tensorrt: {coverage}. {compared}"
 
 
 def dry_run(program: ExportedProgram, engine: Engine, batch: Batch) -> Coverage:
@@ -216,14 +201,3 @@ def _settings(trt: Any, device: torch.device) -> dict[str, Any]:
         }
     known = inspect.signature(trt.dynamo.compile).parameters
     return {name: value for name, value in wanted.items() if name in known}
-
-
-def _compare(engine: Engine, folder: Path, manifest: Manifest, batch: Batch) -> str:
-    """Load what was saved, and compare it with the network."""
-    run = TorchTensorRTNetwork(folder / MODEL, manifest, engine.plan.device)
-    reference, largest = plain_network(engine), 0.0
-    with torch.no_grad():
-        for size in sorted({batch.low, batch.best}):
-            example = example_inputs(engine, size)
-            largest = max(largest, check_close(run(*example), reference(*example), "torch-tensorrt module", size))
-    return f"Run before the bundle was finished: it differs from the engine's network by at most {largest:.2g}."

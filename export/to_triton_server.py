@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -13,20 +15,13 @@ from torch.export import ExportedProgram
 from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
-from stepfusion.export.bundle import ANY_DEVICE, Manifest, Tensorspec, here, versions, write_bundle
-from stepfusion.export.facts import model_facts
-from stepfusion.export.formats import require
-from stepfusion.export.program import (
-    DYNAMIC,
-    Batch,
-    export_program,
-    input_specs,
-    name_of,
-    output_specs,
-)
+from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
+from stepfusion.export.bundle import Bundle
+from stepfusion.export.environment import here, require, versions
+from stepfusion.export.manifest import ANY_DEVICE, Tensorspec
+from stepfusion.export.program import Batch
+from stepfusion.export.tensorrt_engine import build_engine, check_precisions
 from stepfusion.export.to_onnx import compare_in_onnxruntime, write_onnx
-from stepfusion.export.to_tensorrt import build_engine, check_precisions
-from stepfusion.samplers.table import StepTable
 
 BACKENDS = ("onnx", "tensorrt", "python")
 _TYPES = {
@@ -68,21 +63,17 @@ class TritonPythonModel:
 
 
 def export_triton_server(
-    engine: Engine,
-    out: Path,
-    *,
-    batch: Batch = DYNAMIC,
-    table: StepTable | None = None,
-    backend: str = "onnx",
-    name: str = "network",
-) -> None:
+    engine: Engine, out: Path, *, backend: str = "onnx", name: str = "network", **options: Unpack[ExportOptions]
+) -> Bundle:
     """Write a bundle with ``models/NAME/config.pbtxt`` and ``models/NAME/1/``, a repository of one model.
 
     Args:
-        batch: a dynamic one is batched by the server, up to ``high``; its int64 inputs are then [B, 1] to clients.
+        out: the directory to write, which must not exist.
         backend: "onnx" (``model.onnx``), "tensorrt" (``model.plan``, for the GPU at hand), or "python"
             (``model.py`` with PyTorch's exported program).
         name: of the model.
+        options: :class:`stepfusion.export.base.ExportOptions`. A dynamic batch is made by the server, up to ``high``;
+            the model's int64 inputs are then [B, 1] to clients.
 
     Raises:
         ExportError: as the format that the backend takes.
@@ -93,44 +84,43 @@ def export_triton_server(
     require(("tensorrt",) if backend == "tensorrt" else (), "tensorrt")
     if backend == "tensorrt" and not torch.cuda.is_available():
         raise ExportError("TensorRT builds for the GPU that it finds, and there is none")
-    program = export_program(engine, batch)
     made_with = versions("onnx") if backend != "python" else versions()
     if backend == "tensorrt":
         made_with |= {name: here(name, torch.device("cuda")) for name in ("tensorrt", "compute_capability")}
-    manifest = Manifest(
-        format="triton-server",
-        kind="network",
-        device="cuda" if backend == "tensorrt" else ANY_DEVICE,
-        dtype=name_of(engine.plan.dtype),
-        inputs=input_specs(engine, batch),
-        outputs=output_specs(program, batch),
-        versions=made_with,
-        model=model_facts(engine, batch),
-        files={},
-    )
+    target = Target("triton-server", "cuda" if backend == "tensorrt" else ANY_DEVICE, made_with)
+    return export_network(engine, out, target, partial(_build, backend=backend, name=name), **options)
 
-    def build(folder: Path) -> str | None:
-        model = folder / "models" / name
-        (model / "1").mkdir(parents=True)
-        config = server_config(name, backend, manifest.inputs, manifest.outputs, batch)
-        (model / "config.pbtxt").write_text(config)
-        if backend == "onnx":
-            write_onnx(program, model / "1" / "model.onnx", manifest.inputs, manifest.outputs)
-            return compare_in_onnxruntime(engine, model / "1" / "model.onnx", manifest, batch)
-        if backend == "python":
-            _make_contiguous(program)
-            torch.export.save(program, model / "1" / "program.pt2")
-            names = tuple(spec.name for spec in manifest.inputs)
-            (model / "1" / "model.py").write_text(_PYTHON_MODEL.replace("INPUTS", repr(names)))
-            return None
-        with tempfile.TemporaryDirectory() as scratch:
-            write_onnx(program, Path(scratch, "model.onnx"), manifest.inputs, manifest.outputs)
-            blob, tensors, _ = build_engine(Path(scratch, "model.onnx"), "tensorrt", batch)
-        check_precisions(tensors, manifest.dtype)
-        (model / "1" / "model.plan").write_bytes(blob)
-        return None
 
-    write_bundle(out, manifest, build, table=table)
+def _build(export: NetworkExport, folder: Path, *, backend: str, name: str) -> str | None:
+    manifest, model = export.manifest, folder / "models" / name
+    version = model / "1"
+    version.mkdir(parents=True)
+    config = server_config(name, backend, manifest.inputs, manifest.outputs, export.batch)
+    (model / "config.pbtxt").write_text(config)
+    if backend == "onnx":
+        write_onnx(export.program, version / "model.onnx", manifest.inputs, manifest.outputs)
+        return compare_in_onnxruntime(export, version / "model.onnx")
+    if backend == "python":
+        _write_python_model(export, version)
+    else:
+        _write_tensorrt_model(export, version)
+    return None
+
+
+def _write_python_model(export: NetworkExport, folder: Path) -> None:
+    _make_contiguous(export.program)
+    torch.export.save(export.program, folder / "program.pt2")
+    names = tuple(spec.name for spec in export.manifest.inputs)
+    (folder / "model.py").write_text(_PYTHON_MODEL.replace("INPUTS", repr(names)))
+
+
+def _write_tensorrt_model(export: NetworkExport, folder: Path) -> None:
+    manifest = export.manifest
+    with tempfile.TemporaryDirectory() as scratch:
+        write_onnx(export.program, Path(scratch, "model.onnx"), manifest.inputs, manifest.outputs)
+        blob, tensors, _ = build_engine(Path(scratch, "model.onnx"), "tensorrt", export.batch)
+    check_precisions(tensors, manifest.dtype)
+    (folder / "model.plan").write_bytes(blob)
 
 
 def _make_contiguous(program: ExportedProgram) -> None:

@@ -2,6 +2,9 @@
 
 The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch.
 This package knows tensors only.
+
+Kernels have no gradient. If an input requires one, a function here runs as its reference, through autograd, with the
+same result to rounding.
 """
 
 from stepfusion.kernels import reference
@@ -12,7 +15,8 @@ from stepfusion.kernels.philox import STREAM_FORWARD, STREAM_INITIAL, STREAM_STE
 from stepfusion.kernels.posterior import q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample
 from stepfusion.kernels.single_step import ddim_step, ddpm_step
-from stepfusion.kernels.step import FINITE, PARKED, diffusion_step
+from stepfusion.kernels.step import diffusion_step
+from stepfusion.kernels.step_reference import FINITE, PARKED
 from stepfusion.kernels.to_uint8 import to_uint8
 
 __all__ = [

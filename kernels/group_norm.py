@@ -23,69 +23,15 @@ special-function units: an H200 can issue that at 6 TB/s or more in half precisi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
-
-_CHANNELS = 32  # of a block, at least: 64 bytes of a pixel, whole sectors of DRAM
-_MOST_CHANNELS = 128  # of a block that is widened to whole vectors
-_TILE = 16384  # elements that one program holds in registers
-_GROUP = 2**16  # channels of a group, at most: a tile of one pixel
+from stepfusion.kernels.group_norm_geometry import geometry, power_of_two
+from stepfusion.kernels.group_norm_reference import check_arguments, group_norm_silu_reference
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << (n - 1).bit_length()
-
-
-class Geometry(NamedTuple):
-    """How one image is cut into programs.
-
-    Attributes:
-        groups: of a block of channels; a power of two. width: its channels, padded to a power of two.
-        chunk: U, neighbouring channels that have statistics of their own.
-        pixels: of a tile; a power of two. tiles: of a program. splits: programs along the pixels.
-        blocks: programs along the channels. num_warps: of a program.
-    """
-
-    groups: int
-    width: int
-    chunk: int
-    pixels: int
-    tiles: int
-    splits: int
-    blocks: int
-    num_warps: int
-
-
-def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geometry:
-    """Cut an image [H W, C]. It depends on nothing else, so that an image's bits depend on nothing else."""
-    size, vector = channels // groups, 16 // dtype.itemsize
-    together = max(_power_of_two(-(-_CHANNELS // size)), 8 // math.gcd(size, 8))
-    if together * size > _MOST_CHANNELS:
-        together = _power_of_two(-(-_CHANNELS // size))
-    together = min(together, _power_of_two(groups))
-    width = _power_of_two(together * size)
-    rows = max(_TILE // width, 1)
-    # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of the pixels it reads
-    share = _power_of_two(pixels) if pixels <= rows else 2 << ((pixels.bit_length() - 1) // 2)
-    tile = min(share, rows)
-    warps = max(min(tile * width // 512, 4), tile * width // 1024, 1)
-    return Geometry(
-        groups=together,
-        width=width,
-        chunk=min(size & -size, vector),
-        pixels=tile,
-        tiles=share // tile,
-        splits=-(-pixels // share),
-        blocks=-(-groups // together),
-        num_warps=min(warps, 16),
-    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -238,6 +184,13 @@ def _gather(  # type: ignore[no-untyped-def]
     return mean, tl.sum(m2s + apart * apart * (pixels * U), axis=0)
 
 
+@triton.jit
+def _reciprocal_root(variance):  # type: ignore[no-untyped-def]
+    """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
+    small = variance < 2.0**-100
+    return tl.rsqrt(tl.where(small, variance * 2.0**64, variance)) * tl.where(small, 2.0**32, 1.0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(  # type: ignore[no-untyped-def]
     out_ptr, h, mean, gain, offset, pixel, rows, c, there, C: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr
@@ -313,7 +266,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         gain *= factor
         offset = offset * factor + tl.load(shift_ptr + lane * shift_stride + c, mask=known, other=0.0).to(tl.float32)
     mean = mean[None, :, None]
-    gain = _chunks(gain[None, :], U) * tl.rsqrt(variance + eps)[None, :, None]
+    gain = _chunks(gain[None, :], U) * _reciprocal_root(variance + eps)[None, :, None]
     offset = _chunks(offset[None, :], U)
 
     _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
@@ -322,20 +275,6 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         there = _there(rows, c, first, P, stop, FULL, EVEN)
         h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
         _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
-
-
-def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """A [B, C] operand with unit stride along C, and the distance of its rows: a slice of a wider tensor as it is."""
-    if x is None:
-        return None, 0
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0) if len(x) > 1 else 0
-
-
-def _nhwc(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
 
 
 def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -362,8 +301,9 @@ def _group_norm_silu(
     if out.numel() == 0:
         return out
     cut = geometry(channels, groups, pixels, x.dtype)
-    x, skip = _nhwc(x), None if skip is None else _nhwc(skip)
-    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = _rows(time), _rows(scale), _rows(shift)
+    x, skip = launch.nhwc(x), None if skip is None else launch.nhwc(skip)
+    operands = (launch.with_unit_stride(operand) for operand in (time, scale, shift))
+    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = operands
     grid = (len(x) * cut.blocks * cut.splits,)
     common = {
         "C": channels,
@@ -400,7 +340,7 @@ def _group_norm_silu(
             shift_stride,
             D=channels // groups,
             # at least an element a thread: fewer, and Triton has every thread read all of them
-            S=max(_power_of_two(cut.splits), 32 * cut.num_warps * cut.chunk // cut.width),
+            S=max(power_of_two(cut.splits), 32 * cut.num_warps * cut.chunk // cut.width),
             SILU=silu,
             **common,
         )
@@ -440,81 +380,15 @@ def group_norm_silu(
         silu: whether to activate.
 
     Returns:
-        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once.
+        [B, C, H, W] in the dtype of x, channels_last. float32 inside, rounded once. Inputs that require a gradient go
+        to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    _check(x, weight, bias, groups, eps, skip, time, scale, shift, launch.FLOATS)
+    check_arguments(x, weight, bias, groups, eps, skip, time, scale, shift, launch.FLOATS)
+    if launch.needs_gradient(x, weight, bias, skip, time, scale, shift):
+        options = {"skip": skip, "time": time, "scale": scale, "shift": shift}
+        return group_norm_silu_reference(x, weight, bias, groups, eps, **options, silu=silu)
     out: torch.Tensor = _group_norm_silu(x, skip, weight, bias, groups, float(eps), time, scale, shift, silu)
     return out
-
-
-def group_norm_silu_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    *,
-    skip: torch.Tensor | None = None,
-    time: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    silu: bool = True,
-) -> torch.Tensor:
-    """The twin of :func:`group_norm_silu` in eager PyTorch: same arguments, same result. Also in float64."""
-    _check(x, weight, bias, groups, eps, skip, time, scale, shift, (*launch.FLOATS, torch.float64))
-    compute = torch.promote_types(x.dtype, torch.float32)
-    h = x.to(compute) if skip is None else torch.cat((x, skip), dim=1).to(compute)
-    if time is not None:
-        h = h + time.to(compute)[:, :, None, None]
-    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels where the mean is large
-    y = torch.nn.functional.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift.to(compute)[:, :, None, None], y, 1 + scale.to(compute)[:, :, None, None])
-    if silu:
-        y = torch.nn.functional.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    skip: torch.Tensor | None,
-    time: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    launch.check_dtype("x", x, dtypes)
-    if x.ndim != 4:
-        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
-    channels = x.shape[1]
-    if skip is not None:
-        launch.check_dtype("skip", skip, (x.dtype,))
-        if skip.ndim != 4:
-            raise ValueError(f"skip must be images [B, C, H, W], got shape {list(skip.shape)}")
-        launch.check_like("skip", skip, (len(x), skip.shape[1], *x.shape[2:]), x.device, (x.dtype,))
-        channels += skip.shape[1]
-    accepted = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        launch.check_like(name, parameter, (channels,), x.device, accepted)
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift must be given together, got one of them")
-    for name, modulation in (("time", time), ("scale", scale), ("shift", shift)):
-        if modulation is not None:
-            launch.check_like(name, modulation, (len(x), channels), x.device, accepted)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
-    if groups < 1 or channels < 1 or channels % groups:
-        raise ValueError(f"groups must be a positive divisor of the {channels} channels, got {groups}")
-    if channels // groups > _GROUP:
-        raise ValueError(f"groups must have at most {_GROUP} channels each, got {channels // groups}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")

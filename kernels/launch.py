@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ELEMENTS = 65535 * 2048  # of a lane: CUDA's limit along a grid's second axis times the least block
@@ -45,6 +46,18 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     """An optional input as kernels read it."""
     return None if x is None else x.contiguous()
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """True if autograd, in reverse or forward mode, follows what is made of ``tensors``.
+
+    Kernels have no gradient, and autograd would take what they write for a constant. So every public function that
+    launches one asks this first, and leaves such inputs to its reference in eager PyTorch.
+    """
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
 def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
@@ -120,3 +133,17 @@ def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     inside = (rows >= 0) & (rows < len(table))
     values = table[rows.clamp(0, len(table) - 1)]
     return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)
+
+
+def with_unit_stride(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A [B, C] operand with unit stride along C, and the distance of its rows: a slice of a wider tensor as it is."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0) if len(x) > 1 else 0
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)

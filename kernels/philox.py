@@ -166,7 +166,7 @@ def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -
     b2 = b * b
     sine = (((b2 * _SIN[2] + _SIN[1]) * b2 + _SIN[0]) * b2 + 1.0) * b
     cosine = ((b2 * _COS[1] + _COS[0]) * b2 - 0.5) * b2 + 1.0
-    return _quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
+    return quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
 
 
 def _box_muller_exact(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +174,7 @@ def _box_muller_exact(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tu
     uniform = (radius_word.to(torch.float32) + 1.0).to(torch.float64) * 2.0**-32
     radius = (-2.0 * uniform.log()).sqrt()
     angle = math.pi / 4 + _signed(angle_word).to(torch.float64) * _ANGLE
-    return _quadrant(radius * angle.cos(), radius * angle.sin(), angle_word)
+    return quadrant(radius * angle.cos(), radius * angle.sin(), angle_word)
 
 
 def _signed(word: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ def _signed(word: torch.Tensor) -> torch.Tensor:
     return word - ((word >> 31) << 32)
 
 
-def _quadrant(x: torch.Tensor, y: torch.Tensor, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quadrant(x: torch.Tensor, y: torch.Tensor, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Flip x and y by the two lowest bits of ``word``."""
     return torch.where(word & 1 != 0, -x, x), torch.where(word & 2 != 0, -y, y)
 
@@ -200,7 +200,7 @@ def normal_reference(
 
     With ``dtype=torch.float64`` the same words go through Box-Muller with exact functions, in float64.
     """
-    _check(seeds, indices, timesteps)
+    check_arguments(seeds, indices, timesteps)
     elements = math.prod(shape)
     quads = torch.arange((elements + 3) // 4, device=seeds.device)
     counter = (quads[None], timesteps[:, None], indices[:, None], torch.full_like(seeds, stream)[:, None])
@@ -281,14 +281,15 @@ def normal(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    _check(seeds, indices, timesteps)
+    check_arguments(seeds, indices, timesteps)
     launch.check_elements("shape", math.prod(shape))
     z = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
     _normal(seeds, indices, timesteps, stream, z)
     return z
 
 
-def _check(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+def check_arguments(seeds: torch.Tensor, indices: torch.Tensor, timesteps: torch.Tensor) -> None:
+    """TypeError or ValueError that names the argument, for both twins."""
     launch.check_dtype("seeds", seeds, (torch.int64,))
     for name, tensor in (("seeds", seeds), ("indices", indices), ("timesteps", timesteps)):
         launch.check_like(name, tensor, (seeds.numel(),), seeds.device, (torch.int64,))

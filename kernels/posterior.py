@@ -93,13 +93,16 @@ def q_posterior_mean_variance(
             the tables that :class:`stepfusion.NoiseSchedule` calls so.
 
     Returns:
-        The mean [B, ...] in the dtype of x_start; variance and log variance, float32 [B, 1, ...].
+        The mean [B, ...] in the dtype of x_start; variance and log variance, float32 [B, 1, ...]. Inputs that require
+        a gradient go to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     tables = (posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped)
-    _check(x_start, x_t, t, tables, launch.FLOATS)
+    check_arguments(x_start, x_t, t, tables, launch.FLOATS)
+    if launch.needs_gradient(x_start, x_t, *tables):
+        return q_posterior_mean_variance_reference(x_start, x_t, t, *tables)
     mean = _q_posterior_mean(x_start, x_t, t, posterior_mean_coef1, posterior_mean_coef2)
     variance, log_variance = (launch.per_lane(launch.gather(table, t), x_t) for table in tables[2:])
     return mean, variance, log_variance
@@ -116,20 +119,21 @@ def q_posterior_mean_variance_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The twin of :func:`q_posterior_mean_variance` in eager PyTorch: same arguments and result. Also in float64."""
     tables = (posterior_mean_coef1, posterior_mean_coef2, posterior_variance, posterior_log_variance_clipped)
-    _check(x_start, x_t, t, tables, (*launch.FLOATS, torch.float64))
+    check_arguments(x_start, x_t, t, tables, (*launch.FLOATS, torch.float64))
     compute = torch.promote_types(x_start.dtype, torch.float32)
     coef1, coef2, variance, log_variance = (launch.per_lane(launch.gather(table, t), x_t) for table in tables)
     mean = coef1.to(compute) * x_start.to(compute) + coef2.to(compute) * x_t.to(compute)
     return mean.to(x_start.dtype), variance, log_variance
 
 
-def _check(
+def check_arguments(
     x_start: torch.Tensor,
     x_t: torch.Tensor,
     t: torch.Tensor,
     tables: tuple[torch.Tensor, ...],
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
+    """TypeError or ValueError that names the argument, for both twins."""
     launch.check_lanes("x_start", x_start, dtypes)
     launch.check_like("x_t", x_t, tuple(x_start.shape), x_start.device, (x_start.dtype,))
     launch.check_like("t", t, (len(x_start),), x_start.device, (torch.int64,))

@@ -119,12 +119,18 @@ def q_sample(
         seeds, indices: int64 [B], draw the noise of (seed, t, index).
 
     Returns:
-        x_t in the dtype of x_start, and eps, float32: the noise as given, or as drawn.
+        x_t in the dtype of x_start, and eps, float32: the noise as given, or as drawn. Inputs that require a gradient
+        go to the reference.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    _check(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise, seeds, indices, launch.FLOATS)
+    check_arguments(
+        x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise, seeds, indices, launch.FLOATS
+    )
+    if launch.needs_gradient(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise):
+        tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+        return q_sample_reference(x_start, t, *tables, noise=noise, seeds=seeds, indices=indices)
     x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
     noise_out = torch.empty_like(x_t, dtype=torch.float32) if noise is None else None
     _q_sample(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, seeds, indices, noise, x_t, noise_out)
@@ -143,7 +149,7 @@ def q_sample_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of :func:`q_sample` in eager PyTorch: same arguments, same result. Also in float64."""
     dtypes = (*launch.FLOATS, torch.float64)
-    _check(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise, seeds, indices, dtypes)
+    check_arguments(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise, seeds, indices, dtypes)
     compute = torch.promote_types(x_start.dtype, torch.float32)
     if noise is None:
         assert seeds is not None
@@ -154,7 +160,7 @@ def q_sample_reference(
     return (signal * x_start.to(compute) + scale * noise.to(compute)).to(x_start.dtype), noise
 
 
-def _check(
+def check_arguments(
     x_start: torch.Tensor,
     t: torch.Tensor,
     signal: torch.Tensor,
@@ -164,6 +170,7 @@ def _check(
     indices: torch.Tensor | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
+    """TypeError or ValueError that names the argument, for both twins."""
     launch.check_lanes("x_start", x_start, dtypes)
     launch.check_like("t", t, (len(x_start),), x_start.device, (torch.int64,))
     entries = launch.check_table("sqrt_alphas_cumprod", signal, x_start.device)

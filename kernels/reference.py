@@ -3,13 +3,13 @@
 Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
 """
 
-from stepfusion.kernels.group_norm import group_norm_silu_reference as group_norm_silu
+from stepfusion.kernels.group_norm_reference import group_norm_silu_reference as group_norm_silu
 from stepfusion.kernels.philox import normal_reference as normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample_reference as q_sample
 from stepfusion.kernels.single_step import ddim_step_reference as ddim_step
 from stepfusion.kernels.single_step import ddpm_step_reference as ddpm_step
-from stepfusion.kernels.step import diffusion_step_reference as diffusion_step
+from stepfusion.kernels.step_reference import diffusion_step_reference as diffusion_step
 from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
 
 __all__ = [

@@ -12,7 +12,8 @@ import torch
 
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import launch
-from stepfusion.kernels.step import diffusion_step, diffusion_step_reference
+from stepfusion.kernels.step import diffusion_step
+from stepfusion.kernels.step_reference import diffusion_step_reference
 
 
 def ddim_step(
@@ -48,9 +49,9 @@ def ddim_step(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    levels = _levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
-    table = _ddim_table(*levels, eta, prediction, clip, rederive_eps)
-    return diffusion_step(x, out, _own_rows(x), table.to(x.dtype), t, **step)
+    between = levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
+    table = ddim_table(*between, eta, prediction, clip, rederive_eps)
+    return diffusion_step(x, out, own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddim_step_reference(
@@ -68,9 +69,9 @@ def ddim_step_reference(
     **step: Any,
 ) -> torch.Tensor:
     """The twin of :func:`ddim_step` in eager PyTorch: same arguments, same result. Also in float64."""
-    levels = _levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
-    table = _ddim_table(*levels, eta, prediction, clip, rederive_eps)
-    return diffusion_step_reference(x, out, _own_rows(x), table.to(x.dtype), t, **step)
+    between = levels(x, t, t_prev, alphas_cumprod, final_alpha_cumprod, prediction)
+    table = ddim_table(*between, eta, prediction, clip, rederive_eps)
+    return diffusion_step_reference(x, out, own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddpm_step(
@@ -98,9 +99,9 @@ def ddpm_step(
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    levels = _levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
-    table = _ddpm_table(*levels, t_prev < 0, variance, prediction, clip)
-    return diffusion_step(x, out, _own_rows(x), table.to(x.dtype), t, **step)
+    between = levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
+    table = ddpm_table(*between, t_prev < 0, variance, prediction, clip)
+    return diffusion_step(x, out, own_rows(x), table.to(x.dtype), t, **step)
 
 
 def ddpm_step_reference(
@@ -116,12 +117,12 @@ def ddpm_step_reference(
     **step: Any,
 ) -> torch.Tensor:
     """The twin of :func:`ddpm_step` in eager PyTorch: same arguments, same result. Also in float64."""
-    levels = _levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
-    table = _ddpm_table(*levels, t_prev < 0, variance, prediction, clip)
-    return diffusion_step_reference(x, out, _own_rows(x), table.to(x.dtype), t, **step)
+    between = levels(x, t, t_prev, alphas_cumprod, 1.0, prediction)
+    table = ddpm_table(*between, t_prev < 0, variance, prediction, clip)
+    return diffusion_step_reference(x, out, own_rows(x), table.to(x.dtype), t, **step)
 
 
-def _levels(
+def levels(
     x: torch.Tensor,
     t: torch.Tensor,
     t_prev: torch.Tensor,
@@ -140,16 +141,17 @@ def _levels(
     return launch.gather(abar, t), torch.where(t_prev == -1, final, launch.gather(abar, t_prev))
 
 
-def _ddim_table(
+def ddim_table(
     abar: torch.Tensor, abar_prev: torch.Tensor, eta: float, prediction: str, clip: float | None, rederive_eps: bool
 ) -> torch.Tensor:
+    """The table of one DDIM step between two levels a lane, float64 [B, 14]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     columns = algebra.ddim(abar, abar_prev, eta=eta, prediction=prediction, rederive_eps=rederive_eps)
     return _table(columns, clip)
 
 
-def _ddpm_table(
+def ddpm_table(
     abar: torch.Tensor,
     abar_prev: torch.Tensor,
     last: torch.Tensor,
@@ -157,6 +159,7 @@ def _ddpm_table(
     prediction: str,
     clip: float | None,
 ) -> torch.Tensor:
+    """The table of one DDPM step between two levels a lane, float64 [B, 14]; ``last``: lanes that add no noise."""
     if variance not in algebra.VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(map(repr, algebra.VARIANCES))}, got {variance!r}")
     columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
@@ -176,6 +179,6 @@ def _table(columns: dict[str, torch.Tensor], clip: float | None) -> torch.Tensor
     return torch.stack([columns.get(name, zero) for name in algebra.COLUMNS], dim=1)
 
 
-def _own_rows(x: torch.Tensor) -> torch.Tensor:
+def own_rows(x: torch.Tensor) -> torch.Tensor:
     """Lane i walks row i."""
     return torch.arange(len(x), device=x.device)

@@ -153,20 +153,21 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
-    _check(x, launch.FLOATS)
+    check_arguments(x, launch.FLOATS)
     pixels: torch.Tensor = _to_uint8(x)
     return pixels
 
 
 def to_uint8_reference(x: torch.Tensor) -> torch.Tensor:
     """The twin of :func:`to_uint8` in eager PyTorch: same argument, same result. Also from float64."""
-    _check(x, (*launch.FLOATS, torch.float64))
+    check_arguments(x, (*launch.FLOATS, torch.float64))
     level = x.to(torch.promote_types(x.dtype, torch.float32)) * 0.5 + 0.5
     level = level.nan_to_num(nan=0.0).clamp(0.0, 1.0) * 255.0
     return level.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _check(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_arguments(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """TypeError or ValueError that names the argument, for both twins."""
     launch.check_lanes("x", x, dtypes)
     if x.ndim != 4:
         raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")

@@ -4,8 +4,10 @@
 """
 
 from stepfusion.bulk.job import Job
-from stepfusion.bulk.run import Where, run, verify
-from stepfusion.bulk.worker import Order
+from stepfusion.bulk.placement import Placement
+from stepfusion.bulk.run import run, verify
+from stepfusion.bulk.worker import WorkerConfig
+from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.table_request import TableRequest
 
-__all__ = ["Job", "Order", "TableRequest", "Where", "run", "verify"]
+__all__ = ["ExecutionOptions", "Job", "Placement", "TableRequest", "WorkerConfig", "run", "verify"]

@@ -4,7 +4,7 @@
 
     DIR/job.json           what is made: model, table, seed, labels, guidance, format, unit
     DIR/engine.json        how: device, dtype, paths, batch, versions; written by the first worker
-    DIR/labels.npy         the labels, where they came from a file
+    DIR/labels.npy         the labels, if they came from a file
     DIR/images/            one shard a unit
     DIR/manifest.jsonl     one line for each finished unit
     DIR/report.json        the last complete run
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,11 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.errors import BulkError
-from stepfusion.files.atomic import atomic_write, publish_once, read_json
-from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.table import StepTable
+from stepfusion.files.atomic import publish_once, read_json
 
 VERSION = "stepfusion bulk 1"
 JOB, ENGINE, LABELS, IMAGES = "job.json", "engine.json", "labels.npy", "images"
@@ -62,16 +58,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """What is made. Together with the engine's settings it decides every byte of every shard.
+    """What is made. Together with the recorded settings it decides every byte of every shard.
 
     Attributes:
-        model: SHA-256 of weights, config and scheduler, as :func:`model_digest` takes it.
-        table, table_sha256: the sampler's name with its steps, where asked for their spacing, and the digest of its
-            rows.
+        model: SHA-256 of weights, config and scheduler (:attr:`stepfusion.bulk.checkpoint.Checkpoint.digest`).
+        table, table_sha256: the sampler's name with its steps, and their spacing if it was asked for; the digest of
+            its rows.
         shape: of one image, (C, H, W).
         num, first_index, seed: the images ``first_index`` .. ``first_index + num - 1`` of the seed.
         classes: the labels that the indices take in turn (index i has ``classes[i % len(classes)]``), or None.
-        labels_sha256: of labels.npy, where every image has its own label; ``classes`` is None then.
+        labels_sha256: of labels.npy, if every image has its own label; ``classes`` is None then.
         guidance: classifier-free guidance scale, or None.
         format: of the shards.
         unit: images a unit; the last one has what is left.
@@ -97,7 +93,7 @@ class Job:
 
     @property
     def labelled(self) -> bool:
-        """True where images have labels."""
+        """Whether images have labels."""
         return self.classes is not None or self.labels_sha256 is not None
 
     @cached_property
@@ -112,7 +108,7 @@ class Job:
         return range(start, min(start + self.unit, self.first_index + self.num))
 
     def unit_at(self, number: int, labels: NDArray[np.int64] | None) -> Unit:
-        """Unit ``number``; ``labels`` int64 [num] where they came from a file."""
+        """Unit ``number``; ``labels`` are int64 [num] if they came from a file."""
         indices = self.indices(number)
         each: list[int] | None = None
         if labels is not None:
@@ -122,52 +118,7 @@ class Job:
         return Unit(number, self.seed, indices, each)
 
 
-def model_digest(source: str) -> str:
-    """SHA-256 of what a model directory says: every weight's name, dtype, shape and value, and all configs.
-
-    The layout of the directory and of its files does not count.
-    """
-    loaded = load_model(source)
-    digest = hashlib.sha256()
-    facts = [network_config(loaded.network), loaded.scheduler_config, loaded.class_names, loaded.null_label]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(loaded.network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def table_digest(table: StepTable) -> str:
-    """SHA-256 of a sampler's rows and of everything else that a table says."""
-    digest = hashlib.sha256()
-    for field in dataclasses.fields(table):
-        value = getattr(table, field.name)
-        if isinstance(value, NoiseSchedule):
-            value = value.betas
-        digest.update(f"{field.name} ".encode())
-        digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else repr(value).encode())
-    return digest.hexdigest()
-
-
-def labels_file(labels: NDArray[np.int64]) -> bytes:
-    """labels.npy of labels int64 [num]."""
-    buffer = io.BytesIO()
-    np.save(buffer, labels, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def read_labels(job: Job, out: Path) -> NDArray[np.int64] | None:
-    """The labels int64 [num] of labels.npy; None where the job has no such file. BulkError where it is damaged."""
-    if job.labels_sha256 is None:
-        return None
-    data = (out / LABELS).read_bytes()
-    if hashlib.sha256(data).hexdigest() != job.labels_sha256:
-        raise BulkError(f"{out / LABELS} is damaged: its hash is not the one in {JOB}")
-    labels: NDArray[np.int64] = np.load(io.BytesIO(data), allow_pickle=False)
-    return labels
-
-
-def write_job(job: Job, labels: NDArray[np.int64] | None, out: Path) -> None:
+def write_job(job: Job, out: Path) -> None:
     """Enter the job into an empty directory, or check that it is the one there.
 
     Raises:
@@ -175,14 +126,10 @@ def write_job(job: Job, labels: NDArray[np.int64] | None, out: Path) -> None:
     """
     publish_once(out / JOB, to_json({"version": VERSION, **asdict(job)}))
     refuse_differences(out, asdict(read_job(out)), asdict(job))
-    if labels is not None:
-        data = labels_file(labels)
-        if not (out / LABELS).is_file() or (out / LABELS).read_bytes() != data:
-            atomic_write(out / LABELS, data)
 
 
 def read_job(out: Path) -> Job:
-    """The job of a directory; BulkError where it has none, or one of another version."""
+    """The job of a directory; BulkError if it has none, or one of another version."""
     value = read_json(out / JOB, BulkError, _MAX_JSON_BYTES)
     if value.pop("version", None) != VERSION:
         raise BulkError(f"{out / JOB} is not of {VERSION!r}")

@@ -81,28 +81,28 @@ def parts(out: Path) -> list[Path]:
     return sorted(out.glob(_PARTS))
 
 
-def from_facts(facts: dict[str, Any]) -> Record:
+def record_from(fields: dict[str, Any]) -> Record:
     """A record of its fields as JSON has them."""
-    return Record(**{**facts, "left_out": tuple(facts["left_out"])})
+    return Record(**{**fields, "left_out": tuple(fields["left_out"])})
 
 
 def _line(record: Record) -> bytes:
-    facts = asdict(record)
-    return json.dumps({**facts, _CHECK: _digest(facts)}).encode() + b"\n"
+    fields = asdict(record)
+    return json.dumps({**fields, _CHECK: _digest(fields)}).encode() + b"\n"
 
 
 def _record(line: bytes) -> Record | None:
-    """The record in a line; None where the line is not one that :func:`_line` wrote."""
+    """The record in a line; None if the line is not one that :func:`_line` wrote."""
     try:
-        facts = json.loads(line)
-        check = facts.pop(_CHECK)
-        return from_facts(facts) if check == _digest(facts) else None
+        fields = json.loads(line)
+        check = fields.pop(_CHECK)
+        return record_from(fields) if check == _digest(fields) else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
 def _whole_lines(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Progress of a long run: a bar where stderr is a terminal, a line now and then where it is a log."""
+"""Progress of a long run: a bar if stderr is a terminal, a line now and then if it is a log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Progress:
         self._started = self._said = time.monotonic()
 
     def update(self, images: int) -> None:
-        """So many more are finished."""
+        """Count so many more finished images."""
         self.done += images
         self._bar.update(images)
         now = time.monotonic()

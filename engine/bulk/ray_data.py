@@ -10,45 +10,45 @@ from typing import Any
 import numpy as np
 
 from stepfusion.bulk.manifest import Record
-from stepfusion.bulk.messages import failure, record_of, success
-from stepfusion.bulk.worker import Order, Worker
+from stepfusion.bulk.messages import failure_message, finished_message, read_message
+from stepfusion.bulk.worker import Worker, WorkerConfig
 from stepfusion.errors import BulkError, first_line
 
-_SPARE_CPUS = 2  # Ray Data reads the range in tasks of their own, and waits for ever where the actors hold every CPU
+_SPARE_CPUS = 2  # Ray Data reads the range in tasks of their own, and waits for ever if the actors hold every CPU
 
 
 class EngineActor:
-    """A :class:`Worker` as Ray Data calls it: a batch of places in ``units`` in, an answer for each out.
+    """A :class:`Worker` as Ray Data calls it: a batch of places in ``units`` in, a message for each out.
 
-    What goes wrong is an answer too: Ray repeats what raises, and wraps it in errors of its own.
+    What goes wrong is a message too: Ray repeats what raises, and wraps it in errors of its own.
     """
 
-    def __init__(self, order: Order, units: Sequence[int], device: str) -> None:
-        self._order, self._units, self._device = order, units, device
+    def __init__(self, config: WorkerConfig, units: Sequence[int]) -> None:
+        self._config, self._units = config, units
         self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the units at the places ``id``; ``answer`` is a JSON text for each."""
-        return {"answer": np.array([self._answer(int(place)) for place in batch["id"]])}
+        """Make the units at the places ``id``; ``message`` is a JSON text for each."""
+        return {"message": np.array([self._message(int(place)) for place in batch["id"]])}
 
-    def _answer(self, place: int) -> str:
+    def _message(self, place: int) -> str:
         try:
             if self._worker is None:
-                self._worker = Worker(self._order, self._device)
-            return success(self._worker.make(self._units[place]))
+                self._worker = Worker(self._config)
+            return finished_message(self._worker.make(self._units[place]))
         except Exception as error:
-            return failure(error)
+            return failure_message(error)
 
 
 def make_with_ray(
-    order: Order, address: str, workers: int | None, device: str, units: Sequence[int]
+    config: WorkerConfig, address: str, workers: int | None, device: str, units: Sequence[int]
 ) -> Generator[Record, None, None]:
     """Make the units with actors on a Ray cluster, and yield their records as they come.
 
     Args:
         address: of the cluster, "auto" for the one that this machine belongs to, "local" to start one here.
-        workers: actors; by default one for each GPU of the cluster, or one where it has none.
-        device: of every actor, "auto" for the GPU that Ray gives it, or the CPU where it gives none.
+        workers: actors; by default one for each GPU of the cluster, or one if it has none.
+        device: of every actor, "auto" for the GPU that Ray gives it, or the CPU if it gives none.
 
     A worker that dies is started again by Ray, and its unit with it. One unit is one block: the smallest piece that
     Ray Data repeats.
@@ -79,14 +79,14 @@ def make_with_ray(
         context.enable_progress_bars = False
         made = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
             EngineActor,
-            fn_constructor_kwargs={"order": order, "units": list(units), "device": device},
+            fn_constructor_kwargs={"config": config.on(device), "units": list(units)},
             batch_size=1,
             compute=ActorPoolStrategy(size=min(size, len(units))),
             num_cpus=1,
             num_gpus=1 if gpus else 0,
         )
         for row in made.iter_rows():
-            yield record_of(row["answer"], "a Ray worker")
+            yield read_message(row["message"], "a Ray worker")
     except ray.exceptions.RayError as error:
         raise BulkError(f"Ray: {first_line(error)}") from error
     finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from stepfusion.bulk.check import find_faults
-from stepfusion.bulk.job import IMAGES, JOB, Job, read_job, read_labels, to_json, write_job
-from stepfusion.bulk.local import make_here, make_in_processes
+from stepfusion.bulk.checkpoint import Checkpoint
+from stepfusion.bulk.job import IMAGES, JOB, Job, read_job, to_json, write_job
+from stepfusion.bulk.labels import read_labels, write_labels
 from stepfusion.bulk.manifest import Manifest, Record, parts, read_records, write_sorted
+from stepfusion.bulk.placement import Placement
 from stepfusion.bulk.progress import Progress
-from stepfusion.bulk.ray_data import make_with_ray
+from stepfusion.bulk.settings import read_settings
 from stepfusion.bulk.shards import FORMATS, shard_digest, shard_size, write_npz
-from stepfusion.bulk.worker import Order, read_settings
+from stepfusion.bulk.worker import WorkerConfig
 from stepfusion.errors import BulkError
 from stepfusion.files.atomic import atomic_file, atomic_write, remove_leftovers
 
@@ -30,49 +32,27 @@ REPORT = "report.json"
 _LOCK, _FINISH_LOCK = ".lock", ".finish.lock"
 
 
-@dataclass(frozen=True)
-class Where:
-    """Which machines and devices make the units.
-
-    Attributes:
-        devices: one process each; one device alone runs in this process.
-        rank, world: this process and their number, where a launcher such as ``torchrun`` started several: each makes
-            every ``world``-th unit, into a manifest of its own, and whoever ends last checks all.
-        ray: address of a Ray cluster; ``workers`` actors make the units then, each on ``devices[0]``.
-    """
-
-    devices: tuple[str, ...] = ("auto",)
-    rank: int = 0
-    world: int = 1
-    ray: str | None = None
-    workers: int | None = None
-
-    def make(self, order: Order, units: list[int]) -> Generator[Record, None, None]:
-        """Make the units; yields the records of finished ones."""
-        if self.ray is not None:
-            return make_with_ray(order, self.ray, self.workers, self.devices[0], units)
-        if len(self.devices) == 1:
-            return make_here(order, self.devices[0], units)
-        return make_in_processes(order, self.devices, units)
-
-    def mine(self, unit: int) -> bool:
-        """Whether this process makes the unit."""
-        return unit % self.world == self.rank
-
-
 def run(
-    order: Order, where: Where, labels: NDArray[np.int64] | None = None, *, samples: bool = False, quiet: bool = False
+    config: WorkerConfig,
+    placement: Placement,
+    labels: NDArray[np.int64] | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    samples: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Make what is missing of a job, then check all of it and report.
 
     Args:
-        order: the job and how to run it.
-        labels: int64 [num], where every image has its own.
+        config: the job and how to run it.
+        placement: where to run it.
+        labels: int64 [num], if every image has its own.
+        checkpoint: the model, if this process has read it already.
         samples: also write ``samples_NxHxWxC.npz``, as evaluators read it.
         quiet: no progress.
 
     Returns:
-        what report.json says; None where other ranks are not done yet.
+        what report.json says; None if other ranks are not done yet.
 
     Raises:
         ValueError: the directory holds something else.
@@ -80,21 +60,23 @@ def run(
             is finished stays, and the same call goes on.
         NonFiniteError: an image became non-finite, and no pixels were made of it.
     """
-    out, job = order.out, order.job
+    out, job = config.out, config.job
     check_out(out)
-    with _alone(out, where.rank):
-        write_job(job, labels, out)
+    with _alone(out, placement.rank):
+        write_job(job, out)
+        if labels is not None:
+            write_labels(labels, out)
         (out / IMAGES).mkdir(exist_ok=True)
         started = time.perf_counter()
-        made = _make_missing(order, where, quiet)
+        made = _make_missing(config, placement, checkpoint, quiet)
         seconds = time.perf_counter() - started
         with FileLock(out / _FINISH_LOCK):
             records = read_records(out)
-            if where.world > 1 and (len(records) < job.units or (where.rank > 0 and not parts(out))):
+            if placement.world > 1 and (len(records) < job.units or (placement.rank > 0 and not parts(out))):
                 return None
             _check_all(job, out, records)
             write_sorted(out, records.values())
-            report = _report(order, where, records, made, seconds)
+            report = _report(config, placement, records, made, seconds)
             if samples:
                 report["samples"] = _write_samples(job, out, records)
             atomic_write(out / REPORT, to_json(report))
@@ -146,19 +128,19 @@ def _alone(out: Path, rank: int) -> Iterator[None]:
         lock.release()
 
 
-def _make_missing(order: Order, where: Where, quiet: bool) -> int:
+def _make_missing(config: WorkerConfig, placement: Placement, checkpoint: Checkpoint | None, quiet: bool) -> int:
     """Make this process's missing units; returns how many images that were."""
-    job, out = order.job, order.out
-    _sweep(out, where)
+    job, out = config.job, config.out
+    _sweep(out, placement)
     records = _present(out)
-    before = sum(record.count for unit, record in records.items() if where.mine(unit))
-    missing = [unit for unit in range(job.units) if unit not in records and where.mine(unit)]
+    before = sum(record.count for unit, record in records.items() if placement.mine(unit))
+    missing = [unit for unit in range(job.units) if unit not in records and placement.mine(unit)]
     total = before + sum(len(job.indices(unit)) for unit in missing)
-    manifest = Manifest(out, where.rank if where.world > 1 else None)
+    manifest = Manifest(out, placement.rank if placement.world > 1 else None)
     with Progress(total, before, quiet=quiet) as progress:
         try:
             if missing:
-                with closing(where.make(order, missing)) as made:
+                with closing(placement.make(config, missing, checkpoint)) as made:
                     for record in made:
                         manifest.append(record)
                         progress.update(record.count)
@@ -167,19 +149,19 @@ def _make_missing(order: Order, where: Where, quiet: bool) -> int:
             raise BulkError(f"{_reason(error)}; {state}") from error
         except (KeyboardInterrupt, SystemExit):
             print(
-                f"stepfusion: stopped: {progress.done} of {total} images are finished in {order.out.name}",
+                f"stepfusion: stopped: {progress.done} of {total} images are finished in {out.name}",
                 file=sys.stderr,
             )
             raise
         finally:
-            _sweep(out, where)
+            _sweep(out, placement)
         return progress.done - before
 
 
-def _sweep(out: Path, where: Where) -> None:
+def _sweep(out: Path, placement: Placement) -> None:
     """Remove what this process, or one that was killed, left half written; other ranks' files stay."""
-    remove_leftovers(out / IMAGES, lambda name: name[:6].isdecimal() and where.mine(int(name[:6])))
-    if where.world == 1:
+    remove_leftovers(out / IMAGES, lambda name: name[:6].isdecimal() and placement.mine(int(name[:6])))
+    if placement.world == 1:
         remove_leftovers(out, lambda _: True)
 
 
@@ -194,7 +176,7 @@ def _present(out: Path) -> dict[int, Record]:
 
 
 def _check_all(job: Job, out: Path, records: dict[int, Record]) -> None:
-    """Check the post-conditions; where one fails, the unit is taken out of the manifest, so that it is made again."""
+    """Check the post-conditions; if one fails, the unit is taken out of the manifest, so that it is made again."""
     faults = list(find_faults(job, out, read_labels(job, out), records))
     if faults:
         broken = {unit for unit, _ in faults}
@@ -227,13 +209,15 @@ def _write_samples(job: Job, out: Path, records: Mapping[int, Record]) -> dict[s
     return {"file": path.name, "sha256": shard_digest(path)[0]}
 
 
-def _report(order: Order, where: Where, records: Mapping[int, Record], made: int, seconds: float) -> dict[str, Any]:
+def _report(
+    config: WorkerConfig, placement: Placement, records: Mapping[int, Record], made: int, seconds: float
+) -> dict[str, Any]:
     """What was made, how, and how fast; ``made`` and ``seconds`` are of this run and this process's units.
 
     ``non_finite`` are the indices that were left out.
     """
-    job = order.job
-    settings = read_settings(order.out)
+    job = config.job
+    settings = read_settings(config.out)
     assert settings is not None
     return {
         "images": sum(record.count for record in records.values()),
@@ -247,8 +231,8 @@ def _report(order: Order, where: Where, records: Mapping[int, Record], made: int
         "images_made_now": made,
         "seconds": round(seconds, 3),
         "images_per_second": round(made / seconds, 3) if made else None,
-        "devices": list(where.devices) if where.ray is None else f"ray {where.ray}",
-        "processes": where.world * len(where.devices) if where.ray is None else where.workers,
+        "devices": list(placement.devices) if placement.ray is None else f"ray {placement.ray}",
+        "processes": placement.world * len(placement.devices) if placement.ray is None else placement.workers,
         "engine": asdict(settings),
     }
 

@@ -40,7 +40,7 @@ Parts = tuple[np.dtype[Any], tuple[int, ...], Iterable[bytes]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a shard: indices, labels (None for a model without) and pixels uint8 [k, H, W, C]."""
+    """What is in a shard: indices, labels (None for a model without labels) and pixels uint8 [k, H, W, C]."""
 
     indices: list[int]
     labels: list[int] | None
@@ -53,10 +53,10 @@ class Format:
 
     Attributes:
         suffix: of a shard's name.
-        picture: True where images are PNGs, which have 1, 3 or 4 channels.
+        picture: whether images are PNGs, which have 1, 3 or 4 channels.
         encode: one image uint8 [H, W, C] to the bytes that ``write`` stores.
         write: (path, unit, encoded images), whole or not at all, and on disk when it returns.
-        read: (path) -> Contents; BulkError or ValueError where it is no such shard.
+        read: (path) -> Contents; BulkError or ValueError if it is no such shard.
     """
 
     suffix: str
@@ -80,7 +80,7 @@ def shard_digest(path: Path) -> tuple[str, int]:
 
 
 def shard_size(path: Path) -> int:
-    """Size of a shard in bytes, -1 where there is none."""
+    """Size of a shard in bytes, -1 if there is none."""
     try:
         return sum(entry.stat().st_size for entry in path.iterdir()) if path.is_dir() else path.stat().st_size
     except FileNotFoundError:
@@ -108,12 +108,12 @@ def _write_tar(path: Path, unit: Unit, images: Sequence[bytes], _: tuple[int, in
             archive.addfile(member, io.BytesIO(data))
 
         for position, (index, image) in enumerate(zip(unit.indices, images, strict=True)):
-            facts = {"seed": unit.seed, "index": index}
+            metadata = {"seed": unit.seed, "index": index}
             add(f"{index:010d}.png", image)
             if unit.labels is not None:
-                facts["label"] = unit.labels[position]
+                metadata["label"] = unit.labels[position]
                 add(f"{index:010d}.cls", str(unit.labels[position]).encode())
-            add(f"{index:010d}.json", json.dumps(facts).encode())
+            add(f"{index:010d}.json", json.dumps(metadata).encode())
     atomic_write(path, buffer.getvalue())
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 from stepfusion import _checks
 from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES
-from stepfusion.files.images import CHANNELS, Pixels
+from stepfusion.files.images import CHANNELS
+from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
 from stepfusion.samplers.table_request import TableRequest
 from stepfusion.samplers.timesteps import ALL_SPACINGS
-from stepfusion.training.datasets import read_image
 
 _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
@@ -47,7 +45,7 @@ def add_sampler_arguments(add: Callable[..., object]) -> None:
 
 
 def table_request(args: argparse.Namespace) -> TableRequest:
-    """The table that ``args`` ask for; ValueError where an option is not one of its sampler's."""
+    """The table that ``args`` ask for; ValueError if an option is not one of its sampler's."""
     request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps)
     request.check("--")
     return request
@@ -65,6 +63,21 @@ def add_path_arguments(add: Callable[..., object]) -> None:
     add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
 
 
+def execution_options(args: argparse.Namespace) -> ExecutionOptions:
+    """Where and how ``args`` say that the model runs; what a command does not declare keeps its default.
+
+    Raises:
+        TypeError, ValueError: naming the option that is out of range.
+    """
+    names = ("device", "dtype", "backend", "network", "batch", "invariant")
+    return ExecutionOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The engine that ``args`` describe."""
+    return Engine.from_pretrained(args.model, **asdict(execution_options(args)))
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Declare the figure's file, ``out`` by default, its scale, and where and how the model runs."""
     add = parser.add_argument
@@ -75,37 +88,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--quiet", action="store_true", help="no progress bar, no report")
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine that ``args`` describe; ValueError where its images are no pictures."""
+def open_figure_engine(args: argparse.Namespace) -> Engine:
+    """The engine that ``args`` describe; ValueError if its images are no pictures."""
     _checks.integer("--scale", args.scale, 1, 64)
-    how = {name: getattr(args, name) for name in ("device", "dtype", "backend", "network")}
-    engine = Engine.from_pretrained(args.model, **how)
+    engine = open_engine(args)
     if engine.shape[0] not in CHANNELS[:2] or len(engine.shape) != 3:
         raise ValueError(f"a figure is of images with 1 or 3 channels, and this model's have shape {engine.shape}")
     return engine
 
 
 def bar(args: argparse.Namespace) -> bool | None:
-    """Whether to show progress: not when quiet, else where stderr is a terminal."""
+    """Whether to show progress: not when quiet, else if stderr is a terminal."""
     return False if args.quiet else None
-
-
-def pixels_of(engine: Engine, x: Tensor) -> Pixels:
-    """Images [n, C, H, W] in [-1, 1] as pixels on the host, uint8 [n, H, W, C]."""
-    pixels: Pixels = engine.to_uint8(x).cpu().numpy()
-    return pixels
-
-
-def read_pictures(engine: Engine, paths: list[Path]) -> Tensor:
-    """Pictures of the model's size, float32 [n, C, H, W] in [-1, 1] on its device; ValueError naming the file."""
-    images = []
-    for path in paths:
-        image = read_image(path)
-        if tuple(image.shape) != engine.shape:
-            given, wanted = list(image.shape), list(engine.shape)
-            raise ValueError(f"{path} is {given} (channels, height, width), and this model's images are {wanted}")
-        images.append(image)
-    return torch.stack(images).to(engine.plan.device, torch.float32) / 127.5 - 1
 
 
 def numbers(name: str, text: str, kind: Callable[[str], _Number], accepted: str) -> list[_Number]:

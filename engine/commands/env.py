@@ -27,7 +27,7 @@ def add_env_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_env(args: argparse.Namespace) -> int:
-    """Print what is here; returns 0, or 1 where the self-test found a difference that rounding does not explain."""
+    """Print what is here; returns 0, or 1 if the self-test found a difference that rounding does not explain."""
     plan = make_plan(args.device, "auto", "auto", "auto")
     versions = {"stepfusion": stepfusion.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
@@ -44,7 +44,7 @@ def run_env(args: argparse.Namespace) -> int:
             "plan": {name: {"value": one.value, "reason": one.reason} for name, one in plan.choices().items()},
             "fused": fused,
             "models": bundled_models(),
-            "self_test": [_facts(check) for check in checks],
+            "self_test": [_as_json(check) for check in checks],
         }
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
@@ -61,7 +61,7 @@ def run_env(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _facts(check: Check) -> dict[str, object]:
+def _as_json(check: Check) -> dict[str, object]:
     """A check for JSON, which has no NaN."""
     error = check.error if math.isfinite(check.error) else None
     return {"name": check.name, "passed": check.passed, "error": error, "allowed": check.allowed}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stepfusion.commands.sample import check_folder
 from stepfusion.files.images import Pixels, grid
 
 _MARGIN, _GAP = 4, 2
@@ -58,10 +56,3 @@ def figure(cells: Sequence[Pixels], rows: Sequence[str], columns: Sequence[str] 
 def strip(pixels: Pixels) -> Pixels:
     """Images uint8 [n, H, W, C] beside each other, uint8 [H, n W, C]."""
     return np.concatenate(list(pixels), axis=1)
-
-
-def check_figure(name: str, path: Path) -> None:
-    """ValueError unless a PNG file can be written there."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise ValueError(f"{name} must be a file that ends in .png, got {path}")
-    check_folder(name, path, path.parent)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job, labels_file, model_digest, table_digest
-from stepfusion.bulk.run import REPORT, Where, check_out, run, verify
+from stepfusion.bulk.checkpoint import Checkpoint, read_checkpoint
+from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job
+from stepfusion.bulk.labels import read_labels_file
+from stepfusion.bulk.new_job import make_job
+from stepfusion.bulk.placement import Launch, Placement
+from stepfusion.bulk.run import REPORT, check_out, run, verify
 from stepfusion.bulk.shards import FORMATS
-from stepfusion.bulk.worker import Order
-from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.bulk.worker import WorkerConfig
 from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
-from stepfusion.commands.sample import read_classes, read_label
-from stepfusion.engine import Engine
+from stepfusion.commands.labels import read_classes, read_label
 from stepfusion.execution.plan import make_plan
-from stepfusion.files.images import CHANNELS
-from stepfusion.samplers.table import StepTable
+from stepfusion.model_spec import ModelSpec
+from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.table_request import TableRequest
 
 _EXAMPLES = """examples:
@@ -34,7 +35,6 @@ _EXAMPLES = """examples:
   stepfusion generate --verify images"""
 _MAX_INDEX = 1 << 32
 _MAX_WORKERS = 1 << 16
-_MAX_LABELS_BYTES = 1 << 32
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,14 +98,27 @@ def run_generate(args: argparse.Namespace) -> int:
     _check_numbers(args)
     request = table_request(args)
     check_out(args.out)
-    where = _where(args)
-    _check_devices(args, where)
-    engine = Engine.from_pretrained(args.model, device="cpu", dtype="float32", backend="reference", network="eager")
-    labels = _labels_of_file(engine, args)
-    order = _order(engine, args, where, labels, request)
-    report = run(order, where, labels, samples=args.npz, quiet=args.quiet)
+    launch = None if args.ray is not None else Launch.here()
+    placement = _placement(args, launch)
+    execution = ExecutionOptions(
+        dtype=args.dtype, backend=args.backend, network=args.network, batch=args.batch, invariant=args.invariant
+    )
+    _check_devices(placement, execution)
+    checkpoint = read_checkpoint(args.model)
+    job, labels = _job(args, request, checkpoint)
+    config = WorkerConfig(
+        job=job,
+        out=args.out.absolute(),
+        model=checkpoint.address,
+        table=request,
+        execution=execution,
+        threads=args.threads,
+        cpu_workers=len(placement.devices) if launch is None else launch.local_world,
+        leave_out=args.leave_out_nonfinite,
+    )
+    report = run(config, placement, labels, checkpoint=checkpoint, samples=args.npz, quiet=args.quiet)
     if not args.quiet:
-        print(_summary(args, report) if report else f"rank {where.rank} is done; others are not yet")
+        print(_summary(args, report) if report else f"rank {placement.rank} is done; others are not yet")
     return 0
 
 
@@ -144,124 +157,61 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError("--workers is an option of --ray")
 
 
-def _where(args: argparse.Namespace) -> Where:
-    """The devices, and this process's place among those of a launcher such as ``torchrun``."""
+def _placement(args: argparse.Namespace, launch: Launch | None) -> Placement:
+    """The devices, and this process's place among those of a launcher."""
     devices = tuple(name.strip() for name in (args.devices or "auto").split(","))
-    launched = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if args.ray is not None:
         if len(devices) > 1:
             raise ValueError(f"--devices must be one kind of device with --ray, such as cuda, got {args.devices}")
-        return Where(devices, ray=args.ray, workers=args.workers)
-    if None in launched or launched[1] == "1":
-        return Where(devices)
+        return Placement(devices, ray=args.ray, workers=args.workers)
+    if launch is None:
+        return Placement(devices)
     if args.devices not in (None, "cpu"):
         raise ValueError(f"--devices is chosen by the launcher that set RANK and LOCAL_RANK, got {args.devices}")
-    rank, world, local = (int(value or 0) for value in launched)
     if args.devices is None and torch.cuda.is_available():
-        return Where((f"cuda:{local}",), rank, world)
-    return Where(("cpu",) if args.devices else devices, rank, world)
+        devices = (f"cuda:{launch.local_rank}",)
+    return Placement(devices, launch.rank, launch.world)
 
 
-def _check_devices(args: argparse.Namespace, where: Where) -> None:
+def _check_devices(placement: Placement, execution: ExecutionOptions) -> None:
     """Refuse what cannot run here; on a cluster, the workers do."""
-    if where.ray is None:
-        for device in where.devices:
-            make_plan(device, args.dtype, args.backend, args.network)
+    if placement.ray is None:
+        for device in placement.devices:
+            make_plan(device, execution.dtype, execution.backend, execution.network)
 
 
-def _order(
-    engine: Engine, args: argparse.Namespace, where: Where, labels: NDArray[np.int64] | None, request: TableRequest
-) -> Order:
-    """The job and how to run it; ``engine`` says what the model is, and checks labels and guidance."""
-    table = request.of(engine)
-    classes = None if labels is not None else read_classes(engine, args.labels)
-    engine.generate(
-        1, table, labels=classes[0] if classes else None if labels is None else int(labels[0]), guidance=args.guidance
-    )
-    if FORMATS[args.format].picture and engine.shape[0] not in CHANNELS:
-        raise ValueError(
-            f"--format {args.format} needs images of 1, 3 or 4 channels, and this model's have {engine.shape[0]}: "
-            "use --format npz"
-        )
-    job = Job(
-        model=model_digest(args.model),
-        table=_described(request, engine, table),
-        table_sha256=table_digest(table),
-        shape=engine.shape,
+def _job(
+    args: argparse.Namespace, request: TableRequest, checkpoint: Checkpoint
+) -> tuple[Job, NDArray[np.int64] | None]:
+    """The job that ``args`` describe, and labels int64 [num] if they come from a file."""
+    spec = checkpoint.model.spec
+    labels = _labels_of_file(spec, args)
+    job = make_job(
+        checkpoint,
+        request,
         num=args.num,
         first_index=args.first_index,
         seed=args.seed,
-        classes=None if classes is None else tuple(classes),
-        labels_sha256=None if labels is None else hashlib.sha256(labels_file(labels)).hexdigest(),
+        classes=None if labels is not None else read_classes(spec, args.labels),
+        labels=labels,
         guidance=args.guidance,
         format=args.format,
         unit=args.unit,
+        mark="--",
     )
-    return Order(
-        job=job,
-        out=args.out.absolute(),
-        model=args.model if args.model in bundled_models() else str(Path(args.model).absolute()),
-        table=request,
-        dtype=args.dtype,
-        backend=args.backend,
-        network=args.network,
-        batch=args.batch,
-        invariant=args.invariant,
-        threads=args.threads,
-        leave_out=args.leave_out_nonfinite,
-        cpu_workers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if where.world > 1 else len(where.devices),
-    )
+    return job, labels
 
 
-def _described(request: TableRequest, engine: Engine, table: StepTable) -> str:
-    """The sampler with its steps, and how these were chosen where it is not the model's own way."""
-    how = [table.name, f"{len(table)} steps"]
-    if request.timesteps is not None:
-        how.append(f"timesteps {request.timesteps}")
-    elif request.spacing not in (None, engine.options.get("spacing")):
-        how.append(f"spacing {request.spacing}")
-    return ", ".join(how)
-
-
-def _labels_of_file(engine: Engine, args: argparse.Namespace) -> NDArray[np.int64] | None:
+def _labels_of_file(spec: ModelSpec, args: argparse.Namespace) -> NDArray[np.int64] | None:
     """int64 [num], one label for each image; None without ``--labels-file``."""
-    path = args.labels_file
-    if path is None:
+    if args.labels_file is None:
         return None
-    if engine.num_classes is None:
+    if spec.num_classes is None:
         raise ValueError("--labels-file was given, and this model takes none")
-    if not path.is_file():
-        raise ValueError(f"--labels-file {path} is missing, or no file")
-    if path.stat().st_size > _MAX_LABELS_BYTES:
-        raise ValueError(f"--labels-file {path} is larger than {_MAX_LABELS_BYTES} bytes")
-    labels = _read_array(path) if path.suffix == ".npy" else _read_lines(engine, path)
-    if labels.shape != (args.num,):
-        raise ValueError(
-            f"--labels-file must have one label for each of the {args.num} images, got {list(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= engine.num_classes:
-        wrong = int(labels[(labels < 0) | (labels >= engine.num_classes)][0])
-        raise ValueError(f"--labels-file must have labels from 0 to {engine.num_classes - 1}, got {wrong}")
-    return labels
-
-
-def _read_array(path: Path) -> NDArray[np.int64]:
-    try:
-        labels: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--labels-file {path} is not an array: {error}") from None
-    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
-        raise ValueError(f"--labels-file {path} must hold integers, got {getattr(labels, 'dtype', 'an archive')}")
-    return labels.astype(np.int64)
-
-
-def _read_lines(engine: Engine, path: Path) -> NDArray[np.int64]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--labels-file {path} is not text; accepted are lines of text, or .npy") from None
-    known = {text: read_label(engine, text.strip(), "--labels-file") for text in dict.fromkeys(lines)}
-    return np.array([known[text] for text in lines], dtype=np.int64)
+    name = "--labels-file"
+    return read_labels_file(
+        args.labels_file, args.num, spec.num_classes, partial(read_label, spec, option=name), name=name
+    )
 
 
 def _summary(args: argparse.Namespace, report: dict[str, Any]) -> str:

@@ -14,12 +14,12 @@ from stepfusion.commands.arguments import (
     add_run_arguments,
     bar,
     integers,
-    open_engine,
-    pixels_of,
-    read_pictures,
+    open_figure_engine,
 )
-from stepfusion.commands.figures import check_figure, figure
-from stepfusion.commands.sample import check_folder, chosen_labels
+from stepfusion.commands.figures import figure
+from stepfusion.commands.labels import chosen_labels
+from stepfusion.commands.outputs import check_figure, check_folder
+from stepfusion.commands.pictures import pixels_of, read_pictures
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
 from stepfusion.files.images import Pixels, save_png
@@ -96,7 +96,7 @@ def run_interpolate(args: argparse.Namespace) -> int:
     """Images along the great arc between two noises (Song et al. 2021, appendix D.5); returns 0."""
     check_figure("--out", args.out)
     weights = _checks.integer("--weights", args.weights, 2, 256)
-    engine = open_engine(args)
+    engine = open_figure_engine(args)
     columns = [f"{i / (weights - 1):.2f}" for i in range(weights)]
     draw = _between_pictures if args.images else _between_seeds
     rows, cells = draw(engine, args, weights)
@@ -129,7 +129,7 @@ def _between_pictures(engine: Engine, args: argparse.Namespace, weights: int) ->
     """Both ends come back as they were, up to the steps' error: the tables have no clip."""
     steps = 200 if args.steps is None else args.steps
     label = chosen_labels(engine, args.labels, 1)[0] if args.labels else None  # type: ignore[index]
-    x = read_pictures(engine, args.images)
+    x = read_pictures(engine, args.images).to(engine.plan.device)
     a, b = engine.encode(x, steps=steps, labels=label, progress=bar(args))
     table = engine.table("ddim", steps, eta=0.0, clip=None)
     mixed = engine.interpolate(a, b, weights, table, labels=label, guidance=args.guidance, progress=bar(args))
@@ -138,14 +138,16 @@ def _between_pictures(engine: Engine, args: argparse.Namespace, weights: int) ->
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="PNG or JPEG pictures of the model's size")
+    parser.add_argument(
+        "images", type=Path, nargs="+", help="pictures (PNG, JPEG, WebP, BMP, TIFF) of the model's size"
+    )
     parser.add_argument("--labels", metavar="LIST", help=_LABELS)
 
 
 def _pictures(args: argparse.Namespace) -> tuple[Engine, Tensor, list[int] | None]:
     """The engine, the pictures, and their labels: the null label by default."""
-    engine = open_engine(args)
-    x = read_pictures(engine, args.images)
+    engine = open_figure_engine(args)
+    x = read_pictures(engine, args.images).to(engine.plan.device)
     return engine, x, chosen_labels(engine, args.labels, len(x)) if args.labels else None
 
 

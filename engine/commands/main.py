@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
@@ -31,14 +30,7 @@ _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why;
 130 (Ctrl-C) or 143 (SIGTERM) stopped, and what was finished is kept"""
 
 Command = Callable[[argparse.Namespace], int]
-
-#: Commands that are imported when they are called: they come from folders that the engine does not depend on, or need
-#: more than it does.
-_BROUGHT = {
-    "serve": ("put a model behind HTTP, with a form to try it", "stepfusion.commands.serve"),
-    "export": ("write a network, or a whole step, for another runtime", "stepfusion.export.cli"),
-    "bench": ("measure speed, beside peers", "stepfusion.bench.cli"),
-}
+Declare = Callable[[argparse.ArgumentParser], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +77,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser; a command that another folder brings gets its arguments where ``given`` names it."""
+    """The parser; a command with imports of its own gets its arguments only if ``given`` names it."""
     parser = _Parser(
         prog="stepfusion",
         description="Fast, exact, reproducible sampling of diffusion models.",
@@ -95,33 +87,65 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stepfusion {stepfusion.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text, declare, run in (
-        ("sample", "make images with a model", add_sample_arguments, run_sample),
-        ("generate", "make many images as shards, resumable at any moment", add_generate_arguments, run_generate),
-        ("env", "versions, devices, which path runs here and why, and a self-test", add_env_arguments, run_env),
-        ("train", "train a small model on a folder of images", add_train_arguments, run_train),
-        ("show", "draw a figure: of a schedule, of steps, of noise, of contexts", add_show_arguments, run_show),
-        ("encode", "pictures to the noise that they come from", add_encode_arguments, run_encode),
-        ("reconstruct", "pictures to their noise and back", add_reconstruct_arguments, run_reconstruct),
-        ("interpolate", "images between two noises, or pictures", add_interpolate_arguments, run_interpolate),
-    ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        declare(command)
-        command.set_defaults(command=run)
-    for name, (text, module) in _BROUGHT.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    for name, text, declare, run in _COMMANDS:
+        _declare(_add_command(commands, name, text), declare, run)
+    for name, text, load in _IMPORTED_WHEN_NAMED:
+        command = _add_command(commands, name, text)
         if name in given:
-            brought = import_module(module)
-            getattr(brought, f"add_{name}_arguments")(command)
-            command.set_defaults(command=getattr(brought, f"run_{name}"))
+            _declare(command, *load())
     return parser
 
 
+def _add_command(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> _Parser:
+    return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _declare(parser: argparse.ArgumentParser, declare: Declare, run: Command) -> None:
+    declare(parser)
+    parser.set_defaults(command=run)
+
+
+def _serve() -> tuple[Declare, Command]:
+    from stepfusion.commands.serve import add_serve_arguments, run_serve
+
+    return add_serve_arguments, run_serve
+
+
+def _export() -> tuple[Declare, Command]:
+    from stepfusion.commands.export import add_export_arguments, run_export
+
+    return add_export_arguments, run_export
+
+
+def _bench() -> tuple[Declare, Command]:
+    from stepfusion.bench.cli import add_bench_arguments, run_bench
+
+    return add_bench_arguments, run_bench
+
+
 def _one_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
+    """What an error says, in one line; its kind if it says nothing."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_COMMANDS: tuple[tuple[str, str, Declare, Command], ...] = (
+    ("sample", "make images with a model", add_sample_arguments, run_sample),
+    ("generate", "make many images as shards, resumable at any moment", add_generate_arguments, run_generate),
+    ("env", "versions, devices, which path runs here and why, and a self-test", add_env_arguments, run_env),
+    ("train", "train a small model on a folder of images", add_train_arguments, run_train),
+    ("show", "draw a figure: of a schedule, of steps, of noise, of contexts", add_show_arguments, run_show),
+    ("encode", "pictures to the noise that they come from", add_encode_arguments, run_encode),
+    ("reconstruct", "pictures to their noise and back", add_reconstruct_arguments, run_reconstruct),
+    ("interpolate", "images between two noises, or pictures", add_interpolate_arguments, run_interpolate),
+)
+# Their imports take long or need packages that the others do without, so they wait until the command is named.
+_IMPORTED_WHEN_NAMED: tuple[tuple[str, str, Callable[[], tuple[Declare, Command]]], ...] = (
+    ("serve", "put a model behind HTTP, with a form to try it", _serve),
+    ("export", "write a network, or a whole step, for another runtime", _export),
+    ("bench", "measure speed, beside peers", _bench),
+)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,12 +16,17 @@ from stepfusion.commands.arguments import (
     add_device_argument,
     add_path_arguments,
     add_sampler_arguments,
+    bar,
+    open_engine,
     table_request,
 )
+from stepfusion.commands.labels import chosen_labels
+from stepfusion.commands.outputs import check_folder
+from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
 from stepfusion.engine import Engine
-from stepfusion.files.images import CHANNELS, Pixels, grid, grid_size, read_picture, save_gif, save_png
-from stepfusion.lanes.active_request import Event
+from stepfusion.files.images import CHANNELS, Pixels, grid, grid_size, save_gif, save_png
 from stepfusion.lanes.editing import Edit, make_edit
+from stepfusion.lanes.request import Event
 
 _EXAMPLES = """examples:
   stepfusion sample fashion-mnist --labels sneaker,bag --guidance 2
@@ -31,7 +35,6 @@ _EXAMPLES = """examples:
   stepfusion sample fashion-mnist --image shoe.png --strength 0.6 --labels sneaker
   stepfusion sample path/to/model -n 1000 --single --out images"""
 _FRAMES = 40
-_BRIGHT = 128  # a mask's grey from which on it says "repaint"
 _MAX_COUNT = 1 << 20
 _MAX_PIXELS = 1 << 30  # of a grid, or of all frames of an animation
 _MAX_GIF_SIDE = (1 << 16) - 1
@@ -115,15 +118,7 @@ def run_sample(args: argparse.Namespace) -> int:
     _check_numbers(args)
     request = table_request(args)
     _check_outputs(args)
-    engine = Engine.from_pretrained(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        network=args.network,
-        batch=args.batch,
-        invariant=args.invariant,
-    )
+    engine = open_engine(args)
     table = request.of(engine)
     labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)
@@ -143,10 +138,10 @@ def run_sample(args: argparse.Namespace) -> int:
         labels=labels,
         guidance=args.guidance,
         **({} if edit is None else asdict(edit)),
-        progress=False if args.quiet else None,
+        progress=bar(args),
         callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
     )
-    pixels: Pixels = engine.to_uint8(images).cpu().numpy()
+    pixels = pixels_of(engine, images)
     seconds = time.perf_counter() - started
     if not args.single:
         save_png(args.out, _grid(args, engine, pixels))
@@ -160,18 +155,9 @@ def run_sample(args: argparse.Namespace) -> int:
 
 def _edit(engine: Engine, args: argparse.Namespace) -> Edit | None:
     """The edit that --image, --strength and --mask ask for."""
-    image = None if args.image is None else _picture(engine, args.image) / 127.5 - 1
-    mask = None
-    if args.mask is not None:
-        shape = (1, *engine.shape[1:])
-        mask = (torch.from_numpy(read_picture(args.mask, shape).copy()).permute(2, 0, 1) >= _BRIGHT)[None]
+    image = None if args.image is None else read_pictures(engine, [args.image])
+    mask = None if args.mask is None else read_mask(engine, args.mask)
     return make_edit(image, args.strength, mask, None)
-
-
-def _picture(engine: Engine, path: Path) -> torch.Tensor:
-    """A picture's values from 0 to 255, float32 [1, C, H, W]."""
-    pixels = torch.from_numpy(read_picture(path, engine.shape).copy())
-    return pixels.permute(2, 0, 1)[None].to(torch.float32)
 
 
 class _Frames:
@@ -207,7 +193,7 @@ class _SingleFiles:
                 save_png(folder / f"{self._args.seed}-{first + image}.png", pixels.numpy())
         except BaseException:
             with suppress(OSError):
-                folder.rmdir()  # where it is empty: not even one image could be written
+                folder.rmdir()  # if it is empty: not even one image could be written
             raise
 
 
@@ -245,17 +231,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_folder("--animate", args.animate, args.animate.parent)
 
 
-def check_folder(name: str, path: Path, folder: Path) -> None:
-    """Try to make a file, which vanishes at once: a directory's permissions say too little."""
-    if not folder.is_dir():
-        raise ValueError(f"{name} {path} cannot be written: {folder} is not a directory")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{name} {path} cannot be written: {error.strerror}") from error
-
-
 def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> None:
     """Refuse images that have no picture, and pictures or animations that are too large."""
     channels, *sizes = engine.shape
@@ -271,41 +246,8 @@ def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> Non
         raise ValueError(f"the grid must have at most {_MAX_PIXELS} pixels, got {given}: lower --scale or --num")
 
 
-def chosen_labels(engine: Engine, text: str | None, count: int) -> list[int] | None:
-    """The labels that the command line names, repeated to ``count``."""
-    classes = read_classes(engine, text)
-    return None if classes is None else [classes[i % len(classes)] for i in range(count)]
-
-
-def read_classes(engine: Engine, text: str | None) -> list[int] | None:
-    """The labels that ``--labels`` names, all classes without it; None for a model without labels."""
-    if engine.num_classes is None:
-        if text is not None:
-            raise ValueError("--labels was given, and this model takes none")
-        return None
-    if text is None:
-        return [label for label in range(engine.num_classes) if label != engine.null_label]
-    return [read_label(engine, part.strip(), "--labels") for part in text.split(",")]
-
-
-def read_label(engine: Engine, text: str, option: str) -> int:
-    """The number of the class that ``text`` names, in any case, or is; ``option`` is for the message."""
-    names = [name.lower() for name in engine.class_names or ()]
-    if text.lower() in names:
-        return names.index(text.lower())
-    if text.lower() == "none" and engine.null_label is not None:
-        return engine.null_label
-    last = (engine.num_classes or 0) - 1
-    if text.isascii() and text.isdecimal() and int(text) <= last:
-        return int(text)
-    accepted = [f"numbers from 0 to {last}"]
-    accepted += [", ".join(engine.class_names)] if engine.class_names else []
-    accepted += ["none"] if engine.null_label is not None else []
-    raise ValueError(f"{option} must be among {'; '.join(accepted)}, got {text!r}")
-
-
 def _columns(args: argparse.Namespace, engine: Engine) -> int | None:
-    """The columns of the grid: as asked for, or one for each class where the labels are all classes in turn."""
+    """The columns of the grid: as asked for, or one for each class if the labels are all classes in turn."""
     if args.columns is not None or args.labels is not None or engine.num_classes is None:
         columns: int | None = args.columns
         return columns

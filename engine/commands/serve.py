@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.options import ExecutionOptions
 from stepfusion.serving.http.stopping import terminate_with
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _EXAMPLES = """examples:
 SIGTERM or Ctrl-C takes no more requests, finishes those under way for --drain seconds, and exits with 0; a second one
 kills at once. There is no authentication: whoever reaches the port can use it."""
 _MOST = 1 << 31
+_MOST_PRIORITY = 1000  # that AsyncEngine.submit takes
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("where").add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s: this machine only)")
     add("--port", type=int, default=8000, help="0 with --local takes a free one (default: %(default)s)")
+    add(
+        "--allowed-hosts",
+        metavar="NAMES",
+        help="hosts that requests may name, separated by commas, such as example.org,*.example.org; * is any "
+        "(default: localhost alone for requests that arrive at it, and any for others)",
+    )
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to finish for (default: %(default)s)")
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
@@ -47,9 +55,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--replicas", type=int, default=1, metavar="N", help="engines, each a process (default: %(default)s)")
     add("--cpus", type=float, metavar="N", help="of each replica, which also are its threads (default: a fair share)")
-    add(
-        "--gpus", type=float, metavar="N", help="of each replica (default: 1 where there is one that --device allows)"
-    )
+    add("--gpus", type=float, metavar="N", help="of each replica (default: 1 if there is one that --device allows)")
 
     add = parser.add_argument_group("how to run the model").add_argument
     add_device_argument(add)
@@ -68,6 +74,20 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of one request: images * steps, twice that with guidance (default: %(default)s)",
     )
+    add(
+        "--max-previews",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of one stream: images * steps / every (default: %(default)s)",
+    )
+    add(
+        "--max-priority",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the highest that a client may choose, from 0 to 1000 (default: %(default)s: no one passes the others)",
+    )
     add("--max-body", type=int, default=1 << 16, metavar="BYTES", help="of one request's JSON (default: %(default)s)")
 
 
@@ -76,25 +96,7 @@ def run_serve(args: argparse.Namespace) -> int:
     _check_arguments(args)
     _check_installed(args)
     parent = os.getppid()
-    from stepfusion.serving.http.model_app import ModelApp
-    from stepfusion.serving.http.validation import Limits
-
-    path = Path(args.model)
-    model = ModelApp(
-        str(path.resolve()) if path.is_dir() else args.model,
-        path.name or args.model,
-        engine={
-            "device": args.device,
-            "dtype": args.dtype,
-            "backend": args.backend,
-            "network": args.network,
-            "batch": args.lanes,
-            "invariant": args.invariant,
-        },
-        queue=args.queue,
-        limits=Limits(images=args.max_images, evaluations=args.max_evaluations, body=args.max_body),
-        max_steps=args.max_steps,
-    )
+    model = _model(args)
     if args.exit_with_parent:
         terminate_with(parent)
     if args.local:
@@ -102,6 +104,38 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         _run_with_ray(args, model)
     return 0
+
+
+def _model(args: argparse.Namespace) -> ModelApp:
+    """What is served, with which limits and to which hosts."""
+    from stepfusion.serving.http.hosts import check_hosts
+    from stepfusion.serving.http.limits import Limits
+    from stepfusion.serving.http.model_app import ModelApp
+
+    path, hosts = Path(args.model), args.allowed_hosts
+    return ModelApp(
+        str(path.resolve()) if path.is_dir() else args.model,
+        path.name or args.model,
+        execution=ExecutionOptions(
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            network=args.network,
+            batch=args.lanes,
+            invariant=args.invariant,
+        ),
+        queue=args.queue,
+        limits=Limits(
+            images=args.max_images,
+            evaluations=args.max_evaluations,
+            previews=args.max_previews,
+            priority=args.max_priority,
+            body=args.max_body,
+        ),
+        max_steps=args.max_steps,
+        host=args.host or None,
+        allowed_hosts=None if hosts is None else check_hosts(host.strip() for host in hosts.split(",")),
+    )
 
 
 def _run_locally(args: argparse.Namespace, model: ModelApp) -> None:
@@ -136,10 +170,7 @@ def _announce(args: argparse.Namespace, port: int) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("queue", "max_images", "max_steps", "max_evaluations", "max_body", "replicas", "lanes"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < _MOST:
-            raise ValueError(f"--{name.replace('_', '-')} must be in [1, {_MOST - 1}], got {value}")
+    _check_counts(args)
     for name in ("drain", "cpus", "gpus"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -149,6 +180,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, default in (("ray", None), ("replicas", 1), ("cpus", None), ("gpus", None)):
         if args.local and getattr(args, name) != default:
             raise ValueError(f"--{name} is an option of Ray Serve, and --local does without it")
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    counts = ("queue", "max_images", "max_steps", "max_evaluations", "max_previews", "max_body", "replicas", "lanes")
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < _MOST:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [1, {_MOST - 1}], got {value}")
+    if not 0 <= args.max_priority <= _MOST_PRIORITY:
+        raise ValueError(f"--max-priority must be in [0, {_MOST_PRIORITY}], got {args.max_priority}")
 
 
 def _check_installed(args: argparse.Namespace) -> None:

@@ -15,18 +15,19 @@ from stepfusion.commands.arguments import (
     bar,
     integers,
     numbers,
-    open_engine,
-    pixels_of,
+    open_figure_engine,
 )
-from stepfusion.commands.figures import check_figure, figure, strip
-from stepfusion.commands.sample import chosen_labels
+from stepfusion.commands.figures import figure, strip
+from stepfusion.commands.labels import chosen_labels
+from stepfusion.commands.outputs import check_figure
+from stepfusion.commands.pictures import pixels_of
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, save_png
+from stepfusion.files.picture_reader import read_any_picture
 from stepfusion.kernels import reference
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
-from stepfusion.training.datasets import read_image
 
 _MAX_SIDE = 1024
 
@@ -46,7 +47,7 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Draw one figure; returns 0. ValueError before any work where it cannot be drawn or written."""
+    """Draw one figure; returns 0. ValueError before any work if it cannot be drawn or written."""
     check_figure("--out", args.out)
     pixels: Pixels = args.draw(args)
     save_png(args.out, pixels)
@@ -57,7 +58,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image", type=Path, required=True, help="a PNG or JPEG picture")
+    add("--image", type=Path, required=True, help="a picture (PNG, JPEG, WebP, BMP or TIFF)")
     add("--timesteps", type=int, default=500, metavar="T", help="of the schedules (default: %(default)s)")
     add("--at", default="0,50,100,200,499", metavar="LIST", help="timesteps to show (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -75,7 +76,7 @@ def _show_schedule(args: argparse.Namespace) -> Pixels:
     _checks.integer("--scale", args.scale, 1, 64)
     seed = _checks.integer("--seed", args.seed, 0, (1 << 63) - 1)
     times = torch.tensor(integers("--at", args.at, 0, total - 1))
-    image = read_image(args.image)
+    image = torch.from_numpy(read_any_picture(args.image)).permute(2, 0, 1)
     if max(image.shape) > _MAX_SIDE:
         raise ValueError(f"--image must be at most {_MAX_SIDE} pixels wide and high, got {list(image.shape)[1:]}")
     x = (image.to(torch.float32) / 127.5 - 1).expand(len(times), *image.shape).contiguous()
@@ -101,7 +102,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 
 def _show_steps(args: argparse.Namespace) -> Pixels:
     """DDIM with few and many steps, and with more and more noise, from one x_T (Song et al. 2021, section 5.1)."""
-    engine, count = open_engine(args), _checks.integer("--num", args.num, 1, 64)
+    engine, count = open_figure_engine(args), _checks.integer("--num", args.num, 1, 64)
     steps = integers("--steps", args.steps, 1, engine.schedule.num_timesteps)
     etas = numbers("--eta", args.eta, float, "numbers in [0, 1]")
     rows = [[engine.table("ddim", n, eta=eta) for eta in etas] for n in steps]
@@ -121,7 +122,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
 
 def _show_noise(args: argparse.Namespace) -> Pixels:
     """DDPM (Ho et al. 2020, algorithm 2) as it is, and with z = 0: without noise the images are the mean's blur."""
-    engine, count = open_engine(args), _checks.integer("--num", args.num, 1, 64)
+    engine, count = open_figure_engine(args), _checks.integer("--num", args.num, 1, 64)
     table = engine.table("ddpm", args.steps)
     nothing = torch.zeros(()).expand(len(table), count, *engine.shape)
     rows = {
@@ -143,7 +144,7 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
 
 def _show_context(args: argparse.Namespace) -> Pixels:
     """A context UNet without a context, with each of them, and with mixtures, every row from the same noise."""
-    engine, count = open_engine(args), _checks.integer("--num", args.num, 1, 64)
+    engine, count = open_figure_engine(args), _checks.integer("--num", args.num, 1, 64)
     size = getattr(engine.network, "context_size", None)
     if size is None:
         raise ValueError(f"show context needs a model whose network is a ContextUNet, and {args.model} has another")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -18,20 +17,27 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
-from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.execution.plan import choose_device
-from stepfusion.files.atomic import atomic_write
 from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.training.config import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
+from stepfusion.training.export import export_model
+from stepfusion.training.metrics import plot_loss
+from stepfusion.training.run import train
 from stepfusion.training.state import latest_state, load_state
-from stepfusion.training.trainer import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig, Trainer, read_metrics, train
+from stepfusion.training.trainer import Trainer
 
+_SHOWN = 3  # of the files that are left out
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion train``."""
-    parser.add_argument("data", type=Path, help="directory of idx files, folder of class folders of images, or .npz")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="idx files, a folder of pictures or of class folders, an .npz, or what stepfusion generate wrote",
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run in it is resumed")
     parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
@@ -94,13 +100,14 @@ def run_train(args: argparse.Namespace) -> int:
     config = TrainConfig(**{name: getattr(args, name) for name in _DEFAULTS})
     _check_arguments(args)
     dataset = load_dataset(args.data)
+    _say_left_out(args.data, dataset.left_out)
     if args.merge is not None:
         dataset = merge_classes(dataset, _groups(args.merge))
     if args.resize is not None:
         dataset = resize(dataset, args.resize)
     dataset = _named(dataset, args.class_names)
     if args.export_only:
-        export(_newest(config, dataset, args), args.export or args.out / "model")
+        _export(_newest(config, dataset, args), args.export or args.out / "model")
         return 0
     workers = args.workers
     if args.device == "cpu":
@@ -120,45 +127,13 @@ def run_train(args: argparse.Namespace) -> int:
     if stopped:
         print(f"stopped at step {trainer.step} of {config.steps}; the state is saved, the same command goes on")
         return 130
-    export(trainer, args.export or args.out / "model")
+    _export(trainer, args.export or args.out / "model")
     return 0
 
 
-def export(trainer: Trainer, directory: Path) -> None:
-    """Write the averaged weights as a diffusers directory in float16, replacing what is there."""
-    dataset = trainer.dataset
-    save_pretrained(
-        directory,
-        trainer.ema_network(),
-        trainer.config.scheduler_config(),
-        class_names=dataset.class_names,
-        null_label=None if dataset.labels is None else dataset.num_classes,
-        dtype=torch.float16,
-        overwrite=True,
-    )
+def _export(trainer: Trainer, directory: Path) -> None:
+    export_model(trainer, directory)
     print(f"exported step {trainer.step} to {directory}")
-
-
-def plot_loss(directory: Path) -> None:
-    """Draw ``metrics.jsonl`` of a run as ``loss.png``; without matplotlib, say so and go on."""
-    rows = read_metrics(directory / "metrics.jsonl")
-    if not rows:
-        return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed: no loss.png; metrics.jsonl holds the curve", file=sys.stderr)
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
-    axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    atomic_write(directory / "loss.png", png.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,6 +170,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--export {args.export} is a file; it must be a directory")
         if not args.export.absolute().parent.is_dir():
             raise ValueError(f"--export {args.export} cannot be written: {args.export.parent} is not a directory")
+
+
+def _say_left_out(data: Path, files: Sequence[Path]) -> None:
+    if not files:
+        return
+    names = sorted(str(file.relative_to(data)) for file in files)
+    shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
+    some = f"{len(names)} files are no pictures, and" if len(names) > 1 else "1 file is no picture, and is"
+    print(f"stepfusion: {some} left out: {shown}{f' and {more} more' if more > 0 else ''}", file=sys.stderr)
 
 
 def _flag(name: str) -> str:

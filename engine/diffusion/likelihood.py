@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepfusion import _checks
-from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion, Model
+from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
+from stepfusion.diffusion.model_calls import Model
 
 Curve = NDArray[np.float64]
 

@@ -48,7 +48,7 @@ def capture(body: Callable[[], None], device: torch.device) -> Graph:
     with _CAPTURING, torch.cuda.device(device):
         outside = torch.cuda.current_stream(device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(outside)
+        stream.wait_stream(outside)  # what was launched before wrote the buffers that the body reads
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 body()
@@ -61,27 +61,23 @@ def capture(body: Callable[[], None], device: torch.device) -> Graph:
             raise
         except RuntimeError as error:
             raise CaptureError(" ".join(str(error).split("\n")[0].split())) from error
-        outside.wait_stream(stream)
+        outside.wait_stream(stream)  # and the first replay must not overtake the warm-up
     return graph
 
 
 class CapturePolicy:
-    """Whether the ticks of an engine are captured: the one place that says so.
-
-    Args:
-        wanted: the plan asks for CUDA graphs.
+    """Which ticks of an engine are captured, if its plan has CUDA graphs: the one place that says so.
 
     Attributes:
         failure: why a capture failed; ticks run eagerly from then on. None if none failed.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
+    def __init__(self) -> None:
         self.failure: str | None = None
 
     def captures(self, *, threshold: bool) -> bool:
         """Whether ticks are captured; those with dynamic thresholding are not: their step waits for the device."""
-        return self._wanted and self.failure is None and not threshold
+        return self.failure is None and not threshold
 
     def capture(self, body: Callable[[], None], device: torch.device) -> Graph | None:
         """The captured ``body`` (:func:`capture`), or None if it cannot be captured, which is warned of once."""

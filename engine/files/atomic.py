@@ -1,15 +1,17 @@
-"""Files that are there whole or not at all, and files that are read only if they are what they should be."""
+"""Files and directories that are there whole or not at all, and that replace nothing which others have put there."""
 
-import json
-import math
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from stepfusion.files.json_files import read_json as read_json
+from stepfusion.files.regular import check_replaceable, create_in, parent_below
+from stepfusion.files.removal import file_names, first_other, remove_folder
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -31,6 +33,36 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with atomic_file(path) as file:
         file.write(data)
+
+
+def atomic_write_below(root: str | os.PathLike[str], name: str, data: bytes) -> None:
+    """Write `data` to the file ``root/name``, as :func:`atomic_write` does, and to nowhere else.
+
+    Args:
+        root: a directory, which may be reached by links.
+        name: of the file, with ``/`` between folders, which exist and are no links.
+        data: what the file will hold.
+
+    Raises:
+        NotARegularFileError: a folder of the name is a link, or something stands at the name that is no regular file.
+        OSError: the file cannot be written; it is unchanged and no temporary file is left.
+    """
+    with parent_below(root, name) as (folder, last):
+        temporary = _sibling(Path(last)).name
+        check_replaceable(folder, last)
+        try:
+            with create_in(folder, temporary) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            at, fd = folder.at, folder.descriptor
+            os.replace(at(temporary), at(last), src_dir_fd=fd, dst_dir_fd=fd)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(folder.at(temporary), dir_fd=folder.descriptor)
+            raise
+        if folder.descriptor is not None:
+            os.fsync(folder.descriptor)
 
 
 @contextmanager
@@ -55,7 +87,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
-    """Write `data` to `path` if nothing is there, whole or not at all; False where something is.
+    """Write `data` to `path` if nothing is there, whole or not at all; returns False if something is.
 
     Of several processes that publish at once, one wins.
     """
@@ -73,30 +105,38 @@ def publish_once(path: str | os.PathLike[str], data: bytes) -> bool:
 
 
 def remove_leftovers(directory: Path, of: Callable[[str], bool]) -> None:
-    """Remove what killed processes were writing in `directory`, where `of` accepts the name it was to get."""
+    """Remove what killed processes were writing in `directory`, if `of` accepts the name that it was to get."""
     for path in directory.glob(".*.tmp"):
         name = _TEMPORARY.fullmatch(path.name)
         if name is None or not of(name["name"]):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike[str], *, overwrite: bool = False, ours: Callable[[str], bool] | None = None
+) -> Iterator[Path]:
     """Yield a new empty directory that becomes `path` when the block ends, and is removed if anything fails.
 
     Args:
         path: where the directory will be; its parent exists. An empty directory there is replaced.
-        overwrite: replace a directory with content too; it stays untouched until the new one is complete.
+        overwrite: replace a directory with content too, if all of it is ours; it stays untouched until the new one is
+            complete.
+        ours: says of a file's name, with ``/`` between folders, whether it may be lost; by default the names that the
+            new directory has.
 
     Raises:
-        FileExistsError: `path` is something that may not be replaced.
+        FileExistsError: `path` is something that may not be replaced: a file, a link, or a directory with content
+            that is not ours.
         OSError: the directory cannot be written; `path` is unchanged and no temporary directory is left.
     """
-    path = Path(path).resolve()
+    path = _with_real_parent(Path(path))
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a symbolic link: name the directory itself")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is not a directory")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -106,53 +146,42 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     try:
         yield temporary
         _sync_directory(temporary)
-        _move_into_place(temporary, path)
+        _move_into_place(temporary, path, ours or set(file_names(temporary)).__contains__)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(path.parent)
 
 
-def read_json(path: Path, error: type[Exception], most: int) -> dict[str, Any]:
-    """Read a JSON object of finite numbers, at most `most` bytes long; `error` names the file where it is none."""
-    if not path.is_file():
-        raise error(f"{path} is missing")
-    try:
-        with path.open("rb") as file:
-            data = file.read(most + 1)
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from None
-    if len(data) > most:
-        raise error(f"{path} is larger than {most} bytes")
-    try:
-        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path} is not JSON: {str(problem)[:200]}") from None
-    if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}; accepted is an object")
-    return value
+def _with_real_parent(path: Path) -> Path:
+    """`path` without links on its way; a link at `path` itself stays one."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{literal} is not a finite number")
-    return value
+def _move_into_place(temporary: Path, path: Path, ours: Callable[[str], bool]) -> None:
+    """Rename `temporary` to `path`; a directory already there steps aside, and comes back if the rename fails.
 
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; a directory already there steps aside, and comes back if the rename fails."""
+    What stepped aside is looked at again before it is removed: others may have added to it a moment ago.
+    """
     if not path.exists():
         os.rename(temporary, path)
         return
+    _refuse_others(path, path, ours)
     previous = _sibling(path)
     os.rename(path, previous)
     try:
+        _refuse_others(previous, path, ours)
         os.rename(temporary, path)
     except BaseException:
         os.rename(previous, path)
         raise
-    shutil.rmtree(previous, ignore_errors=True)
+    remove_folder(previous, ours)
+
+
+def _refuse_others(path: Path, shown: Path, ours: Callable[[str], bool]) -> None:
+    other = first_other(path, ours)
+    if other is not None:
+        raise FileExistsError(f"{shown} holds {other}, which would be lost: give another directory, or move it away")
 
 
 def _sibling(path: Path) -> Path:

@@ -45,24 +45,6 @@ def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int
     return sheet
 
 
-def read_picture(path: str | Path, shape: Sequence[int]) -> Pixels:
-    """A PNG or JPEG as uint8 [H, W, C] for images of ``shape`` (C, H, W): grey, RGB or RGBA as they are.
-
-    ValueError: it is no sound picture, or of another size.
-    """
-    channels, height, width = shape
-    if channels not in CHANNELS:
-        raise ValueError(f"images must have 1, 3 or 4 channels to be read from a picture, got {channels}")
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as opened:
-            picture = opened.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a sound PNG or JPEG image: {error}") from None
-    if picture.size != (width, height):
-        raise ValueError(f"{path} is {picture.size[0]} x {picture.size[1]} pixels, and images are {width} x {height}")
-    return np.asarray(picture).reshape(height, width, channels)
-
-
 def save_png(path: str | Path, pixels: Pixels) -> None:
     """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG."""
     _write(path, encode_png(pixels, optimize=True))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stepfusion.errors import NonFiniteError
 from stepfusion.kernels import FINITE
-from stepfusion.lanes.active_request import ActiveRequest, Event
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import ActiveRequest, Event, Request
 from stepfusion.lanes.runner import Runner
 from stepfusion.lanes.transfer import HostCopy, as_index
 
@@ -81,6 +80,7 @@ class LaneEngine:
         self._make, self._widths = make, tuple(widths)
         self._watched, self._given_noise, self._may_halve = watched, given_noise, may_halve
         self._runners: dict[int, Runner] = {}
+        # The host counts ticks, so it knows which lane is done without asking the device.
         self._occupants: dict[int, Occupant] = {}  # by lane
         self._due: dict[int, list[Occupant]] = {}  # by the tick with which they are done
         self._finishing: list[Occupant] = []  # with the last tick
@@ -124,6 +124,7 @@ class LaneEngine:
         self._fit(self.busy + len(chosen))
         if not chosen:
             return
+        # The lowest free lanes: consecutive lanes are read and written as slices, without an index on the device.
         lanes = [lane for lane in range(self._width) if lane not in self._occupants][: len(chosen)]
         for together in _admissions(chosen):
             self._start([chosen[place] for place in together], [lanes[place] for place in together])
@@ -136,7 +137,8 @@ class LaneEngine:
         """Move every image one step on."""
         self.runner.tick(self._noise() if self._given_noise else None, keep_x0=self._watched)
         self._now += 1
-        self._finishing = self._due.pop(self._now, [])
+        due = self._due.pop(self._now, [])
+        self._finishing = [occupant for occupant in due if self._occupants.get(occupant.lane) is occupant]
 
     def events(self) -> list[tuple[ActiveRequest, Event]]:
         """What is to be seen of this tick: an event for all images at the same step of the same part of a table."""
@@ -150,8 +152,7 @@ class LaneEngine:
 
     def done(self) -> list[Occupant]:
         """The images that are done with this tick, in the order of their lanes."""
-        there = (occupant for occupant in self._finishing if self._occupants.get(occupant.lane) is occupant)
-        return sorted(there, key=lambda occupant: occupant.lane)
+        return sorted(self._finishing, key=lambda occupant: occupant.lane)
 
     def values(self, occupants: Sequence[Occupant], buffer: str) -> Tensor:
         """A buffer of the runner at the lanes of these images: a view if the lanes are consecutive, else a copy."""
@@ -163,7 +164,7 @@ class LaneEngine:
         """Take out images that are done. Read what is wanted of them (:meth:`values`) before."""
         departure = Departure(occupants, self.values(occupants, "flags").clone())
         for occupant in occupants:
-            del self._occupants[occupant.lane]
+            self._leave(occupant)
         return departure
 
     def ticks_left(self, active: ActiveRequest) -> int:
@@ -171,13 +172,18 @@ class LaneEngine:
         ends = [o.entered + active.steps(o.image) for o in self._occupants.values() if o.active is active]
         return max((end - self._now for end in ends), default=0)
 
+    def remaining(self) -> list[int]:
+        """How many ticks each lane is still taken for, 0 for those that are free. For any thread, as an estimate."""
+        busy = [o.entered + o.active.steps(o.image) - self._now for o in list(self._occupants.values())]
+        return busy + [0] * (self.lanes - len(busy))
+
     def remove(self, active: ActiveRequest) -> None:
         """Take out all images of a request, done or not."""
-        lanes = [lane for lane, occupant in self._occupants.items() if occupant.active is active]
-        if lanes:
-            self.runner.park(lanes)
-        for lane in lanes:
-            del self._occupants[lane]
+        occupants = [occupant for occupant in self._occupants.values() if occupant.active is active]
+        if occupants:
+            self.runner.park([occupant.lane for occupant in occupants])
+        for occupant in occupants:
+            self._leave(occupant)
 
     def halve(self, error: torch.OutOfMemoryError) -> list[Image]:
         """Drop every runner, and have half as many lanes.
@@ -196,9 +202,16 @@ class LaneEngine:
         self._occupants.clear()
         self._due.clear()
         self._finishing.clear()
+        # Dropped before the narrower ones are made: their memory is what is missing.
         self._runners.clear()
         self._widths, self._width = narrower, narrower[0]
         return lost
+
+    def _leave(self, occupant: Occupant) -> None:
+        """Forget an image: a request that is over must not be kept alive until the next tick."""
+        del self._occupants[occupant.lane]
+        if occupant in self._finishing:
+            self._finishing.remove(occupant)
 
     def _start(self, chosen: Sequence[Image], lanes: Sequence[int]) -> None:
         """Put images into free lanes, from their given states or from noise of their own."""
@@ -238,6 +251,7 @@ class LaneEngine:
         width = next(width for width in self._widths if width >= images)
         if width == self._width:
             return
+        # Lanes are independent, so an image goes on in another lane of another runner with the same bits.
         before, self._width = self.runner, width
         occupants = sorted(self._occupants.values(), key=lambda occupant: occupant.lane)
         if occupants:

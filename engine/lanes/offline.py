@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from stepfusion.lanes.active_request import ActiveRequest, Event
 from stepfusion.lanes.lane_engine import Departure, LaneEngine, Occupant
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import ActiveRequest, Event, Request
 from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.runners import Runners
 from stepfusion.lanes.transfer import HostCopy, as_index
@@ -98,6 +97,7 @@ class OfflineLanes:
         if self._strict:
             self._unread.append(departure)
             if not self._deferred:
+                # On a GPU these flags are read with the next departure, so that the host does not wait.
                 self.check(unread=0 if self._result.device.type == "cpu" else 1)
 
     def _write(self, lanes: LaneEngine, done: list[Occupant]) -> None:
@@ -106,7 +106,7 @@ class OfflineLanes:
 
     def _halve(self, lanes: LaneEngine, error: torch.OutOfMemoryError) -> None:
         lost = lanes.halve(error)
-        self._borrowed = None
+        self._borrowed = None  # it is too large to be lent again
         self._runners.shrink(lanes.lanes)
         self._active.waiting.extendleft(image for _, image in reversed(lost))
         warnings.warn(f"out of memory: going on with {lanes.lanes} lanes at a time", RuntimeWarning, stacklevel=4)

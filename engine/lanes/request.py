@@ -1,15 +1,16 @@
-"""What is asked of an engine, checked before any work is done."""
+"""Requests: what is asked of an engine, checked before any work is done, and how far it is."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from stepfusion import _checks
-from stepfusion.lanes.conditions import Condition, conditions, each, given_contexts
+from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
@@ -21,6 +22,8 @@ _LAST_INDEX = (1 << 32) - 1
 _LARGEST_GUIDANCE = 1e4
 
 Tables = StepTable | Sequence[StepTable]
+Labels = int | Sequence[int] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
+Condition = int | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,63 @@ class Request:
         )
 
 
+@dataclass(frozen=True)
+class Event:
+    """One step of some images, seen by :meth:`stepfusion.Engine.stream` and by callbacks.
+
+    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from.
+    ``images`` are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the
+    predictions it used, float32.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+    images: tuple[int, ...]
+    x: torch.Tensor
+    x0: torch.Tensor
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request, and how far it is.
+
+    Attributes:
+        request: what is made.
+        first: the row of the device tables at which its table stands; None while it has no rows.
+        every: an event is wanted after every so many steps of an image and after its last; None for no events.
+        waiting: the images that have no lane yet, the next one first.
+    """
+
+    request: Request
+    first: int | None = None
+    every: int | None = None
+    waiting: deque[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(range(len(self.request)))
+
+    def steps(self, image: int) -> int:
+        """How many ticks an image takes."""
+        return self.request.steps(image)
+
+    def shows(self, image: int, step: int) -> bool:
+        """Whether an event is wanted after ``step`` steps of an image."""
+        return self.every is not None and (step % self.every == 0 or step == self.steps(image))
+
+    def nonfinite(self, image: int, flag: int) -> NonFiniteError:
+        """The error that names an image and the step at which it became non-finite; ``flag`` is its row there."""
+        request = self.request
+        table, part, start = request.table, request.parts[image], request.lane_starts[image]
+        row = flag - (self.first or 0)
+        error = NonFiniteError(
+            f"image {request.first + image} (seed {start.seed}, index {start.index}) became non-finite at step "
+            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
+        )
+        error.image = request.first + image
+        return error
+
+
 def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
     """The request for ``n`` images of a model with these options (:class:`stepfusion.options.SamplingOptions`).
 
@@ -85,7 +145,9 @@ def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: 
     _check_names(options)
     start, noise = options.get("start"), options.get("noise")
     tables = _chosen_table(spec, table, options)
-    edit = make_edit(options.get("image"), options.get("strength"), options.get("mask"), start)
+    image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
+    edited = image is not None or strength is not None or mask is not None
+    edit = make_edit(image, strength, mask, start) if edited else None
     count = _count(spec, n, tables, edit, options)
     if edit is not None:
         check_edit(edit, count, spec.shape)
@@ -99,7 +161,7 @@ def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: 
         start,
         noise,
         guided,
-        mixed=given_contexts(spec, options.get("labels")) is not None,
+        mixed=_given_contexts(spec, options.get("labels")) is not None,
         image=edit.images(count) if edit is not None and edit.noised else None,
         known=None if edit is None else edit.known(count),
     )
@@ -140,7 +202,7 @@ def _count(spec: ModelSpec, n: int | None, tables: Tables, edit: Edit | None, op
     if n is not None:
         return _checks.integer("n", n, 0, 1 << 31)
     labels = options.get("labels")
-    contexts = given_contexts(spec, labels)
+    contexts = _given_contexts(spec, labels)
     one_for_all = contexts is not None and contexts.ndim == 1
     image = None if edit is None else edit.image
     for value in (
@@ -181,7 +243,7 @@ def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tupl
 def _check_table(spec: ModelSpec, table: StepTable) -> None:
     if table.prediction != spec.prediction:
         raise ValueError(f"table is for prediction {table.prediction!r}, and the network's is {spec.prediction!r}")
-    if table.schedule != spec.schedule:
+    if table.schedule is not spec.schedule and table.schedule != spec.schedule:
         raise ValueError(f"table is for {table.schedule!r}, and the network's is {spec.schedule!r}")
 
 
@@ -189,19 +251,19 @@ def _lane_starts(
     spec: ModelSpec, count: int, table: StepTable, parts: list[int], options: SamplingOptions
 ) -> tuple[list[LaneStart], bool]:
     """How each image starts, and whether some image is guided."""
-    seeds = [_checks.integer("seed", value, 0, _LAST_SEED) for value in each("seed", options.get("seed", 0), count)]
+    seeds = [_checks.integer("seed", value, 0, _LAST_SEED) for value in _each("seed", options.get("seed", 0), count)]
     indices = options.get("indices")
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
         raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
-    numbers = each("indices", range(count) if indices is None else indices, count)
+    numbers = _each("indices", range(count) if indices is None else indices, count)
     numbers = [_checks.integer("indices", value, 0, _LAST_INDEX) for value in numbers]
     guidance = options.get("guidance")
-    scales = each("guidance", 1.0 if guidance is None else guidance, count)
+    scales = _each("guidance", 1.0 if guidance is None else guidance, count)
     scales = [_checks.number("guidance", value, 0.0, _LARGEST_GUIDANCE) for value in scales]
     guided = any(scale != 1.0 for scale in scales)
     if guided and spec.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
-    identities = zip(seeds, numbers, conditions(spec, options.get("labels"), count), scales, strict=True)
+    identities = zip(seeds, numbers, _conditions(spec, options.get("labels"), count), scales, strict=True)
     starts = [LaneStart(table.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
     return starts, guided
 
@@ -221,3 +283,54 @@ def _check_tensors(
     if noise is not None:
         longest = max((table.steps(part) for part in parts), default=0)
         check_images("noise", noise, (longest, count, *spec.shape))
+
+
+def _given_contexts(spec: ModelSpec, labels: Labels) -> torch.Tensor | None:
+    """The labels, if they are contexts; else None."""
+    if spec.context_size is None or not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
+        return None
+    return labels
+
+
+def _conditions(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+    """One condition for each of ``count`` images; TypeError or ValueError naming the argument."""
+    contexts = _given_contexts(spec, labels)
+    return _labels(spec, labels, count) if contexts is None else _contexts(spec, contexts, count)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each image: ``value`` for all, or a sequence of ``count`` values."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be one value or one for each of the {count} images, got {len(value)}")
+    return list(value)
+
+
+def _labels(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+    """One label for each image; 0, which nobody reads, for a model without labels."""
+    if spec.num_classes is None:
+        if labels is not None:
+            raise ValueError("labels were given, and this engine's model takes none")
+        return [0] * count
+    if labels is None:
+        if spec.null_label is None:
+            raise ValueError(f"labels are needed: the model has {spec.num_classes} classes and no null label")
+        return [spec.null_label] * count
+    if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    return [_checks.integer("labels", label, 0, spec.num_classes - 1) for label in _each("labels", labels, count)]
+
+
+def _contexts(spec: ModelSpec, contexts: torch.Tensor, count: int) -> list[Condition]:
+    """One context vector for each image, from floats [K] for all or [n, K]."""
+    size = spec.context_size
+    if list(contexts.shape) not in ([size], [count, size]):
+        raise ValueError(
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+        )
+    if not bool(contexts.isfinite().all()):
+        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
+    return [tuple(row) for row in contexts.expand(count, -1).tolist()]

@@ -85,6 +85,7 @@ class Runner:
     ) -> None:
         self._evaluator, self._key, self._ops, self._policy = evaluator, key, ops, policy
         lanes, device = key.lanes, key.device
+        # With guidance the network is called once for both halves of a doubled batch, so the step writes x_net twice.
         copies = 2 if key.null_label is not None and not key.separate else 1
         self.x = torch.zeros((lanes, *key.shape), device=device)
         self.x0 = torch.zeros_like(self.x)
@@ -92,6 +93,7 @@ class Runner:
         self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
         self._known = torch.full_like(self.x, math.nan) if key.known else None
         self._noise: Tensor | None = None
+        # Everything below is data of a lane and stays at its address: a captured tick reads it by address.
         self.rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
@@ -121,6 +123,7 @@ class Runner:
         self.tables.release_all()
         first = self.tables.hold(table)
         if first is None:
+            # Growing allocates new buffers, and captured ticks still read the old ones.
             self._graphs.clear()
             self.tables.grow(len(table))
             first = self.tables.hold(table)
@@ -131,6 +134,7 @@ class Runner:
         """Capture the kind of tick that is to come, if ticks are captured; every lane must be parked."""
         kind = (noise, keep_x0)
         if noise and self._noise is None:
+            # A replay reads the noise at the address that the capture saw, so given noise is copied to this buffer.
             self._noise = torch.zeros_like(self.x)
         if self._policy is None or kind in self._graphs or not self._policy.captures(threshold=self._key.threshold):
             return
@@ -153,6 +157,7 @@ class Runner:
         """
         device = self.x.device
         places = [first] * len(starts) if isinstance(first, int) else first
+        # One upload for three columns: a copy to the device costs more than its bytes.
         numbers = [[place + s.row, as_int64(s.seed), s.index] for place, s in zip(places, starts, strict=True)]
         rows, seeds, indices = upload(torch.tensor(numbers, dtype=torch.int64).t().contiguous(), device)
         labels = upload(torch.tensor([s.label for s in starts], dtype=self._labels.dtype), device)
@@ -161,6 +166,7 @@ class Runner:
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
         where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
+        # Between ticks x_net holds what the network is shown next; for a new image the step has not written it yet.
         self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
         if self._known is not None:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
@@ -236,6 +242,7 @@ class Runner:
             flags=self.flags,
             known=self._known,
         )
+        # In place, and after the step, which reads the row: parked lanes stay parked, for the last row's next is -1.
         self.rows.copy_(tables.next_row[self.rows])
 
     def _check_output(self, out: Tensor) -> None:

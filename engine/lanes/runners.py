@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import torch
 
+from stepfusion import _checks
 from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
-from stepfusion.kernels import reference
+from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import noised
-from stepfusion.lanes.request import Request, Tables, make_request
+from stepfusion.lanes.request import Request, Tables, check_images, make_request
 from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
@@ -31,13 +32,14 @@ class Runners:
         options: of which ``batch`` and ``invariant`` are read.
 
     Attributes:
-        policy: whether ticks are captured.
+        policy: captures ticks; None if the plan has no CUDA graphs.
         pool: idle runners.
     """
 
     def __init__(self, spec: ModelSpec, plan: Plan, evaluator: Evaluator, options: ExecutionOptions) -> None:
         self.spec, self.plan, self.evaluator, self.invariant = spec, plan, evaluator, options.invariant
-        self.policy = CapturePolicy(plan.captures)
+        self.policy = CapturePolicy() if plan.captures else None
+        self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
         self._batch = default_batch(options, plan.device)
 
@@ -83,6 +85,17 @@ class Runners:
         start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
         return replace(request, image=None, start=start)
 
+    def initial_noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
+        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's."""
+        device = self.plan.device
+        if isinstance(value, torch.Tensor):
+            check_images(name, value, self.spec.shape)
+            return value.to(device)
+        seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
+        zero = torch.zeros_like(seed)
+        noise: torch.Tensor = self._ops.normal(seed, zero, zero, self.spec.shape, STREAM_INITIAL)[0]
+        return noise
+
     def key(self, request: Request, lanes: int) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""
         spec, plan = self.spec, self.plan
@@ -92,18 +105,19 @@ class Runners:
             plan.device,
             plan.dtype,
             null_label=spec.null_label if request.guided else None,
-            separate=self.invariant,
+            separate=self.invariant,  # one batch size for guided and unguided calls, or bits would differ
             learned_variance=request.table.learned_variance,
             history=request.table.history,
             known=request.known is not None,
             threshold=request.table.thresholds,
-            capacity=spec.schedule.num_timesteps if plan.captures else 0,
+            # room for the longest table at once: growing would throw captured ticks away
+            capacity=0 if self.policy is None else spec.schedule.num_timesteps,
             context_size=spec.context_size if request.mixed else None,
         )
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding runs on the reference path."""
-        ops = reference if key.threshold else self.plan.ops
+        ops = reference if key.threshold else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
     def shrink(self, lanes: int) -> None:

@@ -11,19 +11,28 @@ from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 
-def prepare_network(network: nn.Module, device: torch.device, dtype: torch.dtype, *, fused: bool) -> nn.Module:
-    """The network in eval mode; a copy, unless it is already as it should be.
+def prepare_network(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, *, fused: bool, copied: bool = False
+) -> nn.Module:
+    """The network in eval mode on a device; a copy, unless it is already as it should be and ``copied`` is False.
 
     Our own networks get channels_last weights, which makes every activation NHWC, and with ``fused`` the fused
     normalisation.
+
+    Raises:
+        TypeError: the network cannot be copied.
     """
     ours = isinstance(network, TimeConditioned)
     at_home = not network.training and all(
         _at_home(tensor, device, dtype, ours) for tensor in (*network.parameters(), *network.buffers())
     )
-    if at_home and all(norm.fused == fused for norm in _norms(network)):
+    if not copied and at_home and all(norm.fused == fused for norm in _norms(network)):
         return network
-    network = copy.deepcopy(network).to(device, dtype).eval()
+    try:
+        network = copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:  # PyTorch copies no tensor that a graph made, Python no lock or file
+        raise TypeError(f"model cannot be copied ({' '.join(str(error).split())}); copy=False may do") from error
+    network = network.to(device, dtype).eval()
     if ours:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for norm in _norms(network):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.lanes.active_request import Event
+from stepfusion.lanes.request import Event
 from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog
@@ -238,16 +238,26 @@ class AsyncEngine:
     @property
     def status(self) -> Status:
         """How it is doing."""
-        worker, backlog = self._worker, self._backlog
+        worker, backlog, state = self._worker, self._backlog, self._worker.state
+        if state == "dead":  # whatever its lanes held, nobody moves it any more
+            return Status(state, 0, 0, 0, backlog.seconds, 0.0)
         scheduler = worker.scheduler
         busy, lanes = (0, 0) if scheduler is None else (scheduler.busy, scheduler.lanes)
-        quiet = 0.0 if worker.idle or worker.state == "closed" else time.monotonic() - worker.beat
-        return Status(worker.state, backlog.images, busy, lanes, backlog.seconds, quiet)
+        quiet = 0.0 if worker.idle or state == "closed" else time.monotonic() - worker.beat
+        return Status(state, backlog.images, busy, lanes, backlog.seconds, quiet)
 
     @property
     def registry(self) -> CollectorRegistry | None:
         """The Prometheus registry of its metrics; None without prometheus-client."""
         return self._metrics.registry
+
+    def count_rejected(self, reason: str) -> None:
+        """Count a request that a front, such as the HTTP application, refused before :meth:`submit` saw it.
+
+        Args:
+            reason: "invalid", "overloaded", "deadline", "closed" or "dead".
+        """
+        self._metrics.rejected(_checks.choice("reason", reason, ("invalid", *_REASONS.values())))
 
     def metrics(self) -> bytes:
         """The metrics in Prometheus' text format; empty without prometheus-client."""

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from concurrent.futures import Future
 
-from stepfusion.lanes.active_request import Event
+from stepfusion.lanes.request import Event
 from stepfusion.serving.served_request import Result
 
 _KEPT = 64  # events, for a reader who is slower than the lanes

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from stepfusion.errors import first_line
-from stepfusion.lanes.active_request import Event
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
-from stepfusion.lanes.request import Request
+from stepfusion.lanes.request import Event, Request
 from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.transfer import HostCopy, Pace
 from stepfusion.serving.admission import Admission
@@ -86,7 +85,7 @@ class Scheduler:
         self._pace = Pace(engine.plan.device)
         self._needs_room: ServedRequest | None = None
         self.learned = False  #: whether the network learned its variance
-        backlog.lanes = self._widths[-1]
+        backlog.lanes, backlog.pools = self._widths[-1], self._loads
 
     @property
     def idle(self) -> bool:
@@ -157,6 +156,8 @@ class Scheduler:
         for job in (*self._requests.values(), *late):
             self._tell(job, "dead", error)
         self._requests.clear()
+        self._metrics.lanes(0, 0)
+        self._metrics.queue(0, 0)
 
     def step(self) -> None:
         """One round. torch.OutOfMemoryError where not even one lane fits."""
@@ -179,6 +180,14 @@ class Scheduler:
         self._metrics.queue(len(self._requests), self._backlog.images)
 
     # Lanes
+
+    def _loads(self) -> list[tuple[list[int], list[int]]]:
+        """Of each pool with work, the rounds for which its lanes are taken, and the steps of the images that wait.
+
+        For any thread, as an estimate.
+        """
+        pools = [pool for pool in list(self._pools.values()) if pool.lanes.busy or len(pool.queue)]
+        return [(pool.lanes.remaining(), pool.queue.upcoming()) for pool in pools]
 
     def _pool(self, request: Request) -> _Pool:
         """The lanes for a request, by how its network is called; guided ones with the null label as well."""

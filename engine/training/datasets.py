@@ -1,46 +1,39 @@
-"""Reading labelled images for training: idx files, a folder of class folders, or an .npz, each checked strictly.
+"""Labelled images for training: where they come from, and what is made of them before training."""
 
-The idx format is that of MNIST (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist) and Fashion-MNIST: a
-big-endian int32 magic (0x0801 for labels, 0x0803 for images), one int32 for each dimension, then uint8 values.
-Nothing is unpickled.
-"""
+from __future__ import annotations
 
-import gzip
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stepfusion import _checks
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-MAX_DATASET_BYTES = 8 * 2**30
+from stepfusion.files.picture_reader import FORMATS, read_any_picture
+from stepfusion.training.array_files import read_idx, read_npz
+from stepfusion.training.folders import find_pictures
+from stepfusion.training.shards import find_shards, read_shards
+from stepfusion.training.stack import PictureStack
 
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}
-_IDX_UINT8_IMAGES = 0x0803
-_IDX_UINT8_LABELS = 0x0801
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images and, where the source has them, labels.
+    """Images and, if the source has them, labels.
 
     Attributes:
         images: uint8 [N, C, H, W], N >= 1, C = 1 or 3.
         labels: int64 [N] in ``range(num_classes)``, or None.
-        class_names: one name for each class, or None where the source names none.
+        class_names: one name for each class, or None if the source names none.
+        left_out: files of the source that are no pictures, and of no use here.
     """
 
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    left_out: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -54,11 +47,16 @@ class ImageDataset:
 
 
 def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
-    """Load images from a directory of idx files, a folder of class folders of PNG or JPEG images, or an .npz file.
+    """Load images from idx files, a folder of pictures, class folders of pictures, an .npz file, or shards.
 
     - idx: ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, plain or ``.gz`` (the test split: ``t10k-``).
-    - folders: each sub-folder is a class, in the order of the sorted names; all images must be of one size and mode.
+    - class folders: each sub-folder is a class, in the order of the sorted names, with the pictures in and below it.
+    - a folder of pictures: without classes, or with a ``metadata.csv`` of ``file_name`` and ``label``.
     - npz: ``arr_0`` uint8 [N, H, W, C] (as in guided-diffusion's sample files) and optionally ``arr_1``, labels.
+    - shards: what ``stepfusion generate`` wrote, a part of it, or a WebDataset .tar of pictures and ``.cls`` labels.
+
+    Pictures are PNG, JPEG, WebP, BMP or TIFF, as :mod:`stepfusion.files.picture_reader` reads them, and of one size;
+    grey ones among coloured ones become coloured. What operating systems leave beside files is passed over.
 
     Args:
         path: the directory or file.
@@ -70,19 +68,19 @@ def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     path = Path(path)
     if split not in _IDX_PREFIXES:
         raise ValueError(f"split is {split!r}; accepted are 'train' and 'test'")
+    shards = find_shards(path)
+    if shards is not None:
+        images, labels = read_shards(shards)
+        return ImageDataset(images, None if labels is None else torch.tensor(labels))
     if path.is_file() and path.suffix == ".npz":
-        return _load_npz(path)
+        return ImageDataset(*read_npz(path))
     if not path.is_dir():
         raise ValueError(f"{path} is neither a directory nor an .npz file")
-    images = _find_idx(path, f"{_IDX_PREFIXES[split]}-images-idx3-ubyte")
-    if images is not None:
-        labels = _find_idx(path, f"{_IDX_PREFIXES[split]}-labels-idx1-ubyte")
-        return _load_idx(images, labels)
-    if any(child.is_dir() for child in path.iterdir()):
-        return _load_folders(path)
-    raise ValueError(
-        f"{path} holds neither {_IDX_PREFIXES[split]}-images-idx3-ubyte(.gz) nor class folders of images"
-    )
+    name = f"{_IDX_PREFIXES[split]}-images-idx3-ubyte"
+    idx = _find_idx(path, name)
+    if idx is not None:
+        return _load_idx(idx, _find_idx(path, f"{_IDX_PREFIXES[split]}-labels-idx1-ubyte"))
+    return _load_pictures(path, name)
 
 
 def resize(dataset: ImageDataset, size: int) -> ImageDataset:
@@ -95,7 +93,7 @@ def resize(dataset: ImageDataset, size: int) -> ImageDataset:
     size = _checks.integer("size", size, 1, min(height, width))
     rows, columns = _area_weights(height, size), _area_weights(width, size)
     parts = [(rows @ part.to(torch.float32) @ columns.T).round_() for part in torch.split(dataset.images, 4096)]
-    return ImageDataset(torch.cat([part.to(torch.uint8) for part in parts]), dataset.labels, dataset.class_names)
+    return replace(dataset, images=torch.cat([part.to(torch.uint8) for part in parts]))
 
 
 def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) -> ImageDataset:
@@ -105,7 +103,7 @@ def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) ->
         ValueError: the data set has no labels, or a group is empty or has a label that is unknown or another's.
     """
     if dataset.labels is None:
-        raise ValueError("classes can only be merged where the data set has labels, and it has none")
+        raise ValueError("classes can only be merged if the data set has labels, and it has none")
     new = torch.full((dataset.num_classes,), -1, dtype=torch.int64)
     for label, (name, members) in enumerate(groups.items()):
         for member in members:
@@ -117,7 +115,7 @@ def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) ->
             raise ValueError(f"group {name!r} has no labels")
     labels = new[dataset.labels]
     kept = labels >= 0
-    return ImageDataset(dataset.images[kept], labels[kept], tuple(groups))
+    return replace(dataset, images=dataset.images[kept], labels=labels[kept], class_names=tuple(groups))
 
 
 def _area_weights(old: int, new: int) -> Tensor:
@@ -126,60 +124,6 @@ def _area_weights(old: int, new: int) -> Tensor:
     pixels = torch.arange(old, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
     return (overlap.clamp(min=0) * (new / old)).to(torch.float32)
-
-
-def read_idx(path: str | Path) -> Tensor:
-    """Read one idx file of uint8 labels or images, gzip-compressed if its name ends in ``.gz``.
-
-    Returns:
-        uint8 [N] for labels, uint8 [N, H, W] for images.
-
-    Raises:
-        ValueError: not an idx file of uint8 labels or images, damaged, truncated, or of another size than its header
-            says.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as unpacked:
-                return _parse_idx(path, unpacked)
-        with path.open("rb") as stream:
-            return _parse_idx(path, stream)
-    except EOFError:
-        raise ValueError(f"{path} is truncated: the gzip stream ends too early") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a sound gzip file: {error}") from None
-
-
-def _parse_idx(path: Path, stream: gzip.GzipFile | IO[bytes]) -> Tensor:
-    head = stream.read(4)
-    magic = struct.unpack(">i", head)[0] if len(head) == 4 else -1
-    if magic not in (_IDX_UINT8_LABELS, _IDX_UINT8_IMAGES):
-        raise ValueError(
-            f"{path} begins with {head.hex() or 'nothing'}; an idx file begins with 00000801 (labels) or 00000803"
-        )
-    dimensions = magic & 0xFF
-    sizes = stream.read(4 * dimensions)
-    if len(sizes) < 4 * dimensions:
-        raise ValueError(f"{path} is truncated: its header ends too early")
-    shape = struct.unpack(f">{dimensions}i", sizes)
-    if min(shape) < 1 or _product(shape) > MAX_DATASET_BYTES:
-        raise ValueError(
-            f"{path} declares the shape {list(shape)}; accepted are positive sizes, {MAX_DATASET_BYTES} bytes at most"
-        )
-    expected = _product(shape)
-    payload = stream.read(expected + 1)
-    if len(payload) != expected:
-        given = "more" if len(payload) > expected else str(len(payload))
-        raise ValueError(f"{path} declares the shape {list(shape)}, {expected} bytes, but holds {given}")
-    return torch.frombuffer(bytearray(payload), dtype=torch.uint8).reshape(shape)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _find_idx(directory: Path, name: str) -> Path | None:
@@ -203,67 +147,11 @@ def _load_idx(images_path: Path, labels_path: Path | None) -> ImageDataset:
     return ImageDataset(images[:, None], labels.to(torch.int64))
 
 
-def _load_npz(path: Path) -> ImageDataset:
-    try:
-        images, labels = _read_npz(path)
-    except (EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} is not a sound .npz file: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"{path}: arr_0 is {images.dtype} {list(images.shape)}; accepted is uint8 [N, H, W, C] with C of 1 or 3"
-        )
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return ImageDataset(pixels, None if labels is None else _check_npz_labels(path, labels, len(images)))
-
-
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read ``arr_0`` and, if it is there, ``arr_1``, of what must be a zip: ``np.load`` alone reads more."""
-    with path.open("rb") as stream, zipfile.ZipFile(stream) as members:
-        size = sum(member.file_size for member in members.infolist())
-    if size > MAX_DATASET_BYTES:
-        raise ValueError(f"it holds {size} bytes; accepted are {MAX_DATASET_BYTES} at most")
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-        if "arr_0" not in archive.files:
-            raise ValueError(f"it has no arr_0; it holds {sorted(archive.files)}")
-        return archive["arr_0"], archive["arr_1"] if "arr_1" in archive.files else None
-
-
-def _check_npz_labels(path: Path, labels: np.ndarray, count: int) -> Tensor:
-    if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise ValueError(f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}; accepted are integers [{count}]")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{path}: arr_1 has labels from {low} to {high}; accepted are 0 to {count - 1}")
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def _load_folders(path: Path) -> ImageDataset:
-    names = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    images: list[Tensor] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        files = sorted(file for file in (path / name).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(f"{path / name} holds no PNG or JPEG image")
-        for file in files:
-            image = read_image(file)
-            if images and image.shape != images[0].shape:
-                raise ValueError(
-                    f"{file} is {list(image.shape)} (C, H, W), but the images before it are {list(images[0].shape)}"
-                )
-            images.append(image)
-            labels.append(label)
-    return ImageDataset(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(names))
-
-
-def read_image(file: Path) -> Tensor:
-    """Read a PNG or JPEG: uint8 [1, H, W] if it is grey, else [3, H, W]."""
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=("PNG", "JPEG")) as image:
-            grey = image.mode in ("L", "1")
-            pixels = np.array(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a sound PNG or JPEG image: {error}") from None
-    return torch.from_numpy(pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def _load_pictures(path: Path, idx: str) -> ImageDataset:
+    found, stack = find_pictures(path), PictureStack()
+    if not found.files:
+        raise ValueError(f"{path} holds neither {idx}(.gz) nor pictures ({FORMATS})")
+    for file in found.files:
+        stack.add(file, read_any_picture(file))
+    labels = None if found.labels is None else torch.tensor(found.labels, dtype=torch.int64)
+    return ImageDataset(stack.whole(), labels, found.class_names, tuple(found.left_out))

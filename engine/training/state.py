@@ -1,4 +1,4 @@
-"""The state of a training run on disk: a folder ``state-00001000/`` of tensors (safetensors) and facts (JSON).
+"""The state of a training run on disk: a folder ``state-00001000/`` of tensors (safetensors) and metadata (JSON).
 
 A state is there whole or not at all. The last two are kept.
 """
@@ -21,15 +21,15 @@ KEPT_STATES = 2
 
 _PREFIX = "state-"
 _TENSORS = "state.safetensors"
-_FACTS = "state.json"
+_METADATA = "state.json"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Tensors by name, and facts that JSON can hold; ``facts["step"]`` names the folder."""
+    """Tensors by name, and metadata that JSON can hold; ``metadata["step"]`` names the folder."""
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def save_state(directory: Path, state: TrainState) -> Path:
@@ -37,11 +37,11 @@ def save_state(directory: Path, state: TrainState) -> Path:
 
     When writing fails, nothing of it is left behind and the states before it stay.
     """
-    folder = directory / f"{_PREFIX}{state.facts['step']:08d}"
+    folder = directory / f"{_PREFIX}{state.metadata['step']:08d}"
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}
     with atomic_directory(folder, overwrite=True) as temporary:
         write_synced(temporary / _TENSORS, save(tensors))
-        write_synced(temporary / _FACTS, (json.dumps(state.facts, indent=1) + "\n").encode())
+        write_synced(temporary / _METADATA, (json.dumps(state.metadata, indent=1) + "\n").encode())
     for old in _states(directory)[:-KEPT_STATES]:
         shutil.rmtree(old)
     return folder
@@ -60,13 +60,13 @@ def load_state(folder: Path) -> TrainState:
         ValueError: a file is missing or damaged; the sentence names it.
     """
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         tensors = load_file(folder / _TENSORS)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a sound training state: {error}") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{folder / _FACTS} holds no JSON object")
-    return TrainState(tensors, facts)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{folder / _METADATA} holds no JSON object")
+    return TrainState(tensors, metadata)
 
 
 def remove_leftovers(directory: Path) -> None:

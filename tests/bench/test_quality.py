@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stepfusion import Engine
-from stepfusion.bench import quality
+from stepfusion.bench import image_classifier, quality
 from stepfusion.training.datasets import ImageDataset, load_dataset
 
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
@@ -18,8 +18,8 @@ MODEL = "fashion-mnist"
 
 
 @pytest.fixture(scope="module")
-def classifier() -> quality.Classifier:
-    return quality.load_classifier()
+def classifier() -> image_classifier.Classifier:
+    return image_classifier.load_classifier()
 
 
 def exact_sample(mean: torch.Tensor, covariance: torch.Tensor, count: int = 400) -> torch.Tensor:
@@ -69,48 +69,48 @@ def test_balanced_labels() -> None:
 
 
 def test_samples_are_rounded_as_files_hold_them() -> None:
-    stored = quality.to_unit_range(torch.arange(256))
+    stored = image_classifier.to_unit_range(torch.arange(256))
     assert torch.equal(quality.as_stored(stored), stored)
     assert torch.equal(quality.as_stored(stored + 0.003), stored)
     assert quality.as_stored(torch.tensor([-1.5, 2.0])).tolist() == [-1.0, 1.0]
 
 
-def test_the_bundled_classifier_knows_the_test_images(classifier: quality.Classifier) -> None:
-    facts = json.loads((quality.CLASSIFIER_DIRECTORY / "classifier.json").read_text())
+def test_the_bundled_classifier_knows_the_test_images(classifier: image_classifier.Classifier) -> None:
+    facts = json.loads((image_classifier.CLASSIFIER_DIRECTORY / "classifier.json").read_text())
     assert facts["test_accuracy"] >= 0.92
-    assert sum(path.stat().st_size for path in quality.CLASSIFIER_DIRECTORY.iterdir()) < 2**20
-    assert quality.test_accuracy(classifier, load_dataset(SLICE, "test")) >= 0.85
+    assert sum(path.stat().st_size for path in image_classifier.CLASSIFIER_DIRECTORY.iterdir()) < 2**20
+    assert image_classifier.test_accuracy(classifier, load_dataset(SLICE, "test")) >= 0.85
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path: Path) -> None:
     dataset = load_dataset(SLICE)
-    trained = quality.train_classifier(dataset, epochs=6, batch_size=20)
-    quality.save_classifier(trained, tmp_path, {"epochs": 6})
-    loaded = quality.load_classifier(tmp_path)
-    x = quality.to_unit_range(dataset.images)
+    trained = image_classifier.train_classifier(dataset, epochs=6, batch_size=20)
+    image_classifier.save_classifier(trained, tmp_path, {"epochs": 6})
+    loaded = image_classifier.load_classifier(tmp_path)
+    x = image_classifier.to_unit_range(dataset.images)
     torch.testing.assert_close(loaded(x), trained(x), rtol=0.05, atol=0.05)
-    assert quality.test_accuracy(loaded, dataset) > 0.5
+    assert image_classifier.test_accuracy(loaded, dataset) > 0.5
 
 
 def test_a_damaged_classifier_is_named(tmp_path: Path) -> None:
     path = tmp_path / "classifier.safetensors"
-    path.write_bytes((quality.CLASSIFIER_DIRECTORY / path.name).read_bytes()[:1000])
+    path.write_bytes((image_classifier.CLASSIFIER_DIRECTORY / path.name).read_bytes()[:1000])
     with pytest.raises(ValueError, match=re.escape(f"{path} is not a classifier")):
-        quality.load_classifier(tmp_path)
+        image_classifier.load_classifier(tmp_path)
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=re.escape(f"{path} is not a classifier")):
-        quality.load_classifier(tmp_path)
+        image_classifier.load_classifier(tmp_path)
 
 
 def test_a_classifier_needs_labels() -> None:
     dataset = load_dataset(SLICE)
     with pytest.raises(ValueError, match="a classifier needs labels and at least 128 images, got 200 images"):
-        quality.train_classifier(ImageDataset(dataset.images))
+        image_classifier.train_classifier(ImageDataset(dataset.images))
 
 
-def test_evaluate_tells_real_images_from_noise(classifier: quality.Classifier) -> None:
+def test_evaluate_tells_real_images_from_noise(classifier: image_classifier.Classifier) -> None:
     train, test = load_dataset(SLICE), load_dataset(SLICE, "test")
-    pool = quality.to_unit_range(train.images)
+    pool = image_classifier.to_unit_range(train.images)
 
     def real(labels: torch.Tensor, seed: int, guidance: float | None) -> torch.Tensor:
         return torch.stack([pool[(train.labels == label).nonzero()[i // 10, 0]] for i, label in enumerate(labels)])
@@ -159,9 +159,9 @@ def test_the_model_card_says_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_bundled_model_draws_what_is_asked_for(classifier: quality.Classifier) -> None:
+def test_the_bundled_model_draws_what_is_asked_for(classifier: image_classifier.Classifier) -> None:
     labels = quality.balanced_labels(100, 10)
     engine = Engine.from_pretrained(MODEL, device="cpu")
     samples = engine.sample(100, steps=20, eta=0.0, seed=0, labels=labels, guidance=recorded()["guidance"])
-    assert quality.asked_for_accuracy(classifier, samples, labels) >= 0.8
-    assert quality.asked_for_accuracy(classifier, samples, labels.roll(1)) < 0.2
+    assert image_classifier.asked_for_accuracy(classifier, samples, labels) >= 0.8
+    assert image_classifier.asked_for_accuracy(classifier, samples, labels.roll(1)) < 0.2

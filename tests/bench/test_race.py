@@ -11,7 +11,9 @@ from stepfusion.bench.floors import Floors
 from stepfusion.bench.headline import Notebook, headline_rows
 from stepfusion.bench.models import _COMMON, _PUBLISHED, load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.peers import Built, Case, Diffusers, Eager, OpenVINO, Ours, Provider, Unavailable, all_providers
+from stepfusion.bench.ours import Ours
+from stepfusion.bench.peers import Diffusers, Eager, OpenVINO, all_providers
+from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.race import Race
 from stepfusion.networks import UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule

@@ -284,12 +284,18 @@ def test_a_read_only_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert tree() == before
 
 
+def again(job: bulk.Job, request: bulk.TableRequest) -> bulk.WorkerConfig:
+    """The same job in the directory ``again``."""
+    out = Path("again").absolute()
+    return bulk.WorkerConfig(job, out, "model", request, bulk.ExecutionOptions(batch=4), threads=1)
+
+
 def test_bulk_is_a_library_too() -> None:
     """What the command calls, and the directory says: the same job again."""
     generate(f"{TINY} --out out")
     job = bulk.verify(Path("out"))
-    order = bulk.Order(job, Path("again").absolute(), "model", bulk.TableRequest(steps=2), batch=4, threads=1)
-    report = bulk.run(order, bulk.Where(("cpu",)), quiet=True)
+    config = again(job, bulk.TableRequest(steps=2))
+    report = bulk.run(config, bulk.Placement(("cpu",)), quiet=True)
     assert report is not None
     assert tree("out") == tree("again")
 
@@ -300,7 +306,7 @@ def test_bulk_is_a_library_too() -> None:
 def test_a_library_call_with_another_table_makes_nothing(request_: bulk.TableRequest) -> None:
     generate(f"{TINY} --out out")
     job = bulk.verify(Path("out"))
-    order = bulk.Order(job, Path("again").absolute(), "model", request_, batch=4, threads=1)
+    config = again(job, request_)
     with pytest.raises(BulkError, match="is not the one that this job was begun with: ddim, eta 0, 2 steps; 0 of 22"):
-        bulk.run(order, bulk.Where(("cpu",)), quiet=True)
+        bulk.run(config, bulk.Placement(("cpu",)), quiet=True)
     assert list(Path("again/images").iterdir()) == []

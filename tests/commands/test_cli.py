@@ -21,10 +21,12 @@ from PIL import Image
 import stepfusion as sf
 from stepfusion.commands import env as env_cli
 from stepfusion.commands import main as cli
-from stepfusion.commands import sample as sample_cli
+from stepfusion.commands.arguments import execution_options
+from stepfusion.commands.labels import chosen_labels
 from stepfusion.engine import Engine
 from stepfusion.execution.selftest import Check
 from stepfusion.kernels import backend
+from stepfusion.options import ExecutionOptions
 from stepfusion_testing.tiny_model import CLASS_NAMES, NULL_LABEL, SIZE, save_tiny_model
 
 COMMANDS = ("sample", "env", "train", "encode", "reconstruct", "interpolate")
@@ -145,7 +147,7 @@ def test_samplers_guidance_and_labels_change_the_images() -> None:
     ],
 )
 def test_labels_by_name_and_number(text: str | None, labels: list[int]) -> None:
-    assert sample_cli.chosen_labels(Engine.from_pretrained("model", device="cpu"), text, 4) == labels
+    assert chosen_labels(Engine.from_pretrained("model", device="cpu"), text, 4) == labels
 
 
 def test_labels_say_the_same_by_name_and_by_number() -> None:
@@ -249,8 +251,8 @@ def test_a_picture_is_edited(capsys: pytest.CaptureFixture[str]) -> None:
         ("--mask picture.png", "mask needs an image, got none"),
         ("--image picture.png --strength 2", "strength must be a finite number in (0, 1], got 2.0"),
         ("--image wide.png --strength 0.5", f"wide.png is 3 x {SIZE} pixels, and images are {SIZE} x {SIZE}"),
-        ("--image text.png --strength 0.5", "text.png is not a sound PNG or JPEG image: "),
-        ("--image none.png --strength 0.5", "none.png is not a sound PNG or JPEG image: "),
+        ("--image text.png --strength 0.5", "text.png is not a sound picture (PNG, JPEG, WebP, BMP or TIFF)"),
+        ("--image none.png --strength 0.5", "none.png cannot be read: "),
     ],
 )
 def test_bad_edits_are_refused_before_any_work(
@@ -273,6 +275,15 @@ def test_any_image_alone_with_invariant() -> None:
     sample("-n 8 --labels dog --columns 8 --invariant --batch 4")
     sample("-n 1 --labels dog --first-index 6 --invariant --batch 4 --out alone.png")
     np.testing.assert_array_equal(tile(pixels(), 0, 6), tile(pixels("alone.png"), 0, 0))
+
+
+def test_execution_options_are_what_the_command_line_says() -> None:
+    given = {"device": "cpu", "dtype": "bfloat16", "backend": "reference", "network": "eager", "batch": 3}
+    arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    args = cli._parser().parse_args(["sample", "model", "--invariant", *arguments])
+    assert execution_options(args) == ExecutionOptions(**given, invariant=True)
+    args = cli._parser().parse_args(["encode", "model", "a.png"])  # declares neither --batch nor --invariant
+    assert execution_options(args) == ExecutionOptions()
 
 
 def test_dtype_backend_and_network_reach_the_engine(engines: list[Engine]) -> None:
@@ -355,6 +366,24 @@ def test_help_lists_the_commands_and_exit_statuses(capsys: pytest.CaptureFixture
     assert all(re.search(rf"\n    {command}\s", text) for command in COMMANDS)
     assert "exit status: 0 done; 1 " in text
     assert "--traceback" in text
+
+
+def test_help_imports_no_other_folder() -> None:
+    """Start-up stays fast: what ``export``, ``bench`` and ``serve`` need is imported when they are named."""
+    script = (
+        "import sys\nfrom stepfusion.commands.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(*[name for name in sys.modules if name.startswith('stepfusion.')], file=sys.stderr)"
+    )
+    heavy = ("stepfusion.export", "stepfusion.bench", "stepfusion.serving.http.", "stepfusion.commands.serve")
+    found = {}
+    for arguments in (["--help"], ["sample", "--help"], ["export", "--help"]):
+        command = [sys.executable, "-P", "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[arguments[0]] = {name for name in done.stderr.split() if name.startswith(heavy)}
+    assert found["--help"] == found["sample"] == set()
+    assert "stepfusion.export.formats" in found["export"]
+    assert "stepfusion.bench.cli" not in found["export"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,26 @@ def test_encode_writes_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"mean -?\d\.\d{3}, std \d\.\d{3}, 5 steps: encoded\.png\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_every_command_reads_a_picture_alike(mode: str, tmp_path: Path) -> None:
+    """A picture is converted to the model's channels, whichever command reads it, and by training as well."""
+    random = np.random.default_rng(1)
+    shape = (SIZE, SIZE) if mode == "L" else (SIZE, SIZE, len(mode))
+    values = random.integers(0, 256, shape, dtype=np.uint8)
+    if mode == "RGBA":
+        values[..., 3] = 255
+    Image.fromarray(values, mode).save("given.png")
+    Image.open("given.png").convert("L").save("grey.png")
+    for name in ("given.png", "grey.png"):
+        assert run(f"encode model {name} --steps 3 --noise {name}.safetensors --quiet --out {name}.encoded.png") == 0
+        edit = (
+            f"sample model --image {name} --strength 0.5 --steps 4 -n 1 --labels cat --quiet --out {name}.edited.png"
+        )
+        assert run(edit) == 0
+    for kind in ("encoded.png", "edited.png", "safetensors"):
+        assert Path(f"given.png.{kind}").read_bytes() == Path(f"grey.png.{kind}").read_bytes()
+
+
 def test_reconstruct_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("reconstruct model a.png b.png --steps 5,20 --scale 1") == 0
     back = engine().reconstruct(pictures(), steps=20)
@@ -177,7 +197,7 @@ def test_interpolate_between_pictures_begins_and_ends_with_them() -> None:
 
 
 REFUSED = {
-    "show schedule --image none.png": "none.png is not a sound PNG or JPEG image",
+    "show schedule --image none.png": "none.png cannot be read: No such file or directory",
     "show schedule --image photo.png --at 0,500": "--at must be in [0, 499], got 500",
     "show schedule --image photo.png --at 1,x": "--at must be integers in [0, 499], separated by commas, got '1,x'",
     "show schedule --image photo.png --out a.gif": "--out must be a file that ends in .png, got a.gif",
@@ -190,7 +210,7 @@ REFUSED = {
     "show context model": "show context needs a model whose network is a ContextUNet, and model has another",
     "show context contexts --mix 1,2": "--mix must have 5 numbers, one for each class, got '1,2'",
     "show context contexts --mix 1,2,3,4,nan": "--mix must be a finite number in [-10, 10], got nan",
-    "encode model photo.png": "photo.png is [3, 12, 10] (channels, height, width), and this model's images are",
+    "encode model photo.png": "photo.png is 10 x 12 pixels, and images are 8 x 8",
     "encode model a.png --noise a.pt": "--noise must be a file that ends in .safetensors, got a.pt",
     "encode model a.png --labels zebra": "--labels must be among numbers from 0 to 3; Cat, Dog, T-shirt/top; none",
     "reconstruct model a.png --steps 0": "--steps must be in [1, 100], got 0",

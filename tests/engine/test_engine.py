@@ -566,3 +566,53 @@ class TestCompiledNetwork:
         monkeypatch.setattr(torch._inductor, "compile", off_by_little)
         engine = sf.Engine(tiny_unet(), schedule, device="cpu", network="compile", dtype="float32", null_label=3)
         assert torch.equal(engine.sample(2, steps=3), engine.sample(2, steps=3))
+
+
+class TestSnapshot:
+    """An engine has the weights of the moment at which it was made."""
+
+    @staticmethod
+    def network() -> torch.nn.Module:
+        class Scaled(torch.nn.Module):
+            in_channels, sample_size = 1, 4
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.tensor(0.5))
+                self.dropout = torch.nn.Dropout(0.5)
+
+            def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+                return self.dropout(x) * self.scale
+
+        return Scaled()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_later_changes_of_the_module_do_not_show(
+        self, schedule: sf.NoiseSchedule, training: bool, dtype: str
+    ) -> None:
+        network = self.network().train(training)
+        engine = sf.Engine(network, schedule, device="cpu", dtype=dtype)
+        before = engine.sample(2, steps=3)
+        with torch.no_grad():
+            network.scale.fill_(-0.5)  # type: ignore[operator, union-attr]
+        assert torch.equal(engine.sample(2, steps=3), before)
+        assert network.training is training
+        assert not torch.equal(sf.Engine(network, schedule, device="cpu", dtype=dtype).sample(2, steps=3), before)
+
+    def test_without_a_copy_the_module_itself_runs(self, schedule: sf.NoiseSchedule) -> None:
+        network = self.network().eval()
+        assert sf.Engine(network, schedule, device="cpu", dtype="float32", copy=False).network is network
+        assert sf.Engine(network, schedule, device="cpu", dtype="bfloat16", copy=False).network is not network
+
+    def test_a_module_that_cannot_be_copied_is_named(self, schedule: sf.NoiseSchedule) -> None:
+        network = self.network().eval()
+        network.cached = network.scale * 2  # type: ignore[operator, assignment]
+        with pytest.raises(TypeError, match=r"^model cannot be copied \(Only Tensors created explicitly.*copy=False"):
+            sf.Engine(network, schedule, device="cpu", dtype="float32")
+        assert (
+            sf.Engine(network, schedule, device="cpu", dtype="float32", copy=False)
+            .sample(1, steps=2)
+            .isfinite()
+            .all()
+        )

@@ -125,7 +125,7 @@ def test_cancelling_leaves_a_usable_engine(schedule: sf.NoiseSchedule, captures:
         captured.sample(4, steps=6, callback=lambda event: event.step < 2)
     for _ in captured.stream(4, steps=6):
         break
-    assert bool((idle_runners(captured)[0]._rows == sf.kernels.PARKED).all()), "no lane is left behind"
+    assert bool((idle_runners(captured)[0].rows == sf.kernels.PARKED).all()), "no lane is left behind"
     assert torch.equal(captured.sample(3, steps=3, seed=8), eager.sample(3, steps=3, seed=8))
 
 

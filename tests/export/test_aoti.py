@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import stepfusion as sf
-from stepfusion.export.bundle import Bundle, Manifest, Tensorspec, read_bundle, sha256
+from stepfusion.export.bundle import Bundle, read_bundle, sha256
+from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.program import Batch
 from stepfusion.export.tick import InitialNoise
 from stepfusion.export.to_aoti import export_aoti, load_aoti, load_initial_noise, load_package
@@ -152,22 +153,6 @@ def test_a_damaged_tick_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     package.write_bytes(package.read_bytes()[:-100])
     with pytest.raises(sf.ExportError, match=r"initial_noise.pt2 has SHA-256 \w+; the manifest says \w+$"):
         read_bundle(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
-    [
-        ({"kind": "loop"}, ValueError, r"^kind must be"),
-        ({"guided": True}, sf.ExportError, r"^guided is for kind='tick'"),
-        ({"kind": "tick"}, sf.ExportError, r"^a tick needs a table"),
-    ],
-)
-def test_bad_arguments_leave_nothing(
-    tmp_path: Path, arguments: dict[str, object], error: type[Exception], sentence: str
-) -> None:
-    with pytest.raises(error, match=sentence):
-        export_aoti(make(), tmp_path / "out", **arguments)  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_function_and_an_existing_place_are_refused(tmp_path: Path) -> None:

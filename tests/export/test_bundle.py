@@ -15,10 +15,12 @@ import pytest
 
 import stepfusion as sf
 from stepfusion.export import bundle as bundles
-from stepfusion.export.bundle import Manifest, Tensorspec, check_runs_here, read_bundle, sha256, write_bundle
-from stepfusion.export.facts import model_facts, read_facts
+from stepfusion.export.bundle import read_bundle, sha256, write_bundle
+from stepfusion.export.environment import check_runs_here
 from stepfusion.export.load import load_network
+from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.program import Batch
+from stepfusion.export.spec_json import batch_from_json, model_to_json, spec_from_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
@@ -34,7 +36,7 @@ def manifest(engine: sf.Engine, **changes: Any) -> Manifest:
         inputs=(Tensorspec("x", "float32", image), Tensorspec("timesteps", "int64", ("batch",))),
         outputs=(Tensorspec("out", "float32", image),),
         versions={"torch": "2.13.0+cpu"},
-        model=model_facts(engine, Batch(1, 2, 4)),
+        model=model_to_json(engine, Batch(1, 2, 4)),
         files={},
     )
     return replace(made, **changes)
@@ -66,12 +68,37 @@ def test_what_is_written_is_read_back_to_the_bit(engine: sf.Engine, written: Pat
     assert "A note of the export." in (written / "README.md").read_text()
 
 
-def test_the_facts_of_a_model_come_back(engine: sf.Engine, written: Path) -> None:
-    facts = read_facts(read_bundle(written).manifest.model)
-    assert facts.schedule == engine.schedule
-    for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "options"):
-        assert getattr(facts, name) == getattr(engine, name), name
-    assert facts.batch == Batch(1, 2, 4)
+def test_the_spec_of_a_model_comes_back(engine: sf.Engine, written: Path) -> None:
+    model = read_bundle(written).manifest.model
+    spec = spec_from_json(model)
+    assert spec == engine.spec
+    for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "schedule", "options"):
+        assert getattr(spec, name) == getattr(engine, name), name
+    assert batch_from_json(model) == Batch(1, 2, 4)
+
+
+def test_what_is_written_is_what_is_returned(engine: sf.Engine, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    bundle, read = write_bundle(out, manifest(engine), artefact, table=engine.table("ddim", 3)), read_bundle(out)
+    assert (bundle.manifest, bundle.path) == (read.manifest, out)
+    assert bundle.table is not None
+    assert read.table is not None
+    assert bundle.table.digest == read.table.digest
+
+
+def test_an_export_and_its_loading_hash_each_file_once(
+    engine: sf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr(bundles, "sha256", lambda path: hashed.append(path.name) or sha256(path))  # type: ignore[func-returns-value]
+    bundle = write_bundle(tmp_path / "bundle", manifest(engine), artefact, table=engine.table("ddim", 3))
+    assert sorted(hashed) == ["README.md", "table.json", "weights.bin"]
+    with pytest.raises(sf.ExportError, match=r"^the package|cannot run model.onnx"):
+        load_network(bundle)  # what was just written needs no second look
+    assert len(hashed) == 3
+    with pytest.raises(sf.ExportError, match=r"^the package|cannot run model.onnx"):
+        load_network(bundle.path)
+    assert sorted(hashed[3:]) == sorted(hashed[:3])
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
@@ -199,13 +226,23 @@ def test_the_untouched_copy_is_loaded(bundle_copy: Path) -> None:
         ({"shape": [0]}, r"cannot be used: shape must be in"),
     ],
 )
-def test_facts_that_make_no_model_are_refused(engine: sf.Engine, change: dict[str, Any], message: str) -> None:
+def test_entries_that_make_no_spec_are_refused(engine: sf.Engine, change: dict[str, Any], message: str) -> None:
     with pytest.raises(sf.ExportError, match=message):
-        read_facts({**model_facts(engine), **change})
-    facts = model_facts(engine)
-    del facts[next(iter(change))]
+        spec_from_json({**model_to_json(engine), **change})
+    model = model_to_json(engine)
+    del model[next(iter(change))]
     with pytest.raises(sf.ExportError, match=f"lacks '{next(iter(change))}'"):
-        read_facts(facts)
+        spec_from_json(model)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [([2, 1, 4], r"cannot be used: batch must have low"), ([1], r"cannot be used: ")]
+)
+def test_entries_that_make_no_batch_are_refused(engine: sf.Engine, batch: list[int], message: str) -> None:
+    with pytest.raises(sf.ExportError, match=message):
+        batch_from_json({**model_to_json(engine), "batch": batch})
+    with pytest.raises(sf.ExportError, match="lacks 'batch'"):
+        batch_from_json({})
 
 
 NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Any]], Any]]] = {
@@ -222,15 +259,15 @@ NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Any]], Any]]] =
 def test_a_manifest_says_what_the_network_was_built_from(name: str) -> None:
     make, again = NETWORKS[name]
     engine = cpu_engine(make())
-    facts = model_facts(engine)
-    assert json.loads(json.dumps(facts)) == facts, "it is compared with what is read back"
+    written = model_to_json(engine)
+    assert json.loads(json.dumps(written)) == written, "it is compared with what is read back"
     shapes = [(key, tensor.shape) for key, tensor in engine.network.state_dict().items()]
-    assert [(key, tensor.shape) for key, tensor in again(facts["network"]).state_dict().items()] == shapes
-    assert len(facts["network"]) > 4
+    assert [(key, tensor.shape) for key, tensor in again(written["network"]).state_dict().items()] == shapes
+    assert len(written["network"]) > 4
 
 
 def test_a_manifest_names_the_class_of_any_other_network() -> None:
-    assert model_facts(cpu_engine(smooth, shape=(1, 8, 8)))["network"] == {"_class_name": "function"}
+    assert model_to_json(cpu_engine(smooth, shape=(1, 8, 8)))["network"] == {"_class_name": "function"}
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -252,7 +289,7 @@ def test_an_export_that_is_stopped_while_it_is_verified_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundles, "read_bundle", stop)
+    monkeypatch.setattr(bundles, "read_manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         write_bundle(tmp_path / "bundle", manifest(engine), artefact)
     assert list(tmp_path.iterdir()) == []

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 import stepfusion as sf
 from stepfusion.export import load
-from stepfusion.export.bundle import Bundle, Manifest
-from stepfusion.export.formats import FORMATS, exporter, find_format
+from stepfusion.export.bundle import Bundle
+from stepfusion.export.exporters import exporter
+from stepfusion.export.formats import FORMATS, find_format
 from stepfusion.export.guide import guide
 from stepfusion.export.load import load_network
+from stepfusion.export.manifest import Manifest
 from stepfusion.export.program import DYNAMIC, Batch, export_program, input_specs, plain_network
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion_testing.exports import cpu_engine
@@ -26,13 +28,24 @@ from stepfusion_testing.networks import smooth, tiny_unet
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_has_its_function(name: str) -> None:
-    module = sys.modules["stepfusion.export"].__path__[0]
-    source = Path(module, FORMATS[name].module.rpartition(".")[2] + ".py").read_text()
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    arguments = functions[FORMATS[name].function].args
-    assert [argument.arg for argument in arguments.args] == ["engine", "out"]
-    assert {"batch", "table"} <= {argument.arg for argument in arguments.kwonlyargs}
+def test_every_format_has_its_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda asked: asked)
+    export = exporter(name)
+    assert export.__name__ == f"export_{name.replace('-', '_')}"
+    parameters = list(inspect.signature(export).parameters.values())
+    assert [parameter.name for parameter in parameters[:2]] == ["engine", "out"]
+    (options,) = get_args(get_type_hints(export)["options"])
+    assert {"batch", "table"} <= set(options.__annotations__)
+    assert ({"kind", "guided"} <= set(options.__annotations__)) == ("tick" in FORMATS[name].kinds)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "tensorrt" not in name or name == "tensorrt-rtx"])
+def test_an_unknown_option_is_refused_before_any_work(
+    name: str, engine: sf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda asked: asked)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bacth'"):
+        exporter(name)(engine, tmp_path / "out", bacth=DYNAMIC)
 
 
 @pytest.mark.parametrize("name", [name for name, found in FORMATS.items() if found.needs])
@@ -40,11 +53,29 @@ def test_a_missing_package_is_named_with_the_extra(name: str, monkeypatch: pytes
     found = FORMATS[name]
     for package in found.needs:
         monkeypatch.setattr(
-            "stepfusion.export.formats.find_spec", lambda asked, missing=package: None if asked == missing else asked
+            "stepfusion.export.environment.find_spec",
+            lambda asked, missing=package: None if asked == missing else asked,
         )
         message = rf"^the package {package} is not installed: pip install 'stepfusion\[{found.extra}\]'$"
         with pytest.raises(sf.ExportError, match=message):
             exporter(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"kind": "loop"}, ValueError, r"^kind must be"),
+        ({"guided": True}, sf.ExportError, r"^guided is for kind='tick'"),
+        ({"kind": "tick"}, sf.ExportError, r"^a tick needs a table"),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name, found in FORMATS.items() if "tick" in found.kinds])
+def test_bad_arguments_leave_nothing(
+    name: str, arguments: dict[str, Any], error: type[Exception], sentence: str, engine: sf.Engine, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=sentence):
+        exporter(name)(engine, tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_format_does_not_carry_is_refused() -> None:
@@ -58,7 +89,7 @@ def test_what_a_format_does_not_carry_is_refused() -> None:
 
 
 def test_loading_names_the_missing_package(onnx_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfusion.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda name: None)
     message = r"^the package onnxruntime is not installed: pip install 'stepfusion\[onnx\]'$"
     with pytest.raises(sf.ExportError, match=message):
         load_network(onnx_bundle)
@@ -79,8 +110,9 @@ def test_a_dtype_that_the_bundle_has_not_is_refused(onnx_bundle: Path) -> None:
 
 def test_what_comes_back_describes_itself(engine: sf.Engine, onnx_bundle: Path) -> None:
     network = load_network(onnx_bundle)
+    assert network.spec == engine.spec
     for name in ("shape", "num_classes", "null_label", "class_names", "prediction", "schedule", "options"):
-        assert getattr(network, name) == getattr(engine, name), name
+        assert getattr(network, name) == getattr(network.spec, name), name
     assert (network.in_channels, network.sample_size) == (1, (8, 8))
     assert (network.device, network.dtype) == (torch.device("cpu"), torch.float32)
 

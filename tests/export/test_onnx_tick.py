@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.export import tick as tick_module
-from stepfusion.export.cli import add_export_arguments, run_export
+from stepfusion.commands.export import add_export_arguments, run_export
+from stepfusion.export import tick_program
 from stepfusion.export.load import ExportedTick, load_network, load_tick
 from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import Runtime
-from stepfusion.export.tick import compare_tick
+from stepfusion.export.tick_program import compare_tick
 from stepfusion.export.to_onnx import INITIAL_NOISE, MODEL, export_onnx
 from stepfusion.kernels import COLUMNS, philox, reference
 from stepfusion_testing.aoti_bundle import consume
@@ -142,7 +142,7 @@ def test_a_tick_that_computes_something_else_is_refused(
         return lambda *inputs: run(*inputs) + by
 
     if wrong == "loop":  # each step alone is near enough
-        monkeypatch.setattr(tick_module, "check_close", lambda *_: 0.0)
+        monkeypatch.setattr(tick_program, "check_close", lambda *_: 0.0)
     engine, batch = make(), Batch(1, 2, 8)
     table = engine.table(steps=3)
     tick, noise = off(loaded.tick, (wrong != "initial noise") * 0.01), off(loaded.initial_noise, 0.01)
@@ -165,19 +165,3 @@ def test_what_cannot_be_loaded_as_a_tick_is_refused(loaded: ExportedTick, onnx_b
         file.write(b"x")
     with pytest.raises(sf.ExportError, match=r"initial_noise.onnx has SHA-256 \w+; the manifest says \w+$"):
         load_tick(copy)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
-    [
-        ({"kind": "loop"}, ValueError, r"^kind must be"),
-        ({"guided": True}, sf.ExportError, r"^guided is for kind='tick'"),
-        ({"kind": "tick"}, sf.ExportError, r"^a tick needs a table"),
-    ],
-)
-def test_bad_arguments_leave_nothing(
-    tmp_path: Path, arguments: dict[str, object], error: type[Exception], sentence: str
-) -> None:
-    with pytest.raises(error, match=sentence):
-        export_onnx(make(), tmp_path / "out", **arguments)  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []

@@ -8,18 +8,16 @@ from torch import Tensor, nn
 
 import stepfusion as sf
 from stepfusion.export.program import Batch
-from stepfusion.export.tick import (
-    InitialNoise,
+from stepfusion.export.tick import InitialNoise, normal, step
+from stepfusion.export.tick import _box_muller as box_muller
+from stepfusion.export.tick_program import (
     check_tick,
     initial_noise_program,
-    normal,
-    step,
     tick_example,
     tick_module,
     tick_program,
     tick_specs,
 )
-from stepfusion.export.tick import _box_muller as box_muller
 from stepfusion.kernels import COLUMNS, philox, reference
 from stepfusion_testing.aoti_bundle import consume
 from stepfusion_testing.networks import labelled, tiny_unet

@@ -10,9 +10,10 @@ import torch
 
 import stepfusion as sf
 from stepfusion.export import to_onnx
+from stepfusion.export.base import NetworkExport
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
-from stepfusion.export.program import DYNAMIC, Batch
+from stepfusion.export.program import DYNAMIC, Batch, export_program
 from stepfusion.export.to_onnx import MODEL, compare_in_onnxruntime, export_onnx
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion_testing.exports import back_in, cpu_engine, difference
@@ -172,10 +173,11 @@ def test_a_model_that_computes_something_else_is_refused(
             return super().__call__(*inputs) + 1e-3
 
     manifest = read_bundle(onnx_bundle).manifest
-    assert "differs" in compare_in_onnxruntime(engine, onnx_bundle / MODEL, manifest, DYNAMIC)
+    export = NetworkExport(engine, DYNAMIC, export_program(engine), manifest)
+    assert "differs" in compare_in_onnxruntime(export, onnx_bundle / MODEL)
     monkeypatch.setattr(to_onnx, "OnnxRuntimeNetwork", Wrong)
     with pytest.raises(sf.ExportError, match=r"^the ONNX model differs from the network by 0.001 at batch 1; "):
-        compare_in_onnxruntime(engine, onnx_bundle / MODEL, manifest, DYNAMIC)
+        compare_in_onnxruntime(export, onnx_bundle / MODEL)
 
 
 def test_labels_are_needed_where_the_network_takes_them(onnx_bundle: Path) -> None:

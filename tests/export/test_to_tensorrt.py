@@ -14,17 +14,9 @@ from stepfusion.export import to_tensorrt
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
 from stepfusion.export.program import Batch, export_program, input_specs, output_specs
+from stepfusion.export.tensorrt_engine import RTX_GPUS, Tensors, build_engine, check_precisions
 from stepfusion.export.to_onnx import write_onnx
-from stepfusion.export.to_tensorrt import (
-    LAYERS,
-    MODEL,
-    RTX_GPUS,
-    Tensors,
-    build_engine,
-    check_precisions,
-    export_tensorrt,
-    export_tensorrt_rtx,
-)
+from stepfusion.export.to_tensorrt import LAYERS, MODEL, export_tensorrt, export_tensorrt_rtx
 from stepfusion_testing.exports import cpu_engine, difference
 from stepfusion_testing.tiny_model import tiny_network
 

@@ -49,7 +49,7 @@ NETWORKS = (
 def run_script(*arguments: str) -> list[dict[str, object]]:
     """Partition in a process of its own, in which the stubs and the package's registrations stay."""
     here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, (str(here.parent / "support"), str(here), os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join(filter(None, (str(here.parent), str(here), os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
         [sys.executable, str(here / "partition_without_gpu.py"), *arguments],
         env={**os.environ, "PYTHONPATH": path},
@@ -89,11 +89,11 @@ def test_a_report_is_read() -> None:
 
 def test_it_needs_the_package_and_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = cpu_engine(tiny_unet())
-    monkeypatch.setattr("stepfusion.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda name: None)
     missing = r"^the package torch_tensorrt is not installed: pip install 'stepfusion\[torch-tensorrt\]'$"
     with pytest.raises(sf.ExportError, match=missing):
         export_torch_tensorrt(engine, tmp_path / "bundle")
-    monkeypatch.setattr("stepfusion.export.formats.find_spec", lambda name: name)
+    monkeypatch.setattr("stepfusion.export.environment.find_spec", lambda name: name)
     with pytest.raises(sf.ExportError, match=r"builds for the GPU that the engine is on, and this one is on cpu$"):
         export_torch_tensorrt(engine, tmp_path / "bundle")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.export.bundle import Tensorspec, read_bundle
+from stepfusion.export.bundle import read_bundle
+from stepfusion.export.manifest import Tensorspec
 from stepfusion.export.program import Batch, example_inputs
 from stepfusion.export.to_triton_server import export_triton_server, server_config
 from stepfusion_testing.exports import cpu_engine

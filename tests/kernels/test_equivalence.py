@@ -15,6 +15,7 @@ from stepfusion.kernels import philox, posterior, reference
 from stepfusion.kernels import step as walker
 from stepfusion.kernels.q_sample import q_sample_kernel
 from stepfusion.kernels.to_uint8 import to_uint8_kernel, to_uint8_rgb_kernel
+from stepfusion_testing.fused import Fused
 from stepfusion_testing.twins import (
     StepCase,
     assert_rounded_alike,
@@ -66,13 +67,15 @@ def device(kernel_device: torch.device) -> torch.device:
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_step(shape: tuple[int, ...], dtype: torch.dtype, noise: str, device: torch.device) -> None:
-    assert_step_equivalent(kernels.diffusion_step, StepCase(shape, dtype, noise).arguments(device))
+def test_step(shape: tuple[int, ...], dtype: torch.dtype, noise: str, fused: Fused) -> None:
+    assert_step_equivalent(
+        fused.ops.diffusion_step, StepCase(shape, dtype, noise).arguments(fused.device), truncated=fused.truncates
+    )
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
-def test_step_options(case: StepCase, device: torch.device) -> None:
-    assert_step_equivalent(kernels.diffusion_step, case.arguments(device))
+def test_step_options(case: StepCase, fused: Fused) -> None:
+    assert_step_equivalent(fused.ops.diffusion_step, case.arguments(fused.device), truncated=fused.truncates)
 
 
 def _relayout(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -88,9 +91,9 @@ LAYOUTS = ["channels_last", "transposed", "strided"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_step_of_inputs_that_are_not_contiguous(layout: str, device: torch.device) -> None:
+def test_step_of_inputs_that_are_not_contiguous(layout: str, fused: Fused) -> None:
     case = StepCase((3, 8, 8), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 3.0))
-    dense = case.arguments(device)
+    dense = case.arguments(fused.device)
     moved = {
         name: _relayout(t, layout) if name in ("x", "out", "noise", "out_uncond") else t for name, t in dense.items()
     }
@@ -98,43 +101,43 @@ def test_step_of_inputs_that_are_not_contiguous(layout: str, device: torch.devic
     moved["coefficients"] = _relayout(dense["coefficients"], "transposed")
     moved["rows"] = torch.stack([dense["rows"], dense["rows"]], dim=1)[:, 0]
     assert not any(moved[n].is_contiguous() for n in ("x", "out", "noise", "out_uncond", "guidance", "rows"))
-    for step in (kernels.diffusion_step, reference.diffusion_step):
+    for step in (fused.ops.diffusion_step, reference.diffusion_step):
         for name, result in outputs(step, moved).items():
             assert_same_bits(name, result, outputs(step, dense)[name])
 
 
-@pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
-def test_step_without_a_buffer_makes_one(step: Any, device: torch.device) -> None:
-    given = StepCase((3, 4), rows=(1, kernels.PARKED)).arguments(device)
+def test_step_without_a_buffer_makes_one(implementation: Fused) -> None:
+    step = implementation.ops.diffusion_step
+    given = StepCase((3, 4), rows=(1, kernels.PARKED)).arguments(implementation.device)
     before = given["x"].clone()
     in_buffer = outputs(step, given)["x_next"]
     result = step(**{name: t for name, t in given.items() if name != "x_next"})
     assert torch.equal(given["x"], before)
     assert_same_bits("x_next", result[0].cpu(), in_buffer[0])
     assert torch.equal(result[1], before[1])  # parked: the state stays
-    given = StepCase((3, 4, 4)).arguments(device)
+    given = StepCase((3, 4, 4)).arguments(implementation.device)
     given["x"] = _relayout(given["x"], "channels_last")
     assert step(**{name: t for name, t in given.items() if name != "x_next"}).is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(7,), (4101,)])
-def test_step_in_place(shape: tuple[int, ...], device: torch.device) -> None:
-    given = StepCase(shape).arguments(device)
-    apart = outputs(kernels.diffusion_step, given)["x_next"]
+def test_step_in_place(shape: tuple[int, ...], fused: Fused) -> None:
+    given = StepCase(shape).arguments(fused.device)
+    apart = outputs(fused.ops.diffusion_step, given)["x_next"]
     x = given["x"].clone()
-    assert kernels.diffusion_step(**{**given, "x": x, "x_next": x}) is x
+    assert fused.ops.diffusion_step(**{**given, "x": x, "x_next": x}) is x
     active = torch.tensor([0, 1, 3])
     assert_same_bits("x", x.cpu()[active], apart[active])
     assert torch.equal(x[2], given["x"][2])
 
 
-def test_parked_lanes_are_neither_read_nor_written(device: torch.device) -> None:
-    given = StepCase((4101,), rows=(1, kernels.PARKED, 2), copies=2).arguments(device)
-    clean = outputs(kernels.diffusion_step, given)
+def test_parked_lanes_are_neither_read_nor_written(fused: Fused) -> None:
+    given = StepCase((4101,), rows=(1, kernels.PARKED, 2), copies=2).arguments(fused.device)
+    clean = outputs(fused.ops.diffusion_step, given)
     for name in ("x", "out"):
         given[name][1] = torch.nan
     given["seeds"][1] = 12345
-    poisoned = outputs(kernels.diffusion_step, given)
+    poisoned = outputs(fused.ops.diffusion_step, given)
     for name, result in poisoned.items():
         assert_same_bits(name, result, clean[name])
     assert bool(poisoned["x_next"][1].isnan().all())
@@ -142,10 +145,10 @@ def test_parked_lanes_are_neither_read_nor_written(device: torch.device) -> None
     assert poisoned["flags"][1] == kernels.FINITE
 
 
-@pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
-def test_without_an_x0_buffer_there_is_no_history(step: Any, device: torch.device) -> None:
+def test_without_an_x0_buffer_there_is_no_history(implementation: Fused) -> None:
     """Nothing is read for it, and with one everything comes from there."""
-    given = StepCase((7,), torch.float32, "none", history=True, rows=(0, 1)).arguments(device)
+    step = implementation.ops.diffusion_step
+    given = StepCase((7,), torch.float32, "none", history=True, rows=(0, 1)).arguments(implementation.device)
     bare = {name: tensor for name, tensor in given.items() if name != "x0"}
     without = {**bare, "coefficients": given["coefficients"].clone()}
     without["coefficients"][:, algebra.COLUMNS.index("next_prev")] = 0.0
@@ -153,14 +156,14 @@ def test_without_an_x0_buffer_there_is_no_history(step: Any, device: torch.devic
     assert not torch.equal(outputs(step, given)["x_next"][1], outputs(step, bare)["x_next"][1])
 
 
-def test_a_threshold_is_for_the_reference(device: torch.device) -> None:
+def test_a_threshold_is_for_the_reference(fused: Fused) -> None:
     """Rows with one give NaN in the kernel, which sees no whole image, and no lane else is touched."""
-    given = StepCase((3, 5), torch.float32, "drawn", rows=(1, 2)).arguments(device)
-    plain = outputs(kernels.diffusion_step, given)
+    given = StepCase((3, 5), torch.float32, "drawn", rows=(1, 2)).arguments(fused.device)
+    plain = outputs(fused.ops.diffusion_step, given)
     given["coefficients"] = given["coefficients"].clone()
     given["coefficients"][2, algebra.COLUMNS.index("threshold")] = 0.9
     given["coefficients"][2, algebra.COLUMNS.index("threshold_max")] = 1.5
-    got, want = outputs(kernels.diffusion_step, given), outputs(reference.diffusion_step, given)
+    got, want = outputs(fused.ops.diffusion_step, given), outputs(reference.diffusion_step, given)
     assert got["x_next"][1].isnan().all()
     assert want["x_next"].isfinite().all()
     for name in ("x_next", "x0"):
@@ -168,13 +171,13 @@ def test_a_threshold_is_for_the_reference(device: torch.device) -> None:
         assert_same_bits(name, want[name][0], plain[name][0])
 
 
-def test_what_is_known_leaves_the_free_part_alone(device: torch.device) -> None:
+def test_what_is_known_leaves_the_free_part_alone(fused: Fused) -> None:
     """And its last row, known_x = 1 and known_sigma = 0, is the image to the bit."""
-    given = StepCase((1030,), torch.float16, "drawn", known=True, rows=(1, 3)).arguments(device)
+    given = StepCase((1030,), torch.float16, "drawn", known=True, rows=(1, 3)).arguments(fused.device)
     given["coefficients"] = given["coefficients"].clone()
     given["coefficients"][1, algebra.COLUMNS.index("known_x")] = 1.0
     known = given["known"].cpu()
-    for step in (kernels.diffusion_step, reference.diffusion_step):
+    for step in (fused.ops.diffusion_step, reference.diffusion_step):
         got = outputs(step, given)["x_next"]
         plain = outputs(step, {name: tensor for name, tensor in given.items() if name != "known"})["x_next"]
         assert torch.equal(got[known.isnan()], plain[known.isnan()])
@@ -182,15 +185,17 @@ def test_what_is_known_leaves_the_free_part_alone(device: torch.device) -> None:
         assert not torch.equal(got[1][~known[1].isnan()], known[1][~known[1].isnan()])
 
 
-def test_both_network_copies_are_the_next_state(device: torch.device) -> None:
-    got = outputs(kernels.diffusion_step, StepCase((7,), torch.float32, copies=2, rows=(1, 2)).arguments(device))
+def test_both_network_copies_are_the_next_state(fused: Fused) -> None:
+    got = outputs(
+        fused.ops.diffusion_step, StepCase((7,), torch.float32, copies=2, rows=(1, 2)).arguments(fused.device)
+    )
     assert_same_bits("x_net", got["x_net"], torch.cat([got["x_next"], got["x_next"]]))
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
-def test_rows_beyond_the_table_give_nan(step: Any, noise: str, device: torch.device) -> None:
-    got = outputs(step, StepCase((1030,), noise=noise, rows=(5, 1, 2**40)).arguments(device))
+def test_rows_beyond_the_table_give_nan(noise: str, implementation: Fused) -> None:
+    step = implementation.ops.diffusion_step
+    got = outputs(step, StepCase((1030,), noise=noise, rows=(5, 1, 2**40)).arguments(implementation.device))
     for name in ("x_next", "x_net", "x0"):
         assert got[name][[0, 2]].isnan().all()
         assert got[name][1].isfinite().all()
@@ -199,52 +204,50 @@ def test_rows_beyond_the_table_give_nan(step: Any, noise: str, device: torch.dev
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("element", [0, 511, 4100])
-@pytest.mark.parametrize("step", [kernels.diffusion_step, reference.diffusion_step])
-def test_what_is_not_finite_flags_its_lane_and_row(
-    step: Any, element: int, value: float, device: torch.device
-) -> None:
-    given = StepCase((4101,), torch.float16, rows=(1, 3, 2), clip=torch.inf).arguments(device)
+def test_what_is_not_finite_flags_its_lane_and_row(element: int, value: float, implementation: Fused) -> None:
+    step = implementation.ops.diffusion_step
+    given = StepCase((4101,), torch.float16, rows=(1, 3, 2), clip=torch.inf).arguments(implementation.device)
     given["out"][1, element] = value
     got = outputs(step, given)
     assert got["flags"].tolist() == [kernels.FINITE, 3, kernels.FINITE]
     assert (~got["x_next"].isfinite()).nonzero().tolist() == [[1, element]]
 
 
-def test_a_flag_keeps_the_first_row(device: torch.device) -> None:
-    given = StepCase((7,), rows=(1, 3)).arguments(device)
+def test_a_flag_keeps_the_first_row(fused: Fused) -> None:
+    given = StepCase((7,), rows=(1, 3)).arguments(fused.device)
     given["out"][:, 2] = torch.nan
     given["flags"][0] = 4
-    for step in (kernels.diffusion_step, reference.diffusion_step):
+    for step in (fused.ops.diffusion_step, reference.diffusion_step):
         assert outputs(step, given)["flags"].tolist() == [4, 3]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_the_same_in_both(value: float, device: torch.device) -> None:
+def test_what_is_not_finite_is_the_same_in_both(value: float, fused: Fused) -> None:
     """A clip must not hide a NaN from x0."""
     for name in ("x", "out"):
-        given = StepCase((33,)).arguments(device)
+        given = StepCase((33,)).arguments(fused.device)
         given[name][1, 5] = value
-        got, twin = (outputs(step, given) for step in (kernels.diffusion_step, reference.diffusion_step))
+        got, twin = (outputs(step, given) for step in (fused.ops.diffusion_step, reference.diffusion_step))
         for output in got:
             assert_same_bits(output, got[output], twin[output])
 
 
-def test_guidance_of_one_is_the_conditional_output(device: torch.device) -> None:
+def test_guidance_of_one_is_the_conditional_output(fused: Fused) -> None:
     """Exactly, even where the other output is not finite."""
     case = StepCase((9,), guidance=(1.0, 1.0, 1.0, 1.0))
-    given = case.arguments(device)
+    given = case.arguments(fused.device)
     given["out_uncond"][:] = torch.inf
     alone = {name: t for name, t in given.items() if name not in ("out_uncond", "guidance")}
-    for step in (kernels.diffusion_step, reference.diffusion_step):
+    for step in (fused.ops.diffusion_step, reference.diffusion_step):
         for name, result in outputs(step, given).items():
             assert_same_bits(name, result, outputs(step, alone)[name])
 
 
-def test_silent_rows_read_no_noise(device: torch.device) -> None:
-    given = StepCase((1030,), noise="given", rows=(0, 1)).arguments(device)
-    clean = outputs(kernels.diffusion_step, given)
+def test_silent_rows_read_no_noise(fused: Fused) -> None:
+    given = StepCase((1030,), noise="given", rows=(0, 1)).arguments(fused.device)
+    clean = outputs(fused.ops.diffusion_step, given)
     given["noise"][0] = torch.nan
-    for step in (kernels.diffusion_step, reference.diffusion_step):
+    for step in (fused.ops.diffusion_step, reference.diffusion_step):
         for name, result in outputs(step, given).items():
             assert_same_bits(name, result, clean[name])
 
@@ -309,10 +312,10 @@ SINGLE = [
 @pytest.mark.parametrize("rederive", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_step(
-    eta: float, rederive: bool, clip: float | None, prediction: str, zero_snr: bool, device: torch.device
+    eta: float, rederive: bool, clip: float | None, prediction: str, zero_snr: bool, fused: Fused
 ) -> None:
     """Against Song et al. 2021, equation 12, written out in float64."""
-    x, out, t, t_prev, abar = _lanes(device, prediction, zero_snr)
+    x, out, t, t_prev, abar = _lanes(fused.device, prediction, zero_snr)
     z = torch.randn_like(x)
     options: dict[str, Any] = {
         "eta": eta,
@@ -321,7 +324,7 @@ def test_ddim_step(
         "rederive_eps": rederive,
         "noise": z,
     }
-    got = kernels.ddim_step(x, out, t, t_prev, abar, **options)
+    got = fused.ops.ddim_step(x, out, t, t_prev, abar, **options)
     twin = reference.ddim_step(x, out, t, t_prev, abar, **options)
     assert_same_bits("x_prev", got.cpu(), twin.cpu())
 
@@ -339,7 +342,7 @@ def test_ddim_step(
 
 @pytest.mark.parametrize("column", ["x0_x", "x0_out", "next_x0", "next_x", "next_out", "sigma"])
 def test_one_percent_off_in_a_coefficient_is_caught(
-    column: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    column: str, fused: Fused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the comparison above: fused and reference share the algebra, so only formulas see its errors."""
     right = algebra.ddim
@@ -350,18 +353,18 @@ def test_one_percent_off_in_a_coefficient_is_caught(
 
     monkeypatch.setattr(algebra, "ddim", wrong)
     with pytest.raises(AssertionError, match="beyond"):
-        test_ddim_step(0.7, column == "next_x", 1.0, "epsilon", False, device)
+        test_ddim_step(0.7, column == "next_x", 1.0, "epsilon", False, fused)
 
 
 @pytest.mark.parametrize(("prediction", "zero_snr"), SINGLE)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_ddpm_step(variance: str, prediction: str, zero_snr: bool, device: torch.device) -> None:
+def test_ddpm_step(variance: str, prediction: str, zero_snr: bool, fused: Fused) -> None:
     """Against Ho et al. 2020, equations 6 and 7, and Nichol & Dhariwal 2021, equation 15, written out in float64."""
-    x, out, t, t_prev, abar = _lanes(device, prediction, zero_snr)
+    x, out, t, t_prev, abar = _lanes(fused.device, prediction, zero_snr)
     z, v = torch.randn_like(x), torch.rand_like(x) * 2 - 1
     options: dict[str, Any] = {"variance": variance, "prediction": prediction, "clip": 1.0, "noise": z}
     given = torch.cat([out, v], dim=1) if variance == "learned_range" else out
-    got = kernels.ddpm_step(x, given, t, t_prev, abar, **options)
+    got = fused.ops.ddpm_step(x, given, t, t_prev, abar, **options)
     twin = reference.ddpm_step(x, given, t, t_prev, abar, **options)
 
     level, level_prev = _levels(t, t_prev, abar)
@@ -381,10 +384,10 @@ def test_ddpm_step(variance: str, prediction: str, zero_snr: bool, device: torch
         assert_same_bits("x_prev", got.cpu(), twin.cpu())
 
 
-def test_timesteps_outside_the_schedule_give_nan(device: torch.device) -> None:
-    x, out, _, _, abar = _lanes(device, "epsilon", False)
-    t, t_prev = (torch.tensor(v, device=device) for v in ([T, 10, -1, 10], [0, T, 0, -2]))
-    for step in (kernels.ddim_step, kernels.ddpm_step, reference.ddim_step, reference.ddpm_step):
+def test_timesteps_outside_the_schedule_give_nan(fused: Fused) -> None:
+    x, out, _, _, abar = _lanes(fused.device, "epsilon", False)
+    t, t_prev = (torch.tensor(v, device=fused.device) for v in ([T, 10, -1, 10], [0, T, 0, -2]))
+    for step in (fused.ops.ddim_step, fused.ops.ddpm_step, reference.ddim_step, reference.ddpm_step):
         assert step(x, out, t, t_prev, abar).isnan().all()
 
 
@@ -409,17 +412,17 @@ def _double(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("noise", NOISES[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_q_sample(shape: tuple[int, ...], dtype: torch.dtype, noise: str, device: torch.device) -> None:
-    given = _forward_arguments(shape, dtype, device)
+def test_q_sample(shape: tuple[int, ...], dtype: torch.dtype, noise: str, fused: Fused) -> None:
+    given = _forward_arguments(shape, dtype, fused.device)
     if noise == "given":
         given["noise"] = torch.randn_like(given["x_start"], dtype=torch.float32)
     else:
-        given |= {"seeds": torch.tensor([1, -1, 2**62], device=device), "indices": given["t"] + 2**31}
-    x_t, eps = kernels.q_sample(**given)
+        given |= {"seeds": torch.tensor([1, -1, 2**62], device=fused.device), "indices": given["t"] + 2**31}
+    x_t, eps = fused.ops.q_sample(**given)
     twin, twin_eps = reference.q_sample(**given)
     truth, _ = reference.q_sample(**_double(given))
     assert_same_bits("eps", eps.cpu(), twin_eps.cpu())
-    assert_rounded_alike("x_t", x_t.cpu(), twin.cpu(), interpreted=device.type == "cpu")
+    assert_rounded_alike("x_t", x_t.cpu(), twin.cpu(), interpreted=fused.truncates)
     bound = final_bound(dtype, "q_sample", given["x_start"], eps)
     for result in (x_t, twin):
         assert_within("x_t", result.cpu(), truth.cpu(), bound)
@@ -444,11 +447,11 @@ def _posterior_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_posterior(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    given = _posterior_arguments(shape, dtype, device)
-    got, twin = (op.q_posterior_mean_variance(**given) for op in (kernels, reference))
+def test_posterior(shape: tuple[int, ...], dtype: torch.dtype, fused: Fused) -> None:
+    given = _posterior_arguments(shape, dtype, fused.device)
+    got, twin = (op.q_posterior_mean_variance(**given) for op in (fused.ops, reference))
     truth = reference.q_posterior_mean_variance(**_double(given))
-    assert_rounded_alike("mean", got[0].cpu(), twin[0].cpu(), interpreted=device.type == "cpu")
+    assert_rounded_alike("mean", got[0].cpu(), twin[0].cpu(), interpreted=fused.truncates)
     for name, ours, theirs in zip(("variance", "log variance"), got[1:], twin[1:], strict=True):
         assert ours.shape == (3, *(1,) * len(shape))
         assert_same_bits(name, ours.cpu(), theirs.cpu())
@@ -458,52 +461,56 @@ def test_posterior(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_forward_of_inputs_that_are_not_contiguous(layout: str, device: torch.device) -> None:
-    given = _posterior_arguments((3, 8, 8), torch.float16, device)
+def test_forward_of_inputs_that_are_not_contiguous(layout: str, fused: Fused) -> None:
+    given = _posterior_arguments((3, 8, 8), torch.float16, fused.device)
     moved = {**given, **{name: _relayout(given[name], layout) for name in ("x_start", "x_t")}}
-    dense, strided = (kernels.q_posterior_mean_variance(**g)[0].cpu() for g in (given, moved))
+    dense, strided = (fused.ops.q_posterior_mean_variance(**g)[0].cpu() for g in (given, moved))
     assert_same_bits("mean", strided, dense)
-    given = _forward_arguments((3, 8, 8), torch.float16, device)
+    given = _forward_arguments((3, 8, 8), torch.float16, fused.device)
     given["noise"] = torch.randn_like(given["x_start"])
     moved = {**given, **{name: _relayout(given[name], layout) for name in ("x_start", "noise")}}
-    dense, strided = (kernels.q_sample(**g)[0].cpu() for g in (given, moved))
+    dense, strided = (fused.ops.q_sample(**g)[0].cpu() for g in (given, moved))
     assert_same_bits("x_t", strided, dense)
 
 
-def test_float64_tables_are_read_as_float32(device: torch.device) -> None:
-    given = _forward_arguments((7,), torch.float32, device)
+def test_float64_tables_are_read_as_float32(fused: Fused) -> None:
+    given = _forward_arguments((7,), torch.float32, fused.device)
     noise = torch.randn_like(given["x_start"])
     tables = {name: t.double() + 1e-9 for name, t in given.items() if name.startswith("sqrt")}
-    got, twin = (op.q_sample(**{**given, **tables}, noise=noise)[0].cpu() for op in (kernels, reference))
+    got, twin = (op.q_sample(**{**given, **tables}, noise=noise)[0].cpu() for op in (fused.ops, reference))
     assert_same_bits("x_t", got, twin)
-    given = _posterior_arguments((7,), torch.float32, device)
+    given = _posterior_arguments((7,), torch.float32, fused.device)
     tables = {name: t.double() + 1e-9 for name, t in given.items() if name.startswith("posterior")}
-    means = (op.q_posterior_mean_variance(**{**given, **tables})[0].cpu() for op in (kernels, reference))
+    means = (op.q_posterior_mean_variance(**{**given, **tables})[0].cpu() for op in (fused.ops, reference))
     assert_same_bits("mean", *means)
 
 
 @pytest.mark.parametrize("t", [[T, 3], [-1, 3], [2**40, 3]])
-def test_forward_outside_the_schedule_gives_nan(t: list[int], device: torch.device) -> None:
-    for op in (kernels, reference):
-        given = _forward_arguments((7,), torch.float32, device)
-        given |= {"x_start": given["x_start"][:2], "t": torch.tensor(t, device=device)}
+def test_forward_outside_the_schedule_gives_nan(t: list[int], fused: Fused) -> None:
+    for op in (fused.ops, reference):
+        given = _forward_arguments((7,), torch.float32, fused.device)
+        given |= {"x_start": given["x_start"][:2], "t": torch.tensor(t, device=fused.device)}
         x_t, _ = op.q_sample(**given, noise=torch.zeros_like(given["x_start"]))
         assert x_t.isnan().all(1).tolist() == [True, False]
-        given = _posterior_arguments((7,), torch.float32, device)
-        given |= {name: given[name][:2] for name in ("x_start", "x_t")} | {"t": torch.tensor(t, device=device)}
+        given = _posterior_arguments((7,), torch.float32, fused.device)
+        given |= {name: given[name][:2] for name in ("x_start", "x_t")} | {"t": torch.tensor(t, device=fused.device)}
         for result in op.q_posterior_mean_variance(**given):
             assert result.isnan().all(1).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("op", [kernels, reference])
-def test_forward_of_an_empty_batch(op: Any, device: torch.device) -> None:
+def test_forward_of_an_empty_batch(implementation: Fused) -> None:
     given = {
-        n: t[:0] if n in ("x_start", "t") else t for n, t in _forward_arguments((3, 4), torch.half, device).items()
+        n: t[:0] if n in ("x_start", "t") else t
+        for n, t in _forward_arguments((3, 4), torch.half, implementation.device).items()
     }
-    assert op.q_sample(**given, noise=given["x_start"])[0].shape == (0, 3, 4)
-    given = _posterior_arguments((3, 4), torch.half, device)
+    assert implementation.ops.q_sample(**given, noise=given["x_start"])[0].shape == (0, 3, 4)
+    given = _posterior_arguments((3, 4), torch.half, implementation.device)
     given |= {name: given[name][:0] for name in ("x_start", "x_t", "t")}
-    assert [r.shape for r in op.q_posterior_mean_variance(**given)] == [(0, 3, 4), (0, 1, 1), (0, 1, 1)]
+    assert [r.shape for r in implementation.ops.q_posterior_mean_variance(**given)] == [
+        (0, 3, 4),
+        (0, 1, 1),
+        (0, 1, 1),
+    ]
 
 
 # Pixels
@@ -513,9 +520,9 @@ def test_forward_of_an_empty_batch(op: Any, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "shape", [(2, 1, 28, 28), (2, 3, 32, 32), (3, 4, 5, 7), (1, 2, 1, 1), (0, 3, 4, 4), (1, 1, 64, 64)]
 )
-def test_to_uint8(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_to_uint8(shape: tuple[int, ...], dtype: torch.dtype, fused: Fused) -> None:
     x = (torch.randn(shape) * 0.8).to(dtype)
-    got = kernels.to_uint8(x.to(device)).cpu()
+    got = fused.ops.to_uint8(x.to(fused.device)).cpu()
     level = np.clip(x.float().numpy() * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
     want = np.rint(level).astype(np.uint8).transpose(0, 2, 3, 1)
     assert got.shape == want.shape
@@ -525,14 +532,14 @@ def test_to_uint8(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         assert int((got.int() - reference.to_uint8(x.double()).int()).abs().max()) <= 1  # a half, rounded either way
 
 
-def test_to_uint8_at_the_edges(device: torch.device) -> None:
+def test_to_uint8_at_the_edges(fused: Fused) -> None:
     """Halves go to the even pixel; what lies outside is clamped; NaN is 0."""
     halves = (torch.arange(255) + 0.5) / 255 * 2 - 1
     level = halves * 0.5 + 0.5
     exact = halves[level * 255.0 == torch.arange(255) + 0.5]
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -1.0, 5.0, -5.0, 0.0])
     x = torch.cat([exact, special]).view(1, 1, 1, -1)
-    got = kernels.to_uint8(x.to(device)).cpu()
+    got = fused.ops.to_uint8(x.to(fused.device)).cpu()
     assert torch.equal(got, reference.to_uint8(x))
     pixels = got.flatten().tolist()
     assert len(exact) > 20
@@ -541,9 +548,9 @@ def test_to_uint8_at_the_edges(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_to_uint8_of_inputs_that_are_not_contiguous(layout: str, device: torch.device) -> None:
-    x = torch.randn(2, 3, 8, 8, device=device)
-    assert torch.equal(kernels.to_uint8(_relayout(x, layout)), kernels.to_uint8(x))
+def test_to_uint8_of_inputs_that_are_not_contiguous(layout: str, fused: Fused) -> None:
+    x = torch.randn(2, 3, 8, 8, device=fused.device)
+    assert torch.equal(fused.ops.to_uint8(_relayout(x, layout)), fused.ops.to_uint8(x))
 
 
 # Offsets of 64 bits. The interpreter reads real addresses, so a batch of 4 * 2**30 + BLOCK elements needs an address

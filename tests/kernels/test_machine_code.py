@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
-import json
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,9 @@ import pytest
 
 import stepfusion.kernels
 from stepfusion.bench import machine_code
+from stepfusion.bench.offline import TARGETS
+from stepfusion.bench.sass import Sass, narrow, parse_sass, small_accesses
+from stepfusion_testing.compiler_process import json_of
 
 pytest.importorskip("triton")
 
@@ -52,33 +50,17 @@ SASS = """
 """
 
 
-def _run(temporary: pytest.TempPathFactory, *command: str) -> Any:
-    """The JSON that a process prints which has Triton's compiler and an empty compile cache; once for all workers."""
-    root = temporary.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else temporary.getbasetemp()
-    stem = Path(command[-1]).stem.strip("-")
-    output = root / f"{stem}.json"
-    with (root / f"{stem}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not output.exists():
-            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            environment |= {"TRITON_CACHE_DIR": str(temporary.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            output.write_text(done.stdout)
-    return json.loads(output.read_text())
-
-
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every variant of every kernel."""
-    codes: list[dict[str, Any]] = _run(tmp_path_factory, "-m", "stepfusion.bench.machine_code", "--json")
+    codes: list[dict[str, Any]] = json_of(tmp_path_factory, "-m", "stepfusion.bench.machine_code", "--json")
     return codes
 
 
 @pytest.fixture(scope="session")
 def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Kernels that must fail the checks below."""
-    codes: dict[str, dict[str, Any]] = _run(tmp_path_factory, str(SUPPORT / "slow_kernels.py"))
+    codes: dict[str, dict[str, Any]] = json_of(tmp_path_factory, str(SUPPORT / "slow_kernels.py"))
     return codes
 
 
@@ -104,7 +86,7 @@ def _contracted(code: dict[str, Any]) -> bool:
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(report: list[dict[str, Any]]) -> None:
     compiled = {(code["kernel"], code["target"]) for code in report}
-    assert compiled == {(kernel, target) for kernel in _entry_kernels() for target in machine_code.TARGETS}
+    assert compiled == {(kernel, target) for kernel in _entry_kernels() for target in TARGETS}
 
 
 @pytest.mark.slow
@@ -240,8 +222,8 @@ def test_controls_are_caught(controls: dict[str, dict[str, Any]]) -> None:
 
 
 def test_parse_sass() -> None:
-    sass = machine_code.parse_sass(SASS)
-    assert sass == machine_code.Sass(
+    sass = parse_sass(SASS)
+    assert sass == Sass(
         instructions=15,
         loads={128: 1, 64: 1, 32: 1, 16: 1},
         stores={128: 1},
@@ -254,18 +236,18 @@ def test_parse_sass() -> None:
 
 
 def test_parse_sass_of_nothing() -> None:
-    assert machine_code.parse_sass("") == machine_code.Sass(0, {}, {}, 0, 0, 0, 0, 0)
+    assert parse_sass("") == Sass(0, {}, {}, 0, 0, 0, 0, 0)
 
 
 def test_narrow_leaves_out_bookkeeping() -> None:
-    assert machine_code.narrow({128: 12, 64: 2, 32: 10}, bookkeeping=12) == 0
-    assert machine_code.narrow({128: 12, 64: 2, 32: 42}, bookkeeping=12) == 32
+    assert narrow({128: 12, 64: 2, 32: 10}, bookkeeping=12) == 0
+    assert narrow({128: 12, 64: 2, 32: 42}, bookkeeping=12) == 32
 
 
 def test_narrow_leaves_out_small_tensors_whatever_their_width() -> None:
-    assert machine_code.narrow({128: 6, 64: 2}, bookkeeping=0, small=4) == 0
-    assert machine_code.narrow({128: 6, 64: 2, 16: 32}, bookkeeping=2, small=4) == 28
-    assert machine_code.narrow({128: 6}, bookkeeping=2, small=4) == -2  # more bookkeeping than accesses: an error
+    assert narrow({128: 6, 64: 2}, bookkeeping=0, small=4) == 0
+    assert narrow({128: 6, 64: 2, 16: 32}, bookkeeping=2, small=4) == 28
+    assert narrow({128: 6}, bookkeeping=2, small=4) == -2  # more bookkeeping than accesses: an error
 
 
 def test_small_accesses() -> None:
@@ -277,12 +259,12 @@ def test_small_accesses() -> None:
       tt.store %t, %v : tensor<512x!tt.ptr<i64>, #blocked2>
       tt.store %u, %w : tensor<8x!tt.ptr<f32>, #slice1>
     """
-    assert machine_code.small_accesses(ttgir, "load", threads=128) == 1 + 2
-    assert machine_code.small_accesses(ttgir, "store", threads=128) == 1
+    assert small_accesses(ttgir, "load", threads=128) == 1 + 2
+    assert small_accesses(ttgir, "store", threads=128) == 1
 
 
 def test_instructions_per_element() -> None:
-    code = machine_code.MachineCode("k", "v", "sm_90", elements=8, shared=0, sass=machine_code.parse_sass(SASS))
+    code = machine_code.MachineCode("k", "v", "sm_90", elements=8, shared=0, sass=parse_sass(SASS))
     assert code.instructions_per_element == 15 / 8
 
 

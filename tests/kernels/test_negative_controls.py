@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-import stepfusion.kernels.posterior
-import stepfusion.kernels.step
 from stepfusion import kernels
 from stepfusion.kernels import reference
-from stepfusion_testing.twins import StepCase, assert_rounded_alike, assert_same_bits, assert_step_equivalent, mutate
+from stepfusion_testing.planted import planted
+from stepfusion_testing.twins import StepCase, assert_rounded_alike, assert_same_bits, assert_step_equivalent
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's
 
-FOLDER = Path(stepfusion.kernels.step.__file__).parent
 Plant = Callable[..., ModuleType]
 
 PLAIN = StepCase((1030,), torch.float32, "drawn", copies=2)
@@ -93,20 +91,7 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
 def plant(tmp_path: Path) -> Plant:
     """A module of kernels/ with one text replaced, imported under a name and an op namespace of its own."""
 
-    def planted(file: str, old: str | None = None, new: str = "") -> ModuleType:
-        text = (FOLDER / file).read_text()
-        text = mutate(text, old, new) if old is not None else text
-        name = f"mutant_{tmp_path.name}".replace("-", "_").lower()
-        path = tmp_path / file
-        path.write_text(text.replace('custom_op("stepfusion::', f'custom_op("{name}::'))
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return planted
+    return partial(planted, tmp_path)
 
 
 @pytest.mark.parametrize("case", [PLAIN, LEARNED, GUIDED, SILENT, HISTORY, KNOWN, FIXED], ids=str)

@@ -12,7 +12,7 @@ from stepfusion_testing.serving_twins import NAN_LABEL, Gate, small_engine, wait
 
 def serve(**options: Any) -> AsyncEngine:
     """A service that has done three images, refused one request and failed another."""
-    gate = Gate(small_engine()._model)
+    gate = Gate(small_engine().network)
     service = AsyncEngine(small_engine(gate), queue=8, **options).start()
     service.submit(n=3, steps=4, labels=0).result(30)
     with pytest.raises(sf.NonFiniteError):

@@ -236,7 +236,7 @@ class TestOutOfMemory:
 
         desk = Desk(engine, widths=WIDTHS)
         plain, pixels = desk.ask(n=2, steps=2, labels=0), desk.ask(n=2, steps=2, labels=1)
-        next(job for job in desk.scheduler._jobs.values() if job.future is pixels).pixels = True
+        next(job for job in desk.scheduler._requests.values() if job.future is pixels).pixels = True
         monkeypatch.setattr(engine, "to_uint8", full)
         desk.finish()
         assert torch.equal(plain.result().images, offline(engine, {"n": 2, "steps": 2, "labels": 0}))

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.lanes.runner import Runner, Ticket
+from stepfusion.lanes.request import LaneStart
+from stepfusion.lanes.runner import Runner
 from stepfusion.serving import AsyncEngine, Result
-from stepfusion.serving.job import Job
 from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.served_request import ServedRequest
 from stepfusion_testing.serving_twins import NAN_LABEL, leaks, offline, small_engine, wait_until_idle
 
 
@@ -116,8 +117,8 @@ def test_lanes_that_are_mixed_up_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     """The control: an admission that gives images to each other's lanes."""
     admit = Runner.admit
 
-    def mixed_up(self: Runner, lanes: list[int], tickets: Sequence[Ticket], *rest: Any) -> None:
-        admit(self, lanes, tickets[::-1], *rest)
+    def mixed_up(self: Runner, lanes: Sequence[int], starts: Sequence[LaneStart], *rest: Any) -> None:
+        admit(self, lanes, starts[::-1], *rest)
 
     engine = small_engine()
     requests = [{"n": 1, "steps": 3, "seed": seed, "labels": 0} for seed in range(8)]
@@ -157,10 +158,10 @@ def test_memory_is_flat_over_10000_requests() -> None:
 
 def test_a_service_that_keeps_its_requests_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: one object a request is found."""
-    kept: list[Job] = []
+    kept: list[ServedRequest] = []
     tell = Scheduler._tell
 
-    def keeps(self: Scheduler, job: Job, *rest: Any) -> None:
+    def keeps(self: Scheduler, job: ServedRequest, *rest: Any) -> None:
         kept.append(job)
         tell(self, job, *rest)
 

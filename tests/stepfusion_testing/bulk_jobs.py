@@ -7,11 +7,13 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+from stepfusion.bulk import WorkerConfig, local
 from stepfusion.commands.main import main
 
 TINY = "generate model --num 22 --unit 8 --steps 2 --batch 4 --threads 1 --quiet"  # units of 8, 8 and 6
@@ -87,6 +89,39 @@ def die_at(folder: str, arguments: str, call: int) -> None:
 
     os.fsync = synced
     run_in(folder, arguments)
+
+
+def count_reads(of: str) -> list[str]:
+    """From now on, whatever this process opens under such a name is entered into the list."""
+    opened: list[str] = []
+
+    def note(event: str, given: tuple[object, ...]) -> None:
+        if event == "open" and str(given[0]).endswith(of):
+            opened.append(str(given[0]))
+
+    sys.addaudithook(note)
+    return opened
+
+
+def run_counting_reads(folder: str, arguments: str, of: str) -> None:
+    """The body of a process that runs a command, and writes how often it opened a file into ``reads-PID``."""
+    opened = count_reads(of)
+    try:
+        run_in(folder, arguments)
+    finally:
+        Path(folder, f"reads-{os.getpid()}").write_text(str(len(opened)))
+
+
+_serve = local._serve
+
+
+def serve_counting_reads(pipe: Connection, config: WorkerConfig) -> None:
+    """The life of a worker's process, which writes how often it opened the model's config into ``reads-PID``."""
+    opened = count_reads("unet/config.json")
+    try:
+        _serve(pipe, config)
+    finally:
+        Path(config.out.parent, f"reads-{os.getpid()}").write_text(str(len(opened)))
 
 
 def run_ranked(folder: str, arguments: str, rank: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +45,59 @@ def gated_engine(shape: tuple[int, int, int] = (1, 8, 8), **arguments: Any) -> t
     return gate, sf.Engine(gate, schedule, shape=shape, device="cpu", **{**given, **arguments})
 
 
+def events_of(text: str) -> list[tuple[str, Any]]:
+    """The server-sent events of a response, without comments."""
+    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+
+
+def call(
+    app: Any,
+    path: str,
+    body: bytes,
+    gone: asyncio.Event | None,
+    headers: dict[str, str] | None = None,
+    reading: asyncio.Event | None = None,
+    server: tuple[str, int | None] | None = None,
+) -> tuple[asyncio.Future[None], asyncio.Event, list[dict[str, Any]]]:
+    """Call an ASGI application as a server does: the running call, an event that is set by its first message, and the
+    messages so far.
+
+    Args:
+        gone: the client leaves when it is set; None if its body never ends.
+        reading: the client takes nothing but the head of the response until it is set.
+        server: the address that the request arrived at.
+    """
+    started, sent = asyncio.Event(), list[dict[str, Any]]()
+    messages = [{"type": "http.request", "body": body, "more_body": gone is None}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] != "http.response.start" and reading is not None:
+            await reading.wait()
+        sent.append(message)
+        started.set()
+
+    given = {"content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        "server": server,
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }
+    return asyncio.ensure_future(app(scope, receive, send)), started, sent
+
+
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for it; AssertionError where it does not come."""
+    """Wait for it; AssertionError if it does not come."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -57,12 +110,42 @@ def idle(service: AsyncEngine) -> bool:
     return status.busy == 0 and status.waiting == 0
 
 
+def rejected(service: AsyncEngine, reason: str) -> int:
+    """How many requests were refused for this reason."""
+    assert service.registry is not None
+    return int(service.registry.get_sample_value("stepfusion_rejected_total", {"reason": reason}) or 0)
+
+
 @dataclass(frozen=True)
 class Served:
     """A server in a process of its own: what was started, and where it answers."""
 
     process: subprocess.Popen[str]
     url: str
+
+
+@contextmanager
+def served_here(app: Any, drain: float = 1.0, **limits: Any) -> Iterator[tuple[Any, int]]:
+    """The local server in a thread of this process, with no signal handlers: the server, and its port on 127.0.0.1.
+
+    ``limits``: of its connections.
+    """
+    from stepfusion.serving.http.connections import ConnectionLimits
+    from stepfusion.serving.http.local_server import LocalServer, listen
+
+    class Server(LocalServer):
+        capture_signals = nullcontext  # type: ignore[assignment]
+
+    with listen("127.0.0.1", 0) as listening:
+        server = Server(app, drain, ConnectionLimits(**limits))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield server, listening.getsockname()[1]
+        finally:
+            server.stop()
+            thread.join()
 
 
 @contextmanager

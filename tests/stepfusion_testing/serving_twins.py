@@ -99,8 +99,10 @@ class Gate:
 class Desk:
     """A scheduler without its thread: what happens, happens in :meth:`round`."""
 
-    def __init__(self, engine: sf.Engine, *, widths: tuple[int, ...] = (8,), rows: int = 4096) -> None:
-        self.engine, self.backlog = engine, Backlog(1 << 20)
+    def __init__(
+        self, engine: sf.Engine, *, widths: tuple[int, ...] = (8,), rows: int = 4096, queue: int = 1 << 20
+    ) -> None:
+        self.engine, self.backlog = engine, Backlog(queue)
         self.scheduler = Scheduler(
             engine, self.backlog, widths=widths, rows=rows, aging=5.0, metrics=Metrics(), tracing=Tracing()
         )

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stepfusion.bench.machine_code import Variant, compile_launch, step
+from stepfusion.bench.machine_code import compile_launch
+from stepfusion.bench.variants import Variant, step
 from stepfusion.kernels.philox import normal_block
 
 

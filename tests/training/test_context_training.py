@@ -18,8 +18,11 @@ import stepfusion as sf
 from stepfusion.commands import train as train_cli
 from stepfusion.networks import ContextUNet
 from stepfusion.samplers.scheduler_config import read_config
+from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
-from stepfusion.training.trainer import TrainConfig, Trainer, train
+from stepfusion.training.export import export_model
+from stepfusion.training.run import train
+from stepfusion.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
@@ -52,7 +55,7 @@ def model(dataset: ImageDataset, tmp_path: Path) -> Path:
     trainer = Trainer(TINY, dataset)
     trainer.train_step()
     trainer.train_step()
-    train_cli.export(trainer, tmp_path / "model")
+    export_model(trainer, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -102,7 +105,7 @@ def test_merged_classes_keep_their_images() -> None:
         (lambda: merge_classes(load_dataset(SLICE), {"a": [1], "b": [1]}), "group 'b' has the label 1; accepted are"),
         (lambda: merge_classes(load_dataset(SLICE), {"a": [10]}), "group 'a' has the label 10; accepted are labels"),
         (lambda: merge_classes(load_dataset(SLICE), {"a": []}), "group 'a' has no labels"),
-        (lambda: merge_classes(ImageDataset(torch.zeros(1, 1, 4, 4)), {"a": [0]}), "where the data set has labels"),
+        (lambda: merge_classes(ImageDataset(torch.zeros(1, 1, 4, 4)), {"a": [0]}), "if the data set has labels"),
         (lambda: Trainer(TINY, load_dataset(SLICE), workers=2), "workers must be 1 for network 'context'"),
         (lambda: Trainer(TINY, ImageDataset(torch.zeros(9, 1, 8, 8))), "needs square images with labels, got 8x8 im"),
         (lambda: Trainer(TINY, ImageDataset(torch.zeros(9, 1, 8, 4), torch.zeros(9))), "got 8x4 images with labels"),

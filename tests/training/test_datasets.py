@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stepfusion.training.datasets import MAX_DATASET_BYTES, load_dataset, read_idx
+from stepfusion.training.array_files import MAX_DATASET_BYTES, read_idx
+from stepfusion.training.datasets import load_dataset
 
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 
@@ -111,7 +112,7 @@ def test_labels_that_do_not_fit(idx_directory: Path) -> None:
 
 def test_places_that_hold_nothing(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "is neither a directory nor an .npz file")
-    refused(tmp_path, "holds neither train-images-idx3-ubyte(.gz) nor class folders of images")
+    refused(tmp_path, "holds neither train-images-idx3-ubyte(.gz) nor pictures (PNG, JPEG, WebP, BMP or TIFF)")
     refused(tmp_path, "split is 'validation'; accepted are 'train' and 'test'", split="validation", name="split")
     with pytest.raises(FileNotFoundError):
         read_idx(tmp_path / "absent-idx1-ubyte")
@@ -135,18 +136,29 @@ def test_folders(tmp_path: Path, mode: str) -> None:
     assert torch.equal(dataset.images, torch.from_numpy(pixels[[2, 3, 0, 1]].transpose(0, 3, 1, 2).copy()))
 
 
+def test_grey_pictures_among_coloured_ones_become_coloured(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    grey, colour = random.integers(0, 256, (6, 5), dtype=np.uint8), random.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    for name, values in (("a", grey), ("b", colour)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "0.png")
+    images = load_dataset(tmp_path).images
+    assert torch.equal(images[0], torch.from_numpy(grey).expand(3, 6, 5))
+    assert torch.equal(images[1], torch.from_numpy(colour).permute(2, 0, 1))
+
+
 def test_damaged_folders(tmp_path: Path) -> None:
     folder = tmp_path / "bags"
     folder.mkdir()
-    refused(tmp_path, "holds no PNG or JPEG image", name="bags")
+    refused(tmp_path, "is the folder of a class, and holds no picture", name="bags")
     Image.new("L", (5, 6)).save(folder / "a.png")
     Image.new("L", (6, 6)).save(folder / "b.png")
-    refused(tmp_path, "is [1, 6, 6] (C, H, W), but the images before it are [1, 6, 5]", name="b.png")
+    refused(tmp_path, "is 6 x 6 pixels, and the pictures before it are 5 x 6", name="b.png")
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
-    refused(tmp_path, "is not a sound PNG or JPEG image", name="b.png")
+    refused(tmp_path, "is not a sound picture", name="b.png")
     Image.new("L", (5, 6)).save(folder / "b.gif")
     (folder / "b.gif").rename(folder / "b.png")
-    refused(tmp_path, "is not a sound PNG or JPEG image", name="b.png")
+    refused(tmp_path, "is not a sound picture", name="b.png")
 
 
 def test_npz(tmp_path: Path) -> None:

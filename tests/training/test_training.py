@@ -13,10 +13,15 @@ import pytest
 import torch
 
 from stepfusion.commands import train as train_cli
+from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.training import state as train_state
-from stepfusion.training import trainer as training
+from stepfusion.training.batches import make_batch
+from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset
-from stepfusion.training.trainer import TrainConfig, Trainer, make_batch, read_metrics, train
+from stepfusion.training.export import export_model
+from stepfusion.training.metrics import plot_loss, read_metrics
+from stepfusion.training.run import train
+from stepfusion.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
@@ -158,7 +163,7 @@ def test_timesteps_cover_every_stratum(dataset: ImageDataset) -> None:
     assert torch.equal(make_batch(config, dataset, 3).noise, make_batch(config, dataset, 3).noise)
 
 
-@pytest.mark.parametrize("prediction", training.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_is_zero_for_the_right_answer(dataset: ImageDataset, prediction: str) -> None:
     """eps, x0 and v each solve ``x_t = a x0 + s eps`` with what the network returns."""
     config = replace(TINY, prediction=prediction, precision="float32")
@@ -321,7 +326,7 @@ def test_command_trains_exports_and_plots(tmp_path: Path, capsys: pytest.Capture
 def test_diffusers_reads_the_export(dataset: ImageDataset, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     trainer = train(TINY, dataset, tmp_path)
-    train_cli.export(trainer, tmp_path / "model")
+    export_model(trainer, tmp_path / "model")
     model = diffusers.UNet2DModel.from_pretrained(tmp_path / "model" / "unet").eval()
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "model" / "scheduler")
     assert scheduler.config.prediction_type == "v_prediction"
@@ -360,7 +365,7 @@ def test_without_matplotlib_the_plot_is_skipped(
 ) -> None:
     train(replace(TINY, steps=2), dataset, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    train_cli.plot_loss(tmp_path)
+    plot_loss(tmp_path)
     assert "matplotlib is not installed: no loss.png" in capsys.readouterr().err
     assert not (tmp_path / "loss.png").exists()
 
@@ -383,4 +388,4 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert "the state is saved, the same command goes on" in output
     newest = train_state.latest_state(tmp_path)
     assert newest is not None
-    assert f"stopped at step {train_state.load_state(newest).facts['step']} of" in output
+    assert f"stopped at step {train_state.load_state(newest).metadata['step']} of" in output

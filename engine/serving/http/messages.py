@@ -1,11 +1,10 @@
-"""What an HTTP request gets: pictures, arrays, and events on the way to them. Nothing here touches a device."""
+"""The contents of HTTP responses: pictures, arrays, and server-sent events. Nothing here touches a device."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,16 @@ import torch
 from stepfusion.engine import Engine
 from stepfusion.files.images import CHANNELS, Pixels, encode_png, grid
 from stepfusion.kernels.to_uint8 import to_uint8_reference
-from stepfusion.lanes.active_request import Event
-from stepfusion.serving.http.validation import Order, Refused
+from stepfusion.serving.http.errors import InvalidRequest
+from stepfusion.serving.http.previews import Preview
+from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.served_request import Result
-
-_PREVIEW = 64  # pixels of the longer side of a preview, at most
 
 
 def check_picture(engine: Engine) -> None:
-    """Refused where the engine's images are no pictures."""
+    """InvalidRequest if the engine's images have a number of channels that no picture has."""
     if engine.shape[0] not in CHANNELS:
-        raise Refused(
+        raise InvalidRequest(
             f"format must be 'npz' for this model, whose images have {engine.shape[0]} channels; "
             "pictures have 1, 3 or 4"
         )
@@ -35,65 +33,65 @@ def picture(pixels: Pixels) -> bytes:
     return encode_png(pixels[0] if len(pixels) == 1 else grid(pixels, gap=0))
 
 
-def arrays(order: Order, pixels: Pixels) -> bytes:
-    """An .npz with ``images`` uint8 [n, H, W, C], ``seeds`` uint64 [n], ``indices`` and, where the model has classes,
-    ``labels`` int64 [n].
+def arrays(request: ValidatedRequest, pixels: Pixels) -> bytes:
+    """An .npz with ``images`` uint8 [n, H, W, C], ``seeds`` uint64 [n], ``indices`` int64 [n] and, if the model has
+    classes, ``labels`` int64 [n].
     """
-    labels = {} if order.labels is None else {"labels": np.array(order.labels, np.int64)}
+    labels = {} if request.labels is None else {"labels": np.array(request.labels, np.int64)}
     buffer = io.BytesIO()
     np.savez(
         buffer,
         allow_pickle=False,
         images=pixels,
-        seeds=np.array(order.seeds, np.uint64),
-        indices=np.array(order.indices, np.int64),
+        seeds=np.array(request.seeds, np.uint64),
+        indices=np.array(request.indices, np.int64),
         **labels,
     )
     return buffer.getvalue()
 
 
-def progress(event: Event) -> bytes:
-    """The server-sent event of a step: its number, how many there are, whose, and small previews of their x0."""
-    stride = math.ceil(max(event.x0.shape[2:]) / _PREVIEW)
-    pixels = to_uint8_reference(event.x0[:, :, ::stride, ::stride]).numpy()
+def progress(preview: Preview) -> bytes:
+    """The server-sent event of a step: its number, how many steps there are, the images that did it, and their
+    pictures.
+    """
     return sent_event(
         "progress",
         {
-            "step": event.step + 1,
-            "steps": event.steps,
-            "timestep": event.timestep,
-            "images": list(event.images),
-            "previews": [_base64_png(one) for one in pixels],
+            "step": preview.step,
+            "steps": preview.steps,
+            "timestep": preview.timestep,
+            "images": list(preview.images),
+            "previews": [_base64_png(one) for one in to_uint8_reference(preview.x0).numpy()],
         },
     )
 
 
-def finished(engine: Engine, order: Order, result: Result) -> bytes:
-    """The server-sent event of a result: the images with what each is a function of, and the request's timings."""
+def finished(engine: Engine, request: ValidatedRequest, result: Result) -> bytes:
+    """The server-sent event of a result: the images, what each is a function of, and the timings of the request."""
     images = []
     for image, pixels in enumerate(result.images.numpy()):
-        facts: dict[str, Any] = {
-            "name": order.name(image),
-            "seed": order.seeds[image],
-            "index": order.indices[image],
+        described: dict[str, Any] = {
+            "name": request.name(image),
+            "seed": request.seeds[image],
+            "index": request.indices[image],
             "png": _base64_png(pixels),
         }
-        if order.labels is not None:
-            label = order.labels[image]
-            facts |= {"label": label, "class": class_name(engine, label)}
-        images.append(facts)
+        if request.labels is not None:
+            label = request.labels[image]
+            described |= {"label": label, "class": class_name(engine, label)}
+        images.append(described)
     timings = result.timings
     seconds = {"queued": timings.queued, "running": timings.running, "total": timings.total}
     return sent_event("result", {"images": images, "seconds": seconds})
 
 
 def sent_event(name: str, data: dict[str, Any]) -> bytes:
-    """One server-sent event, as the HTML standard has them."""
+    """One server-sent event, in the format of the HTML standard, section 9.2."""
     return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
 
 
 def class_name(engine: Engine, label: int) -> str | None:
-    """What a label is called; None for the one that stands for none, and where nothing has a name."""
+    """What a label is called; None for the null label, and if the classes have no names."""
     names = engine.class_names or ()
     return names[label] if label != engine.null_label and label < len(names) else None
 

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from starlette.applications import Starlette
 
 from stepfusion.engine import Engine
+from stepfusion.options import ExecutionOptions
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.app import make_app
-from stepfusion.serving.http.validation import Limits
+from stepfusion.serving.http.limits import Limits
 
 
 @dataclass(frozen=True)
 class ModelApp:
     """A model to serve.
 
-    ``engine`` are arguments of :meth:`stepfusion.Engine.from_pretrained`, ``queue`` is one of :class:`AsyncEngine`,
-    and ``max_steps``, by default the model's timesteps, is one of ``limits``.
+    Attributes:
+        model: a bundled name or a path, as :meth:`stepfusion.Engine.from_pretrained` takes it.
+        name: of the model, for people.
+        execution: where and how the model is run.
+        queue: the most images that may wait for a lane.
+        limits: of a request; their ``steps`` are replaced by ``max_steps``.
+        max_steps: of one image; by default the model's timesteps.
+        host, allowed_hosts: as for :func:`stepfusion.serving.http.app.make_app`.
     """
 
     model: str
     name: str
-    engine: dict[str, Any] = field(default_factory=dict)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     queue: int = 1024
     limits: Limits = field(default_factory=Limits)
     max_steps: int | None = None
+    host: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
 
     def make(self) -> Starlette:
         """Load the model and make its application."""
-        engine = Engine.from_pretrained(self.model, **self.engine)
+        engine = Engine.from_pretrained(self.model, **vars(self.execution))
         steps = engine.schedule.num_timesteps if self.max_steps is None else self.max_steps
         return make_app(
-            AsyncEngine(engine, queue=self.queue), limits=replace(self.limits, steps=steps), name=self.name
+            AsyncEngine(engine, queue=self.queue),
+            limits=replace(self.limits, steps=steps),
+            name=self.name,
+            host=self.host,
+            allowed_hosts=self.allowed_hosts,
         )

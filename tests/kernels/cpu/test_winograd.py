@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfusion.kernels.cpu import library, winograd
-from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.kernels.cpu.winograd import transform_weight, winograd_conv2d
 from stepfusion.kernels.cpu.winograd_matrices import F2, F4, UP, Scheme, toom_cook
 from stepfusion_testing.cpu_kernels import needs_kernel, rms, thread_counts
@@ -270,8 +269,3 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], error: type[Except
     }
     with pytest.raises(error, match=message):
         winograd_conv2d(**(right | change))
-
-
-def test_where_the_processor_cannot_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert why_not_cpu_kernels() == "this CPU has no AVX512-BF16"

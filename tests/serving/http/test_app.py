@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import itertools
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -23,8 +22,19 @@ from starlette.testclient import TestClient
 import stepfusion as sf
 from stepfusion.serving import AsyncEngine, EngineDead
 from stepfusion.serving.http.app import make_app
-from stepfusion.serving.http.validation import Limits
-from stepfusion_testing.http_service import JSON, NAMES, NAN_LABEL, NULL_LABEL, Gate, gated_engine, idle, until
+from stepfusion.serving.http.limits import Limits
+from stepfusion_testing.http_service import (
+    JSON,
+    NAMES,
+    NAN_LABEL,
+    NULL_LABEL,
+    Gate,
+    call,
+    events_of,
+    gated_engine,
+    idle,
+    until,
+)
 
 LIMITS = Limits(images=8, steps=60, evaluations=300, elements=1024, body=4096, body_seconds=0.3)
 
@@ -40,12 +50,6 @@ class Here:
 
     def events(self, **ask: Any) -> list[tuple[str, Any]]:
         return events_of(self.client.post("/v1/stream", json=ask).text)
-
-
-def events_of(text: str) -> list[tuple[str, Any]]:
-    """The server-sent events of a response, without comments."""
-    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,26 @@ def test_what_is_wrong_is_one_sentence(here: Here, ask: Any, message: str) -> No
     assert len(said) < 250
 
 
+EMPTY = [
+    {"labels": []},
+    {"seed": []},
+    {"indices": []},
+    {"guidance": []},
+    {"labels": [], "seed": [1, 2]},
+    {"n": 2, "indices": []},
+    {"guidance": [], "labels": [], "seed": [], "indices": []},
+    {"timesteps": []},
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/stream"])
+@pytest.mark.parametrize("ask", EMPTY)
+def test_an_empty_list_is_400(here: Here, path: str, ask: dict[str, Any]) -> None:
+    response = here.client.post(path, json=ask)
+    assert (response.status_code, list(response.json())) == (400, ["error"])
+    assert response.json()["error"].startswith(f"{next(name for name in ask if ask[name] == [])} must be ")
+
+
 def test_elements_are_limited() -> None:
     _, engine = gated_engine((1, 16, 16))
     service = AsyncEngine(engine)
@@ -263,33 +287,6 @@ def test_bodies_are_limited_before_and_while_they_are_read(here: Here) -> None:
     assert here.client.post("/v1/generate", content=b" " * 4097, headers=JSON).status_code == 413
     assert here.client.post("/v1/generate", content=chunks(), headers=JSON).status_code == 413
     assert here.client.post("/v1/generate", content=b" " * 4094 + b"{}", headers=JSON).status_code == 200
-
-
-def call(app: Any, path: str, body: bytes, gone: asyncio.Event | None, headers: dict[str, str] | None = None) -> Any:
-    """Call an ASGI application as a server does; ``gone``: the client leaves when it is set."""
-    started, sent = asyncio.Event(), list[dict[str, Any]]()
-    messages = [{"type": "http.request", "body": body, "more_body": gone is None}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await (gone or asyncio.Event()).wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-        started.set()
-
-    given = {"content-type": "application/json", **(headers or {})}
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-    }
-    return asyncio.ensure_future(app(scope, receive, send)), started, sent
 
 
 def test_a_declared_length_is_believed_before_anything_is_read(here: Here) -> None:
@@ -503,11 +500,19 @@ def test_the_description_has_every_path_and_describes_what_is_asked(here: Here) 
         jsonschema.Draft202012Validator.check_schema(schema)
         good = {"n": 2, "labels": ["Dog", None], "seed": 7, "guidance": 1.5}
         jsonschema.validate(good, schema)
-        for bad in ({"n": "2"}, {"nn": 2}, {"sampler": "euler"}, {"seed": -1}, {"spacing": "even"}, {"timesteps": 5}):
+        for bad in (
+            {"n": "2"},
+            {"nn": 2},
+            {"sampler": "euler"},
+            {"seed": -1},
+            {"spacing": "even"},
+            {"timesteps": 5},
+            {"labels": []},
+        ):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(bad, schema)
     described = document["paths"]["/v1/generate"]["post"]["responses"]
-    assert {"200", "400", "408", "413", "415", "429", "500", "503", "504"} == set(described)
+    assert {"200", "400", "408", "413", "415", "421", "429", "500", "503", "504"} == set(described)
 
 
 def test_nothing_is_shared_with_other_origins(here: Here) -> None:

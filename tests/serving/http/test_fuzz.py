@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 
 from stepfusion.serving import AsyncEngine
 from stepfusion.serving.http.app import make_app
-from stepfusion.serving.http.validation import Limits, PictureAsk
+from stepfusion.serving.http.limits import Limits
+from stepfusion.serving.http.requests import PictureRequest
 from stepfusion_testing.http_service import JSON, gated_engine, idle, until
 
 ROUNDS = 400
@@ -40,7 +41,7 @@ ODD: tuple[Any, ...] = (
     *([], [[]], [None], {}, {"n": 1}, [1, "2"], [1e999], [2**64], [True], "🦉", [[[]]]),
 )
 ACCEPTED = [("guidance", 1.5), ("labels", [None]), ("priority", -1), ("deadline_s", 1.5), ("eta", 1.5)]
-WRONG = [(name, odd) for name in PictureAsk.model_fields for odd in ODD if (name, odd) not in ACCEPTED]
+WRONG = [(name, odd) for name in PictureRequest.model_fields for odd in ODD if (name, odd) not in ACCEPTED]
 
 
 def wrong_fields(rng: random.Random) -> bytes:

@@ -24,7 +24,7 @@ import httpx2
 
 import stepfusion as sf
 from stepfusion.commands.main import main
-from stepfusion.serving import stopping
+from stepfusion.serving.http import stopping
 from stepfusion_testing.http_service import JSON, Served, served, until
 from stepfusion_testing.tiny_model import save_tiny_model
 
@@ -159,6 +159,9 @@ def test_handlers_come_back() -> None:
         (["--local", "--port", "70000"], "--port must be in"),
         (["--local", "--queue", "0"], "--queue must be in [1, "),
         (["--local", "--max-body", "-1"], "--max-body must be in"),
+        (["--local", "--max-previews", "0"], "--max-previews must be in [1, "),
+        (["--local", "--max-priority", "-1"], "--max-priority must be in [0, 1000], got -1"),
+        (["--local", "--max-priority", "1001"], "--max-priority must be in [0, 1000], got 1001"),
         (["--local", "--drain", "nan"], "--drain must be a finite number of at least 0, got nan"),
     ],
 )
@@ -187,9 +190,9 @@ def test_what_is_not_installed_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from stepfusion.serving import serve_cli
+    from stepfusion.commands import serve
 
-    monkeypatch.setattr(serve_cli, "find_spec", lambda name: None if name == absent else True)
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == absent else True)
     assert main(["serve", "fashion-mnist", *arguments]) == 1
     assert capsys.readouterr().err == f"stepfusion: {message}\n"
 

@@ -1,0 +1,264 @@
+"""Loads and stores, shuffles and matrices: what passes between threads and memory, or between threads of a warp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stepfusion.bench.ptx.memory import GlobalMemory, SharedMemory
+from stepfusion.bench.ptx.opcodes import Step
+from stepfusion.bench.ptx.program import Address, Instruction
+from stepfusion.bench.ptx.registers import Registers
+from stepfusion.bench.ptx.types import TYPES, Array, Fault, Lanes, bits
+
+WARP = 32
+
+#: Modifiers that change what is cached, or how accesses are ordered between threads, and no value that one reads.
+_HINTS = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "relaxed", "cta", "gpu", "sys"} | {
+    f"L{level}::{hint}"
+    for level in (1, 2)
+    for hint in (
+        *("evict_first", "evict_last", "evict_normal", "evict_unchanged"),
+        *("no_allocate", "cache_hint", "64B", "128B", "256B"),
+    )
+}
+_SPACES = ("param", "global", "shared")
+
+
+@dataclass(frozen=True)
+class Access:
+    """One access of some threads, for the search for races.
+
+    Attributes:
+        lanes: the threads [n]. blocks: their blocks, of the whole launch. addresses: of each one's first byte.
+        barriers: how many bar.sync lie before it. fences: how many bar.warp.sync, of each. content: bytes [n, width].
+    """
+
+    space: str
+    write: bool
+    lanes: Array
+    blocks: Array
+    addresses: Array
+    barriers: int
+    fences: Array
+    content: Array
+    where: str
+
+
+@dataclass
+class Threads:
+    """The threads of some blocks that run together, and the memory that they share.
+
+    Attributes:
+        block: of each thread, counted from 0. first_block: of the launch. barriers: that the threads which run now
+            have passed. fences: bar.warp.sync that each has passed. where: the source of the instruction that runs.
+        log: accesses, or None to keep none.
+    """
+
+    registers: Registers
+    memory: GlobalMemory
+    shared: SharedMemory
+    parameters: dict[str, int]
+    block: Array
+    first_block: int = 0
+    barriers: int = 0
+    where: str = ""
+    log: list[Access] | None = None
+    fences: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fences = np.zeros(len(self.block), np.int64)
+
+    def lanes(self, lanes: Lanes) -> Array:
+        """The lanes as indices."""
+        return np.arange(len(self.block)) if lanes is None else lanes
+
+    def load(self, space: str, addresses: Array, size: int, count: int, lanes: Array) -> tuple[Array, Array | None]:
+        """Values and holes, [lanes, count]."""
+        if space == "shared":
+            values, holes = self.shared.read(addresses, self.block[lanes], size, count)
+        else:
+            values, holes = self.memory.access(addresses, size, count), None
+        self._note(space, False, addresses, values, lanes)
+        return values, holes
+
+    def store(self, space: str, addresses: Array, values: Array, holes: Array | None, lanes: Array) -> None:
+        """Write values [lanes, count]; to shared memory with their holes."""
+        if space == "shared":
+            self.shared.write(addresses, self.block[lanes], values, holes)
+        elif holes is not None:
+            raise Fault(f"{int((holes != 0).any(1).sum())} stores of what depends on registers that nobody wrote")
+        else:
+            self.memory.access(addresses, values.itemsize, values.shape[1], values)
+        self._note(space, True, addresses, values, lanes)
+
+    def _note(self, space: str, write: bool, addresses: Array, values: Array, lanes: Array) -> None:
+        if self.log is not None:
+            blocks = self.block[lanes] + self.first_block
+            content = np.ascontiguousarray(values).view("u1").reshape(len(lanes), -1)
+            access = (lanes, blocks, addresses, self.barriers, self.fences[lanes], content, self.where)
+            self.log.append(Access(space, write, *access))
+
+
+def compile_access(threads: Threads, instruction: Instruction) -> Step:
+    """ld and st of global, shared and parameter memory."""
+    base, *parts = instruction.op.split(".")
+    kinds = [p for p in parts if p in TYPES]
+    words = [p for p in parts if p not in TYPES]
+    spaces = [w for w in words if w in _SPACES]
+    vectors = [w for w in words if w in ("v2", "v4", "v8")]
+    hints = set(words) - {*spaces, *vectors}
+    if len(spaces) != 1 or len(kinds) != 1 or len(vectors) > 1:
+        raise Fault("a generic address, or an unknown form")
+    if unknown := hints - _HINTS:
+        raise Fault(f"unknown {', '.join(sorted(unknown))}")
+    operands = instruction.args[: 2 + ("L2::cache_hint" in hints)]
+    moved, address = (operands[1], operands[0]) if base == "st" else (operands[0], operands[1])
+    registers = moved if isinstance(moved, tuple) else (moved,)
+    fits = len(registers) == int(vectors[0][1:] if vectors else 1) and len(operands) == len(instruction.args)
+    if not isinstance(address, Address) or not fits:
+        raise Fault("operands that do not fit")
+    if spaces[0] == "param":
+        return _parameter(threads, base, kinds[0], registers, address)
+    compiled = _store if base == "st" else _load
+    return compiled(threads, spaces[0], kinds[0], registers, address)
+
+
+def _parameter(threads: Threads, base: str, kind: str, registers: Sequence[object], address: Address) -> Step:
+    if address.offset or base == "st" or len(registers) != 1 or address.base not in threads.parameters:
+        raise Fault("unknown parameter")
+    bits_of_it = np.array([threads.parameters[address.base]], "u8")
+    value, target = bits_of_it.view(TYPES[kind])[:1], threads.registers.target(registers[0], kind)
+    return lambda lanes: target.write(lanes, value, None)
+
+
+def _addresses(threads: Threads, address: Address) -> Callable[[Array], Array]:
+    """The addresses of lanes, uint64."""
+    base = threads.registers.source(address.base, threads.registers.width(address.base))
+    offset = np.uint64(address.offset % 2**64)
+
+    def read(lanes: Array) -> Array:
+        if base.holes(lanes) is not None:
+            raise Fault("an address that depends on what nobody wrote")
+        return np.broadcast_to(base.read(lanes), lanes.shape).astype(np.uint64) + offset
+
+    return read
+
+
+def _load(threads: Threads, space: str, kind: str, registers: Sequence[object], address: Address) -> Step:
+    addresses, dtype = _addresses(threads, address), TYPES[kind]
+    targets = [threads.registers.target(register, kind) for register in registers]
+
+    def step(lanes: Lanes) -> None:
+        who = threads.lanes(lanes)
+        values, holes = threads.load(space, addresses(who), dtype.itemsize, len(targets), who)
+        for i, target in enumerate(targets):
+            column = np.ascontiguousarray(values[:, i]).view(dtype)
+            target.write(lanes, column, None if holes is None else holes[:, i])
+
+    return step
+
+
+def _store(threads: Threads, space: str, kind: str, registers: Sequence[object], address: Address) -> Step:
+    addresses = _addresses(threads, address)
+    sources = [threads.registers.source(register, bits(kind)) for register in registers]
+
+    def step(lanes: Lanes) -> None:
+        who = threads.lanes(lanes)
+        values = np.stack([np.broadcast_to(source.read(who), who.shape) for source in sources], axis=1)
+        found = [source.holes(who) for source in sources]
+        holes = None
+        if any(hole is not None for hole in found):
+            holes = np.stack([np.zeros(who.shape, values.dtype) if hole is None else hole for hole in found], axis=1)
+        threads.store(space, addresses(who), values, holes, who)
+
+    return step
+
+
+def compile_shuffle(threads: Threads, instruction: Instruction) -> Step:
+    """shfl.sync, by all lanes of a warp: up, down, bfly and idx, in segments."""
+    words = instruction.op.split(".")[1:]
+    if words[:1] != ["sync"] or words[2:] != ["b32"] or words[1] not in _SOURCES or len(instruction.args) != 5:
+        raise Fault("unknown shuffle")
+    how, (out, *operands) = words[1], instruction.args
+    value, by, limit, members = (threads.registers.source(operand, "b32") for operand in operands)
+    target = threads.registers.target(out, "b32")
+
+    def step(lanes: Lanes) -> None:
+        who = _whole_warps(threads, lanes)
+        if (members.read(who) != 0xFFFFFFFF).any() or any(s.holes(who) is not None for s in (by, limit, members)):
+            raise Fault("a shuffle whose lanes are not all named, or depend on what nobody wrote")
+        lane = who % WARP
+        offset, clamp = (np.broadcast_to(s.read(who), lane.shape).astype(np.int64) for s in (by, limit))
+        places = np.arange(len(who)) - lane + _source_lane(how, lane, offset & 31, clamp)
+        hole = value.holes(who)
+        shuffled = np.broadcast_to(value.read(who), who.shape)[places]
+        target.write(lanes, shuffled, None if hole is None else np.broadcast_to(hole, who.shape)[places])
+
+    return step
+
+
+_SOURCES = ("up", "down", "bfly", "idx")
+
+
+def _source_lane(how: str, lane: Array, offset: Array, clamp: Array) -> Array:
+    """The lane from which each lane reads; its own if that one lies outside its segment (PTX manual, shfl.sync)."""
+    segment = clamp >> 8 & 31
+    lowest, last = lane & segment, (lane & segment) | (clamp & 31 & ~segment)
+    if how == "up":
+        source = lane - offset
+        return np.where(source >= last, source, lane)
+    source = {"down": lane + offset, "bfly": lane ^ offset, "idx": lowest | (offset & ~segment)}[how]
+    return np.where(source <= last, source, lane)
+
+
+def _whole_warps(threads: Threads, lanes: Lanes) -> Array:
+    """The lanes, in order.
+
+    Raises:
+        Fault: not all lanes of a warp are there.
+    """
+    who = threads.lanes(lanes)
+    if len(who) % WARP or (who.reshape(-1, WARP) != who[::WARP, None] + np.arange(WARP)).any() or who[0] % WARP:
+        raise Fault("a shuffle or a matrix that not all lanes of a warp reach")
+    return who
+
+
+def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
+    """ldmatrix and stmatrix of 8 x 8 elements of 16 bits.
+
+    Row r of matrix k lies at the address of lane 8 k + r, in the k-th register of lanes 4 r .. 4 r + 3, two elements
+    each.
+    """
+    base, *words = instruction.op.split(".")
+    load = base == "ldmatrix"
+    operands = instruction.args if load else instruction.args[::-1]
+    registers, address = operands if len(operands) == 2 else ((), None)
+    if not isinstance(registers, tuple) or not isinstance(address, Address):
+        raise Fault("unknown matrix")
+    if words != ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"]:
+        raise Fault("unknown matrix")
+    addresses = _addresses(threads, address)
+    targets = [threads.registers.target(register, "b32") for register in registers if load]
+    sources = [threads.registers.source(register, "b32") for register in registers if not load]
+
+    def rows(who: Array, k: int) -> tuple[Array, Array]:
+        """The addresses of matrix ``k``, and the lanes that give them."""
+        where, givers = (v.reshape(-1, WARP)[:, 8 * k : 8 * k + 8].reshape(-1) for v in (addresses(who), who))
+        return where, givers
+
+    def step(lanes: Lanes) -> None:
+        who = _whole_warps(threads, lanes)
+        for k, target in enumerate(targets):
+            where, givers = rows(who, k)
+            values, holes = threads.load("shared", where, 4, 4, givers)
+            target.write(lanes, values.reshape(-1), None if holes is None else holes.reshape(-1))
+        for k, source in enumerate(sources):
+            where, givers = rows(who, k)
+            hole = source.holes(who)
+            values = np.broadcast_to(source.read(who), who.shape).reshape(-1, 4)
+            threads.store("shared", where, values, None if hole is None else hole.reshape(-1, 4), givers)
+
+    return step

@@ -1,0 +1,182 @@
+"""The launches that the machine-code bench looks at: every kernel as the engine and the networks launch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from stepfusion import kernels
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch to look at: for sm_90, or for every target."""
+
+    name: str
+    launch: Callable[[], object]
+    every_target: bool = False
+
+
+def _int64(lanes: int) -> torch.Tensor:
+    return torch.zeros(lanes, dtype=torch.int64)
+
+
+def _noise(how: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    if how == "drawn":
+        return {"seeds": _int64(len(x)), "indices": _int64(len(x))}
+    return {"noise": torch.zeros(x.shape)} if how == "given" else {}
+
+
+def step(
+    dtype: torch.dtype = torch.bfloat16,
+    noise: str = "none",
+    *,
+    shape: tuple[int, ...] = (2, 1, 64, 64),
+    learned: bool = False,
+    guidance: bool = False,
+    copies: int = 1,
+    x0: bool = False,
+    known: bool = False,
+) -> Variant:
+    """A launch of the table walker, in place and with flags, as the engine makes it."""
+
+    def launch() -> None:
+        lanes = shape[0]
+        x = torch.zeros(shape)
+        out = torch.zeros((lanes, (1 + learned) * shape[1], *shape[2:]), dtype=dtype)
+        extra: dict[str, torch.Tensor] = _noise(noise, x)
+        if guidance:
+            extra |= {"out_uncond": torch.zeros_like(out), "guidance": torch.ones(lanes)}
+        if copies:
+            extra["x_net"] = torch.zeros((copies * lanes, *shape[1:]), dtype=dtype)
+        if x0:
+            extra["x0"] = torch.zeros_like(x)
+        if known:
+            extra["known"] = torch.zeros_like(x)
+        table, timesteps = torch.zeros(50, len(kernels.COLUMNS)), _int64(50)
+        kernels.diffusion_step(x, out, _int64(lanes), table, timesteps, x_next=x, flags=_int64(lanes), **extra)
+
+    words = [_shape(shape), _name(dtype), f"noise {noise}"]
+    words += [word for word, on in (("learned", learned), ("guided", guidance), ("x0", x0), ("known", known)) if on]
+    return Variant(", ".join([*words, f"{copies} copies"]), launch)
+
+
+def _forward(dtype: torch.dtype, noise: str, shape: tuple[int, ...] = (2, 1, 64, 64)) -> Variant:
+    def launch() -> None:
+        x, table = torch.zeros(shape, dtype=dtype), torch.zeros(1000)
+        kernels.q_sample(x, _int64(len(x)), table, table, **_noise(noise, x))
+
+    return Variant(f"{_shape(shape)}, {_name(dtype)}, noise {noise}", launch)
+
+
+def _posterior(dtype: torch.dtype, shape: tuple[int, ...] = (2, 1, 64, 64)) -> Variant:
+    def launch() -> None:
+        x, table = torch.zeros(shape, dtype=dtype), torch.zeros(1000)
+        kernels.q_posterior_mean_variance(x, x, _int64(len(x)), table, table, table, table)
+
+    return Variant(f"{_shape(shape)}, {_name(dtype)}", launch)
+
+
+def _normal(shape: tuple[int, ...], stream: int) -> Variant:
+    lanes = _int64(shape[0])
+    return Variant(
+        f"{_shape(shape)}, stream {stream}", lambda: kernels.normal(lanes, lanes, lanes, shape[1:], stream)
+    )
+
+
+def _pixels(dtype: torch.dtype, shape: tuple[int, ...]) -> Variant:
+    return Variant(f"{_shape(shape)}, {_name(dtype)}", lambda: kernels.to_uint8(torch.zeros(shape, dtype=dtype)))
+
+
+def _group_norm(
+    dtype: torch.dtype,
+    size: int,
+    channels: int,
+    skip: int = 0,
+    groups: int = 32,
+    *,
+    modulated: bool = False,
+    silu: bool = True,
+) -> Variant:
+    """A launch as in a residual block, on images of size x size; modulated: with time, scale and shift."""
+
+    def launch() -> None:
+        x, other = (
+            torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for c in (channels, skip)
+        )
+        parameters = torch.zeros(channels + skip, dtype=dtype)
+        projections = torch.zeros(2, 4 * len(parameters), dtype=dtype).chunk(4, dim=1)
+        extra = dict(zip(("time", "scale", "shift"), projections, strict=False)) if modulated else {}
+        kernels.group_norm_silu(
+            x, parameters, parameters, groups, 1e-6, skip=other if skip else None, silu=silu, **extra
+        )
+
+    words = [f"{size}x{size}", f"{channels}+{skip} channels" if skip else f"{channels} channels", _name(dtype)]
+    words += [word for word, on in (("modulated", modulated), ("no silu", not silu)) if on]
+    return Variant(", ".join(words), launch)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def variants() -> list[Variant]:
+    """Every kind of launch: dtypes, sources of noise, optional arguments, large, small, ragged and single lanes."""
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    noises = ("none", "given", "drawn")
+    large, fashion, cifar, ragged = (2, 1, 64, 64), (2, 1, 28, 28), (2, 3, 32, 32), (2, 1, 65, 80)
+    everywhere = [
+        step(brain, "none"),
+        step(brain, "drawn"),
+        step(brain, "drawn", shape=fashion),
+        step(brain, "drawn", learned=True),
+        _forward(brain, "drawn"),
+        _posterior(brain),
+        _normal(large, kernels.STREAM_INITIAL),
+        *(_pixels(single, (2, channels, 64, 64)) for channels in (1, 3, 4)),
+        _group_norm(brain, 256, 128),
+        _group_norm(brain, 128, 256, 128),
+        _group_norm(brain, 16, 256, modulated=True),
+    ]
+    return [replace(variant, every_target=True) for variant in everywhere] + [
+        step(brain, "given"),
+        *(step(dtype, noise) for dtype in (half, single) for noise in noises),
+        *(step(brain, noise, shape=fashion) for noise in noises[:2]),
+        *(step(brain, noise, shape=ragged) for noise in noises),
+        step(brain, "drawn", shape=cifar),
+        step(brain, "drawn", shape=(1, 3, 64, 64)),
+        step(half, "none", shape=(1, 1, 1, 1)),
+        step(brain, "given", learned=True, guidance=True, copies=2, x0=True),
+        step(brain, "drawn", guidance=True, copies=2),
+        step(brain, "none", copies=0),
+        step(single, "none", copies=0, x0=True),
+        step(brain, "none", x0=True),
+        step(brain, "drawn", known=True),
+        step(brain, "given", known=True),
+        step(single, "drawn", x0=True, known=True),
+        _forward(brain, "given"),
+        *(_forward(dtype, noise) for dtype in (half, single) for noise in noises[1:]),
+        _forward(brain, "drawn", fashion),
+        *(_posterior(dtype) for dtype in (half, single)),
+        _posterior(brain, fashion),
+        _normal(fashion, kernels.STREAM_STEP),
+        _pixels(brain, large),
+        _pixels(single, (2, 2, 64, 64)),
+        _pixels(single, cifar),
+        *(_group_norm(dtype, 32, 128) for dtype in (half, brain, single)),
+        _group_norm(brain, 64, 512, 512),
+        _group_norm(brain, 64, 512, 256),
+        _group_norm(single, 128, 256, 128),
+        _group_norm(half, 16, 512, 256),
+        _group_norm(brain, 32, 256, modulated=True),
+        _group_norm(brain, 4, 256, silu=False),
+        _group_norm(brain, 14, 256, 128),
+        _group_norm(brain, 256, 500, groups=125),
+    ]

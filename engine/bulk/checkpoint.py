@@ -1,0 +1,61 @@
+"""The model of a job: a process reads it once, and the digest of what it read is how a job knows its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.checkpoints.diffusers_directory import Pretrained
+from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
+from stepfusion.checkpoints.load import load_model, network_config
+from stepfusion.engine import Engine
+from stepfusion.options import ExecutionOptions
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was read.
+
+    Attributes:
+        source: what names it: a bundled model, a model directory or a ``.pt`` file.
+        model: what is in it.
+    """
+
+    source: str
+    model: Pretrained | GuidedDiffusionModel
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of every weight's name, dtype, shape and value, and of all configs.
+
+        The layout of the directory and of its files does not count.
+        """
+        digest, model = hashlib.sha256(), self.model
+        configs = [network_config(model.network), model.scheduler_config, model.class_names, model.null_label]
+        digest.update(json.dumps(configs, sort_keys=True).encode())
+        for name, tensor in sorted(model.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def address(self) -> str:
+        """What names it to processes that run elsewhere: the bundled model, or an absolute path."""
+        return self.source if self.source in bundled_models() else str(Path(self.source).absolute())
+
+    def engine(self, execution: ExecutionOptions) -> Engine:
+        """An engine of this model."""
+        return Engine.from_pretrained(self.model, **vars(execution))
+
+
+def read_checkpoint(source: str) -> Checkpoint:
+    """Read and check a bundled model, a model directory or a ``.pt`` file.
+
+    Raises:
+        CheckpointError: what is missing or wrong.
+    """
+    return Checkpoint(source, load_model(source))

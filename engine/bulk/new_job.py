@@ -1,0 +1,94 @@
+"""A new job: what somebody asks for, checked against the model, becomes the entries of job.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepfusion.bulk.checkpoint import Checkpoint
+from stepfusion.bulk.job import DEFAULT_UNIT, Job
+from stepfusion.bulk.labels import labels_digest
+from stepfusion.bulk.shards import FORMATS
+from stepfusion.files.images import CHANNELS
+from stepfusion.lanes.request import make_request
+from stepfusion.model_spec import ModelSpec
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.table_request import TableRequest
+
+
+def make_job(
+    checkpoint: Checkpoint,
+    request: TableRequest,
+    *,
+    num: int,
+    first_index: int = 0,
+    seed: int = 0,
+    classes: Sequence[int] | None = None,
+    labels: NDArray[np.int64] | None = None,
+    guidance: float | None = None,
+    format: str = "webdataset",
+    unit: int = DEFAULT_UNIT,
+    mark: str = "",
+) -> Job:
+    """The job that makes ``num`` images of a model.
+
+    Args:
+        checkpoint: the model.
+        request: how the sampler's table is made.
+        num, first_index, seed, classes, guidance, format, unit: as :class:`stepfusion.bulk.Job` has them.
+        labels: int64 [num], one for each image, in place of ``classes``.
+        mark: what stands before the names of arguments in messages, "--" in a command.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    spec = checkpoint.model.spec
+    table = request.of(spec)
+    first_label = classes[0] if classes else None if labels is None else int(labels[0])
+    make_request(spec, 1, table, {"labels": first_label, "guidance": guidance})  # checks the label and the guidance
+    if FORMATS[format].picture and spec.shape[0] not in CHANNELS:
+        raise ValueError(
+            f"{mark}format {format} needs images of 1, 3 or 4 channels, and this model's have {spec.shape[0]}: "
+            f"use {mark}format npz"
+        )
+    return Job(
+        model=checkpoint.digest,
+        table=_described(request, spec, table),
+        table_sha256=table_digest(table),
+        shape=spec.shape,
+        num=num,
+        first_index=first_index,
+        seed=seed,
+        classes=None if classes is None else tuple(classes),
+        labels_sha256=None if labels is None else labels_digest(labels),
+        guidance=guidance,
+        format=format,
+        unit=unit,
+    )
+
+
+def table_digest(table: StepTable) -> str:
+    """SHA-256 of a sampler's rows and of everything else that a table says."""
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if isinstance(value, NoiseSchedule):
+            value = value.betas
+        digest.update(f"{field.name} ".encode())
+        digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def _described(request: TableRequest, spec: ModelSpec, table: StepTable) -> str:
+    """The sampler with its steps, and how these were chosen if that is not the model's own way."""
+    how = [table.name, f"{len(table)} steps"]
+    if request.timesteps is not None:
+        how.append(f"timesteps {request.timesteps}")
+    elif request.spacing not in (None, spec.options.get("spacing")):
+        how.append(f"spacing {request.spacing}")
+    return ", ".join(how)

@@ -1,0 +1,113 @@
+"""The forward process of a schedule: q(x_t | x_0), its posterior, and the changes between x_0, eps and v."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from stepfusion import _checks
+from stepfusion.diffusion.memo import Memo
+from stepfusion.diffusion.noise_source import NoiseSource
+from stepfusion.diffusion.schedule_tables import POSTERIOR, ScheduleTables
+from stepfusion.execution.plan import BACKENDS, make_plan
+from stepfusion.samplers.schedule import NoiseSchedule
+
+
+class BackendOps:
+    """The functions of a backend: for each device the fused ones or the reference, under the same names."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = _checks.choice("backend", backend, BACKENDS)
+        self._memo = Memo()
+
+    def on(self, device: torch.device) -> ModuleType:
+        """The module whose functions run on this device."""
+        return self._memo.get(device, lambda: make_plan(device, "float32", self.backend, "eager").ops)
+
+
+class ForwardProcess:
+    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), and what follows from it (Ho et al. 2020, equation 4).
+
+    Args:
+        schedule: the noise schedule.
+        backend: "auto", "triton" or "reference", decided for each tensor's device.
+
+    Attributes:
+        tables: the schedule's tables, float32 on each device.
+        ops: the functions that compute on each device.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, *, backend: str = "auto") -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        self.schedule = schedule
+        self.tables = ScheduleTables(schedule)
+        self.ops = BackendOps(backend)
+        self.backend = backend
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.schedule.num_timesteps
+
+    def q_mean_variance(
+        self, x_start: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean [B, ...], variance and log variance [B, 1, ...], float32, of q(x_t | x_0).
+
+        Source: Ho et al. 2020, equation 4.
+        """
+        mean = self.tables.at("sqrt_alphas_cumprod", t, x_start) * x_start.to(torch.float32)
+        scale = self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return mean, scale**2, self.tables.at("log_one_minus_alphas_cumprod", t, x_start)
+
+    def q_sample(
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        *,
+        seeds: torch.Tensor | None = None,
+        indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x_t ~ q(x_t | x_0), in the dtype of x_start.
+
+        From the given noise [B, ...], or the counter-based noise of (seeds, t, indices).
+        """
+        return diffuse(self, x_start, t, NoiseSource(noise, seeds, indices))[0]
+
+    def q_posterior_mean_variance(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean [B, ...], variance and clipped log variance [B, 1, ...] of q(x_{t-1} | x_t, x_0).
+
+        Source: Ho et al. 2020, equations 6 and 7.
+        """
+        self.tables.check(t, x_t, "x_t")
+        tables = self.tables.on(x_t.device, *POSTERIOR)
+        return self.ops.on(x_t.device).q_posterior_mean_variance(x_start, x_t, t, *tables)  # type: ignore[no-any-return]
+
+    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x0 = x_t / sqrt(abar) - sqrt(1 / abar - 1) eps, float32 [B, ...]."""
+        scaled = self.tables.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
+        return scaled - self.tables.at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise.to(torch.float32)
+
+    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """x0 = sqrt(abar) x_t - sqrt(1 - abar) v, float32 [B, ...] (Salimans & Ho 2022, appendix D)."""
+        scaled = self.tables.at("sqrt_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
+        return scaled - self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_t) * v.to(torch.float32)
+
+    def predict_eps_from_x0(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """eps = (x_t / sqrt(abar) - x0) / sqrt(1 / abar - 1), float32 [B, ...]."""
+        scaled = self.tables.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
+        return (scaled - x0.to(torch.float32)) / self.tables.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+
+def diffuse(
+    process: ForwardProcess, x_start: torch.Tensor, t: torch.Tensor, source: NoiseSource
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t ~ q(x_t | x_0) in the dtype of x_start, and the eps that made it: as it was given, or drawn in float32."""
+    process.tables.check(t, x_start, "x_start")
+    tables = process.tables.on(t.device, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    return process.ops.on(t.device).q_sample(x_start, t, *tables, **source._asdict())  # type: ignore[no-any-return]

@@ -1,0 +1,44 @@
+"""What clients are told of the model and of the engine that serves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import stepfusion
+from stepfusion.engine import Engine
+from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
+from stepfusion.samplers.timesteps import ALL_SPACINGS
+from stepfusion.serving.async_engine import AsyncEngine
+from stepfusion.serving.http.limits import Limits
+from stepfusion.serving.http.messages import class_name
+
+
+def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
+    """What a client must know to make a sensible request; ``name`` is the model's, for people."""
+    return {
+        "name": name,
+        "version": stepfusion.__version__,
+        "shape": list(engine.shape),
+        "classes": _classes(engine),
+        "null_label": engine.null_label,
+        "guidance": engine.null_label is not None,
+        "samplers": list(OFFERED),
+        "eta": SAMPLERS_WITH_ETA,
+        "spacings": list(ALL_SPACINGS),
+        "timesteps": engine.schedule.num_timesteps,
+        "prediction": engine.prediction,
+        "invariant": engine.invariant,
+        "device": str(engine.plan.device),
+        "limits": vars(limits),
+    }
+
+
+def engine_status(service: AsyncEngine) -> dict[str, Any]:
+    """The state of an engine, the images that wait, and its lanes, busy ones and all."""
+    status = service.status
+    return {"state": status.state, "waiting": status.waiting, "busy": status.busy, "lanes": status.lanes}
+
+
+def _classes(engine: Engine) -> list[dict[str, Any]]:
+    labels = [label for label in range(engine.num_classes or 0) if label != engine.null_label]
+    return [{"label": label, "name": class_name(engine, label)} for label in labels]

@@ -1,0 +1,128 @@
+"""The JSON of an HTTP request: its fields, how each is parsed, and one sentence if one is wrong.
+
+A sampling option reaches HTTP by being a field of :class:`GenerateRequest` under its name in
+:class:`stepfusion.options.SamplingOptions` or :class:`stepfusion.samplers.table_request.TableRequest`, and is passed
+on by that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Self, TypeGuard, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from stepfusion.options import SamplingOptions
+from stepfusion.samplers.table_request import TableRequest
+from stepfusion.samplers.timesteps import ALL_SPACINGS
+from stepfusion.serving.http.errors import InvalidRequest, shown
+
+_MAX_SEED = (1 << 64) - 1
+_MAX_INDEX = (1 << 32) - 1
+
+_Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
+_Index = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
+_Label = int | str | None
+T = TypeVar("T")
+_PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask for no image
+
+#: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors of an image's size.
+TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise"})
+_TABLE_OPTIONS = tuple(field.name for field in fields(TableRequest))
+_IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in _TABLE_OPTIONS)
+
+
+class GenerateRequest(BaseModel):
+    """Images to make. Everything has a default; an image is a function of model, sampler, seed, index and label."""
+
+    # building at import would look for plugins in every installed package
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
+
+    n: int | None = Field(None, ge=1, description="an integer of at least 1")
+    sampler: str = Field("ddim", description="the name of a sampler")
+    steps: int | None = Field(None, ge=1, description="an integer of at least 1")
+    eta: float | None = Field(None, description="a finite number")
+    spacing: str | None = Field(
+        None, pattern=f"^({'|'.join(ALL_SPACINGS)})$", description=f"one of {', '.join(map(repr, ALL_SPACINGS))}"
+    )
+    timesteps: list[_Index] | None = Field(
+        None, description="a list of integers from 0 on, each smaller than the one before"
+    )
+    guidance: float | _PerImage[float] | None = Field(
+        None, description="a finite number, or a list of one for each image"
+    )
+    labels: _Label | _PerImage[_Label] = Field(
+        None, description="a class's number or name, null for none, or a list of one for each image"
+    )
+    seed: _Seed | _PerImage[_Seed] = Field(
+        0, description="an integer from 0 to 2**64 - 1, or a list of one for each image"
+    )
+    indices: _PerImage[_Index] | None = Field(
+        None, description="a list of integers from 0 to 2**32 - 1, one for each image"
+    )
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="an integer from -1000 to 1000, of which higher ones get lanes first"
+    )
+    deadline_s: float | None = Field(None, description="the seconds after which the images are of no use")
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """The request that a JSON body holds.
+
+        InvalidRequest if it holds none, or a field that is unknown or of a wrong type or size.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise InvalidRequest(cls._sentence(error.errors(include_url=False)[0])) from None
+
+    @classmethod
+    def _sentence(cls, error: ErrorDetails) -> str:
+        if error["type"] == "json_invalid":
+            return f"the body is not JSON: {error['ctx']['error']}"
+        if not error["loc"]:
+            return f"the body must be a JSON object, got {shown(error['input'])}"
+        name = str(error["loc"][0])
+        if name not in cls.model_fields:
+            return f"unknown field {shown(name)}; accepted are {', '.join(cls.model_fields)}"
+        return f"{name} must be {cls.model_fields[name].description}, got {shown(error['input'])}"
+
+    @property
+    def table_request(self) -> TableRequest:
+        """The sampler that was asked for, and its options."""
+        return TableRequest(**self._given(_TABLE_OPTIONS))
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """The sampling options that were given beside the sampler's own, by their names."""
+        return self._given(_IMAGE_OPTIONS)
+
+    @property
+    def count(self) -> int:
+        """How many images: ``n``, or as many as the last declared option that is a list has entries, or 1."""
+        lengths = [len(value) for value in self.image_options.values() if is_list(value)]
+        return self.n if self.n is not None else (lengths or [1])[-1]
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        """The fields of these names that have a value, in the order of their declaration."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class PictureRequest(GenerateRequest):
+    """Images to make, and how to send them."""
+
+    format: str = Field("png", pattern="^(png|npz)$", description="'png' or 'npz'")
+
+
+class StreamRequest(GenerateRequest):
+    """Images to make, and how often to tell of them."""
+
+    every: int | None = Field(None, ge=1, le=_MAX_INDEX, description="an integer of at least 1, in steps")
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether an option has one value for each image."""
+    return isinstance(value, Sequence) and not isinstance(value, str)

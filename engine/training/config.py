@@ -1,0 +1,212 @@
+"""What a small diffusion model is and how it is trained: one configuration, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from stepfusion import _checks
+from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
+from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.training.datasets import ImageDataset
+
+SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {
+    "linear": ("linear", NoiseSchedule.linear),
+    "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine),
+    "course": ("linear", partial(NoiseSchedule.linear, scaled=False)),
+}
+NETWORKS = ("unet2d", "context")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# May differ between a run and its continuation; everything else must be equal.
+RESUMABLE = frozenset(
+    {"steps", "microbatch", "learning_rate", "warmup_steps", "ema_decay", "precision", "save_every", "log_every"}
+)
+_POSITIVE = (
+    "steps",
+    "batch_size",
+    "microbatch",
+    "features",
+    "layers_per_block",
+    "head_dim",
+    "norm_groups",
+    "save_every",
+    "log_every",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how.
+
+    Attributes:
+        steps: optimiser steps in all; the learning rate reaches its end there.
+        batch_size: images a step, at most as many as the data set has.
+        microbatch: images that go through the network together; their gradients are summed in a fixed order, so the
+            result depends on this number (by rounding) and on no count of workers.
+        network: "unet2d" (`UNet2D`) or "context" (`ContextUNet`, whose contexts are the classes; it has no use for
+            the next five fields).
+        features: of the context UNet.
+        channels: of each level of the UNet; each level halves height and width.
+        layers_per_block: residual blocks a level (one more on the way up).
+        attention_levels: levels that attend, counted from 0; the lowest part of the network always attends.
+        head_dim: channels of one attention head.
+        norm_groups: groups of every GroupNorm; divides every entry of `channels`.
+        prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
+        schedule: "cosine" (Nichol & Dhariwal 2021), "linear" (Ho et al. 2020), or "course": the same betas, from 1e-4
+            to 0.02 whatever T is. The course on sprites counts t from 1 to 500 in 501 of them; here t = 0, whose
+            beta it passes over, is a timestep too, so that its 1 .. 500 are ours with ``train_timesteps=501``.
+        train_timesteps: T of the schedule.
+        learning_rate: the highest one, after `warmup_steps` of linear warm-up; then a cosine down to zero.
+        weight_decay: of AdamW, on weights of two and more dimensions.
+        grad_clip: largest norm of the gradient.
+        ema_decay: of the moving average that is exported; it warms up as ``min(ema_decay, (1 + k) / (10 + k))``.
+        label_dropout: probability that a label is replaced by the null label (Ho & Salimans 2022).
+        flip: mirror half of the images.
+        seed: of weights, data order, timesteps, noise and label dropout.
+        precision: of the network's arithmetic, float32 for the context UNet; weights, moments, loss and moving
+            average are always float32.
+        save_every: steps between two saved states.
+        log_every: steps between two lines of metrics.
+
+    Raises:
+        TypeError, ValueError: a field has a wrong type or value; the sentence names the field.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 64
+    microbatch: int = 16
+    network: str = "unet2d"
+    features: int = 64
+    channels: tuple[int, ...] = (32, 48, 96)
+    layers_per_block: int = 1
+    attention_levels: tuple[int, ...] = ()
+    head_dim: int = 32
+    norm_groups: int = 8
+    prediction: str = "v_prediction"
+    schedule: str = "cosine"
+    train_timesteps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    label_dropout: float = 0.1
+    flip: bool = False
+    seed: int = 0
+    precision: str = "bfloat16"
+    save_every: int = 500
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            _checks.integer(name, getattr(self, name), 1, 2**31)
+        _checks.integer("train_timesteps", self.train_timesteps, 2, 1 << 20)
+        _checks.integer("warmup_steps", self.warmup_steps, 0, 2**31)
+        _checks.integer("seed", self.seed, 0, 2**63 - 1)
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))
+        if not self.channels:
+            raise ValueError("channels must have at least one entry, got none")
+        for level, width in enumerate(self.channels):
+            _checks.integer(f"channels[{level}]", width, 1, 2**14)
+        for level in self.attention_levels:
+            _checks.integer("attention_levels", level, 0, len(self.channels) - 1)
+        _checks.choice("network", self.network, NETWORKS)
+        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        _checks.choice("schedule", self.schedule, SCHEDULES)
+        _checks.choice("precision", self.precision, PRECISIONS)
+        if self.network == "context" and self.precision != "float32":
+            raise ValueError(f"precision must be 'float32' for network 'context', got {self.precision!r}")
+        _checks.number("learning_rate", self.learning_rate, 0, 1, open_low=True)
+        _checks.number("weight_decay", self.weight_decay, 0, 1)
+        _checks.number("grad_clip", self.grad_clip, 0, open_low=True)
+        _checks.number("ema_decay", self.ema_decay, 0, 1)
+        _checks.number("label_dropout", self.label_dropout, 0, 1)
+        _checks.boolean("flip", self.flip)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Read what ``dataclasses.asdict`` wrote.
+
+        Raises:
+            TypeError, ValueError: an unknown field, or a wrong value.
+        """
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"the training configuration has unknown fields {sorted(unknown)}")
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0: linear warm-up, then a cosine to zero at `steps`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = min((step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1), 1.0)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the moving average at step `step`, counted from 0."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+    def make_schedule(self) -> NoiseSchedule:
+        """Return the noise schedule."""
+        return SCHEDULES[self.schedule][1](self.train_timesteps)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the diffusers scheduler config of a model trained this way."""
+        beta_schedule = SCHEDULES[self.schedule][0]
+        scale = 1.0 if self.schedule == "course" else 1000 / self.train_timesteps
+        ends = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.train_timesteps,
+            "beta_schedule": beta_schedule,
+            **(ends if beta_schedule == "linear" else {}),
+            "prediction_type": self.prediction,
+            "variance_type": "fixed_small",
+            "clip_sample": True,
+            "clip_sample_range": 1.0,
+            "timestep_spacing": "trailing",
+        }
+
+    def make_network(self, dataset: ImageDataset) -> UNet2D | ContextUNet:
+        """Return the network for these images, with PyTorch's random weights.
+
+        Raises:
+            ValueError: the network cannot be made for images of this size, or needs labels.
+        """
+        if self.network == "unet2d":
+            return UNet2D(self.network_config(dataset))
+        channels, height, width = dataset.images.shape[1:]
+        if dataset.labels is None or height != width:
+            given = f"{height}x{width} images {'without' if dataset.labels is None else 'with'} labels"
+            raise ValueError(f"network 'context' needs square images with labels, got {given}")
+        return ContextUNet(channels, self.features, dataset.num_classes, height, self.train_timesteps - 1)
+
+    def network_config(self, dataset: ImageDataset) -> UNet2DConfig:
+        """Return the UNet for these images; with labels, its class embedding has one more entry, the null label.
+
+        Raises:
+            ValueError: the channels do not fit the norm groups, or the image size the number of levels.
+        """
+        channels, height, width = dataset.images.shape[1:]
+        attends = [level in self.attention_levels for level in range(len(self.channels))]
+        return UNet2DConfig(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=self.channels,
+            layers_per_block=self.layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            attention_head_dim=self.head_dim,
+            norm_num_groups=self.norm_groups,
+            num_class_embeds=dataset.num_classes + 1 if dataset.labels is not None else None,
+        )

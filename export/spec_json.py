@@ -1,0 +1,88 @@
+"""The ``model`` of a manifest: a model's spec as plain JSON values, and what stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from stepfusion.checkpoints.load import network_config
+from stepfusion.engine import Engine
+from stepfusion.errors import ExportError
+from stepfusion.export.program import Batch
+from stepfusion.model_spec import ModelSpec
+from stepfusion.samplers.schedule import NoiseSchedule
+
+
+def model_to_json(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
+    """The spec of an engine's model, the config of its network, and the batch sizes that were exported."""
+    return {
+        **spec_to_json(engine.spec),
+        "network": _plain(network_config(engine.network)),
+        "batch": None if batch is None else [batch.low, batch.best, batch.high],
+    }
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """A spec as JSON values: the schedule by its float64 betas, all else by the names of the fields.
+
+    A context size is left out: contexts are no input of an exported network.
+    """
+    return {
+        "shape": list(spec.shape),
+        "num_classes": spec.num_classes,
+        "null_label": spec.null_label,
+        "class_names": None if spec.class_names is None else list(spec.class_names),
+        "prediction": spec.prediction,
+        "schedule": {"name": spec.schedule.name, "betas": spec.schedule.betas.tolist()},
+        "options": _plain(spec.options),
+    }
+
+
+def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
+    """The spec in a manifest's ``model``.
+
+    Raises:
+        ExportError: an entry is missing or of a wrong type; it is named.
+    """
+    with _naming_faults():
+        schedule = model["schedule"]
+        return ModelSpec(
+            schedule=NoiseSchedule(schedule["betas"], name=str(schedule["name"])),
+            prediction=model["prediction"],
+            shape=tuple(model["shape"]),
+            num_classes=model["num_classes"],
+            null_label=model["null_label"],
+            class_names=model["class_names"],
+            options=dict(model["options"]),
+        )
+
+
+def batch_from_json(model: Mapping[str, Any]) -> Batch | None:
+    """The batch sizes in a manifest's ``model``; None if it names none.
+
+    Raises:
+        ExportError: the entry is missing, or it is no batch.
+    """
+    with _naming_faults():
+        return None if model["batch"] is None else Batch(*model["batch"])
+
+
+@contextmanager
+def _naming_faults() -> Iterator[None]:
+    """Turn what a wrong entry raises into an ExportError."""
+    try:
+        yield
+    except KeyError as error:
+        raise ExportError(f"the manifest's model lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the manifest's model cannot be used: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that what is read back from JSON is equal to what was written."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

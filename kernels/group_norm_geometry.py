@@ -1,0 +1,63 @@
+"""How the GroupNorm kernels cut one image into programs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+_CHANNELS = 32  # of a block, at least: 64 bytes of a pixel, whole sectors of DRAM
+_MOST_CHANNELS = 128  # of a block that is widened to whole vectors
+_TILE = 16384  # elements that one program holds in registers
+MOST_OF_A_GROUP = 2**16  # channels of a group: a tile of one pixel holds it
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+class Geometry(NamedTuple):
+    """How one image is cut into programs.
+
+    Attributes:
+        groups: of a block of channels; a power of two. width: its channels, padded to a power of two.
+        chunk: U, neighbouring channels that have statistics of their own.
+        pixels: of a tile; a power of two. tiles: of a program. splits: programs along the pixels.
+        blocks: programs along the channels. num_warps: of a program.
+    """
+
+    groups: int
+    width: int
+    chunk: int
+    pixels: int
+    tiles: int
+    splits: int
+    blocks: int
+    num_warps: int
+
+
+def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geometry:
+    """Cut an image [H W, C]. It depends on nothing else, so that an image's bits depend on nothing else."""
+    size, vector = channels // groups, 16 // dtype.itemsize
+    together = max(power_of_two(-(-_CHANNELS // size)), 8 // math.gcd(size, 8))
+    if together * size > _MOST_CHANNELS:
+        together = power_of_two(-(-_CHANNELS // size))
+    together = min(together, power_of_two(groups))
+    width = power_of_two(together * size)
+    rows = max(_TILE // width, 1)
+    # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of the pixels it reads
+    share = power_of_two(pixels) if pixels <= rows else 2 << ((pixels.bit_length() - 1) // 2)
+    tile = min(share, rows)
+    warps = max(min(tile * width // 512, 4), tile * width // 1024, 1)
+    return Geometry(
+        groups=together,
+        width=width,
+        chunk=min(size & -size, vector),
+        pixels=tile,
+        tiles=share // tile,
+        splits=-(-pixels // share),
+        blocks=-(-groups // together),
+        num_warps=min(warps, 16),
+    )

@@ -1,0 +1,73 @@
+"""Where the C++ kernels of networks run: what holds the processor or a library back is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+
+
+@pytest.fixture(autouse=True)
+def able_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing is missing, whatever this one is."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch._C, "_has_mkldnn", True)
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_an_able_machine_needs_no_reason() -> None:
+    assert why_not_cpu_kernels() is None
+
+
+def test_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert why_not_cpu_kernels() == "this CPU has no AVX512-BF16"
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_pytorch_told_to_use_less(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    expected = f"PyTorch uses {capability} here (ATEN_CPU_CAPABILITY limits it), and the C++ kernels need AVX512"
+    assert why_not_cpu_kernels() == expected
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize("value", ["AVX2", "avx2_vnni", "AVX512_CORE", "SSE41"])
+def test_onednn_told_to_use_less(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    expected = f"{name}={value} holds oneDNN, which multiplies the matrices, below AVX512-BF16"
+    assert why_not_cpu_kernels() == expected
+
+
+@pytest.mark.parametrize("value", ["AVX512_CORE_BF16", "avx512_core_amx", "ALL", "DEFAULT", ""])
+def test_onednn_told_to_use_enough(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
+    assert why_not_cpu_kernels() is None
+
+
+def test_onednn_reads_its_new_name_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
+    assert why_not_cpu_kernels() is None
+
+
+@pytest.mark.parametrize("missing", ["_has_mkldnn", "_get_mkldnn_enabled"])
+def test_pytorch_without_onednn(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, missing, False if missing == "_has_mkldnn" else lambda: False)
+    assert "no oneDNN" in str(why_not_cpu_kernels())
+
+
+@pytest.mark.parametrize("limit", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=str)
+def test_a_process_under_a_limit_has_a_reason(limit: dict[str, str]) -> None:
+    code = "from stepfusion.kernels.cpu.library import why_not_cpu_kernels; print(why_not_cpu_kernels())"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env={**os.environ, **limit}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() != "None"

@@ -1,0 +1,124 @@
+"""The compiled PTX of every kernel, executed on the CPU: results, accesses, races, and what must be found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepfusion import kernels
+from stepfusion.bench import machine_code
+from stepfusion.bench.ptx.executor import NVIDIA, Executor
+from stepfusion_testing.compiler_process import json_of
+from stepfusion_testing.planted import planted
+from stepfusion_testing.ptx_mutants import EXCHANGES, MUTANTS
+from stepfusion_testing.twins import assert_same_bits, outputs
+
+pytest.importorskip("triton")
+
+SUPPORT = Path(__file__).parents[1] / "stepfusion_testing"
+EXECUTE = ("-m", "stepfusion.bench.machine_code", "--execute", "--json")
+KERNELS = {
+    *("diffusion_step_kernel", "q_sample_kernel", "q_posterior_mean_kernel", "normal_kernel", "to_uint8_kernel"),
+    *("to_uint8_rgb_kernel", "to_uint8_rgba_kernel", "group_norm_moments_kernel", "group_norm_silu_kernel"),
+}
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The quick part: every kernel on every target, in two orders of warps."""
+    executed: dict[str, Any] = json_of(tmp_path_factory, *EXECUTE, "--quick")
+    return executed
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What execution finds in kernels with planted faults."""
+    faults: dict[str, dict[str, Any]] = json_of(tmp_path_factory, str(SUPPORT / "ptx_mutants.py"))
+    return faults
+
+
+@pytest.mark.slow
+def test_executed_results_are_the_references(report: dict[str, Any], record_property: Any) -> None:
+    record_property("compiled PTX executed", report["count"])
+    assert not [result for result in report["results"] if result["error"] is not None]
+    assert {(k["kernel"], k["target"]) for k in report["kernels"]} == {(k, t) for k in KERNELS for t in NVIDIA}
+    assert all(k["launches"] > 0 and k["elements"] > 0 for k in report["kernels"])
+
+
+@pytest.mark.slow
+def test_every_block_of_every_program_is_reached(report: dict[str, Any]) -> None:
+    assert report["missed"] == []
+    reached, every = report["instructions"]
+    assert reached == every > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(name: str, found: dict[str, dict[str, Any]]) -> None:
+    assert found["plain"][name] is None
+    error = found["mutants"][name]
+    assert error is not None
+    if "without other" in name:
+        assert error.startswith("Fault")
+        assert "nobody wrote" in error
+    else:
+        assert error.startswith("Disagreement: x0: 1 of 9" if "clamp" in name else "Disagreement: out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_every_missing_barrier_is_found(name: str, found: dict[str, dict[str, Any]]) -> None:
+    errors = found["barriers"][name]
+    assert errors
+    assert all(error is not None and "races" in error for error in errors)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_tritons_interpreter_does_not_see_the_mutant(name: str, tmp_path: Path) -> None:
+    """Why the PTX is executed: there, a masked load without ``other`` is 0, and a clamp keeps NaN."""
+    mutant = MUTANTS[name]
+    given = mutant.call.arguments()
+    changed = getattr(planted(tmp_path, mutant.file, mutant.old, mutant.new), mutant.function)
+    plain = getattr(kernels, mutant.function)
+    if mutant.function == "diffusion_step":
+        got, want = outputs(changed, given), outputs(plain, given)
+    else:
+        got, want = {"out": changed(**given)}, {"out": plain(**given)}
+    for tensor, right in zip(got.values(), want.values(), strict=True):
+        assert_same_bits(name, tensor, right)
+
+
+def test_what_cannot_be_executed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ValueError, match="target must be one of sm_80, sm_90, sm_100, whose code is PTX, got 'gfx942'"
+    ):
+        Executor("gfx942")
+    for arguments, words in (
+        (["--execute", "--target", "gfx942"], "--execute runs PTX, which targets sm_80, sm_90, sm_100 have"),
+        (["--quick"], "--quick belongs to --execute"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            machine_code.main(arguments)
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_has_no_ptx(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        machine_code.main(["--execute"])
+    assert stopped.value.code == 2
+    assert "TRITON_INTERPRET=1 is set in this process" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_whole_matrix(target: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every dtype, source of noise, shape, alignment, stride and option."""
+    executed = json_of(tmp_path_factory, *EXECUTE, "--target", target)
+    assert not [result for result in executed["results"] if result["error"] is not None]
+    assert len(executed["results"]) > 600
