@@ -11,8 +11,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 # Windows has none of these: there, what is not a regular file is told by a look at it before it is opened.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -38,7 +38,7 @@ class NotARegularFileError(OSError):
         super().__init__(errno.EINVAL, f"it is {what}; accepted is a regular file", os.fspath(path))
 
 
-def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:
@@ -52,7 +52,7 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> IO[by
     return os.fdopen(_open(path, os.O_RDONLY, follow=follow), "rb")
 
 
-def append_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def append_regular(path: str | os.PathLike[str]) -> BufferedWriter:
     """Open a regular file to add to its end; it is made if nothing is there, and links are not followed.
 
     Raises:
@@ -77,7 +77,7 @@ def read_regular(path: str | os.PathLike[str], most: int, *, follow: bool = Fals
     return data
 
 
-def create_in(folder: Folder, name: str) -> IO[bytes]:
+def create_in(folder: Folder, name: str) -> BufferedWriter:
     """Create a file of a new name in an open folder, for writing; FileExistsError if anything has that name."""
     return os.fdopen(_open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder=folder), "wb")
 
@@ -87,7 +87,7 @@ def check_replaceable(folder: Folder, name: str) -> None:
     _refuse_unless_regular(os.fspath(folder.path / name), folder.at(name), folder.descriptor, follow=False)
 
 
-def open_below(root: str | os.PathLike[str], name: str) -> IO[bytes]:
+def open_below(root: str | os.PathLike[str], name: str) -> BufferedReader:
     """Open the regular file ``root/name`` for reading; no part of `name` may be a link.
 
     Args:
