@@ -16,7 +16,7 @@ of neighbouring channels that lie in one group and in one thread.
 Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2 where the
 batch fits (it begins with what the first ended with), and one launch 2 s; the statistics that a program of the second
 launch reads come from L2 and are at most a third of its pixels. Eager PyTorch moves at least 7 s: concatenation, norm
-(read twice), SiLU. On sm_90 the first launch takes 10 and the second 17 instructions an element, 2 of these on the
+(read twice), SiLU. On sm_90 the first launch takes 10 and the second 18 instructions an element, 2 of these on the
 special-function units: an H200 can issue that at 6 TB/s or more in half precision, so memory is the limit.
 """
 

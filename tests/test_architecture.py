@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import stepfusion as sf
+from stepfusion.commands.main import main
+from stepfusion_testing.tiny_model import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -269,3 +271,14 @@ def test_sampling_passes_the_first_journey_in_order_and_few_files() -> None:
     files = {file for file, _ in entered}
     assert len(files) <= MOST_FILES, sorted(files)
     assert in_order(journeys()[0][::-1], entered) is not None, "the control: the journey backwards"
+
+
+def test_a_unit_of_a_bulk_job_passes_the_third_journey_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "model")
+    command = "generate model --num 2 --unit 2 --steps 2 --devices cpu --format png --out images --quiet"
+    entered = trace(lambda: main(command.split()))
+    assert in_order(journeys()[2], entered) is None
+    assert in_order(journeys()[2][::-1], entered) is not None, "the control: the journey backwards"

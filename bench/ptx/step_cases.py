@@ -46,11 +46,19 @@ _TABLES: dict[str, Callable[[], sf.StepTable]] = {
     "stochastic ddim": lambda: sf.ddim(SCHEDULE, 10, eta=0.7),
     "ddpm": lambda: sf.ddpm(SCHEDULE, 10),
     "learned": lambda: sf.ddpm(SCHEDULE, 10, variance="learned_range"),
+    "learned, with history": lambda: _with_history(sf.ddpm(SCHEDULE, 10, variance="learned_range")),
     "multistep": lambda: sf.dpmpp_2m(SCHEDULE, 10),
     "mixed": lambda: sf.StepTable.concatenate([sf.ddpm(SCHEDULE, 5), sf.dpmpp_2m(SCHEDULE, 5)]),
     "no clip": lambda: sf.ddpm(SCHEDULE, 10, clip=None),
     "v": lambda: sf.ddim(SCHEDULE, 10, eta=1.0, prediction="v_prediction"),
 }
+
+
+def _with_history(table: sf.StepTable) -> sf.StepTable:
+    """A table whose row 3 reads the x0 of the row before, which no sampler with learned variance does."""
+    coefficients = table.coefficients.copy()
+    coefficients[3, kernels.COLUMNS.index("next_prev")] = -0.5
+    return replace(table, coefficients=coefficients)
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,8 @@ def _bound(given: Tensors, dtype: torch.dtype) -> float:
     z = largest(given["noise"]) if "noise" in given else 6.66
     start = max(c["x0_x"] * x, c["x0_out"] * out)
     terms = [c["next_x0"] * start, c["next_x"] * x, c["next_out"] * out, std * z]
+    if "x0" in given:
+        terms.append(c["next_prev"] * largest(given["x0"]))
     if "known" in given:
         terms += [c["known_x"] * largest(given["known"]), c["known_sigma"] * z]
     return tolerance(dtype, sum(terms), ROUNDINGS["diffusion_step"])
@@ -231,19 +241,18 @@ def _every() -> Iterator[Step]:
 def _options_of(dtype: torch.dtype) -> Iterator[Step]:
     learned = Step(LARGE, dtype, "drawn", "learned", learned=True)
     yield learned
-    yield replace(learned, noise="given", guided=True, copies=2, x0=True)
+    yield replace(learned, table="learned, with history", noise="given", guided=True, copies=2, x0=True)
     yield replace(learned, shape=(2, 7, 9), known=True)
     yield replace(learned, shape=FASHION, noise="none")
     silent = Step(LARGE, dtype, "none", "ddim")
     yield replace(silent, copies=0)
-    yield replace(silent, copies=0, x0=True)
-    yield replace(silent, x0=True)
+    yield replace(silent, table="multistep", copies=0, x0=True)
     yield replace(silent, table="multistep", x0=True)
     drawn = Step(CIFAR, dtype, "drawn")
     yield replace(drawn, shape=LARGE, guided=True, copies=2)
     yield replace(drawn, shape=(3, 7, 7), table="mixed", rows=_MIXED_ROWS, x0=True)
-    yield replace(drawn, shape=LARGE, x0=True, known=True)
-    yield replace(drawn, table="no clip", x0=True)
+    yield replace(drawn, shape=LARGE, table="mixed", rows=_MIXED_ROWS, x0=True, known=True)
+    yield replace(drawn, table="no clip")
     yield replace(drawn, table="v")
     for planted in (math.nan, math.inf, -math.inf):
         for shape in ((1030,), (4101,)):

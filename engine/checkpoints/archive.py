@@ -12,7 +12,7 @@ import re
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -28,8 +28,15 @@ _LEGACY = re.compile(rb"\x80.(\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.D
 _LOCAL_HEADER = 30  # bytes of a zip record's header before its name
 
 
-def stored_in_archive(path: Path) -> dict[str, Stored]:
+Recognise = Callable[[Mapping[Any, Any]], str | None]
+
+
+def stored_in_archive(path: Path, recognise: Recognise = lambda _: None) -> dict[str, Stored]:
     """Open a state dict that ``torch.save`` wrote, in the zip form or in the one before PyTorch 1.6.
+
+    Args:
+        path: the file.
+        recognise: says what the file is, if it is something else than what is wanted.
 
     Raises:
         CheckpointError: the file is neither, is damaged, holds pickled code or anything else than tensors, or its
@@ -39,16 +46,22 @@ def stored_in_archive(path: Path) -> dict[str, Stored]:
         head = file.read(64)
     if head.startswith(b"PK") and zipfile.is_zipfile(path):
         records = _records(path)
-        state = _load(path, mmap=True)
+        state = _recognised(_load(path, mmap=True), recognise, path)
         _check_records(path, records, _storages(state, path))
         return _described(state, path)
     if _LEGACY.match(head):
-        state = _load(path)
+        state = _recognised(_load(path), recognise, path)
         _storages(state, path)
         return _described(state, path)
     if tarfile.is_tarfile(path):
         raise CheckpointError(f"{path} is in the tar form of PyTorch before 0.1.10, which is never opened")
     raise CheckpointError(f"{path} is not a torch.save archive (a zip file); other pickles are never opened")
+
+
+def _recognised(state: dict[Any, Any], recognise: Recognise, path: Path) -> dict[Any, Any]:
+    if (told := recognise(state)) is not None:
+        raise CheckpointError(f"{path} {told}")
+    return state
 
 
 def _load(path: Path, **options: Any) -> dict[Any, Any]:

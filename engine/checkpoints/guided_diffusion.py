@@ -17,74 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfusion import _checks
 from stepfusion.checkpoints.archive import stored_in_archive
-from stepfusion.checkpoints.json_file import read_object
+from stepfusion.checkpoints.guided_flags import read_flags
 from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.checkpoints.other_libraries import of_another_library
+from stepfusion.checkpoints.weight_names import names_of_today
 from stepfusion.checkpoints.weights import check_state
 from stepfusion.errors import CheckpointError
-from stepfusion.networks import ADMUNet, ADMUNetConfig
+from stepfusion.networks import ADMUNet
 from stepfusion.networks.blocks import Attention
-
-_ADM = {
-    "attention_resolutions": "32,16,8",
-    "class_cond": True,
-    "learn_sigma": True,
-    "noise_schedule": "linear",
-    "num_channels": 256,
-    "num_head_channels": 64,
-    "num_res_blocks": 2,
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-}
-_LSUN = {**_ADM, "image_size": 256, "class_cond": False, "dropout": 0.1}
-
-#: The flags of the published models, by the names of their files (guided-diffusion's README).
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "64x64_diffusion": {
-        **_ADM,
-        "image_size": 64,
-        "num_channels": 192,
-        "num_res_blocks": 3,
-        "noise_schedule": "cosine",
-        "use_new_attention_order": True,
-        "dropout": 0.1,
-    },
-    "128x128_diffusion": {**_ADM, "image_size": 128, "num_head_channels": -1, "num_heads": 4},
-    "256x256_diffusion": {**_ADM, "image_size": 256},
-    "256x256_diffusion_uncond": {**_ADM, "image_size": 256, "class_cond": False},
-    "512x512_diffusion": {**_ADM, "image_size": 512},
-    "lsun_bedroom": _LSUN,
-    "lsun_cat": _LSUN,
-    "lsun_horse": _LSUN,
-    "lsun_horse_nodropout": {**_LSUN, "dropout": 0.0},
-}
-
-_NETWORK_FLAGS = {
-    "image_size": 64,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "num_head_channels": -1,
-    "attention_resolutions": "16,8",
-    "channel_mult": "",
-    "dropout": 0.0,
-    "class_cond": False,
-    "use_scale_shift_norm": True,
-    "resblock_updown": False,
-    "learn_sigma": False,
-}
-_OTHER_FLAGS = {
-    "use_new_attention_order": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "predict_xstart": False,
-    "sigma_small": False,
-    "rescale_timesteps": False,
-}
-_TRAINING_FLAGS = ("use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")  # change no sample
-_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 _THEIR_NAMES = (
     (re.compile(r"time_embedding\.linear_1"), "time_embed.0"),
@@ -130,29 +71,32 @@ def load_guided_diffusion(
 
     Args:
         source: the file.
-        model: a published model whose flags it has: a name of :data:`PUBLISHED`. By default the flags stand in a JSON
-            object beside the file (``name.json`` for ``name.pt``), or the file has a published model's name.
+        model: a published model whose flags it has: a name of
+            :data:`stepfusion.checkpoints.guided_flags.PUBLISHED`. By default the flags stand in a JSON object beside
+            the file (``name.json`` for ``name.pt``), or the file has a published model's name.
         flags: flags of their command line that are other than those, e.g. ``image_size=64, learn_sigma=True``; what
-            no one says is as in guided-diffusion's scripts. improved-diffusion's own scripts also have
-            ``rescale_timesteps=True`` by default.
+            no one says is as in guided-diffusion's scripts. improved-diffusion's own have ``rescale_timesteps=True``
+            by default, which is asked for if the number of diffusion steps makes a difference.
 
     Raises:
-        CheckpointError: the file does not fit the flags, or a flag is unknown or has a wrong value; it is named.
+        CheckpointError: the file does not fit the flags, or is of another library; or a flag is unknown, has a wrong
+            value, or is needed; it is named.
     """
     path = Path(source)
     if not path.is_file():
         raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
-    chosen = {**_NETWORK_FLAGS, **_OTHER_FLAGS, **_described(path, model, flags)}
+    stored = stored_in_archive(path, of_another_library)
+    chosen = read_flags(path, model, flags)
     try:
-        config = _network_config(chosen)
-        scheduler_config = _scheduler_config(chosen)
-        legacy = not _checks.boolean("use_new_attention_order", chosen["use_new_attention_order"])
+        config, scheduler_config = chosen.network_config(), chosen.scheduler_config()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"flags of {path}: {error}") from None
     with torch.device("meta"):
         network = ADMUNet(config)
-    theirs = check_state(stored_in_archive(path), their_shapes(network), path, "flags")
-    network.load_state_dict(our_weights(theirs, network, legacy=legacy), strict=True, assign=True)
+    named = names_of_today(stored, their_shapes(network), path)
+    theirs = check_state(named, their_shapes(network), path, "flags")
+    ours = our_weights(theirs, network, legacy=not chosen.use_new_attention_order)
+    network.load_state_dict(ours, strict=True, assign=True)
     return GuidedDiffusionModel(network.eval(), scheduler_config, path)
 
 
@@ -194,66 +138,3 @@ def _their_name(key: str) -> str:
     for ours, theirs in _THEIR_NAMES:
         key = ours.sub(theirs, key)
     return key
-
-
-def _described(path: Path, model: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that someone gave."""
-    beside = path.with_suffix(".json")
-    if model is not None:
-        base = PUBLISHED[_checks.choice("model", model, PUBLISHED)]
-    elif beside.exists():
-        base = read_object(beside)
-    else:
-        base = PUBLISHED.get(path.stem, {})
-    described = {**base, **flags}
-    known = {*_NETWORK_FLAGS, *_OTHER_FLAGS, *_TRAINING_FLAGS}
-    for name in described:
-        if name not in known:
-            raise CheckpointError(f"flags of {path}: {name!r} is unknown; accepted are {', '.join(sorted(known))}")
-    if not described:
-        raise CheckpointError(
-            f"{path} does not say its architecture: give the flags it is run with, or model= one of "
-            f"{', '.join(PUBLISHED)}, or write them to {beside}"
-        )
-    return described
-
-
-def _network_config(flags: Mapping[str, Any]) -> ADMUNetConfig:
-    values = {name: flags[name] for name in _NETWORK_FLAGS}
-    values["attention_resolutions"] = _numbers("attention_resolutions", values["attention_resolutions"])
-    values["channel_mult"] = _numbers("channel_mult", values["channel_mult"]) or None
-    for name in ("num_heads_upsample", "num_head_channels"):
-        values[name] = None if values[name] == -1 else values[name]
-    steps = _checks.integer("diffusion_steps", flags["diffusion_steps"], 1, 1 << 20)
-    if _checks.boolean("rescale_timesteps", flags["rescale_timesteps"]):
-        values["timestep_scale"] = 1000 / steps
-    return ADMUNetConfig(**values)
-
-
-def _scheduler_config(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The diffusion of their scripts; ``linear`` scales its end points by 1000 / T."""
-    steps = _checks.integer("diffusion_steps", flags["diffusion_steps"], 1, 1 << 20)
-    schedule = _checks.choice("noise_schedule", flags["noise_schedule"], _SCHEDULES)
-    fixed = "fixed_small" if _checks.boolean("sigma_small", flags["sigma_small"]) else "fixed_large"
-    predicts_x0 = _checks.boolean("predict_xstart", flags["predict_xstart"])
-    ends = {"beta_start": 1000 / steps * 1e-4, "beta_end": 1000 / steps * 0.02} if schedule == "linear" else {}
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": steps,
-        "beta_schedule": _SCHEDULES[schedule],
-        **ends,
-        "prediction_type": "sample" if predicts_x0 else "epsilon",
-        "variance_type": "learned_range" if flags["learn_sigma"] else fixed,
-        "clip_sample": True,
-    }
-
-
-def _numbers(name: str, value: Any) -> Any:
-    """A list as their command line writes it, "32,16,8", or as Python or JSON does."""
-    if not isinstance(value, str):
-        return value
-    try:
-        numbers = [float(part) for part in value.split(",") if part]
-    except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between them, got {value!r}") from None
-    return tuple(int(number) if number.is_integer() else number for number in numbers)

@@ -24,6 +24,7 @@ from stepfusion.commands.invert import (
 )
 from stepfusion.commands.sample import add_sample_arguments, run_sample
 from stepfusion.commands.show import add_show_arguments, run_show
+from stepfusion.commands.streams import standard_streams, tell
 from stepfusion.commands.train import add_train_arguments, run_train
 
 _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why; 2 the command line is wrong;
@@ -35,19 +36,23 @@ Declare = Callable[[argparse.ArgumentParser], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Errors are one line on stderr, without a traceback."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    args = _parser(given).parse_args(given)
+    with standard_streams():
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        return _run(_parser(given).parse_args(given))
+
+
+def _run(args: argparse.Namespace) -> int:
     command: Command = args.command
     try:
         with _terminable():
             return command(args)
     except KeyboardInterrupt:
-        print("stepfusion: interrupted", file=sys.stderr)
+        tell("stepfusion: interrupted")
         return 130
     except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as error:
         if args.traceback:
             raise
-        print(f"stepfusion: {_one_line(error)}", file=sys.stderr)
+        tell(f"stepfusion: {_one_line(error)}")
         return 1
 
 
@@ -63,7 +68,7 @@ def _terminable() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that no half-written file stays behind."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        print("stepfusion: terminated", file=sys.stderr)
+        tell("stepfusion: terminated")
         sys.exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
+from stepfusion.commands.streams import standard_streams, tell
 from stepfusion.execution.plan import choose_device
 from stepfusion.kernels.coefficients import PREDICTIONS
 from stepfusion.training.config import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
-from stepfusion.training.export import export_model
+from stepfusion.training.export import ExportRecord, export_model
 from stepfusion.training.metrics import plot_loss
 from stepfusion.training.run import train
 from stepfusion.training.state import latest_state, load_state
@@ -107,7 +108,7 @@ def run_train(args: argparse.Namespace) -> int:
         dataset = resize(dataset, args.resize)
     dataset = _named(dataset, args.class_names)
     if args.export_only:
-        _export(_newest(config, dataset, args), args.export or args.out / "model")
+        _export(_newest(config, dataset, args), args)
         return 0
     workers = args.workers
     if args.device == "cpu":
@@ -127,25 +128,31 @@ def run_train(args: argparse.Namespace) -> int:
     if stopped:
         print(f"stopped at step {trainer.step} of {config.steps}; the state is saved, the same command goes on")
         return 130
-    _export(trainer, args.export or args.out / "model")
+    _export(trainer, args)
     return 0
 
 
-def _export(trainer: Trainer, directory: Path) -> None:
-    export_model(trainer, directory)
-    print(f"exported step {trainer.step} to {directory}")
+def _export(trainer: Trainer, args: argparse.Namespace) -> None:
+    export_model(trainer, _model_directory(args), ExportRecord(args.out))
+    print(f"exported step {trainer.step} to {_model_directory(args)}")
+
+
+def _model_directory(args: argparse.Namespace) -> Path:
+    directory: Path = args.out / "model" if args.export is None else args.export
+    return directory
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command by itself: ``python -m stepfusion.commands.train DATA --out DIR``."""
     parser = argparse.ArgumentParser(prog="stepfusion train", description=__doc__)
     add_train_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run_train(args)
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
-        print(f"stepfusion train: {error}", file=sys.stderr)
-        return 2
+    with standard_streams():
+        args = parser.parse_args(argv)
+        try:
+            return run_train(args)
+        except (OSError, TypeError, ValueError, FloatingPointError) as error:
+            tell(f"stepfusion train: {error}")
+            return 2
 
 
 def _newest(config: TrainConfig, dataset: ImageDataset, args: argparse.Namespace) -> Trainer:
@@ -165,11 +172,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         _checks.integer("--workers", args.workers, 1, 1024)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; it must be a directory")
-    if args.export is not None:
-        if args.export.exists() and not args.export.is_dir():
-            raise ValueError(f"--export {args.export} is a file; it must be a directory")
-        if not args.export.absolute().parent.is_dir():
-            raise ValueError(f"--export {args.export} cannot be written: {args.export.parent} is not a directory")
+    refusal = ExportRecord(args.out).refusal(_model_directory(args))
+    if refusal is not None:
+        raise ValueError(f"--export {refusal}")
 
 
 def _say_left_out(data: Path, files: Sequence[Path]) -> None:
@@ -178,7 +183,7 @@ def _say_left_out(data: Path, files: Sequence[Path]) -> None:
     names = sorted(str(file.relative_to(data)) for file in files)
     shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
     some = f"{len(names)} files are no pictures, and" if len(names) > 1 else "1 file is no picture, and is"
-    print(f"stepfusion: {some} left out: {shown}{f' and {more} more' if more > 0 else ''}", file=sys.stderr)
+    tell(f"stepfusion: {some} left out: {shown}{f' and {more} more' if more > 0 else ''}")
 
 
 def _flag(name: str) -> str:
@@ -221,6 +226,9 @@ def _stop_signals() -> Iterator[list[int]]:
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python runs signal handlers in the main thread only
+        return
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received

@@ -24,7 +24,7 @@ class VariationalBound(ReverseProcess):
         """KL(q(x_T | x_0) || N(0, 1)) of each image in bits per dimension, float32 [B] (Ho et al. 2020, L_T)."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, dtype=torch.int64, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        zero = torch.zeros((), device=x_start.device)
+        zero = torch.zeros((), dtype=torch.float32, device=x_start.device)
         return _bits(normal_kl(mean, log_variance, zero, zero))
 
     def vb_terms_bpd(
@@ -66,6 +66,8 @@ class VariationalBound(ReverseProcess):
         first_index = _checks.integer("first_index", first_index, 0, (1 << 32) - batch)
         if noise is not None:
             launch.check_like("noise", noise, (self.num_timesteps, *x_start.shape), device)
+        if self.prediction == "epsilon":
+            self.tables.check_signal(torch.tensor([self.num_timesteps - 1], device="cpu"))
         seeds = torch.full((batch,), as_int64(seed), dtype=torch.int64, device=device)
         indices = torch.arange(first_index, first_index + batch, device=device)
         terms: dict[str, list[torch.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from stepfusion import _checks
+from stepfusion import _checks, kernels
 from stepfusion.diffusion.memo import Memo
 from stepfusion.diffusion.noise_source import NoiseSource
 from stepfusion.diffusion.schedule_tables import POSTERIOR, ScheduleTables
+from stepfusion.diffusion.timestep_map import TimestepMap
 from stepfusion.execution.plan import BACKENDS, make_plan
+from stepfusion.kernels import launch
 from stepfusion.samplers.schedule import NoiseSchedule
 
 
@@ -34,17 +37,29 @@ class ForwardProcess:
         backend: "auto", "triton" or "reference", decided for each tensor's device.
 
     Attributes:
+        schedule: the noise schedule, which cannot be changed.
+        backend: may be changed at any time.
         tables: the schedule's tables, float32 on each device.
         ops: the functions that compute on each device.
+        told: the training timestep that each t stands for.
     """
+
+    ops: BackendOps
 
     def __init__(self, schedule: NoiseSchedule, *, backend: str = "auto") -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
         self.schedule = schedule
-        self.tables = ScheduleTables(schedule)
-        self.ops = BackendOps(backend)
         self.backend = backend
+        self.tables = ScheduleTables(schedule)
+        self.told = TimestepMap()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "schedule" and name in vars(self):
+            raise AttributeError(f"schedule cannot be changed: make another {type(self).__name__}")
+        if name == "backend":
+            super().__setattr__("ops", BackendOps(value))
+        super().__setattr__(name, value)
 
     @property
     def num_timesteps(self) -> int:
@@ -73,7 +88,7 @@ class ForwardProcess:
     ) -> torch.Tensor:
         """x_t ~ q(x_t | x_0), in the dtype of x_start.
 
-        From the given noise [B, ...], or the counter-based noise of (seeds, t, indices).
+        From the given noise [B, ...], or the counter-based noise of (seeds, t, indices), t as a training timestep.
         """
         return diffuse(self, x_start, t, NoiseSource(noise, seeds, indices))[0]
 
@@ -89,7 +104,12 @@ class ForwardProcess:
         return self.ops.on(x_t.device).q_posterior_mean_variance(x_start, x_t, t, *tables)  # type: ignore[no-any-return]
 
     def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x0 = x_t / sqrt(abar) - sqrt(1 / abar - 1) eps, float32 [B, ...]."""
+        """x0 = x_t / sqrt(abar) - sqrt(1 / abar - 1) eps, float32 [B, ...].
+
+        ValueError at T - 1 with zero terminal SNR, where no eps tells x0 (on a device, which is not waited for, NaN).
+        """
+        self.tables.check(t, x_t)
+        self.tables.check_signal(t)
         scaled = self.tables.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
         return scaled - self.tables.at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise.to(torch.float32)
 
@@ -99,9 +119,9 @@ class ForwardProcess:
         return scaled - self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_t) * v.to(torch.float32)
 
     def predict_eps_from_x0(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """eps = (x_t / sqrt(abar) - x0) / sqrt(1 / abar - 1), float32 [B, ...]."""
-        scaled = self.tables.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
-        return (scaled - x0.to(torch.float32)) / self.tables.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        """eps = (x_t - sqrt(abar) x0) / sqrt(1 - abar), float32 [B, ...]."""
+        signal = self.tables.at("sqrt_alphas_cumprod", t, x_t) * x0.to(torch.float32)
+        return (x_t.to(torch.float32) - signal) / self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_t)
 
 
 def diffuse(
@@ -110,4 +130,10 @@ def diffuse(
     """x_t ~ q(x_t | x_0) in the dtype of x_start, and the eps that made it: as it was given, or drawn in float32."""
     process.tables.check(t, x_start, "x_start")
     tables = process.tables.on(t.device, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-    return process.ops.on(t.device).q_sample(x_start, t, *tables, **source._asdict())  # type: ignore[no-any-return]
+    ops, told = process.ops.on(t.device), process.told(t)
+    if told is not t and source.seeds is not None:  # q_sample would draw by the t that it gathers by
+        launch.check_source(*source, x_start)
+        source = NoiseSource(
+            ops.normal(source.seeds, source.indices, told, tuple(x_start.shape[1:]), kernels.STREAM_FORWARD)
+        )
+    return ops.q_sample(x_start, t, *tables, **source._asdict())  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ import torch
 from stepfusion import _checks, samplers
 from stepfusion.diffusion.loops import LoopArguments, last_sample, walk, walk_guided
 from stepfusion.diffusion.losses import TrainingLosses
-from stepfusion.diffusion.model_calls import Condition, Model, ModelCaller, Step
+from stepfusion.diffusion.model_calls import Condition, Model, Step
 from stepfusion.diffusion.reverse import ddpm_options, x0_options
 from stepfusion.samplers import timesteps as spacing_rules
 from stepfusion.samplers.schedule import NoiseSchedule
@@ -59,7 +59,7 @@ class GaussianDiffusion(TrainingLosses):
         schedule = NoiseSchedule.from_betas(1 - abar / np.append(1.0, abar[:-1]))
         options: dict[str, Any] = {name: getattr(self, name) for name in ("prediction", "variance", "clip")}
         spaced = GaussianDiffusion(schedule, **options, v_posterior=self.v_posterior, backend=self.backend)
-        spaced.call = ModelCaller(self.call.told(torch.from_numpy(visits)))
+        spaced.told = self.told.of(torch.from_numpy(visits))
         return spaced
 
     def p_sample_loop(self, model: Model, shape: tuple[int, ...], **arguments: Any) -> torch.Tensor:
@@ -104,7 +104,7 @@ class GaussianDiffusion(TrainingLosses):
         def guided(x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> Step:
             return spaced.p_sample(model, x, t, noise=z, **hooks, **model_kwargs)
 
-        return walk_guided(self.ops, table, arguments, guided)
+        return walk_guided(self, table, arguments, guided)
 
     def p_sample_loop_intermediates(
         self, model: Model, shape: tuple[int, ...], *, log_every_t: int = 100, **arguments: Any
@@ -156,4 +156,4 @@ class GaussianDiffusion(TrainingLosses):
         def guided(x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> Step:
             return spaced.ddim_sample(model, x, t, eta=eta, noise=z, **hooks, **model_kwargs)
 
-        return walk_guided(self.ops, table, arguments, guided)
+        return walk_guided(self, table, arguments, guided)

@@ -13,8 +13,8 @@ from stepfusion import _checks, kernels
 from stepfusion.diffusion.forward import BackendOps
 from stepfusion.diffusion.model_calls import Model, Step
 from stepfusion.diffusion.noise_source import NoiseSource
-from stepfusion.diffusion.reverse import ReverseProcess
-from stepfusion.diffusion.single_steps import take_step
+from stepfusion.diffusion.reverse import ReverseProcess, evaluate
+from stepfusion.diffusion.single_steps import place, take_step
 from stepfusion.execution.plan import choose_device
 from stepfusion.kernels import launch
 from stepfusion.lanes.runner import as_int64
@@ -57,7 +57,7 @@ class Loop:
         return source.repeated() if self.repeat_noise else source
 
     def z(self, step: int, t: torch.Tensor) -> torch.Tensor:
-        """The noise of a step, [B, ...], drawn here for t unless it was given."""
+        """The noise of a step, [B, ...], drawn here for the training timesteps t unless it was given."""
         given = self.source(step).noise
         if given is not None:
             return given
@@ -98,9 +98,9 @@ def walk(
 ) -> Iterator[Step]:
     """Walk a table by fused steps, and yield every one."""
     loop = begin(process.ops, table, arguments)
-    x, on_device = loop.start, table.on(loop.start.device)
+    x, on_device = loop.start, place(table, loop.start.device, process.told)
     for i, timestep in enumerate(table.timesteps):
-        out = process.call(model, x, loop.everywhere(int(timestep)), model_kwargs)
+        out = evaluate(process, model, x, loop.everywhere(int(timestep)), model_kwargs)
         step = take_step(loop.ops, on_device, loop.everywhere(i), out, x, loop.source(i))
         x = step["sample"]
         yield step
@@ -108,16 +108,16 @@ def walk(
 
 @torch.no_grad()
 def walk_guided(
-    backend: BackendOps, table: StepTable, arguments: LoopArguments, guided: GuidedStep
+    process: ReverseProcess, table: StepTable, arguments: LoopArguments, guided: GuidedStep
 ) -> Iterator[Step]:
     """Walk a table by single steps ``guided(x, t, z)`` of the process that visits its timesteps alone.
 
     The noise z is that of :func:`walk`, and t counts from the number of rows down to 0.
     """
-    loop = begin(backend, table, arguments)
+    loop = begin(process.ops, table, arguments)
     x, last = loop.start, len(table) - 1
     for i, timestep in enumerate(table.timesteps):
-        step = guided(x, loop.everywhere(last - i), loop.z(i, loop.everywhere(int(timestep))))
+        step = guided(x, loop.everywhere(last - i), loop.z(i, process.told(loop.everywhere(int(timestep)))))
         x = step["sample"]
         yield step
 

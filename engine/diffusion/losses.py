@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from stepfusion import _checks
 from stepfusion.diffusion.bound import VariationalBound, bound_terms
 from stepfusion.diffusion.forward import diffuse
-from stepfusion.diffusion.model_calls import Model, Step
+from stepfusion.diffusion.model_calls import LEARNED, Model, Step, split
 from stepfusion.diffusion.noise_source import NoiseSource
-from stepfusion.diffusion.reverse import LEARNED, ReverseProcess, moments
+from stepfusion.diffusion.reverse import ReverseProcess, evaluate, moments
 from stepfusion.kernels import launch
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
@@ -29,7 +29,7 @@ class TrainingLosses(VariationalBound):
         """Latent diffusion's weights of the variational loss, float64 [T], entry 1 in place of entry 0.
 
         For "epsilon" beta^2 / (2 sigma^2 alpha (1 - abar)), sigma^2 with ``v_posterior`` in it; for "sample" its
-        code's sqrt(abar) / 2 / (2 - abar); for "v_prediction" 1.
+        code's sqrt(abar) / 2 / (2 - abar); for "v_prediction" 1. With zero terminal SNR the last of "epsilon" is inf.
         """
         s = self.schedule
         if len(s.betas) < 2:
@@ -40,7 +40,8 @@ class TrainingLosses(VariationalBound):
         elif self.prediction == "epsilon":
             variance = (1 - self.v_posterior) * s.posterior_variance + self.v_posterior * s.betas
             variance[0] = np.inf  # replaced below
-            weights = s.betas**2 / (2 * variance * s.alphas * (1 - s.alphas_cumprod))
+            with np.errstate(divide="ignore"):
+                weights = s.betas**2 / (2 * variance * s.alphas * (1 - s.alphas_cumprod))
         weights[0] = weights[1]
         return weights
 
@@ -77,14 +78,18 @@ class TrainingLosses(VariationalBound):
                 raise ValueError(
                     f"min_snr_gamma weights the losses {', '.join(map(repr, LOSSES))}, got loss {loss!r}"
                 )
+        with_bound = loss in ("kl", "rescaled_kl") or (loss in VARIATIONAL_LOSSES and self.variance in LEARNED)
+        if with_bound and self.prediction == "epsilon":
+            self.tables.check(t, x_start, "x_start")
+            self.tables.check_signal(t)
         x_t, noise = diffuse(self, x_start, t, NoiseSource(noise, seeds, indices))
-        out = self.call(model, x_t, t, model_kwargs)
+        out = evaluate(self, model, x_t, t, model_kwargs)
         if loss in ("kl", "rescaled_kl"):
             bound = bound_terms(self, moments(self, out, x_t, t, clipped=False), x_start, x_t, t)
             return bound * self.num_timesteps if loss == "rescaled_kl" else bound
-        losses = _errors(self, out, x_start, t, noise, loss)
-        if loss in VARIATIONAL_LOSSES and self.variance in LEARNED:
-            predicted, v = out.chunk(2, dim=1)
+        predicted, v = split(out, self.variance)
+        losses = _errors(self, predicted, x_start, t, noise, loss)
+        if with_bound and v is not None:
             frozen = torch.cat((predicted.detach(), v), dim=1)
             bound = bound_terms(self, moments(self, frozen, x_t, t, clipped=False), x_start, x_t, t)
             losses = losses + (bound * (self.num_timesteps / 1000) if loss == "rescaled_mse" else bound)
@@ -109,17 +114,26 @@ class TrainingLosses(VariationalBound):
         """Latent diffusion's loss of a batch: ``loss``, ``loss_simple`` and ``loss_vlb``, each float32 [].
 
         ``loss_simple`` is the mean error, ``loss_vlb`` the mean of the errors weighted by :attr:`lvlb_weights`, and
-        ``loss`` is l_simple_weight loss_simple + original_elbo_weight loss_vlb (Rombach et al. 2022, its code).
+        ``loss`` is l_simple_weight loss_simple + original_elbo_weight loss_vlb (Rombach et al. 2022, its code). An
+        infinite weight (zero terminal SNR) is refused unless ``original_elbo_weight`` is 0, which leaves it out.
         """
         _checks.choice("loss", loss, ("l1", "l2"))
         simple = _checks.number("l_simple_weight", l_simple_weight, 0.0)
         elbo = _checks.number("original_elbo_weight", original_elbo_weight, 0.0)
+        self.tables.check(t, x_start, "x_start")
+        weights = launch.gather(torch.from_numpy(self.lvlb_weights).to(t.device, torch.float32), t)
+        if elbo and t.device.type == "cpu" and bool(weights.isinf().any()):
+            raise ValueError(
+                f"original_elbo_weight must be 0 for t = {int(t[weights.isinf()][0])}, where the signal is zero and "
+                f"the weight of the bound infinite (zero terminal SNR), got {elbo:g}"
+            )
         _, noise = diffuse(self, x_start, t, NoiseSource(noise, seeds, indices))
         errors = self.training_losses(model, x_start, t, loss=loss, noise=noise, **model_kwargs)
-        weights = torch.from_numpy(self.lvlb_weights).to(t.device, torch.float32)
-        loss_simple, loss_vlb = errors.mean(), (launch.gather(weights, t) * errors).mean()
+        loss_simple = errors.mean()
+        loss_vlb = torch.where(errors == 0, errors, weights * errors).mean()  # no error has no weight, not even inf
+        total = simple * loss_simple
         return {
-            "loss": simple * loss_simple + elbo * loss_vlb,
+            "loss": total + elbo * loss_vlb if elbo else total,
             "loss_simple": loss_simple,
             "loss_vlb": loss_vlb,
         }
@@ -134,13 +148,9 @@ def _errors(
     loss: str,
 ) -> torch.Tensor:
     """The mean error of each image's prediction, [B]."""
-    if process.variance in LEARNED:
-        out = out.chunk(2, dim=1)[0]
-    target = _target(process, x_start, t, noise)
-    if out.shape != target.shape:
-        raise ValueError(f"the model must return shape {list(target.shape)}, got {list(out.shape)}")
     function = LOSSES.get(loss, F.mse_loss)
-    return function(out.to(torch.float32), target, reduction="none").flatten(1).mean(1)
+    errors = function(out.to(torch.float32), _target(process, x_start, t, noise), reduction="none")
+    return errors.flatten(1).mean(1)
 
 
 def _target(process: ReverseProcess, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

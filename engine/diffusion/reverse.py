@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from stepfusion import _checks, kernels
+from stepfusion import _checks
 from stepfusion.diffusion.forward import ForwardProcess
-from stepfusion.diffusion.model_calls import Condition, Model, ModelCaller, Step
+from stepfusion.diffusion.model_calls import Condition, Model, Step, call_model, returned_like, split
 from stepfusion.diffusion.noise_source import NoiseSource
-from stepfusion.diffusion.schedule_tables import POSTERIOR
-from stepfusion.diffusion.single_steps import SingleSteps, check_noise, take_step
+from stepfusion.diffusion.single_steps import SingleSteps, check_noise, take_step, within
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import launch
 from stepfusion.samplers.schedule import NoiseSchedule
-
-LEARNED = ("learned", "learned_range")
+from stepfusion.samplers.table import StepTable
 
 
 class ReverseProcess(ForwardProcess):
     """p(x_{t-1} | x_t) of a model, one timestep at a time.
 
-    The arguments are those of :class:`stepfusion.GaussianDiffusion`, and so are the models.
+    The arguments are those of :class:`stepfusion.GaussianDiffusion`, and so are the models. All but the schedule are
+    attributes too, which may be changed at any time: every method follows them.
 
     Attributes:
-        call: calls models and conditions with the timesteps that they know.
         single_steps: the fused steps as tables.
     """
 
@@ -41,14 +39,12 @@ class ReverseProcess(ForwardProcess):
         backend: str = "auto",
     ) -> None:
         super().__init__(schedule, backend=backend)
-        self.prediction = _checks.choice("prediction", prediction, algebra.PREDICTIONS)
-        self.variance = _checks.choice("variance", variance, algebra.VARIANCES)
-        self.clip = None if clip is None else _checks.number("clip", clip, 0.0, open_low=True)
-        self.v_posterior = _checks.number("v_posterior", v_posterior, 0.0, 1.0)
-        if self.v_posterior and self.variance != "fixed_small":
-            raise ValueError(f"v_posterior must be 0 with variance {variance!r}, got {v_posterior:g}")
-        self.call = ModelCaller()
-        self.single_steps = SingleSteps(schedule)
+        self.prediction, self.variance = prediction, variance
+        self.clip, self.v_posterior = clip, v_posterior
+        self.single_steps = SingleSteps(self.tables)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _checked(name, value, vars(self)))
 
     def p_mean_variance(
         self,
@@ -64,8 +60,8 @@ class ReverseProcess(ForwardProcess):
         The first three are those of p(x_{t-1} | x_t).
         At t = 0 the log variance is that of t = 1, as in Ho et al.'s code, where fixed_small's variance is 0.
         """
-        self.tables.check(t, x)
-        return moments(self, self.call(model, x, t, model_kwargs), x, t, denoised_fn)
+        check_step(self, x, t)
+        return moments(self, evaluate(self, model, x, t, model_kwargs), x, t, denoised_fn)
 
     def condition_mean(
         self, cond_fn: Condition, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any
@@ -75,21 +71,22 @@ class ReverseProcess(ForwardProcess):
         Source: Dhariwal & Nichol 2021, algorithm 1.
         """
         self.tables.check(t, x)
-        return p_mean_var["mean"] + p_mean_var["variance"] * self.call.gradient(cond_fn, x, t, model_kwargs)
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient(self, cond_fn, x, t, model_kwargs)
 
     def condition_score(
         self, cond_fn: Condition, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any
     ) -> Step:
         """``p_mean_var`` with the ``mean`` and ``pred_xstart`` of the score of p(x_t | y).
 
-        eps - sqrt(1 - abar) gradient takes the place of the eps of ``pred_xstart``, which is not clipped again.
-        Source: Dhariwal & Nichol 2021, algorithm 2; Song et al. 2020.
+        eps - sqrt(1 - abar) gradient takes the place of the eps of ``pred_xstart``, which so becomes pred_xstart +
+        (1 - abar) / sqrt(abar) gradient, and is not clipped again. At abar = 0 (zero terminal SNR), where x_t says
+        nothing of x_0 or y, both stay as they are. Source: Dhariwal & Nichol 2021, algorithm 2; Song et al. 2020.
         """
         self.tables.check(t, x)
-        eps = self.predict_eps_from_x0(x, t, p_mean_var["pred_xstart"])
-        scale = self.tables.at("sqrt_one_minus_alphas_cumprod", t, x)
-        eps = eps - scale * self.call.gradient(cond_fn, x, t, model_kwargs)
-        x0 = self.predict_start_from_noise(x, t, eps)
+        scale = self.tables.at("sqrt_one_minus_alphas_cumprod", t, x) ** 2
+        scale = scale * self.tables.at("sqrt_recip_alphas_cumprod", t, x)
+        scale = scale.masked_fill(scale.isinf(), 0.0)
+        x0 = p_mean_var["pred_xstart"] + scale * gradient(self, cond_fn, x, t, model_kwargs)
         return {**p_mean_var, "pred_xstart": x0, "mean": posterior_mean(self, x0, x, t)}
 
     def p_sample(
@@ -115,21 +112,21 @@ class ReverseProcess(ForwardProcess):
             noise, or seeds and indices: the z, [B, ...], or what to draw it by, int64 [B].
         """
         source = NoiseSource(noise, seeds, indices)
-        given = cond_fn is not None or denoised_fn is not None
-        table = self.single_steps.ddpm(**ddpm_options(self, x0_given=given))
-        self.tables.check(t, x)
+        guided = cond_fn is not None or denoised_fn is not None
+        check_step(self, x, t)
+        table = self.single_steps.ddpm(**ddpm_options(self, x0_given=guided))
         check_noise(table, source, x)
         if _checks.boolean("repeat_noise", repeat_noise):
             source = source.repeated()
-        out, shift = self.call(model, x, t, model_kwargs), None
-        if given:
+        out, shift = evaluate(self, model, x, t, model_kwargs), None
+        if guided:
             parts = moments(self, out, x, t, denoised_fn)
             if cond_fn is not None:
-                shift = parts["variance"] * self.call.gradient(cond_fn, x, t, model_kwargs)
-            v = out.to(torch.float32).chunk(2, dim=1)[1:] if self.variance in LEARNED else ()
-            out = torch.cat((parts["pred_xstart"], *v), dim=1) if v else parts["pred_xstart"]
-        on_device = self.single_steps.on(table, x.device)
-        step = take_step(self.ops.on(x.device), on_device, self.num_timesteps - 1 - t, out, x, source)
+                shift = parts["variance"] * gradient(self, cond_fn, x, t, model_kwargs)
+            v = split(out, self.variance)[1]
+            x0 = parts["pred_xstart"]
+            out = x0 if v is None else torch.cat((x0, v.to(torch.float32)), dim=1)
+        step = step_down(self, table, out, x, t, source)
         return step if shift is None else {**step, "sample": step["sample"] + shift}
 
     def ddim_sample(
@@ -152,28 +149,80 @@ class ReverseProcess(ForwardProcess):
         equation 12.
         """
         source = NoiseSource(noise, seeds, indices)
-        given = cond_fn is not None or denoised_fn is not None
-        table = self.single_steps.ddim(eta, **x0_options(self, x0_given=given))
-        self.tables.check(t, x)
+        guided = cond_fn is not None or denoised_fn is not None
+        check_step(self, x, t)
+        table = self.single_steps.ddim(eta=eta, **x0_options(self, x0_given=guided))
         check_noise(table, source, x)
-        out = self.call(model, x, t, model_kwargs)
-        if given:
+        out = evaluate(self, model, x, t, model_kwargs)
+        if guided:
             parts = moments(self, out, x, t, denoised_fn)
             if cond_fn is not None:
                 parts = self.condition_score(cond_fn, parts, x, t, **model_kwargs)
             out = parts["pred_xstart"]
-        on_device = self.single_steps.on(table, x.device)
-        return take_step(self.ops.on(x.device), on_device, self.num_timesteps - 1 - t, out, x, source)
+        return step_down(self, table, out, x, t, source)
 
     def ddim_reverse_sample(self, model: Model, x: torch.Tensor, t: torch.Tensor, **model_kwargs: Any) -> Step:
         """One DDIM step up, from t to t + 1 for t < T - 1: ``sample`` and ``pred_xstart``, float32 [B, ...].
 
         The model is evaluated at t.
         """
-        self.tables.check(t, x, last=self.num_timesteps - 2)
-        table = self.single_steps.on(self.single_steps.ddim_reverse(self.prediction), x.device)
-        out = self.call(model, x, t, model_kwargs)
-        return take_step(self.ops.on(x.device), table, t, out, x, NoiseSource())
+        check_step(self, x, t, last=self.num_timesteps - 2)
+        table = self.single_steps.ddim_reverse(self.prediction)
+        out = evaluate(self, model, x, t, model_kwargs)
+        on_device = self.single_steps.on(table, x.device, self.told)
+        return take_step(self.ops.on(x.device), on_device, within(table, t), out, x, NoiseSource())
+
+
+def _checked(name: str, value: Any, others: Mapping[str, Any]) -> Any:
+    """The value of an attribute as it is stored; TypeError or ValueError if it does not fit, or not to the others."""
+    if name == "prediction":
+        return _checks.choice(name, value, algebra.PREDICTIONS)
+    if name == "clip":
+        return None if value is None else _checks.number(name, value, 0.0, open_low=True)
+    if name == "variance":
+        value, v_posterior = _checks.choice(name, value, algebra.VARIANCES), others.get("v_posterior", 0.0)
+    elif name == "v_posterior":
+        value = v_posterior = _checks.number(name, value, 0.0, 1.0)
+    else:
+        return value
+    variance = value if name == "variance" else others["variance"]
+    if v_posterior and variance != "fixed_small":
+        raise ValueError(f"v_posterior must be 0 with variance {variance!r}, got {v_posterior:g}")
+    return value
+
+
+def check_step(process: ReverseProcess, x: torch.Tensor, t: torch.Tensor, *, last: int | None = None) -> None:
+    """TypeError or ValueError, before the model is asked anything, unless it can tell x0 of x at t."""
+    process.tables.check(t, x, last=last)
+    if process.prediction == "epsilon":
+        process.tables.check_signal(t)
+
+
+def evaluate(
+    process: ReverseProcess, model: Model, x: torch.Tensor, t: torch.Tensor, model_kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """What a model returns for x at t, checked by :func:`stepfusion.diffusion.model_calls.call_model`."""
+    return call_model(model, x, t, model_kwargs, told=process.told, variance=process.variance)
+
+
+def gradient(
+    process: ReverseProcess, cond_fn: Condition, x: torch.Tensor, t: torch.Tensor, model_kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """What a condition returns for x at t, float32 like x."""
+    return returned_like("cond_fn", cond_fn(x, process.told(t), **model_kwargs), x)
+
+
+def step_down(
+    process: ReverseProcess,
+    table: StepTable,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    source: NoiseSource,
+) -> Step:
+    """The step of a table of single steps that starts at t; NaN if it has none."""
+    on_device = process.single_steps.on(table, x.device, process.told)
+    return take_step(process.ops.on(x.device), on_device, within(table, len(table) - 1 - t), out, x, source)
 
 
 def x0_options(process: ReverseProcess, *, x0_given: bool = False) -> dict[str, Any]:
@@ -202,18 +251,12 @@ def moments(
 
     With ``clipped=False`` the predicted x0 is not clipped, as losses take it.
     """
-    x, out = x.to(torch.float32), out.to(torch.float32)
-    v: torch.Tensor | None = None
-    if process.variance in LEARNED:
-        out, v = out.chunk(2, dim=1)
+    x = x.to(torch.float32)
+    prediction, v = split(out.to(torch.float32), process.variance)
     variance, log_variance = _variances(process, v, x, t)
-    if out.shape != x.shape:
-        raise ValueError(f"the model must return an x0, eps or v of shape {list(x.shape)}, got {list(out.shape)}")
-    x0 = _predicted_start(process, out, x, t)
+    x0 = _predicted_start(process, prediction, x, t)
     if denoised_fn is not None:
-        x0 = denoised_fn(x0).to(torch.float32)
-        if x0.shape != x.shape:
-            raise ValueError(f"denoised_fn must return shape {list(x.shape)}, got {list(x0.shape)}")
+        x0 = returned_like("denoised_fn", denoised_fn(x0), x)
     if clipped and process.clip is not None:
         x0 = x0.clamp(-process.clip, process.clip)
     return {
@@ -251,8 +294,5 @@ def _predicted_start(process: ReverseProcess, out: torch.Tensor, x: torch.Tensor
 
 
 def posterior_mean(process: ReverseProcess, x0: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The mean of q(x_{t-1} | x_t, x_0), by the reference where a gradient has to pass: kernels have none."""
-    ops = kernels.reference if x0.requires_grad else process.ops.on(x.device)
-    tables = process.tables.on(x.device, *POSTERIOR)
-    mean: torch.Tensor = ops.q_posterior_mean_variance(x0, x.to(torch.float32), t, *tables)[0]
-    return mean
+    """The mean of q(x_{t-1} | x_t, x_0), float32 [B, ...]."""
+    return process.q_posterior_mean_variance(x0, x.to(torch.float32), t)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -18,6 +20,15 @@ class ScheduleTables:
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
         self._memo = Memo()
+
+    @cached_property
+    def with_signal(self) -> int:
+        """How many timesteps have a signal, so that eps tells x0 there: 1 / sqrt(abar) is a finite float32.
+
+        They are the first ones. With zero terminal SNR, T - 1 is not among them.
+        """
+        with np.errstate(over="ignore"):
+            return int(np.isfinite(self.schedule.sqrt_recip_alphas_cumprod.astype(np.float32)).sum())
 
     def on(self, device: torch.device, *names: str) -> list[torch.Tensor]:
         """Tables on a device, each float32 [T]."""
@@ -42,6 +53,14 @@ class ScheduleTables:
         last = self.schedule.num_timesteps - 1 if last is None else last
         if t.device.type == "cpu" and len(t) and not (int(t.min()) >= 0 and int(t.max()) <= last):
             raise ValueError(f"t must lie in [0, {last}], got {int(t.min())} to {int(t.max())}")
+
+    def check_signal(self, t: torch.Tensor) -> None:
+        """ValueError if eps cannot tell x0 at one of t, int64 [B]; on a device it gives NaN, as for :meth:`check`."""
+        if t.device.type == "cpu" and len(t) and int(t.max()) >= self.with_signal:
+            raise ValueError(
+                f"x0 cannot be told from eps at t = {int(t.max())}, where the signal is zero (zero terminal SNR): "
+                "use a model with prediction 'v_prediction' or 'sample'"
+            )
 
     def _on(self, device: torch.device, name: str) -> torch.Tensor:
         def upload() -> torch.Tensor:

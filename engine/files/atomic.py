@@ -11,7 +11,7 @@ from typing import IO
 
 from stepfusion.files.json_files import read_json as read_json
 from stepfusion.files.regular import check_replaceable, create_in, parent_below
-from stepfusion.files.removal import file_names, first_other, remove_folder
+from stepfusion.files.removal import Ours, file_names, first_other, named, remove_folder
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -118,7 +118,7 @@ def remove_leftovers(directory: Path, of: Callable[[str], bool]) -> None:
 
 @contextmanager
 def atomic_directory(
-    path: str | os.PathLike[str], *, overwrite: bool = False, ours: Callable[[str], bool] | None = None
+    path: str | os.PathLike[str], *, overwrite: bool = False, ours: Ours | None = None
 ) -> Iterator[Path]:
     """Yield a new empty directory that becomes `path` when the block ends, and is removed if anything fails.
 
@@ -126,8 +126,8 @@ def atomic_directory(
         path: where the directory will be; its parent exists. An empty directory there is replaced.
         overwrite: replace a directory with content too, if all of it is ours; it stays untouched until the new one is
             complete.
-        ours: says of a file's name, with ``/`` between folders, whether it may be lost; by default the names that the
-            new directory has.
+        ours: says of a folder and the name of a file in it, with ``/`` between folders, whether that file may be
+            lost; by default the files may whose names the new directory has.
 
     Raises:
         FileExistsError: `path` is something that may not be replaced: a file, a link, or a directory with content
@@ -146,7 +146,7 @@ def atomic_directory(
     try:
         yield temporary
         _sync_directory(temporary)
-        _move_into_place(temporary, path, ours or set(file_names(temporary)).__contains__)
+        _move_into_place(temporary, path, ours or named(file_names(temporary)))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -158,7 +158,7 @@ def _with_real_parent(path: Path) -> Path:
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
-def _move_into_place(temporary: Path, path: Path, ours: Callable[[str], bool]) -> None:
+def _move_into_place(temporary: Path, path: Path, ours: Ours) -> None:
     """Rename `temporary` to `path`; a directory already there steps aside, and comes back if the rename fails.
 
     What stepped aside is looked at again before it is removed: others may have added to it a moment ago.
@@ -178,7 +178,7 @@ def _move_into_place(temporary: Path, path: Path, ours: Callable[[str], bool]) -
     remove_folder(previous, ours)
 
 
-def _refuse_others(path: Path, shown: Path, ours: Callable[[str], bool]) -> None:
+def _refuse_others(path: Path, shown: Path, ours: Ours) -> None:
     other = first_other(path, ours)
     if other is not None:
         raise FileExistsError(f"{shown} holds {other}, which would be lost: give another directory, or move it away")

@@ -7,15 +7,17 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stepfusion.files.regular import read_regular
+from stepfusion.files.regular import append_regular, read_regular
 
 MAX_DEPTH = 64
 
+_BLOCK = 1 << 12
 _Model = TypeVar("_Model", bound=BaseModel)
 _MAX_SHOWN = 60  # characters of a value in a message
 _TOKENS = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)  # an escape, whose quotation mark ends no string, or a sign
@@ -54,6 +56,36 @@ def read_typed(path: Path, model: type[_Model], error: type[Exception], most: in
         most: the most bytes that the file may have.
     """
     return parse_typed(_read(path, error, most, follow=False), model, error, str(path))
+
+
+def read_lines(path: Path, model: type[_Model], error: type[Exception], most: int) -> list[_Model]:
+    """Read a file of ours with a JSON object in each line, as :func:`read_typed` does; none if nothing is there.
+
+    A last line that a crash cut short is left out.
+    """
+    if not os.path.lexists(path):
+        return []
+    *lines, _cut_short = _read(path, error, most, follow=False).split(b"\n")
+    return [parse_typed(line, model, error, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def append_line(path: Path, value: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Add a JSON object to such a file; what a crash left of a line is cut off first.
+
+    Args:
+        path: the file, which is made if nothing is there.
+        value: the object.
+        sync: wait until the line is on disk.
+
+    Raises:
+        OSError: something else than a regular file is there, or it cannot be written.
+    """
+    with append_regular(path) as file:
+        os.truncate(file.fileno(), _end_of_lines(file.fileno()))
+        file.write(json.dumps(value).encode() + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
 
 
 def parse_typed(data: bytes, model: type[_Model], error: type[Exception], name: str) -> _Model:
@@ -96,6 +128,19 @@ def _read(path: Path, error: type[Exception], most: int, *, follow: bool) -> byt
         if problem.errno == errno.EFBIG:
             raise error(f"{path} is larger than {most} bytes") from None
         raise error(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Where the last line that ends, ends."""
+    place = os.lseek(descriptor, 0, os.SEEK_END)
+    while place > 0:
+        start = max(0, place - _BLOCK)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        found = os.read(descriptor, place - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        place = start
+    return 0
 
 
 def _shown(value: object) -> str:

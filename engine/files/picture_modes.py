@@ -86,7 +86,8 @@ def _decode_as(file: IO[bytes], raw: str) -> Pixels:
     """The bytes that Pillow takes of each pixel if it is told that the pixels stand in the file as ``raw``."""
     file.seek(0)
     with Image.open(file) as picture:
-        picture.tile = [(*tile[:3], _with_raw_mode(tile[3], raw)) for tile in picture.tile]
+        tiles: list[Any] = [(*tile[:3], _with_raw_mode(tile[3], raw)) for tile in picture.tile]
+        picture.tile = tiles
         return np.array(picture)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stepfusion.files.images import CHANNELS, Pixels
 from stepfusion.files.picture_modes import UnusableValuesError, pixels_of
@@ -98,7 +98,7 @@ def _decode_checked(name: str | Path, file: IO[bytes], size: tuple[int, int] | N
         picture = Image.open(file, formats=_PLUGINS)
     except Image.DecompressionBombError:
         raise PictureError(f"{name} declares more than the {MAX_PIXELS} pixels that a picture may have") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(f"{name} is not a sound picture ({FORMATS})") from None
     with picture:
         _check_declared(name, picture, size)

@@ -11,8 +11,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 # Windows has none of these: there, what is not a regular file is told by a look at it before it is opened.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -38,7 +38,7 @@ class NotARegularFileError(OSError):
         super().__init__(errno.EINVAL, f"it is {what}; accepted is a regular file", os.fspath(path))
 
 
-def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:
@@ -52,14 +52,14 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> IO[by
     return os.fdopen(_open(path, os.O_RDONLY, follow=follow), "rb")
 
 
-def append_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def append_regular(path: str | os.PathLike[str]) -> BufferedWriter:
     """Open a regular file to add to its end; it is made if nothing is there, and links are not followed.
 
     Raises:
         NotARegularFileError: something else is there.
         OSError: the file may not be written.
     """
-    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+    return os.fdopen(_open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def read_regular(path: str | os.PathLike[str], most: int, *, follow: bool = False) -> bytes:
@@ -70,13 +70,14 @@ def read_regular(path: str | os.PathLike[str], most: int, *, follow: bool = Fals
         OSError: it cannot be read, or is larger.
     """
     with open_regular(path, follow=follow) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, most) + 1)  # as many bytes as that are set aside before they are read
+    if max(size, len(data)) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most} bytes", os.fspath(path))
     return data
 
 
-def create_in(folder: Folder, name: str) -> IO[bytes]:
+def create_in(folder: Folder, name: str) -> BufferedWriter:
     """Create a file of a new name in an open folder, for writing; FileExistsError if anything has that name."""
     return os.fdopen(_open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder=folder), "wb")
 
@@ -86,7 +87,7 @@ def check_replaceable(folder: Folder, name: str) -> None:
     _refuse_unless_regular(os.fspath(folder.path / name), folder.at(name), folder.descriptor, follow=False)
 
 
-def open_below(root: str | os.PathLike[str], name: str) -> IO[bytes]:
+def open_below(root: str | os.PathLike[str], name: str) -> BufferedReader:
     """Open the regular file ``root/name`` for reading; no part of `name` may be a link.
 
     Args:

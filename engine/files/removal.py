@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+#: Says of a folder and the name of a file in it, with ``/`` between folders, whether the program wrote that file.
+Ours = Callable[[Path, str], bool]
+
+
+def named(names: Iterable[str]) -> Ours:
+    """What is ours by its name alone."""
+    known = frozenset(names)
+    return lambda _, name: name in known
 
 
 def file_names(folder: Path) -> Iterator[str]:
@@ -13,20 +22,20 @@ def file_names(folder: Path) -> Iterator[str]:
     return (name for name, regular in _entries(folder, "") if regular)
 
 
-def first_other(folder: Path, ours: Callable[[str], bool]) -> str | None:
+def first_other(folder: Path, ours: Ours) -> str | None:
     """The first name in a folder that is not a regular file accepted by `ours`; None if there is no such name."""
-    others = (name for name, regular in _entries(folder, "") if not (regular and ours(name)))
+    others = (name for name, regular in _entries(folder, "") if not (regular and ours(folder, name)))
     return min(others, default=None)
 
 
-def remove_folder(folder: Path, ours: Callable[[str], bool]) -> None:
+def remove_folder(folder: Path, ours: Ours) -> None:
     """Remove the regular files of a folder that `ours` accepts, and every folder that becomes empty by it.
 
     A link is not followed. What is not ours stays, with the folders around it.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    for name in [name for name, regular in _entries(folder, "") if regular and ours(name)]:
+    for name in [name for name, regular in _entries(folder, "") if regular and ours(folder, name)]:
         (folder / name).unlink(missing_ok=True)
     for path, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):  # it is not empty, and so not ours alone

@@ -23,9 +23,14 @@ class StepTable:
 
     ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
     the network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the
-    first row of each of the samplers in it. Made by :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`,
-    :func:`stepfusion.dpmpp_2m`, :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`;
-    :meth:`concatenate` joins several, and :meth:`last` takes the end of one.
+    first row of each of the samplers in it, whose rows stand one after the other. Made by
+    :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`, :func:`stepfusion.dpmpp_2m`,
+    :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several, and
+    :meth:`last` takes the end of one.
+
+    Raises:
+        TypeError, ValueError: a field has another type, shape or value than these, or a lane would walk other rows
+            than those of its sampler, each once.
     """
 
     name: str
@@ -38,20 +43,40 @@ class StepTable:
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(self.schedule).__name__}")
+        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        _checks.boolean("learned_variance", self.learned_variance)
+        self._check_arrays()
+        self._check_timesteps()
+        self._check_coefficients()
+        self._check_walks()
+        for array in (self.coefficients, self.timesteps, self.next_row):
+            array.flags.writeable = False
+
+    def _check_arrays(self) -> None:
+        for name, kind in (("coefficients", np.float64), ("timesteps", np.int64), ("next_row", np.int64)):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != kind:
+                given = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise TypeError(f"{name} must be an array of {np.dtype(kind)}, got {given}")
+        if self.timesteps.ndim != 1:
+            raise ValueError(f"timesteps must be one-dimensional, got shape {list(self.timesteps.shape)}")
         rows = len(self.timesteps)
         if self.coefficients.shape != (rows, len(COLUMNS)) or self.next_row.shape != (rows,):
             raise ValueError(
                 f"a table of {rows} rows must have coefficients [{rows}, {len(COLUMNS)}] and next_row [{rows}], "
                 f"got {list(self.coefficients.shape)} and {list(self.next_row.shape)}"
             )
-        _checks.choice("prediction", self.prediction, PREDICTIONS)
+
+    def _check_timesteps(self) -> None:
         last = self.schedule.num_timesteps - 1
-        if rows == 0 or self.timesteps.min() < 0 or self.timesteps.max() > last:
+        if len(self) == 0 or self.timesteps.min() < 0 or self.timesteps.max() > last:
             raise ValueError(
                 f"a table must have rows with timesteps in [0, {last}], got {self.timesteps.tolist()[:8]}"
             )
-        if self.next_row.min() < PARKED or self.next_row.max() >= rows:
-            raise ValueError(f"next_row must lie in [{PARKED}, {rows - 1}], got {self.next_row.tolist()[:8]}")
+
+    def _check_coefficients(self) -> None:
         finite = np.isfinite(self.coefficients)
         finite[:, COLUMNS.index("clip")] |= np.isposinf(self.coefficients[:, COLUMNS.index("clip")])
         if not finite.all():
@@ -60,8 +85,28 @@ class StepTable:
                 f"coefficient {COLUMNS[column]} of row {row} (timestep {self.timesteps[row]}) is "
                 f"{self.coefficients[row, column]}, which no network output can be multiplied with"
             )
-        for array in (self.coefficients, self.timesteps, self.next_row):
-            array.flags.writeable = False
+
+    def _check_walks(self) -> None:
+        """ValueError unless a lane from each start walks the rows up to the next start, each once, and is done.
+
+        An engine counts on it: it knows by counting when a lane is done. Rows that lead back would never end.
+        """
+        rows = len(self)
+        if self.next_row.min() < PARKED or self.next_row.max() >= rows:
+            raise ValueError(f"next_row must lie in [{PARKED}, {rows - 1}], got {self.next_row.tolist()[:8]}")
+        starts = self.starts
+        if not isinstance(starts, tuple) or not all(type(start) is int for start in starts):
+            raise TypeError(f"starts must be a tuple of integers, got {starts!r}"[:200])
+        if starts[:1] != (0,) or any(b <= a for a, b in zip(starts, (*starts[1:], rows), strict=True)):
+            raise ValueError(f"starts must rise from 0 and stay below {rows} rows, got {list(starts[:8])}")
+        wanted = np.arange(1, rows + 1)
+        wanted[[start - 1 for start in (*starts[1:], rows)]] = PARKED
+        if (wrong := np.flatnonzero(self.next_row != wanted)).size:
+            row = int(wrong[0])
+            raise ValueError(
+                f"next_row must lead through the rows of each sampler once, and then be {PARKED}: after row {row} "
+                f"comes {wanted[row]}, got {self.next_row[row]}"
+            )
 
     def __len__(self) -> int:
         """The number of rows, of all its samplers together."""

@@ -19,7 +19,7 @@ from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
-from stepfusion.serving.events import EventQueue
+from stepfusion.serving.events import EventQueue, LastEvents
 from stepfusion.serving.metrics import make_metrics
 from stepfusion.serving.scheduler import Scheduler
 from stepfusion.serving.served_request import Result, ServedRequest
@@ -178,7 +178,7 @@ class AsyncEngine:
         """
         if "progress" in arguments:
             raise TypeError("stream takes no progress: it yields the events")
-        events = EventQueue()
+        events = EventQueue(LastEvents())
         events.follow(self.submit(n, table, progress=events.send, **arguments))
         try:
             while not isinstance(event := await events.next(), Result):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from heapq import heapify, heapreplace
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heapify, heappop, heapreplace
+from itertools import chain, repeat
 
 from stepfusion.serving.errors import Overloaded
 
@@ -28,7 +29,8 @@ class Backlog:
         self.images = 0
         self.steps = 0
         self.lanes = 1
-        self.remaining: Callable[[], Sequence[int]] = list  #: rounds for which each lane is still taken
+        #: of each pool the rounds for which its lanes are taken, and the steps of the images that wait for them
+        self.pools: Callable[[], list[tuple[list[int], list[int]]]] = list
         self.seconds = 0.0  #: of a round: every pool that has images ticks once; a running mean
         self.fastest = 0.0  #: of all rounds so far
 
@@ -47,19 +49,16 @@ class Backlog:
             self.steps += steps
 
     def _seconds_until(self, entered: int) -> float:
-        """An estimate of the seconds until so many of the images that wait have a lane.
-
-        The next image takes the lane that is free next, for the mean number of steps of all that wait.
-        """
+        """An estimate of the seconds until so many of the images that wait have a lane."""
         if not self.seconds:
             return _UNKNOWN_SECONDS
-        steps = self.steps / max(1, self.images)
-        free_at = [float(rounds) for rounds in self.remaining()] or [0.0] * self.lanes
-        heapify(free_at)
+        pools = self.pools() or [([0] * self.lanes, [])]
+        mean = self.steps / max(1, self.images)
+        unseen = self.images - sum(len(waiting) for _, waiting in pools)  # by the scheduler, which is in a round
+        lanes, waiting = pools[0]
         followed = min(entered, _MOST_FOLLOWED)
-        for _ in range(followed - 1):
-            heapreplace(free_at, free_at[0] + steps)
-        return max(_LEAST_SECONDS, free_at[0] * entered / followed * self.seconds)
+        rounds = _rounds_until(followed, [(lanes, chain(waiting, repeat(mean, max(0, unseen)))), *pools[1:]])
+        return max(_LEAST_SECONDS, rounds * entered / followed * self.seconds)
 
     def put_back(self, images: int, steps: int) -> None:
         """Images lost their lanes, and wait again."""
@@ -79,3 +78,24 @@ class Backlog:
     def least(self, longest: int, steps: int) -> float:
         """The fewest seconds that images of ``steps`` steps in all, ``longest`` for one, can take."""
         return self.fastest * max(longest, math.ceil(steps / self.lanes))
+
+
+def _rounds_until(entered: int, pools: Sequence[tuple[Iterable[int], Iterable[float]]]) -> float:
+    """The rounds until so many images have a lane, if each takes the lane of its pool that is free next.
+
+    Args:
+        pools: of each the rounds for which its lanes are taken, and the steps of the images that wait, in order.
+    """
+    free_at = [(float(rounds), number) for number, (lanes, _) in enumerate(pools) for rounds in lanes]
+    waiting = [iter(images) for _, images in pools]
+    heapify(free_at)
+    rounds = 0.0
+    while free_at and entered:
+        rounds, number = free_at[0]
+        steps = next(waiting[number], None)
+        if steps is None:
+            heappop(free_at)
+            continue
+        entered -= 1
+        heapreplace(free_at, (rounds + steps, number))
+    return rounds

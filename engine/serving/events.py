@@ -5,22 +5,57 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from concurrent.futures import Future
+from typing import Generic, Protocol, TypeVar
 
 from stepfusion.lanes.request import Event
 from stepfusion.serving.served_request import Result
 
 _KEPT = 64  # events, for a reader who is slower than the lanes
+Item = TypeVar("Item")
+ItemOut = TypeVar("ItemOut", covariant=True)
 
 
-class EventQueue:
-    """The events of one request, and then its result, for one reader in the running event loop.
+class Buffer(Protocol[ItemOut]):
+    """What a queue keeps of events that its reader has not taken. One thread puts, and another takes."""
 
-    A reader who is slower than the lanes misses the oldest events, but never the result.
-    """
+    def put(self, event: Event) -> None:
+        """Keep an event, or what is wanted of it."""
+
+    def take(self) -> ItemOut | None:
+        """The oldest of what is kept; None if nothing is."""
+
+    def close(self) -> None:
+        """Forget everything, and what still comes."""
+
+
+class LastEvents:
+    """A buffer of the last 64 events."""
 
     def __init__(self) -> None:
-        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         self._events: deque[Event] = deque(maxlen=_KEPT)
+        self._closed = False
+
+    def put(self, event: Event) -> None:
+        if not self._closed:
+            self._events.append(event)
+
+    def take(self) -> Event | None:
+        return self._events.popleft() if self._events else None
+
+    def close(self) -> None:
+        self._closed = True
+        self._events.clear()
+
+
+class EventQueue(Generic[Item]):
+    """The events of one request, and then its result, for one reader in the running event loop.
+
+    A reader who is slower than the lanes misses events, as the buffer decides, but never the result.
+    """
+
+    def __init__(self, buffer: Buffer[Item]) -> None:
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._buffer = buffer
 
     def follow(self, future: Future[Result]) -> None:
         """Take the result from this future once the events are read."""
@@ -30,10 +65,11 @@ class EventQueue:
 
     def send(self, event: Event) -> None:
         """Enter an event; called in the engine's thread."""
-        self._loop.call_soon_threadsafe(self._receive, event)
+        self._buffer.put(event)
+        self._loop.call_soon_threadsafe(self._arrived.set)
 
-    async def next(self, timeout: float | None = None) -> Event | Result | None:
-        """The next event, the oldest first, and at last the result.
+    async def next(self, timeout: float | None = None) -> Item | Result | None:
+        """The next of what the buffer keeps, the oldest first, and at last the result.
 
         Returns:
             None if nothing happened for ``timeout`` seconds.
@@ -41,18 +77,18 @@ class EventQueue:
         Raises:
             Whatever the request ended with.
         """
-        if not self._events and not self._result.done():
+        while True:
             self._arrived.clear()
+            if (item := self._buffer.take()) is not None:
+                return item
+            if self._result.done():
+                return self._result.result()
             try:
                 await asyncio.wait_for(self._arrived.wait(), timeout)
             except TimeoutError:
                 return None
-        return self._events.popleft() if self._events else self._result.result()
 
     def cancel(self) -> None:
-        """Free the lanes by the next tick. Nothing happens if the request is over."""
+        """Read no more: free the lanes by the next tick, if the request is not over, and forget its events."""
         self._future.cancel()
-
-    def _receive(self, event: Event) -> None:
-        self._events.append(event)
-        self._arrived.set()
+        self._buffer.close()

@@ -85,7 +85,7 @@ class Scheduler:
         self._pace = Pace(engine.plan.device)
         self._needs_room: ServedRequest | None = None
         self.learned = False  #: whether the network learned its variance
-        backlog.lanes, backlog.remaining = self._widths[-1], self._remaining
+        backlog.lanes, backlog.pools = self._widths[-1], self._loads
 
     @property
     def idle(self) -> bool:
@@ -181,10 +181,13 @@ class Scheduler:
 
     # Lanes
 
-    def _remaining(self) -> list[int]:
-        """How many rounds each lane is still taken for, of the pools that have or await images."""
+    def _loads(self) -> list[tuple[list[int], list[int]]]:
+        """Of each pool with work, the rounds for which its lanes are taken, and the steps of the images that wait.
+
+        For any thread, as an estimate.
+        """
         pools = [pool for pool in list(self._pools.values()) if pool.lanes.busy or len(pool.queue)]
-        return [ticks for pool in pools for ticks in pool.lanes.remaining()]
+        return [(pool.lanes.remaining(), pool.queue.upcoming()) for pool in pools]
 
     def _pool(self, request: Request) -> _Pool:
         """The lanes for a request, by how its network is called; guided ones with the null label as well."""

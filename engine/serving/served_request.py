@@ -45,7 +45,6 @@ class ServedRequest(ActiveRequest):
         context: what tracing wants back.
         images: those that are done, on the host; None before the first one.
         left: how many are not done.
-        turn: the number of the lane that it last got, among all lanes that were given.
         ended: its caller knows how it ended.
     """
 
@@ -61,7 +60,6 @@ class ServedRequest(ActiveRequest):
     left: int = field(init=False)
     started: float | None = None
     since: float = field(init=False)
-    turn: int = 0
     ended: bool = False
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -110,14 +110,7 @@ class TrainConfig:
         _checks.integer("train_timesteps", self.train_timesteps, 2, 1 << 20)
         _checks.integer("warmup_steps", self.warmup_steps, 0, 2**31)
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))
-        if not self.channels:
-            raise ValueError("channels must have at least one entry, got none")
-        for level, width in enumerate(self.channels):
-            _checks.integer(f"channels[{level}]", width, 1, 2**14)
-        for level in self.attention_levels:
-            _checks.integer("attention_levels", level, 0, len(self.channels) - 1)
+        self._check_levels()
         _checks.choice("network", self.network, NETWORKS)
         _checks.choice("prediction", self.prediction, PREDICTIONS)
         _checks.choice("schedule", self.schedule, SCHEDULES)
@@ -131,18 +124,33 @@ class TrainConfig:
         _checks.number("label_dropout", self.label_dropout, 0, 1)
         _checks.boolean("flip", self.flip)
 
+    def _check_levels(self) -> None:
+        for name in ("channels", "attention_levels"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+        if not self.channels:
+            raise ValueError("channels must have at least one entry, got none")
+        channels = [
+            _checks.integer(f"channels[{level}]", width, 1, 2**14) for level, width in enumerate(self.channels)
+        ]
+        highest = len(channels) - 1
+        attends = {_checks.integer("attention_levels", level, 0, highest) for level in self.attention_levels}
+        object.__setattr__(self, "channels", tuple(channels))
+        object.__setattr__(self, "attention_levels", tuple(sorted(attends)))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Read what ``dataclasses.asdict`` wrote.
 
         Raises:
-            TypeError, ValueError: an unknown field, or a wrong value.
+            TypeError, ValueError: an unknown field, a missing one, or a wrong value.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"the training configuration has unknown fields {sorted(unknown)}")
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**plain)
+        names = {field.name for field in fields(cls)}
+        for what, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
+            if wrong:
+                raise ValueError(f"the training configuration has {what} fields {sorted(wrong)}")
+        return cls(**values)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0: linear warm-up, then a cosine to zero at `steps`."""

@@ -4,45 +4,61 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from pydantic import Field
+
 from stepfusion.files.atomic import atomic_write
+from stepfusion.files.json_files import FileModel, read_lines
+from stepfusion.files.regular import open_regular
 
 METRICS = "metrics.jsonl"
+FIGURE = "loss.png"
 
-_FIGURE = "loss.png"
+_SOFTWARE = "stepfusion train"  # by which a figure is known as ours
+_MAX_BYTES = 1 << 28
+
+
+class MetricsRow(FileModel):
+    """One line: the mean loss since the line before, and how fast it went."""
+
+    step: int = Field(ge=0)
+    loss: float
+    lr: float | None = None
+    images_per_s: float | None = None
+    elapsed_s: float | None = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; a last line that was cut short by a crash is left out."""
-    path = Path(path)
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Read ``metrics.jsonl``; a last line that was cut short by a crash is left out.
 
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to ``metrics.jsonl``."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    Raises:
+        ValueError: another line is not one of a training run's metrics, or the file is no regular file.
+    """
+    rows = read_lines(Path(path), MetricsRow, ValueError, _MAX_BYTES)
+    return [row.model_dump(exclude_unset=True) for row in rows]
 
 
 def forget_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of steps that are about to be made again."""
-    rows = read_metrics(path)
-    kept = [row for row in rows if row.get("step", 0) <= step]
-    if len(kept) < len(rows):
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    """Drop the rows of steps that are about to be made again, and what a crash left of a line.
+
+    A file that has other names (hard links, as backups have) is replaced by one of its own, so that theirs stays.
+    """
+    kept = b"".join(json.dumps(row).encode() + b"\n" for row in read_metrics(path) if row["step"] <= step)
+    if not path.exists():
+        return
+    with open_regular(path) as file:
+        as_it_is = file.read() == kept and os.fstat(file.fileno()).st_nlink == 1
+    if not as_it_is:
+        atomic_write(path, kept)
 
 
 def plot_loss(directory: Path) -> None:
-    """Draw ``metrics.jsonl`` of a run as ``loss.png``; without matplotlib, say so and go on."""
+    """Draw ``metrics.jsonl`` of a run as ``loss.png``; if it cannot be drawn, say why and go on."""
     rows = read_metrics(directory / METRICS)
     if not rows:
         return
@@ -50,7 +66,10 @@ def plot_loss(directory: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"matplotlib is not installed: no {_FIGURE}; {METRICS} holds the curve", file=sys.stderr)
+        print(f"matplotlib is not installed: no {FIGURE}; {METRICS} holds the curve", file=sys.stderr)
+        return
+    if not _is_ours(directory / FIGURE):
+        print(f"{directory / FIGURE} is not of this program, and stays; {METRICS} holds the curve", file=sys.stderr)
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,5 +78,16 @@ def plot_loss(directory: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.grid(alpha=0.3)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    atomic_write(directory / _FIGURE, png.getvalue())
+    figure.savefig(png, format="png", dpi=120, metadata={"Software": _SOFTWARE})
+    atomic_write(directory / FIGURE, png.getvalue())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a figure may be replaced: there is none, or a run drew it."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        with open_regular(path) as file, Image.open(file, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from stepfusion.files.json_files import append_line
+from stepfusion.files.regular import open_regular
 from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset
-from stepfusion.training.metrics import METRICS, append_row, forget_rows_after
-from stepfusion.training.state import latest_state, load_state, remove_leftovers, save_state
+from stepfusion.training.metrics import METRICS, forget_rows_after
+from stepfusion.training.state import check_room_for_states, latest_state, load_state, remove_leftovers, save_state
 from stepfusion.training.trainer import Trainer
+
+LOCK = ".train.lock"
 
 
 def train(
@@ -45,28 +52,63 @@ def train(
         The trainer as it stands; ``trainer.done`` says whether it was finished.
 
     Raises:
-        ValueError: `directory` has a state of another run, or `dataset` does not fit `config`.
+        ValueError: `directory` has a state of another run, or is in use by another process; `dataset` does not fit
+            `config`.
         FloatingPointError: the loss is not finite.
     """
     directory = Path(directory)
     trainer = Trainer(config, dataset, device, workers)
     directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory)
-    newest = latest_state(directory)
-    if newest is not None:
-        trainer.restore(load_state(newest))
-    forget_rows_after(directory / METRICS, trainer.step)
+    with _alone(directory):
+        remove_leftovers(directory)
+        newest = latest_state(directory)
+        if newest is not None:
+            trainer.restore(load_state(newest))
+        check_room_for_states(directory, trainer.step)
+        forget_rows_after(directory / METRICS, trainer.step)
+        _go_on(trainer, directory, should_stop, report)
+    return trainer
+
+
+def _go_on(
+    trainer: Trainer, directory: Path, should_stop: Callable[[], bool], report: Callable[[dict[str, Any]], None]
+) -> None:
+    """Make the steps that are left, and save states and metrics of them."""
     saved = trainer.step
     for row in _run(trainer, should_stop):
         if row:
-            append_row(directory / METRICS, row)
+            append_line(directory / METRICS, row)
             report(row)
-        if trainer.step % config.save_every == 0:
+        if trainer.step % trainer.config.save_every == 0:
             save_state(directory, trainer.state())
             saved = trainer.step
     if trainer.step != saved:
         save_state(directory, trainer.state())
-    return trainer
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run; the lock of a process that died is free.
+
+    Raises:
+        ValueError: another process trains there, or the lock cannot be taken.
+    """
+    path = directory / LOCK
+    if os.path.lexists(path):
+        with open_regular(path) as file:  # some versions of the library empty whatever stands there
+            if file.read(1):
+                raise ValueError(f"{path} is not the lock of a training run: name another directory, or move it away")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{directory} is in use by another training process") from None
+    except NotImplementedError as error:
+        raise ValueError(f"{directory} is on a file system without locks: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:

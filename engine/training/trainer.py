@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.networks import ContextUNet, UNet2D
+from stepfusion.training.ambient import plain_torch
 from stepfusion.training.batches import Batch, make_batch
 from stepfusion.training.config import PRECISIONS, RESUMABLE, TrainConfig
 from stepfusion.training.datasets import ImageDataset
-from stepfusion.training.state import TrainState
+from stepfusion.training.state import DataFingerprint, RunMetadata, TrainState
 
 
 class Trainer:
@@ -42,6 +42,7 @@ class Trainer:
             by running statistics and there are several workers.
     """
 
+    @plain_torch()
     def __init__(
         self, config: TrainConfig, dataset: ImageDataset, device: str | torch.device = "cpu", workers: int = 1
     ) -> None:
@@ -74,6 +75,7 @@ class Trainer:
         """Whether all steps have been made."""
         return self.step >= self.config.steps
 
+    @plain_torch()
     def train_step(self) -> Tensor:
         """Make one step; returns its loss, float32 [], on the device."""
         batch = make_batch(self.config, self.dataset, self.step)
@@ -89,6 +91,7 @@ class Trainer:
         self.step += 1
         return loss
 
+    @plain_torch()
     def gradients(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return the mean loss over `batch`, float32 [], and its gradient for every parameter."""
         parts = batch.split(self.config.microbatch)
@@ -103,6 +106,7 @@ class Trainer:
         loss = self.loss(part)
         return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
+    @plain_torch()
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of the network's prediction for `batch`, float32 []."""
         x0, noise, t = batch.x0.to(self.device), batch.noise.to(self.device), batch.timesteps.to(self.device)
@@ -122,38 +126,40 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        metadata = {
-            "step": self.step,
-            "elapsed_s": self.elapsed,
-            "config": asdict(self.config),
-            "data": _fingerprint(self.dataset),
-        }
+        metadata = RunMetadata(
+            step=self.step,
+            elapsed_s=self.elapsed,
+            config=asdict(self.config),
+            data=fingerprint(self.dataset),
+        )
         return TrainState(tensors, metadata)
 
+    @plain_torch()
     def restore(self, state: TrainState) -> None:
         """Go on from `state`.
 
         Raises:
-            ValueError: it was made with another configuration or other data, or is incomplete.
+            ValueError: it was made with another configuration or other data, or is incomplete; nothing is changed.
         """
-        _check_same_run(self.config, state.metadata, _fingerprint(self.dataset))
-        step = _checks.integer("step of the saved state", state.metadata.get("step"), 0, 2**31)
-        for name, value in self.network.state_dict().items():
-            value.copy_(_stored(state, f"weights.{name}", value))
-        for name, value in self.ema.items():
-            value.copy_(_stored(state, f"ema.{name}", value))
-        for name, parameter in self.network.named_parameters():
-            if step:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
-                    **{
-                        key: torch.empty_like(parameter).copy_(_stored(state, f"{key}.{name}", parameter))
-                        for key in ("exp_avg", "exp_avg_sq")
-                    },
-                }
-        self.step = step
-        self.elapsed = _checks.number("elapsed_s of the saved state", state.metadata.get("elapsed_s"), 0)
+        _check_same_run(self.config, state.metadata, fingerprint(self.dataset))
+        step = state.metadata.step
+        parameters = dict(self.network.named_parameters())
+        stored = [
+            (value, _stored(state, f"weights.{name}", value)) for name, value in self.network.state_dict().items()
+        ]
+        stored += [(value, _stored(state, f"ema.{name}", value)) for name, value in self.ema.items()]
+        moments = {
+            parameter: {key: _stored(state, f"{key}.{name}", parameter) for key in ("exp_avg", "exp_avg_sq")}
+            for name, parameter in (parameters.items() if step else ())
+        }
+        for value, tensor in stored:
+            value.copy_(tensor)
+        for parameter, tensors in moments.items():
+            kept = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in tensors.items()}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **kept}
+        self.step, self.elapsed = step, state.metadata.elapsed_s
 
+    @plain_torch()
     def ema_network(self) -> UNet2D | ContextUNet:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
         network = copy.deepcopy(self.network)
@@ -173,23 +179,24 @@ def _make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-def _fingerprint(dataset: ImageDataset) -> dict[str, Any]:
-    """Say of a data set what tells it from another: shape, sums of pixels and labels."""
-    return {
-        "shape": list(dataset.images.shape),
-        "pixel_sum": int(dataset.images.sum(dtype=torch.int64)),
-        "label_sum": None if dataset.labels is None else int((dataset.labels + 1).sum()),
-    }
+def fingerprint(dataset: ImageDataset) -> DataFingerprint:
+    """Say of a data set what tells it from another."""
+    return DataFingerprint(
+        shape=list(dataset.images.shape),
+        pixel_sum=int(dataset.images.sum(dtype=torch.int64)),
+        label_sum=None if dataset.labels is None else int((dataset.labels + 1).sum()),
+    )
 
 
-def _check_same_run(config: TrainConfig, metadata: dict[str, Any], data: dict[str, Any]) -> None:
-    saved = TrainConfig.from_dict(metadata.get("config", {}))
+def _check_same_run(config: TrainConfig, metadata: RunMetadata, data: DataFingerprint) -> None:
+    saved = TrainConfig.from_dict(metadata.config)
     for field in fields(TrainConfig):
         before, now = getattr(saved, field.name), getattr(config, field.name)
         if field.name not in RESUMABLE and before != now:
             raise ValueError(f"{field.name} is {now!r}, but the saved run has {before!r}; it cannot change on resume")
-    if metadata.get("data") != data:
-        raise ValueError(f"the data set is {data}, but the saved run was trained on {metadata.get('data')}")
+    if metadata.data != data:
+        given, trained = data.model_dump(), metadata.data.model_dump()
+        raise ValueError(f"the data set is {given}, but the saved run was trained on {trained}")
 
 
 def _stored(state: TrainState, key: str, like: Tensor) -> Tensor:

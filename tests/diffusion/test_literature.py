@@ -429,7 +429,7 @@ class TestRefused:
             (lambda d, m, x, t: d.p_mean_variance(m, x, t, denoised_fn=lambda x: x[:1]),
              "denoised_fn must return shape [3, 2, 4, 4], got [1, 2, 4, 4]"),
             (lambda d, m, x, t: d.p_mean_variance(lambda x, t: x[:, :1], x, t),
-             "the model must return an x0, eps or v of shape [3, 2, 4, 4], got [3, 1, 4, 4]"),
+             "the model returned shape [3, 1, 4, 4], and variance 'fixed_small' needs [3, 2, 4, 4]"),
             (lambda d, m, x, t: d.p_sample(m, x, t, noise=x, repeat_noise=1),
              "repeat_noise must be True or False, got 1"),
             (lambda d, m, x, t: d.training_losses(m, x, t, noise=x, loss="kl", min_snr_gamma=5.0),

@@ -9,7 +9,7 @@ import pytest
 
 from stepfusion.files import atomic
 from stepfusion.files.atomic import atomic_directory, remove_leftovers
-from stepfusion.files.removal import file_names, first_other, remove_folder
+from stepfusion.files.removal import file_names, first_other, named, remove_folder
 
 
 def fill(path: Path, *names: str, text: str = "ours") -> Path:
@@ -88,10 +88,10 @@ def test_ours_is_what_the_caller_says(tmp_path: Path) -> None:
     fill(tmp_path / "out", "a", "old")
     with (
         pytest.raises(FileExistsError, match="out holds old"),
-        atomic_directory(tmp_path / "out", overwrite=True, ours={"a"}.__contains__),
+        atomic_directory(tmp_path / "out", overwrite=True, ours=named("a")),
     ):
         pass
-    with atomic_directory(tmp_path / "out", overwrite=True, ours={"a", "old"}.__contains__):
+    with atomic_directory(tmp_path / "out", overwrite=True, ours=named(("a", "old"))):
         pass
     assert tree(tmp_path) == ["out"]
 
@@ -113,11 +113,11 @@ def test_what_comes_while_the_directory_steps_aside_is_kept(tmp_path: Path, monk
 
 def test_removing_a_folder_keeps_what_is_not_ours(tmp_path: Path) -> None:
     fill(tmp_path / "state", "a", "in/b", "in/mine", "all/c")
-    remove_folder(tmp_path / "state", {"a", "in/b", "all/c"}.__contains__)
+    remove_folder(tmp_path / "state", named(("a", "in/b", "all/c")))
     assert tree(tmp_path) == ["state", "state/in", "state/in/mine"]
-    remove_folder(tmp_path / "state", lambda name: True)
+    remove_folder(tmp_path / "state", lambda *_: True)
     assert tree(tmp_path) == []
-    remove_folder(tmp_path / "state", lambda name: True)  # which is not there
+    remove_folder(tmp_path / "state", lambda *_: True)  # which is not there
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
@@ -126,8 +126,8 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
     fill(tmp_path / "state", "a")
     (tmp_path / "state/link").symlink_to("../elsewhere")
     (tmp_path / "other").symlink_to("elsewhere")
-    remove_folder(tmp_path / "state", lambda name: True)
-    remove_folder(tmp_path / "other", lambda name: True)
+    remove_folder(tmp_path / "state", lambda *_: True)
+    remove_folder(tmp_path / "other", lambda *_: True)
     assert tree(tmp_path / "elsewhere") == ["a"]
     assert tree(tmp_path / "state") == ["link"]
     leftover = tmp_path / f".a.{'0' * 32}.tmp"
@@ -140,5 +140,5 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
 def test_names_in_a_folder(tmp_path: Path) -> None:
     fill(tmp_path, "b", "in/a", "none/")
     assert sorted(file_names(tmp_path)) == ["b", "in/a"]
-    assert first_other(tmp_path, lambda name: True) == "none/"
-    assert first_other(tmp_path / "in", {"a"}.__contains__) is None
+    assert first_other(tmp_path, lambda *_: True) == "none/"
+    assert first_other(tmp_path / "in", named("a")) is None

@@ -506,7 +506,7 @@ MUTANTS: dict[str, tuple[Case, str, str]] = {
     "a bias that is not scaled": (WHOLE, "offset * factor +", "offset +"),
     "shift of another lane": (WHOLE, "shift_ptr + lane * shift_stride", "shift_ptr"),
     "scale of another lane": (WHOLE, "scale_ptr + lane * scale_stride", "scale_ptr"),
-    "no eps": (Case(8, 8, 8, 2, std=1e-3), "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
+    "no eps": (Case(8, 8, 8, 2, std=1e-3), "_root(variance + eps)", "_root(variance)"),
     "a sample variance": (Case(8, 3, 3, 2), "return mean, m2 / (pixels * U)", "return mean, m2 / (pixels * U - 1)"),
     "the sign of SiLU": (WHOLE, "tl.exp2(y * -_LOG2_E)", "tl.exp2(y * _LOG2_E)"),
     "the base of SiLU": (WHOLE, "tl.exp2(y * -_LOG2_E)", "tl.exp2(-y)"),

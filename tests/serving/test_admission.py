@@ -1,8 +1,7 @@
-"""Whose turn it is: requests in turn, priorities, and no starving."""
+"""Whose turn it is: the least work first, priorities, and no starving."""
 
 from collections import Counter
 from concurrent.futures import Future
-from types import SimpleNamespace
 from typing import Any, cast
 
 from stepfusion.lanes.request import Request
@@ -12,9 +11,17 @@ from stepfusion.serving.served_request import ServedRequest
 AGING = 10.0
 
 
-def job(number: int, images: int, *, priority: int = 0, submitted: float = 0.0) -> ServedRequest:
+class Images(list[int]):
+    """What admission asks of a request of so many images: how many steps each has."""
+
+    def __init__(self, images: int, steps: int) -> None:
+        super().__init__([steps] * images)
+        self.steps = self.__getitem__
+
+
+def job(number: int, images: int, *, steps: int = 10, priority: int = 0, submitted: float = 0.0) -> ServedRequest:
     """A request of so many images that nobody will make."""
-    request = cast(Request, [SimpleNamespace()] * images)
+    request = cast(Request, Images(images, steps))
     return ServedRequest(request, number=number, future=Future(), submitted=submitted, priority=priority)
 
 
@@ -31,18 +38,30 @@ def pick(admission: Admission, lanes: int, now: float = 0.0, **options: Any) -> 
     return [(one.number, image) for one, image in admission.pick(lanes, now, ready)]
 
 
-def test_requests_get_lanes_in_turn_and_their_images_in_order() -> None:
+def test_the_least_work_comes_first_and_images_in_their_order() -> None:
     admission = waiting(job(1, 3), job(2, 1), job(3, 2))
-    assert pick(admission, 4) == [(1, 0), (2, 0), (3, 0), (1, 1)]
-    assert pick(admission, 9) == [(3, 1), (1, 2)]
+    assert pick(admission, 4) == [(2, 0), (3, 0), (3, 1), (1, 0)]
+    assert pick(admission, 9) == [(1, 1), (1, 2)]
     assert len(admission) == 0
+
+
+def test_equal_requests_are_finished_one_after_the_other() -> None:
+    admission = waiting(job(1, 2), job(2, 2), job(3, 2))
+    assert pick(admission, 3) == [(1, 0), (1, 1), (2, 0)]
+    admission.add(job(4, 2))
+    assert pick(admission, 5) == [(2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+
+
+def test_work_is_steps() -> None:
+    admission = waiting(job(1, 2, steps=100), job(2, 9, steps=10), job(3, 1, steps=95))
+    assert [number for number, _ in pick(admission, 12)] == [2] * 9 + [3] + [1] * 2
 
 
 def test_a_small_request_does_not_wait_for_the_images_of_a_large_one() -> None:
     admission = waiting(job(1, 1000))
     assert len(pick(admission, 8)) == 8
     admission.add(job(2, 2))
-    assert pick(admission, 3) == [(2, 0), (1, 8), (2, 1)]
+    assert pick(admission, 3) == [(2, 0), (2, 1), (1, 8)]
 
 
 def test_a_large_request_does_not_age_while_it_is_served() -> None:
@@ -50,8 +69,9 @@ def test_a_large_request_does_not_age_while_it_is_served() -> None:
     for second in range(100):
         pick(admission, 1, float(second))
     admission.add(job(2, 50, submitted=100.0))
-    given = Counter(number for second in range(100, 160) for number, _ in pick(admission, 1, float(second)))
-    assert given[1] == given[2] == 30
+    given = [number for second in range(100, 160) for number, _ in pick(admission, 1, float(second))]
+    assert given[:9] == [2] * 9
+    assert Counter(given) == {1: 10, 2: 50}, "one in each time of aging, and all once the small one is done"
 
 
 def test_higher_priorities_come_first() -> None:
@@ -74,6 +94,13 @@ def test_who_is_not_ready_holds_up_nobody() -> None:
     admission = waiting(job(1, 1), job(2, 2))
     assert pick(admission, 3, ready=lambda one: one.number != 1) == [(2, 0), (2, 1)]
     assert pick(admission, 3) == [(1, 0)]
+
+
+def test_what_comes_next_is_known_and_not_taken() -> None:
+    admission = waiting(job(1, 2, steps=30), job(2, 3, steps=5), job(3, 1, steps=70, priority=1), job(4, 1, steps=15))
+    assert admission.upcoming() == [70, 5, 5, 5, 15, 30, 30]
+    assert [number for number, _ in pick(admission, 7)] == [3, 2, 2, 2, 4, 1, 1]
+    assert admission.upcoming() == []
 
 
 def test_who_gave_up_gets_nothing() -> None:

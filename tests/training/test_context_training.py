@@ -20,7 +20,7 @@ from stepfusion.networks import ContextUNet
 from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
-from stepfusion.training.export import export_model
+from stepfusion.training.export import ExportRecord, export_model
 from stepfusion.training.run import train
 from stepfusion.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ def model(dataset: ImageDataset, tmp_path: Path) -> Path:
     trainer = Trainer(TINY, dataset)
     trainer.train_step()
     trainer.train_step()
-    export_model(trainer, tmp_path / "model")
+    export_model(trainer, tmp_path / "model", ExportRecord(tmp_path))
     return tmp_path / "model"
 
 

@@ -18,7 +18,7 @@ from stepfusion.training import state as train_state
 from stepfusion.training.batches import make_batch
 from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset
-from stepfusion.training.export import export_model
+from stepfusion.training.export import ExportRecord, export_model
 from stepfusion.training.metrics import plot_loss, read_metrics
 from stepfusion.training.run import train
 from stepfusion.training.trainer import Trainer
@@ -241,7 +241,8 @@ def test_another_run_is_not_resumed(dataset: ImageDataset, tmp_path: Path) -> No
 
 def test_the_last_two_states_are_kept(dataset: ImageDataset, tmp_path: Path) -> None:
     train(TINY, dataset, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "state-00000004", "state-00000006"]
+    kept = [".train.lock", "metrics.jsonl", "state-00000004", "state-00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_an_interrupted_save_leaves_nothing(
@@ -270,7 +271,7 @@ def test_an_interrupted_save_leaves_nothing(
 def test_leftovers_of_a_killed_process_are_removed(dataset: ImageDataset, tmp_path: Path) -> None:
     (tmp_path / ".state-00000002.0123.tmp").mkdir()
     train(replace(TINY, steps=2), dataset, tmp_path)
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
@@ -326,7 +327,7 @@ def test_command_trains_exports_and_plots(tmp_path: Path, capsys: pytest.Capture
 def test_diffusers_reads_the_export(dataset: ImageDataset, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     trainer = train(TINY, dataset, tmp_path)
-    export_model(trainer, tmp_path / "model")
+    export_model(trainer, tmp_path / "model", ExportRecord(tmp_path))
     model = diffusers.UNet2DModel.from_pretrained(tmp_path / "model" / "unet").eval()
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "model" / "scheduler")
     assert scheduler.config.prediction_type == "v_prediction"
@@ -388,4 +389,4 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert "the state is saved, the same command goes on" in output
     newest = train_state.latest_state(tmp_path)
     assert newest is not None
-    assert f"stopped at step {train_state.load_state(newest).metadata['step']} of" in output
+    assert f"stopped at step {train_state.load_state(newest).metadata.step} of" in output

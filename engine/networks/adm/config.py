@@ -29,7 +29,8 @@ class ADMUNetConfig:
         num_channels: the channels that `channel_mult` multiplies; every product is a multiple of 32.
         num_res_blocks: residual blocks a level, one more on the way up.
         channel_mult: an entry a level; None takes the published one of this image size.
-        attention_resolutions: heights at which there is attention; the middle always attends.
+        attention_resolutions: heights at which there is attention: at the level whose images are ``image_size //
+            size`` times smaller, if there is one; the middle always attends.
         in_channels: of x. The output has as many, or twice as many with `learn_sigma`.
         learn_sigma: the network returns its variance too (Nichol & Dhariwal 2021, equation 15).
         class_cond, num_classes: whether it takes labels, and how many there are.
@@ -129,9 +130,7 @@ class ADMUNetConfig:
         resolutions = _sequence("attention_resolutions", self.attention_resolutions, empty=True)
         object.__setattr__(self, "attention_resolutions", resolutions)
         for size in self.attention_resolutions:
-            _checks.integer("attention_resolutions", size, 1, self.image_size)
-            if self.image_size % size:
-                raise ValueError(f"attention_resolutions must divide image_size {self.image_size}, got {size}")
+            _checks.integer("attention_resolutions", size, 1, MAX_SIZE)
         attended = {width for level, width in enumerate(self.channels) if self.attends(level)} | {self.channels[-1]}
         divisors = {"num_head_channels": self.num_head_channels}
         if self.num_head_channels is None:

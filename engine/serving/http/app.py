@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import EngineClosed, EngineDead
+from stepfusion.serving.events import EventQueue
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.bodies import read_body
 from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, InvalidRequest, as_bad_request, error_response
@@ -30,8 +31,8 @@ from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.metadata import engine_status, model_metadata
 from stepfusion.serving.http.openapi import describe
 from stepfusion.serving.http.page import page_headers, read_page
+from stepfusion.serving.http.previews import PreviewBuffer
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
-from stepfusion.serving.http.subscription import Subscription
 from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
 from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 
@@ -146,8 +147,10 @@ class _Handlers:
             messages.check_picture(self._service.engine)
             every = preview_interval(validated, asked.every, self._limits)
         with as_bad_request():
-            subscription = Subscription(self._service, **validated.arguments, output="uint8", every=every)
-        return EventStream(self._service.engine, validated, subscription, self._encoder, self._ending)
+            events = EventQueue(PreviewBuffer())
+            arguments = {**validated.arguments, "output": "uint8", "every": every}
+            events.follow(self._service.submit(progress=events.send, **arguments))
+        return EventStream(self._service.engine, validated, events, self._encoder, self._ending)
 
     async def _validated(self, request: Request, kind: type[AnyRequest]) -> tuple[AnyRequest, ValidatedRequest]:
         body = await read_body(request, self._limits)

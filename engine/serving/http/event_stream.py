@@ -10,10 +10,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from stepfusion.engine import Engine
+from stepfusion.serving.events import EventQueue
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.errors import status_and_message
 from stepfusion.serving.http.previews import Preview
-from stepfusion.serving.http.subscription import Subscription
 from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.http.waiting import Ending, wait_unless
 from stepfusion.serving.served_request import Result
@@ -32,19 +32,19 @@ class EventStream(StreamingResponse):
         self,
         engine: Engine,
         request: ValidatedRequest,
-        subscription: Subscription,
+        events: EventQueue[Preview],
         encoder: Executor,
         ending: Ending,
     ) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._engine, self._request, self._subscription = engine, request, subscription
+        self._engine, self._request, self._queue = engine, request, events
         self._encoder, self._ending = encoder, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._subscription.cancel()
+            self._queue.cancel()
 
     async def _events(self) -> AsyncIterator[bytes]:
         """The events of the request, until its result or its error."""
@@ -58,7 +58,7 @@ class EventStream(StreamingResponse):
             yield messages.sent_event("error", {"status": status, "error": message})
 
     async def _next(self) -> Preview | Result | None:
-        return await wait_unless(self._ending.wait(), self._subscription.next(_PING_SECONDS))
+        return await wait_unless(self._ending.wait(), self._queue.next(_PING_SECONDS))
 
     async def _progress(self, preview: Preview) -> bytes:
         loop = asyncio.get_running_loop()

@@ -65,7 +65,11 @@ class PreviewBuffer:
         """Bytes of all previews that wait."""
         return sum(preview.x0.nbytes for preview in self._previews)
 
-    def put(self, preview: Preview) -> None:
+    def put(self, event: Event) -> None:
+        """Let the preview of an event wait."""
+        self.put_preview(Preview.of_event(event))
+
+    def put_preview(self, preview: Preview) -> None:
         """Let a preview wait."""
         with self._lock:
             if self._closed:

@@ -134,9 +134,9 @@ def test_previews_are_encoded_one_after_the_other(watched: Watched, monkeypatch:
 
 def test_a_closed_buffer_holds_nothing_and_takes_nothing() -> None:
     buffer = PreviewBuffer()
-    buffer.put(preview(1, (0, 1)))
+    buffer.put_preview(preview(1, (0, 1)))
     buffer.close()
-    buffer.put(preview(2, (0, 1)))
+    buffer.put_preview(preview(2, (0, 1)))
     assert buffer.nbytes == 0
     assert buffer.take() is None
 
@@ -155,7 +155,7 @@ def test_what_waits_is_bounded_and_ends_with_the_latest(n: int) -> None:
     buffer = PreviewBuffer()
     each = preview(1, (0,)).x0.nbytes
     for step in range(1, 501):
-        buffer.put(preview(step, tuple(range(n))))
+        buffer.put_preview(preview(step, tuple(range(n))))
         assert buffer.nbytes <= max(MEBIBYTE, n * each)
     previews = taken(buffer)
     assert [p.step for p in previews] == list(range(501 - len(previews), 501)), "the latest, and none twice"
@@ -167,7 +167,7 @@ def test_images_in_different_groups_keep_their_own_latest() -> None:
     buffer = PreviewBuffer()
     groups = [(0, 1, 2), (3,), (2, 3), (4, 5, 6, 7, 8)]
     for step in range(400):
-        buffer.put(preview(step, groups[step % 3] if step else groups[3]))
+        buffer.put_preview(preview(step, groups[step % 3] if step else groups[3]))
     latest: dict[int, int] = {}
     for p in taken(buffer):
         assert p.x0.shape[0] == len(p.images)
