@@ -12,9 +12,9 @@ import torch
 from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.export.batch import Batch
 from stepfusion.export.exporters import exporter
 from stepfusion.export.formats import FORMATS
-from stepfusion.export.program import Batch
 from stepfusion.kernels import BackendError
 from stepfusion.samplers.scheduler_config import read_config
 

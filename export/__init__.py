@@ -5,11 +5,12 @@ sampler's table and a page that says how to run it. :mod:`stepfusion.export.form
 ``to_FORMAT.py`` each; :mod:`stepfusion.export.base` is what they share.
 """
 
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle
 from stepfusion.export.formats import FORMATS
 from stepfusion.export.load import ExportedNetwork, ExportedTick, load_network, load_tick
 from stepfusion.export.manifest import Manifest, Tensorspec
-from stepfusion.export.program import Batch, export_program
+from stepfusion.export.program import export_program
 
 __all__ = [
     "FORMATS",

@@ -14,11 +14,10 @@ import torch
 from torch.export import ExportedProgram
 
 from stepfusion.engine import Engine
+from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.bundle import Bundle, check_out, write_bundle
 from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.program import (
-    DYNAMIC,
-    Batch,
     check_close,
     example_inputs,
     export_program,

@@ -20,10 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepfusion.errors import ExportError
+from stepfusion.export.batch import Batch
 from stepfusion.export.guide import guide
 from stepfusion.export.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
+from stepfusion.export.spec_json import batch_from_json, spec_from_json
 from stepfusion.export.table_json import read_table, table_to_json
 from stepfusion.files.atomic import atomic_directory, write_synced
+from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.table import StepTable
 
 TABLE, README = "table.json", "README.md"
@@ -32,11 +35,15 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its manifest, its directory, and its sampler's table, if it has one."""
+    """A verified bundle: its manifest, its directory, its sampler's table, if it has one, and what is known of the
+    model: its spec, and the batch sizes that were exported, if the manifest names them.
+    """
 
     manifest: Manifest
     path: Path
     table: StepTable | None
+    spec: ModelSpec
+    batch: Batch | None
 
 
 def check_out(out: Path) -> None:
@@ -85,8 +92,8 @@ def write_bundle(
         write_synced(folder / MANIFEST, manifest_to_json(complete))
         if read_manifest(folder / MANIFEST) != complete:
             raise ExportError(f"{MANIFEST} reads back as another manifest: a value in it is not plain JSON")
-        written = _table_in(folder, complete)
-    return Bundle(complete, Path(out), written)
+        written = _described(folder, complete)
+    return replace(written, path=Path(out))
 
 
 def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
@@ -101,7 +108,7 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
         raise ExportError(f"{path} is {'not a directory' if path.exists() else 'missing'}; a bundle is a directory")
     manifest = read_manifest(path / MANIFEST)
     _check_files(path, manifest)
-    return Bundle(manifest, path, _table_in(path, manifest))
+    return _described(path, manifest)
 
 
 def sha256(path: Path) -> str:
@@ -116,8 +123,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _table_in(folder: Path, manifest: Manifest) -> StepTable | None:
-    return read_table(folder / TABLE, manifest) if TABLE in manifest.files else None
+def _described(folder: Path, manifest: Manifest) -> Bundle:
+    """The bundle in a folder whose files are as the manifest says; ExportError if they describe no model or table."""
+    spec, batch = spec_from_json(manifest.model), batch_from_json(manifest.model)
+    table = read_table(folder / TABLE, spec.schedule) if TABLE in manifest.files else None
+    return Bundle(manifest, folder, table, spec, batch)
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:

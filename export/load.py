@@ -12,13 +12,12 @@ from torch import Tensor
 
 from stepfusion.errors import ExportError
 from stepfusion.execution.plan import DTYPES, choose_device
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle
 from stepfusion.export.environment import check_runs_here, require
 from stepfusion.export.formats import FORMATS
 from stepfusion.export.manifest import ANY_DEVICE, Manifest
-from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork
-from stepfusion.export.spec_json import batch_from_json, spec_from_json
 
 Loader = Callable[[Bundle, torch.device], Runtime]
 _Loads = TypeVar("_Loads")
@@ -38,14 +37,14 @@ class ExportedNetwork:
     """
 
     def __init__(self, bundle: Bundle, run: Runtime, device: torch.device) -> None:
-        spec = spec_from_json(bundle.manifest.model)
+        spec = bundle.spec
         self.bundle, self.device, self.dtype = bundle, device, DTYPES[bundle.manifest.dtype]
         self.spec, self.shape = spec, spec.shape
         self.in_channels, self.sample_size = spec.shape[0], spec.shape[1:]
         self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
         self.schedule, self.prediction, self.options = spec.schedule, spec.prediction, spec.options
         self._run = run
-        self._batch = batch_from_json(bundle.manifest.model) or Batch(1, 1, 1 << 16)
+        self._batch = bundle.batch or Batch(1, 1, 1 << 16)
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W], timesteps int64 [B] and labels int64 [B], if it takes any, to [B, C', H, W]."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, StringConstraints
 
 from stepfusion.errors import ExportError
-from stepfusion.files.atomic import read_json
+from stepfusion.export.spec_json import ModelEntries
+from stepfusion.files.json_files import FileModel, read_typed
 
-VERSION = "stepfusion bundle 2"  # 1 had tables of 9 columns
+_Version: TypeAlias = Literal["stepfusion bundle 2"]
+VERSION: _Version = "stepfusion bundle 2"  # 1 had tables of 9 columns
 MANIFEST = "manifest.json"
 KINDS = ("network", "tick")
 ANY_DEVICE = "any"
-
-_MAX_JSON_BYTES = 16 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_DIMENSION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MAX_JSON_BYTES = 16 << 20
+_MOST_TENSORS = 64
+_LARGEST_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,39 @@ class Manifest:
     files: dict[str, str]
 
 
+Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+_Size: TypeAlias = Annotated[int, Field(ge=1, le=_LARGEST_SIZE)]
+_Dimension: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+_Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _TensorEntry(FileModel):
+    name: Text
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    shape: list[_Size | _Dimension]
+
+    def spec(self) -> Tensorspec:
+        return Tensorspec(self.name, self.dtype, tuple(self.shape))
+
+
+_TensorEntries: TypeAlias = Annotated[list[_TensorEntry], Field(min_length=1, max_length=_MOST_TENSORS)]
+
+
+class _ManifestFile(FileModel):
+    """What ``manifest.json`` must hold; the version comes first, so that it is what an error names first."""
+
+    version: _Version
+    format: Text
+    kind: Literal["network", "tick"]
+    device: Text
+    dtype: Literal["float32", "float16", "bfloat16"]
+    inputs: _TensorEntries
+    outputs: _TensorEntries
+    versions: dict[Text, Text]
+    model: ModelEntries
+    files: dict[Text, _Digest]
+
+
 def manifest_to_json(manifest: Manifest) -> bytes:
     """The bytes of ``manifest.json``."""
     return to_json({"version": VERSION, **asdict(manifest)})
@@ -68,76 +103,50 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def read_bundle_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file of a bundle; ExportError if it is none, or a link."""
-    if path.is_symlink():
-        raise ExportError(f"{path} is a symbolic link; a bundle holds files only")
-    return read_json(path, ExportError, _MAX_JSON_BYTES)
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bundle, every value of the type it must have; ExportError names the file and the entry."""
-    given = read_bundle_json(path)
-    if given.get("version") != VERSION:
-        raise ExportError(f"{path} is of version {given.get('version')!r}; this stepfusion reads {VERSION!r}")
-    fields = {*Manifest.__dataclass_fields__, "version"}
-    for what, names in (("lacks", fields - set(given)), ("has the unknown entry", set(given) - fields)):
-        if names:
-            raise ExportError(f"{path} {what} {min(names)!r}")
-    texts = {name: _text(path, name, given[name]) for name in ("format", "kind", "device", "dtype")}
-    if texts["kind"] not in KINDS:
-        raise ExportError(f"{path} has kind = {texts['kind']!r}; accepted are {', '.join(map(repr, KINDS))}")
-    files = _texts(path, "files", given["files"])
-    for name, digest in files.items():
+    given = read_typed(path, _ManifestFile, ExportError, MAX_JSON_BYTES)
+    for name in given.files:
         _check_name(path, name)
-        if not _SHA256.fullmatch(digest):
-            raise ExportError(f"{path} gives {name} the hash {digest!r}; accepted are 64 hexadecimal digits")
-    if not isinstance(given["model"], dict):
-        raise ExportError(f"{path} has model = {given['model']!r}; accepted is an object")
+    _check_tensors(path, given)
     return Manifest(
-        **texts,
-        inputs=_specs(path, "inputs", given["inputs"]),
-        outputs=_specs(path, "outputs", given["outputs"]),
-        versions=_texts(path, "versions", given["versions"]),
-        model=given["model"],
-        files=files,
+        format=given.format,
+        kind=given.kind,
+        device=given.device,
+        dtype=given.dtype,
+        inputs=tuple(entry.spec() for entry in given.inputs),
+        outputs=tuple(entry.spec() for entry in given.outputs),
+        versions=dict(given.versions),
+        model=given.model.model_dump(exclude_unset=True),
+        files=dict(given.files),
     )
 
 
-def _text(path: Path, name: str, value: object) -> str:
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise ExportError(f"{path} has {name} = {value!r}; accepted is text")
-    return value
-
-
-def _texts(path: Path, name: str, value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} has {name} = {value!r}; accepted is an object of texts")
-    return {_text(path, name, key): _text(path, f"{name}[{key!r}]", entry) for key, entry in value.items()}
-
-
-def _specs(path: Path, name: str, value: object) -> tuple[Tensorspec, ...]:
-    if not isinstance(value, list) or not value:
-        raise ExportError(f"{path} has {name} = {value!r}; accepted is a list of tensors")
-    return tuple(_spec(path, f"{name}[{i}]", entry) for i, entry in enumerate(value))
-
-
-def _spec(path: Path, name: str, value: object) -> Tensorspec:
-    known = isinstance(value, dict) and set(value) == {"name", "dtype", "shape"}
-    if not isinstance(value, dict) or not known or not isinstance(value["shape"], list):
-        raise ExportError(f"{path} has {name} = {value!r}; accepted is an object of name, dtype and shape")
-    for size in value["shape"]:
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if not whole and not (isinstance(size, str) and _DIMENSION.fullmatch(size)):
-            raise ExportError(f"{path} has {name} with the size {size!r}; accepted is a positive number or a name")
-    return Tensorspec(
-        _text(path, f"{name}.name", value["name"]), _text(path, f"{name}.dtype", value["dtype"]), (*value["shape"],)
-    )
+def _check_tensors(path: Path, given: _ManifestFile) -> None:
+    """Refuse tensors that no artefact of ours has: loading and calling one counts on this form."""
+    for what, entries in (("inputs", given.inputs), ("outputs", given.outputs)):
+        for entry in entries:
+            if any(isinstance(size, str) for size in entry.shape[1:]):
+                raise ExportError(f"{path} has {what} with {entry.name} {entry.shape}; only a first size may be a name")
+    names = [entry.name for entry in given.inputs]
+    if len(set(names)) < len(names):
+        raise ExportError(f"{path} has inputs {', '.join(names)}; accepted are different names")
+    x, image = given.inputs[0], given.model.shape
+    if x.name != "x" or x.dtype == "int64" or x.shape[1:] != image:
+        raise ExportError(
+            f"{path} has the first input {x.name}, {x.dtype} {x.shape}; accepted is x, floating, [batch, *{image}]"
+        )
+    out = given.outputs[0]
+    if len(given.outputs) > 1 or out.dtype == "int64" or len(out.shape) != len(x.shape):
+        raise ExportError(
+            f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one floating "
+            f"tensor with as many dimensions as x"
+        )
 
 
 def _check_name(manifest: Path, name: str) -> None:
     """Refuse a name that is not that of a file below the bundle's directory."""
     path = PurePosixPath(name)
-    plain = not path.is_absolute() and path.as_posix() == name and ".." not in path.parts
+    plain = not path.is_absolute() and path.as_posix() == name and ".." not in path.parts and name.isprintable()
     if not plain or any(mark in name for mark in "\\:") or name in (".", MANIFEST):
         raise ExportError(f"{manifest} lists the file {name!r}, which is not a name inside the bundle")

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
 
 from stepfusion.checkpoints.load import network_config
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
-from stepfusion.export.program import Batch
+from stepfusion.export.batch import Batch
+from stepfusion.files.json_files import FileModel
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.schedule import NoiseSchedule
+
+_Scalar: TypeAlias = bool | int | float | str | None
+_Plain: TypeAlias = _Scalar | list[_Scalar]
+
+
+class _ScheduleEntries(FileModel):
+    name: str
+    betas: Annotated[list[float], Field(min_length=1)]
+
+
+class ModelEntries(FileModel):
+    """The types of a manifest's ``model``; whether the values make a model, :func:`spec_from_json` finds out."""
+
+    shape: list[int]
+    num_classes: int | None
+    null_label: int | None
+    class_names: list[str] | None
+    prediction: str
+    schedule: _ScheduleEntries
+    options: dict[str, _Plain]
+    network: dict[str, _Plain]
+    batch: Annotated[list[int], Field(min_length=3, max_length=3)] | None
+    weights: Literal["included", "stripped"] | None = None
 
 
 def model_to_json(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
@@ -40,30 +66,26 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
 
 
 def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
-    """The spec in a manifest's ``model``.
+    """The spec in a manifest's ``model``, whose entries have the types of :class:`ModelEntries`.
 
     Raises:
-        ExportError: an entry is missing or of a wrong type; it is named.
+        ExportError: an entry has no value that a model can have; it is named.
     """
     with _naming_faults():
         schedule = model["schedule"]
         return ModelSpec(
-            schedule=NoiseSchedule(schedule["betas"], name=str(schedule["name"])),
+            schedule=NoiseSchedule(schedule["betas"], name=schedule["name"]),
             prediction=model["prediction"],
             shape=tuple(model["shape"]),
             num_classes=model["num_classes"],
             null_label=model["null_label"],
             class_names=model["class_names"],
-            options=dict(model["options"]),
+            options=model["options"],
         )
 
 
 def batch_from_json(model: Mapping[str, Any]) -> Batch | None:
-    """The batch sizes in a manifest's ``model``; None if it names none.
-
-    Raises:
-        ExportError: the entry is missing, or it is no batch.
-    """
+    """The batch sizes in a manifest's ``model``; None if it names none. ExportError if they are no batch."""
     with _naming_faults():
         return None if model["batch"] is None else Batch(*model["batch"])
 

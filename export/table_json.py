@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from stepfusion.errors import ExportError
-from stepfusion.export.manifest import Manifest, read_bundle_json, to_json
+from stepfusion.export.manifest import MAX_JSON_BYTES, Text, to_json
+from stepfusion.files.json_files import FileModel, read_typed
 from stepfusion.kernels import COLUMNS
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+
+
+class _TableFile(FileModel):
+    """What ``table.json`` must hold; whether the rows make a sampler, :class:`StepTable` finds out."""
+
+    name: Text
+    prediction: str
+    learned_variance: bool
+    columns: list[str]
+    starts: list[int]
+    timesteps: list[int]
+    next_row: list[int]
+    coefficients: list[list[float | None]]
 
 
 def table_to_json(table: StepTable) -> bytes:
@@ -33,25 +45,30 @@ def table_to_json(table: StepTable) -> bytes:
     )
 
 
-def read_table(path: Path, manifest: Manifest) -> StepTable:
-    """The table of a bundle, whose schedule stands in the manifest; ExportError if it is none."""
-    given = read_bundle_json(path)
-    betas: Mapping[str, Any] = manifest.model.get("schedule") or {}
+def read_table(path: Path, schedule: NoiseSchedule) -> StepTable:
+    """The table in a file of a bundle, made for a schedule; ExportError names the file and what is wrong with it."""
+    given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
-        if given["columns"] != list(COLUMNS):
-            raise ValueError(f"columns are {given['columns']}; accepted are {list(COLUMNS)}")
-        coefficients = [[math.inf if value is None else value for value in row] for row in given["coefficients"]]
+        if given.columns != list(COLUMNS):
+            raise ValueError(f"columns are {given.columns[:20]}; accepted are {list(COLUMNS)}")
         return StepTable(
-            given["name"],
-            given["prediction"],
-            NoiseSchedule(betas["betas"], name=betas["name"]),
-            np.array(coefficients, dtype=np.float64),
-            np.array(given["timesteps"], dtype=np.int64),
-            np.array(given["next_row"], dtype=np.int64),
-            tuple(given["starts"]),
-            given["learned_variance"],
+            given.name,
+            given.prediction,
+            schedule,
+            _coefficients(given.coefficients),
+            np.array(given.timesteps, dtype=np.int64),
+            np.array(given.next_row, dtype=np.int64),
+            tuple(given.starts),
+            given.learned_variance,
         )
-    except KeyError as error:
-        raise ExportError(f"{path} cannot be read: {error} is missing") from None
     except (TypeError, ValueError, OverflowError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
+        raise ExportError(f"{path} cannot be used: {error}") from None
+
+
+def _coefficients(rows: list[list[float | None]]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The rows as an array [R, columns]; ValueError if one has another length."""
+    for number, row in enumerate(rows):
+        if len(row) != len(COLUMNS):
+            raise ValueError(f"row {number} of coefficients must have {len(COLUMNS)} entries, got {len(row)}")
+    values = [[math.inf if value is None else value for value in row] for row in rows]
+    return np.array(values, dtype=np.float64).reshape(-1, len(COLUMNS))

@@ -18,7 +18,7 @@ import torch
 
 from stepfusion.errors import ExportError
 from stepfusion.execution.cache import make_cache_directory
-from stepfusion.export.program import Batch
+from stepfusion.export.batch import Batch
 from stepfusion.export.runtimes import collecting_logger, reason
 from stepfusion.files.atomic import atomic_write
 

@@ -12,8 +12,9 @@ from torch.export import Dim, ExportedProgram
 from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
+from stepfusion.export.batch import Batch
 from stepfusion.export.manifest import KINDS, Tensorspec
-from stepfusion.export.program import Batch, check_close, example_inputs, plain_network, trace
+from stepfusion.export.program import check_close, example_inputs, plain_network, trace
 from stepfusion.export.runtimes import Runtime
 from stepfusion.export.tick import InitialNoise, Tick
 from stepfusion.kernels import COLUMNS

@@ -25,10 +25,11 @@ from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import make_cache_directory
 from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import here, require, versions
 from stepfusion.export.manifest import Manifest
-from stepfusion.export.program import Batch, example_inputs
+from stepfusion.export.program import example_inputs
 from stepfusion.export.runtimes import as_specified
 
 MODEL = "model.ep"

@@ -16,10 +16,10 @@ from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import here, require, versions
 from stepfusion.export.manifest import ANY_DEVICE, Tensorspec
-from stepfusion.export.program import Batch
 from stepfusion.export.tensorrt_engine import build_engine, check_precisions
 from stepfusion.export.to_onnx import compare_in_onnxruntime, write_onnx
 

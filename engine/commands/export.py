@@ -15,11 +15,12 @@ from stepfusion.commands.arguments import add_sampler_arguments, table_request
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.execution.plan import DTYPES
+from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.bundle import check_out
 from stepfusion.export.exporters import exporter
 from stepfusion.export.formats import FORMATS, find_format
 from stepfusion.export.manifest import KINDS
-from stepfusion.export.program import DYNAMIC, Batch, export_program
+from stepfusion.export.program import export_program
 from stepfusion.export.to_triton_server import BACKENDS
 
 _EXAMPLES = """examples:
@@ -93,7 +94,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def read_batch(batch: str, limits: str | None = None) -> Batch:
-    """``--batch`` and ``--batch-range`` as a :class:`stepfusion.export.program.Batch`.
+    """``--batch`` and ``--batch-range`` as a :class:`stepfusion.export.batch.Batch`.
 
     Raises:
         ValueError: they are not numbers, or contradict each other.

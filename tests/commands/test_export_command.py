@@ -11,8 +11,8 @@ import pytest
 import stepfusion as sf
 from stepfusion.commands import export as command
 from stepfusion.commands.export import add_export_arguments, read_batch, run_export
+from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.bundle import read_bundle
-from stepfusion.export.program import DYNAMIC, Batch
 from stepfusion_testing.tiny_model import save_tiny_model
 
 

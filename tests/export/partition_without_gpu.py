@@ -51,7 +51,8 @@ def main() -> None:
         for name, look_up in LOOK_UPS.items():
             stubs.enter_context(mock.patch.object(torch.cuda, name, look_up))
         stubs.enter_context(mock.patch.object(torch._C, "_CudaDeviceProperties", SimpleNamespace, create=True))
-        from stepfusion.export.program import DYNAMIC, export_program
+        from stepfusion.export.batch import DYNAMIC
+        from stepfusion.export.program import export_program
         from stepfusion.export.to_torch_tensorrt import dry_run
 
         for argument in sys.argv[1:]:

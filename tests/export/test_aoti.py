@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import stepfusion as sf
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle, sha256
 from stepfusion.export.manifest import Manifest, Tensorspec
-from stepfusion.export.program import Batch
 from stepfusion.export.tick import InitialNoise
 from stepfusion.export.to_aoti import export_aoti, load_aoti, load_initial_noise, load_package
 from stepfusion.kernels import COLUMNS, philox, reference

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ import pytest
 
 import stepfusion as sf
 from stepfusion.export import bundle as bundles
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import read_bundle, sha256, write_bundle
 from stepfusion.export.environment import check_runs_here
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest, Tensorspec
-from stepfusion.export.program import Batch
 from stepfusion.export.spec_json import batch_from_json, model_to_json, spec_from_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 from stepfusion_testing.exports import cpu_engine
@@ -99,150 +98,6 @@ def test_an_export_and_its_loading_hash_each_file_once(
     with pytest.raises(sf.ExportError, match=r"^the package|cannot run model.onnx"):
         load_network(bundle.path)
     assert sorted(hashed[3:]) == sorted(hashed[:3])
-
-
-def edit(**changes: Any) -> Callable[[Path], None]:
-    """Change entries of the manifest; None removes one."""
-
-    def spoil(directory: Path) -> None:
-        path = directory / "manifest.json"
-        given = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
-
-    return spoil
-
-
-def edit_files(change: Callable[[dict[str, str]], dict[str, str]]) -> Callable[[Path], None]:
-    def spoil(directory: Path) -> None:
-        edit(files=change(json.loads((directory / "manifest.json").read_text())["files"]))(directory)
-
-    return spoil
-
-
-def link(directory: Path) -> None:
-    path = directory / "model.onnx"
-    path.rename(directory.parent / "elsewhere")
-    path.symlink_to(directory.parent / "elsewhere")
-
-
-def linked_folder(directory: Path) -> None:
-    (directory.parent / "folder").mkdir()
-    (directory / "folder").symlink_to(directory.parent / "folder")
-
-
-def change_a_byte(directory: Path) -> None:
-    data = bytearray((directory / "model.onnx").read_bytes())
-    data[len(data) // 2] ^= 1
-    (directory / "model.onnx").write_bytes(data)
-
-
-def truncate(directory: Path) -> None:
-    os.truncate(directory / "model.onnx", 1000)
-
-
-def rehash(name: str, data: bytes) -> Callable[[Path], None]:
-    """Write a file together with its hash, as somebody who knows bundles would."""
-
-    def spoil(directory: Path) -> None:
-        (directory / name).write_bytes(data)
-        edit_files(lambda files: {**files, name: sha256(directory / name)})(directory)
-
-    return spoil
-
-
-DIGEST = "0" * 64
-SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a byte of the artefact": (
-        change_a_byte,
-        r"model.onnx has SHA-256 \w{64}; the manifest says \w{64}$",
-    ),
-    "a truncated artefact": (truncate, r"model.onnx has SHA-256 [0-9a-f]{64}; the manifest says"),
-    "a hash": (
-        edit_files(lambda files: {**files, "model.onnx": DIGEST}),
-        rf"; the manifest says {DIGEST}$",
-    ),
-    "no hash": (edit_files(lambda files: {**files, "model.onnx": "x"}), r"gives model.onnx the hash 'x'"),
-    "a missing artefact": (
-        lambda d: (d / "model.onnx").unlink(),
-        r"model.onnx is missing, and the manifest lists",
-    ),
-    "a missing manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest.json is missing$"),
-    "a stray file": (lambda d: (d / "stray.py").write_text(""), r"stray.py is not in the manifest$"),
-    "a link": (link, r"model.onnx is a symbolic link"),
-    "a linked folder": (linked_folder, r"folder is a symbolic link"),
-    "a name above": (
-        edit_files(lambda files: {**files, "../secret": DIGEST}),
-        r"lists the file '../secret', which is not a name inside the bundle$",
-    ),
-    "a name above, inside": (edit_files(lambda files: {**files, "a/../b": DIGEST}), r"lists the file 'a/../b'"),
-    "an absolute name": (edit_files(lambda files: {**files, "/etc/passwd": DIGEST}), r"lists the file '/etc/passwd'"),
-    "a Windows name": (edit_files(lambda files: {**files, "..\\b": DIGEST}), r"lists the file"),
-    "the manifest itself": (edit_files(lambda files: {**files, "manifest.json": DIGEST}), r"'manifest.json'"),
-    "another version": (
-        edit(version="stepfusion bundle 1"),
-        r"is of version 'stepfusion bundle 1'; this stepfusion reads 'stepfusion bundle 2'$",
-    ),
-    "no version": (edit(version=None), r"is of version None; this stepfusion reads"),
-    "an unknown entry": (edit(extra=1), r"has the unknown entry 'extra'$"),
-    "a missing entry": (edit(dtype=None), r"lacks 'dtype'$"),
-    "a number as dtype": (edit(dtype=32), r"has dtype = 32; accepted is text$"),
-    "another kind": (edit(kind="loop"), r"has kind = 'loop'; accepted are 'network', 'tick'$"),
-    "files as a list": (edit(files=[]), r"has files = \[\]; accepted is an object of texts$"),
-    "inputs as a text": (edit(inputs="x"), r"has inputs = 'x'; accepted is a list of tensors$"),
-    "an input of size 0": (
-        edit(inputs=[{"name": "x", "dtype": "float32", "shape": [0]}]),
-        r"has inputs\[0\] with the size 0; accepted is a positive number or a name$",
-    ),
-    "a truncated manifest": (lambda d: os.truncate(d / "manifest.json", 100), r"manifest.json is not JSON: "),
-    "a manifest that is a list": (lambda d: (d / "manifest.json").write_text("[]"), r"holds a JSON list"),
-    "NaN in the table": (rehash("table.json", b'{"columns": NaN}'), r"table.json is not JSON: NaN is not a finite"),
-    "an empty table": (rehash("table.json", b"{}"), r"table.json cannot be read: 'columns' is missing$"),
-}
-
-
-@pytest.mark.parametrize("what", SPOILERS)
-def test_a_spoiled_bundle_is_refused_before_anything_is_loaded(
-    what: str, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("the artefact was opened")
-
-    monkeypatch.setattr("stepfusion.export.load.OnnxRuntimeNetwork", forbidden)
-    spoil, message = SPOILERS[what]
-    spoil(bundle_copy)
-    with pytest.raises(sf.ExportError, match=message):
-        load_network(bundle_copy)
-
-
-def test_the_untouched_copy_is_loaded(bundle_copy: Path) -> None:
-    assert load_network(bundle_copy).shape == (1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schedule": {"betas": [2.0], "name": "x"}}, r"cannot be used: betas must lie in"),
-        ({"prediction": "score"}, r"cannot be used: prediction must be one of"),
-        ({"shape": [0]}, r"cannot be used: shape must be in"),
-    ],
-)
-def test_entries_that_make_no_spec_are_refused(engine: sf.Engine, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(sf.ExportError, match=message):
-        spec_from_json({**model_to_json(engine), **change})
-    model = model_to_json(engine)
-    del model[next(iter(change))]
-    with pytest.raises(sf.ExportError, match=f"lacks '{next(iter(change))}'"):
-        spec_from_json(model)
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"), [([2, 1, 4], r"cannot be used: batch must have low"), ([1], r"cannot be used: ")]
-)
-def test_entries_that_make_no_batch_are_refused(engine: sf.Engine, batch: list[int], message: str) -> None:
-    with pytest.raises(sf.ExportError, match=message):
-        batch_from_json({**model_to_json(engine), "batch": batch})
-    with pytest.raises(sf.ExportError, match="lacks 'batch'"):
-        batch_from_json({})
 
 
 NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Any]], Any]]] = {

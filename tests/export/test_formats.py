@@ -15,13 +15,14 @@ import torch
 
 import stepfusion as sf
 from stepfusion.export import load
+from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.exporters import exporter
 from stepfusion.export.formats import FORMATS, find_format
 from stepfusion.export.guide import guide
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest
-from stepfusion.export.program import DYNAMIC, Batch, export_program, input_specs, plain_network
+from stepfusion.export.program import export_program, input_specs, plain_network
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.export.program import Batch, example_inputs
+from stepfusion.export.batch import Batch
+from stepfusion.export.program import example_inputs
 from stepfusion.export.to_triton_server import export_triton_server
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.tiny_model import tiny_network

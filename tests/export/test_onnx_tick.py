@@ -16,8 +16,8 @@ import torch
 import stepfusion as sf
 from stepfusion.commands.export import add_export_arguments, run_export
 from stepfusion.export import tick_program
+from stepfusion.export.batch import Batch
 from stepfusion.export.load import ExportedTick, load_network, load_tick
-from stepfusion.export.program import Batch
 from stepfusion.export.runtimes import Runtime
 from stepfusion.export.tick_program import compare_tick
 from stepfusion.export.to_onnx import INITIAL_NOISE, MODEL, export_onnx

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stepfusion as sf
-from stepfusion.export.program import Batch
+from stepfusion.export.batch import Batch
 from stepfusion.export.tick import InitialNoise, normal, step
 from stepfusion.export.tick import _box_muller as box_muller
 from stepfusion.export.tick_program import (

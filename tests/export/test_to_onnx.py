@@ -11,9 +11,10 @@ import torch
 import stepfusion as sf
 from stepfusion.export import to_onnx
 from stepfusion.export.base import NetworkExport
+from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
-from stepfusion.export.program import DYNAMIC, Batch, export_program
+from stepfusion.export.program import export_program
 from stepfusion.export.to_onnx import MODEL, compare_in_onnxruntime, export_onnx
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion_testing.exports import back_in, cpu_engine, difference

@@ -9,9 +9,9 @@ import torch
 
 import stepfusion as sf
 from stepfusion.export import to_openvino
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
-from stepfusion.export.program import Batch
 from stepfusion.export.to_openvino import export_openvino
 from stepfusion_testing.exports import back_in, cpu_engine, difference
 from stepfusion_testing.networks import tiny_unet

@@ -11,9 +11,10 @@ import torch
 
 import stepfusion as sf
 from stepfusion.export import to_tensorrt
+from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
-from stepfusion.export.program import Batch, export_program, input_specs, output_specs
+from stepfusion.export.program import export_program, input_specs, output_specs
 from stepfusion.export.tensorrt_engine import RTX_GPUS, Tensors, build_engine, check_precisions
 from stepfusion.export.to_onnx import write_onnx
 from stepfusion.export.to_tensorrt import LAYERS, MODEL, export_tensorrt, export_tensorrt_rtx

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import stepfusion as sf
+from stepfusion.export.batch import Batch
 from stepfusion.export.load import load_network
-from stepfusion.export.program import Batch
 from stepfusion.export.to_torch_tensorrt import Coverage, export_torch_tensorrt, read_coverage
 from stepfusion_testing.exports import cpu_engine, difference
 from stepfusion_testing.networks import tiny_unet
