@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -14,6 +13,7 @@ from stepfusion.errors import BulkError
 from stepfusion.files.json_files import FileModel, parse_typed, read_typed
 
 _Kind = TypeVar("_Kind")
+_MODELS: dict[type[Any], type[FileModel]] = {}
 
 
 class FirstFault(FailFast):
@@ -39,23 +39,24 @@ def read_stored(path: Path, kind: type[_Kind], most: int) -> _Kind:
     Raises:
         BulkError: the file is missing or is not such a file; the sentence names it, and the place in it.
     """
-    return _made(kind, read_typed(path, _model(kind), BulkError, most), str(path))
+    return _made(kind, read_typed(path, _model_of(kind), BulkError, most), str(path))
 
 
 def parse_stored(data: bytes, kind: type[_Kind], name: str) -> _Kind:
     """A dataclass from JSON, as :func:`read_stored` does; BulkError, which begins with ``name``, if it is wrong."""
-    return _made(kind, parse_typed(data, _model(kind), BulkError, name), name)
+    return _made(kind, parse_typed(data, _model_of(kind), BulkError, name), name)
 
 
-@cache
-def _model(kind: Any) -> type[FileModel]:
+def _model_of(kind: type[Any]) -> type[FileModel]:
     """What checks the types of a dataclass's fields; their values are checked by the dataclass itself."""
-    hints = get_type_hints(kind, include_extras=True)
-    fields: dict[str, Any] = {
-        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
-        for field in dataclasses.fields(kind)
-    }
-    return create_model(kind.__name__, __base__=FileModel, **fields)
+    if kind not in _MODELS:
+        hints = get_type_hints(kind, include_extras=True)
+        fields: dict[str, Any] = {
+            field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+            for field in dataclasses.fields(kind)
+        }
+        _MODELS[kind] = create_model(kind.__name__, __base__=FileModel, **fields)
+    return _MODELS[kind]
 
 
 def _made(kind: type[_Kind], content: FileModel, name: str) -> _Kind:
