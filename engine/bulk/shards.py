@@ -167,9 +167,14 @@ def _write_tar(out: Path, name: str, unit: Unit, images: Sequence[bytes], _: Pix
     atomic_write_below(out, f"{IMAGES}/{name}", buffer.getvalue())
 
 
+def _is_of_a_shard(folder: Path, name: str) -> bool:
+    """Whether a shard of this kind can hold a file of this name, whatever the folder."""
+    return is_in_a_folder(name)
+
+
 def _write_folder(out: Path, name: str, unit: Unit, images: Sequence[bytes], _: PixelsShape) -> None:
     """``atomic_directory`` syncs the names; the files are synced together, since each alone takes milliseconds."""
-    with atomic_directory(out / IMAGES / name, overwrite=True, ours=is_in_a_folder) as folder:
+    with atomic_directory(out / IMAGES / name, overwrite=True, ours=_is_of_a_shard) as folder:
         files = dict(zip(map(png_name, unit.indices), images, strict=True)) | folder_entries(unit)
         for entry, data in files.items():
             (folder / entry).write_bytes(data)
