@@ -63,7 +63,7 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 
 def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
-    """The number of elements of a lane of ``x`` [B, ...]; TypeError or ValueError where it cannot be a batch."""
+    """The number of elements of a lane of ``x`` [B, ...]; TypeError or ValueError if it cannot be a batch."""
     check_dtype(name, x, dtypes)
     if x.ndim < 1:
         raise ValueError(f"{name} must have a batch dimension, got a 0-dimensional tensor")
@@ -71,7 +71,7 @@ def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FL
 
 
 def check_elements(name: str, elements: int) -> int:
-    """``elements``; ValueError where one image has more of them than a launch can cover."""
+    """``elements``; ValueError if one image has more of them than a launch can cover."""
     if elements > _MAX_ELEMENTS:
         raise ValueError(f"{name} must have at most {_MAX_ELEMENTS} elements an image, got {elements}")
     return elements

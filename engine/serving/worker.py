@@ -46,11 +46,11 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """True where no request is on its way."""
+        """True if no request is on its way."""
         return self.scheduler is None or (self.scheduler.idle and self._inbox.empty())
 
     def start(self) -> None:
-        """Start the thread, and wait until it is warm. EngineDead where that fails."""
+        """Start the thread, and wait until it is warm. EngineDead if that fails."""
         with self._lock:
             if self.state == "new":
                 self.state = "starting"
@@ -66,7 +66,7 @@ class Worker:
             raise EngineClosed("the engine takes no requests: " + _WHY[self.state])
 
     def submit(self, job: ServedRequest) -> None:
-        """Hand a request over. EngineDead or EngineClosed where it is too late."""
+        """Hand a request over. EngineDead or EngineClosed if it is too late."""
         with self._lock:
             self.check()
             self._inbox.put(job)
