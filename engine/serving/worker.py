@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -42,6 +43,7 @@ class Worker:
         self._cause: BaseException | None = None
         self._drop = self._dropped = False
         self.state = "new"
+        self._process: int | None = None  # in which the thread is: a forked child has the object without it
         self.beat = time.monotonic()  #: when the last round ended, or the wait for something to do
 
     @property
@@ -53,7 +55,7 @@ class Worker:
         """Start the thread, and wait until it is warm. EngineDead if that fails."""
         with self._lock:
             if self.state == "new":
-                self.state = "starting"
+                self.state, self._process = "starting", os.getpid()
                 self._thread.start()
         self._settled.wait()
         self.check()
@@ -62,6 +64,8 @@ class Worker:
         """EngineDead or EngineClosed unless requests are taken."""
         if self.state == "dead":
             raise self._dead()
+        if self.state == "ready" and self._process != os.getpid():
+            raise EngineClosed("the engine takes no requests: its thread is in the process that forked this one")
         if self.state != "ready":
             raise EngineClosed("the engine takes no requests: " + _WHY[self.state])
 
