@@ -39,7 +39,7 @@ class GaussianDiffusion(TrainingLosses):
         clip: the bound of the predicted |x0|, or None.
         v_posterior: with "fixed_small", the weight of beta in a variance (1 - v) beta-tilde + v beta (latent
             diffusion's; Rombach et al. 2022).
-        backend: "auto", "triton" or "reference", decided for each tensor's device.
+        backend: "auto", "triton", "cpu" or "reference", decided for each tensor's device.
 
     Models are callables ``model(x, t, **model_kwargs)``, and so are the conditions ``cond_fn`` that guide sampling,
     which return the gradient of log p(y | x) with respect to x, [B, ...] (Dhariwal & Nichol 2021, section 4).
