@@ -57,7 +57,9 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)  # type: ignore[no-untyped-call]
 
 
 def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
