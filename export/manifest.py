@@ -127,7 +127,8 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
     for what, entries in (("inputs", given.inputs), ("outputs", given.outputs)):
         for entry in entries:
             if any(isinstance(size, str) for size in entry.shape[1:]):
-                raise ExportError(f"{path} has {what} with {entry.name} {entry.shape}; only a first size may be a name")
+                found = f"{path} has {what} with {entry.name} {entry.shape}"
+                raise ExportError(f"{found}; only a first size may be a name")
     names = [entry.name for entry in given.inputs]
     if len(set(names)) < len(names):
         raise ExportError(f"{path} has inputs {', '.join(names)}; accepted are different names")
@@ -139,8 +140,8 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
     out = given.outputs[0]
     if len(given.outputs) > 1 or out.dtype == "int64" or len(out.shape) != len(x.shape):
         raise ExportError(
-            f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one floating "
-            f"tensor with as many dimensions as x"
+            f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one "
+            f"floating tensor with as many dimensions as x"
         )
 
 

@@ -112,7 +112,7 @@ def a_bundle(folder: Path, **changes: object) -> Bundle:
     versions = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     files = {"model.pt2": sha256(folder / "model.pt2")}
     manifest = Manifest("aoti", "network", "cpu", "float32", (spec,), (spec,), versions, {}, files)
-    return Bundle(replace(manifest, **changes), folder, None)  # type: ignore[arg-type]
+    return Bundle(replace(manifest, **changes), folder, None, make().spec, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
