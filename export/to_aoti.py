@@ -15,6 +15,7 @@ from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import compiler_cache
 from stepfusion.execution.compiled import CUDA_OPTIONS
+from stepfusion.export.archive import check_archive
 from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import check_runs_here, here, versions
@@ -108,8 +109,9 @@ def load_package(path: Path, device: torch.device) -> Runtime:
     """A ``.pt2`` file as a function; it is machine code and runs with the rights of this process.
 
     Raises:
-        ExportError: PyTorch cannot load it.
+        ExportError: it is no archive that PyTorch wrote, or PyTorch cannot load it.
     """
+    check_archive(path)
     index = -1 if device.type == "cpu" else device.index or 0
     try:
         loaded: Runtime = torch._inductor.aoti_load_package(str(path), device_index=index)

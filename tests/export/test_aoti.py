@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,8 +143,16 @@ def test_what_was_made_for_elsewhere_is_refused_unopened(
 
 
 def test_what_is_no_package_is_an_error_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(sf.ExportError, match=r"^model.pt2 cannot be loaded on cpu: .+$"):
+    with pytest.raises(sf.ExportError, match=r"^model.pt2 is no archive that PyTorch wrote: File is not a zip file$"):
         load_aoti(a_bundle(tmp_path), "cpu")
+
+
+def test_an_archive_without_a_program_is_an_error_in_a_line(tmp_path: Path) -> None:
+    bundle = a_bundle(tmp_path)
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("model/archive_format", "pt2")
+    with pytest.raises(sf.ExportError, match=r"^model.pt2 cannot be loaded on cpu: .+$"):
+        load_aoti(bundle, "cpu")
 
 
 def test_a_damaged_tick_is_refused_before_it_is_opened(tmp_path: Path) -> None:
@@ -165,7 +174,7 @@ def test_a_function_and_an_existing_place_are_refused(tmp_path: Path) -> None:
 
 def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_wrongly(program: object, *, package_path: str, inductor_configs: object) -> None:
-        Path(package_path).write_bytes(b"")
+        zipfile.ZipFile(package_path, "w").close()
 
     def load_wrongly(*_: object, **__: object) -> Callable[..., torch.Tensor]:
         return lambda x, *_: x
