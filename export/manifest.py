@@ -127,8 +127,7 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
     for what, entries in (("inputs", given.inputs), ("outputs", given.outputs)):
         for entry in entries:
             if any(isinstance(size, str) for size in entry.shape[1:]):
-                found = f"{path} has {what} with {entry.name} {entry.shape}"
-                raise ExportError(f"{found}; only a first size may be a name")
+                raise ExportError(f"{path} has {what} with {entry.name} {entry.shape}; a name may stand first alone")
     names = [entry.name for entry in given.inputs]
     if len(set(names)) < len(names):
         raise ExportError(f"{path} has inputs {', '.join(names)}; accepted are different names")
@@ -141,7 +140,7 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
     if len(given.outputs) > 1 or out.dtype == "int64" or len(out.shape) != len(x.shape):
         raise ExportError(
             f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one "
-            f"floating tensor with as many dimensions as x"
+            "floating tensor with as many dimensions as x"
         )
 
 

@@ -57,11 +57,13 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)  # type: ignore[no-untyped-call]
 
 
 def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> int:
-    """The number of elements of a lane of ``x`` [B, ...]; TypeError or ValueError where it cannot be a batch."""
+    """The number of elements of a lane of ``x`` [B, ...]; TypeError or ValueError if it cannot be a batch."""
     check_dtype(name, x, dtypes)
     if x.ndim < 1:
         raise ValueError(f"{name} must have a batch dimension, got a 0-dimensional tensor")
@@ -69,7 +71,7 @@ def check_lanes(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FL
 
 
 def check_elements(name: str, elements: int) -> int:
-    """``elements``; ValueError where one image has more of them than a launch can cover."""
+    """``elements``; ValueError if one image has more of them than a launch can cover."""
     if elements > _MAX_ELEMENTS:
         raise ValueError(f"{name} must have at most {_MAX_ELEMENTS} elements an image, got {elements}")
     return elements

@@ -32,7 +32,7 @@ FLOORS = (
     ("execution", "checkpoints"),
     ("model_spec",),
     ("networks", "samplers"),
-    ("options", "files", "strict_model"),
+    ("options", "files"),
     ("errors", "_checks"),
     ("__init__",),  # imported as a whole, for its version alone
     ("kernels",),

@@ -13,6 +13,7 @@ from stepfusion.checkpoints.diffusers_directory import Pretrained
 from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
 from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.engine import Engine
+from stepfusion.execution.forking import check_process
 from stepfusion.options import ExecutionOptions
 
 
@@ -57,5 +58,7 @@ def read_checkpoint(source: str) -> Checkpoint:
 
     Raises:
         CheckpointError: what is missing or wrong.
+        RuntimeError: this process was forked from one that had computed (:mod:`stepfusion.execution.forking`).
     """
+    check_process()
     return Checkpoint(source, load_model(source))

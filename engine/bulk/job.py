@@ -12,27 +12,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
+import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
+from stepfusion import _checks
+from stepfusion.bulk.stored import FirstFault, read_stored, to_json
 from stepfusion.errors import BulkError
-from stepfusion.files.atomic import publish_once, read_json
+from stepfusion.files.atomic import publish_once
+from stepfusion.files.json_files import FileModel, read_typed
 
 VERSION = "stepfusion bulk 1"
 JOB, ENGINE, LABELS, IMAGES = "job.json", "engine.json", "labels.npy", "images"
+#: The formats of shards, and how their names end.
+SUFFIXES = {"webdataset": ".tar", "png": "", "npz": ".npz"}
 DEFAULT_UNIT = 512
 MAX_UNITS = 1_000_000
+MAX_INDEX = 1 << 32
 
 _MAX_JSON_BYTES = 16 << 20
+_MAX_VALUES = 1 << 26  # of one image; Pillow warns of pictures that are a little larger
+_MAX_LABEL = 1 << 31
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -71,20 +81,36 @@ class Job:
         guidance: classifier-free guidance scale, or None.
         format: of the shards.
         unit: images a unit; the last one has what is left.
+
+    Raises:
+        TypeError, ValueError: naming the entry.
     """
 
     model: str
     table: str
     table_sha256: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], FirstFault()]
     num: int
     first_index: int
     seed: int
-    classes: tuple[int, ...] | None
+    classes: Annotated[tuple[int, ...], FirstFault()] | None
     labels_sha256: str | None
     guidance: float | None
     format: str
     unit: int
+
+    def __post_init__(self) -> None:
+        for name in ("model", "table_sha256", "labels_sha256"):
+            check_digest(name, getattr(self, name), may_be_none=name == "labels_sha256")
+        _check_shape(self.shape)
+        _checks.integer("num", self.num, 1, MAX_INDEX)
+        _checks.integer("first_index", self.first_index, 0, MAX_INDEX - self.num)
+        _checks.integer("seed", self.seed, 0, (1 << 64) - 1)
+        _check_classes(self.classes, self.labels_sha256)
+        if self.guidance is not None:
+            _checks.number("guidance", self.guidance)
+        _checks.choice("format", self.format, SUFFIXES)
+        _checks.integer("unit", self.unit, -(-self.num // MAX_UNITS), MAX_INDEX)
 
     @property
     def units(self) -> int:
@@ -128,19 +154,26 @@ def write_job(job: Job, out: Path) -> None:
     refuse_differences(out, asdict(read_job(out)), asdict(job))
 
 
+class _Header(FileModel):
+    """What job.json has in every version."""
+
+    model_config = ConfigDict(extra="ignore")
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _JobFile(Job):
+    """What job.json has in this version."""
+
+    version: str
+
+
 def read_job(out: Path) -> Job:
-    """The job of a directory; BulkError if it has none, or one of another version."""
-    value = read_json(out / JOB, BulkError, _MAX_JSON_BYTES)
-    if value.pop("version", None) != VERSION:
+    """The job of a directory; BulkError if it has none, or one that is damaged or of another version."""
+    if read_typed(out / JOB, _Header, BulkError, _MAX_JSON_BYTES).version != VERSION:
         raise BulkError(f"{out / JOB} is not of {VERSION!r}")
-    names = {field.name for field in dataclasses.fields(Job)}
-    if set(value) != names:
-        raise BulkError(
-            f"{out / JOB} must have the entries {', '.join(sorted(names))}, got {', '.join(sorted(value))}"
-        )
-    value["shape"] = tuple(value["shape"])
-    value["classes"] = None if value["classes"] is None else tuple(value["classes"])
-    return Job(**value)
+    content = read_stored(out / JOB, _JobFile, _MAX_JSON_BYTES)
+    return Job(**{field.name: getattr(content, field.name) for field in fields(Job)})
 
 
 def refuse_differences(out: Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
@@ -154,9 +187,31 @@ def refuse_differences(out: Path, recorded: dict[str, Any], given: dict[str, Any
         raise BulkError(f"{out} was begun otherwise: {'; '.join(differing)}. Use another directory, or what it had")
 
 
-def to_json(value: dict[str, Any]) -> bytes:
-    """A JSON file that is pleasant to read."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+def check_digest(name: str, value: str | None, *, may_be_none: bool = False) -> None:
+    """ValueError unless ``value`` is a SHA-256."""
+    if value is None and may_be_none:
+        return
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{name} must be a SHA-256 in 64 hexadecimal digits, got {value!r}")
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"shape must be channels, height and width of an image, got {list(shape)}")
+    sizes = [_checks.integer("shape", size, 1, _MAX_VALUES) for size in shape]
+    if prod(sizes) > _MAX_VALUES:
+        raise ValueError(f"shape must have at most {_MAX_VALUES} values, got {sizes}")
+
+
+def _check_classes(classes: Sequence[int] | None, labels_sha256: str | None) -> None:
+    if classes is None:
+        return
+    if labels_sha256 is not None:
+        raise ValueError("classes and labels_sha256 exclude each other, got both")
+    if not classes:
+        raise ValueError("classes must not be empty")
+    for label in classes:
+        _checks.integer("classes", label, 0, _MAX_LABEL)
 
 
 def _shown(value: Any) -> str:

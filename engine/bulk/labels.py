@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepfusion.bulk.job import JOB, LABELS, Job
+from stepfusion.bulk.shards import array_header
 from stepfusion.errors import BulkError
-from stepfusion.files.atomic import atomic_write
+from stepfusion.files.atomic import atomic_write_below
+from stepfusion.files.regular import read_regular
 
 _MAX_BYTES = 1 << 32
 
@@ -54,18 +58,28 @@ def labels_digest(labels: NDArray[np.int64]) -> str:
 def write_labels(labels: NDArray[np.int64], out: Path) -> None:
     """Write labels int64 [num] to labels.npy, unless that is what it holds."""
     data = _content(labels)
-    if not (out / LABELS).is_file() or (out / LABELS).read_bytes() != data:
-        atomic_write(out / LABELS, data)
+    with suppress(FileNotFoundError):
+        if read_regular(out / LABELS, _MAX_BYTES) == data:
+            return
+    atomic_write_below(out, LABELS, data)
 
 
 def read_labels(job: Job, out: Path) -> NDArray[np.int64] | None:
     """The labels int64 [num] of labels.npy; None if the job has no such file. BulkError if it is damaged."""
     if job.labels_sha256 is None:
         return None
-    data = (out / LABELS).read_bytes()
+    header = array_header(np.dtype(np.int64), (job.num,))
+    try:
+        data = read_regular(out / LABELS, len(header) + 8 * job.num)
+    except OSError as error:
+        raise BulkError(f"{out / LABELS} cannot be read: {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != job.labels_sha256:
         raise BulkError(f"{out / LABELS} is damaged: its hash is not the one in {JOB}")
-    labels: NDArray[np.int64] = np.load(io.BytesIO(data), allow_pickle=False)
+    if not data.startswith(header) or len(data) != len(header) + 8 * job.num:
+        raise BulkError(f"{out / LABELS} does not hold {job.num} labels")
+    labels = np.frombuffer(data, dtype=np.int64, offset=len(header))
+    if labels.min() < 0:
+        raise BulkError(f"{out / LABELS} has the label {labels.min()}; accepted are labels from 0 on")
     return labels
 
 
@@ -78,8 +92,8 @@ def _content(labels: NDArray[np.int64]) -> bytes:
 
 def _read_array(path: Path, name: str) -> NDArray[np.int64]:
     try:
-        labels: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        labels: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing that is not there
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{name} {path} is not an array: {error}") from None
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
         raise ValueError(f"{name} {path} must hold integers, got {getattr(labels, 'dtype', 'an archive')}")

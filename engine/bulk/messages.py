@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from stepfusion.bulk.manifest import Record, record_from
+from stepfusion.bulk.manifest import Record
+from stepfusion.bulk.stored import parse_stored
 from stepfusion.errors import BulkError, NonFiniteError, first_line
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A finished unit, or what went wrong."""
+
+    record: Record | None = None
+    error: str | None = None
+    non_finite: bool = False
 
 
 def finished_message(record: Record) -> str:
@@ -24,8 +34,9 @@ def failure_message(error: Exception) -> str:
 
 def read_message(message: str | bytes, worker: str) -> Record:
     """The record in a message; BulkError or NonFiniteError, which names the worker, if the message is a failure."""
-    content = json.loads(message)
-    if "error" in content:
-        kind = NonFiniteError if content["non_finite"] else BulkError
-        raise kind(f"{worker}: {content['error']}")
-    return record_from(content["record"])
+    data = message if isinstance(message, bytes) else message.encode()
+    content = parse_stored(data, _Message, f"the message of {worker}")
+    if content.record is None:
+        kind = NonFiniteError if content.non_finite else BulkError
+        raise kind(f"{worker}: {content.error}")
+    return content.record

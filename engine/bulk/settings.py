@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,17 @@ from typing import Any
 import torch
 
 import stepfusion
-from stepfusion.bulk.job import ENGINE, to_json
+from stepfusion import _checks
+from stepfusion.bulk.job import ENGINE, refuse_differences
+from stepfusion.bulk.stored import read_stored, to_json
 from stepfusion.engine import Engine
-from stepfusion.errors import BulkError
-from stepfusion.files.atomic import publish_once, read_json
+from stepfusion.execution.plan import choose_device, make_plan
+from stepfusion.files.atomic import publish_once
+from stepfusion.kernels.backend import backend_from_environment
+from stepfusion.options import ExecutionOptions
 
 _MAX_JSON_BYTES = 1 << 20
+_MAX_BATCH, _MAX_THREADS = 1 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,25 @@ class RecordedSettings:
     invariant: bool
     threads: int | None
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        _checks.integer("batch", self.batch, 1, _MAX_BATCH)
+        _checks.boolean("invariant", self.invariant)
+        if self.threads is not None:
+            _checks.integer("threads", self.threads, 1, _MAX_THREADS)
+
+    def complete(self, execution: ExecutionOptions) -> ExecutionOptions:
+        """The options with what they leave open as it is recorded; :func:`refuse_other_options` checks the rest."""
+        found = replace(
+            execution,
+            dtype=self.dtype if execution.dtype == "auto" else execution.dtype,
+            network=self.network if execution.network == "auto" else execution.network,
+            batch=self.batch,
+            invariant=self.invariant,
+        )
+        # what is asked for by its name must run every step, and a threshold's runs as the reference if it was not
+        chosen = make_plan(found.device, found.dtype, found.backend, found.network).backend.value
+        return found if chosen == self.backend else replace(found, backend=self.backend)
 
     def by_name(self) -> dict[str, Any]:
         """Every setting by the name that messages give it; each version is one."""
@@ -63,14 +88,30 @@ def settings_of(engine: Engine, threads: int, *, pictures: bool) -> RecordedSett
 
 
 def read_settings(out: Path) -> RecordedSettings | None:
-    """The settings that the job was begun with; None if no worker has started yet."""
-    if not (out / ENGINE).exists():
-        return None
-    value = read_json(out / ENGINE, BulkError, _MAX_JSON_BYTES)
-    try:
-        return RecordedSettings(**value)
-    except TypeError:
-        raise BulkError(f"{out / ENGINE} is not what stepfusion writes: {', '.join(sorted(value))}") from None
+    """The settings that the job was begun with; None if no worker has started yet. BulkError if they are damaged."""
+    return read_stored(out / ENGINE, RecordedSettings, _MAX_JSON_BYTES) if os.path.lexists(out / ENGINE) else None
+
+
+def refuse_other_options(
+    out: Path, recorded: RecordedSettings, execution: ExecutionOptions, threads: int | None
+) -> None:
+    """BulkError if an option that is given is not what the job was begun with."""
+    backend = backend_from_environment() if execution.backend == "auto" else execution.backend
+    given = {
+        "dtype": str(execution.dtype).removeprefix("torch."),
+        "backend": backend or "auto",
+        "network": execution.network,
+        "batch": execution.batch,
+        "invariant": execution.invariant or None,
+        "threads": None if recorded.threads is None else threads,
+    }
+    asked = {name: value for name, value in given.items() if value not in (None, "auto")}
+    refuse_differences(out, {name: getattr(recorded, name) for name in asked}, asked)
+
+
+def refuse_other_device(out: Path, recorded: RecordedSettings, device: str | torch.device) -> None:
+    """BulkError if a device is not of the kind that the job was begun with."""
+    refuse_differences(out, {"device": recorded.device}, {"device": _kind(choose_device(device)[0])})
 
 
 def record_settings(settings: RecordedSettings, out: Path) -> RecordedSettings:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,28 +24,20 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from stepfusion.bulk.job import Unit
-from stepfusion.errors import BulkError
-from stepfusion.files.atomic import atomic_directory, atomic_write
+from stepfusion.bulk.directory import METADATA, entries_of, is_in_a_folder
+from stepfusion.bulk.job import IMAGES, SUFFIXES, Unit
+from stepfusion.files.atomic import atomic_directory, atomic_write_below
 from stepfusion.files.images import Pixels, encode_png
+from stepfusion.files.regular import folder_below, open_below
 
 _SYNCS_AT_ONCE = 16  # a file system commits them together
-_METADATA = "metadata.csv"
+_CHUNK = 1 << 20
 
+#: Of one image, (H, W, C).
+PixelsShape = tuple[int, int, int]
 #: An array as dtype, shape, and its bytes in parts, so that no memory need hold all of it.
 Parts = tuple[np.dtype[Any], tuple[int, ...], Iterable[bytes]]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What is in a shard: indices, labels (None for a model without labels) and pixels uint8 [k, H, W, C]."""
-
-    indices: list[int]
-    labels: list[int] | None
-    pixels: Pixels
 
 
 @dataclass(frozen=True)
@@ -55,36 +48,59 @@ class Format:
         suffix: of a shard's name.
         picture: whether images are PNGs, which have 1, 3 or 4 channels.
         encode: one image uint8 [H, W, C] to the bytes that ``write`` stores.
-        write: (path, unit, encoded images), whole or not at all, and on disk when it returns.
-        read: (path) -> Contents; BulkError or ValueError if it is no such shard.
+        write: (directory of the job, name of the shard, unit, encoded images, shape of an image), whole or not at
+            all, and on disk when it returns.
     """
 
     suffix: str
     picture: bool
     encode: Callable[[Pixels], bytes]
-    write: Callable[[Path, Unit, Sequence[bytes], tuple[int, int, int]], None]
-    read: Callable[[Path], Contents]
+    write: Callable[[Path, str, Unit, Sequence[bytes], PixelsShape], None]
 
 
-def shard_digest(path: Path) -> tuple[str, int]:
-    """SHA-256 and size in bytes of a shard; of a folder, what ``sha256sum * | sha256sum`` prints in it."""
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+def shard_digest(out: Path, name: str) -> tuple[str, int]:
+    """SHA-256 and size in bytes of a shard; of a folder, what ``sha256sum * | sha256sum`` prints in it.
+
+    Raises:
+        OSError: the shard cannot be read, or something in it or on the way to it is a link or no regular file.
+    """
+    if Path(name).suffix:
+        return file_digest(out, f"{IMAGES}/{name}")
     listing, size = hashlib.sha256(), 0
-    for name in sorted(os.listdir(path)):
-        digest, part = shard_digest(path / name)
-        listing.update(f"{digest}  {name}\n".encode())
+    for entry in names_in_folder(out, name):
+        digest, part = file_digest(out, f"{IMAGES}/{name}/{entry}")
+        listing.update(f"{digest}  {entry}\n".encode())
         size += part
     return listing.hexdigest(), size
 
 
-def shard_size(path: Path) -> int:
+def file_digest(out: Path, name: str) -> tuple[str, int]:
+    """SHA-256 and size in bytes of a file below ``out``; OSError if it is no regular file."""
+    digest, size = hashlib.sha256(), 0
+    with open_below(out, name) as file:
+        while part := file.read(_CHUNK):
+            digest.update(part)
+            size += len(part)
+    return digest.hexdigest(), size
+
+
+def shard_size(out: Path, name: str) -> int:
     """Size of a shard in bytes, -1 if there is none."""
     try:
-        return sum(entry.stat().st_size for entry in path.iterdir()) if path.is_dir() else path.stat().st_size
+        with folder_below(out, IMAGES) as images:
+            found = os.stat(images.at(name), dir_fd=images.descriptor, follow_symlinks=False)
+        if not stat.S_ISDIR(found.st_mode):
+            return found.st_size
+        with folder_below(out, f"{IMAGES}/{name}") as folder:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries_of(folder))
     except FileNotFoundError:
         return -1
+
+
+def names_in_folder(out: Path, name: str) -> list[str]:
+    """The names of the files in a shard that is a folder, in order."""
+    with folder_below(out, f"{IMAGES}/{name}") as folder:
+        return sorted(entry.name for entry in entries_of(folder))
 
 
 def write_npz(file: IO[bytes], arrays: Mapping[str, Parts]) -> None:
@@ -92,100 +108,88 @@ def write_npz(file: IO[bytes], arrays: Mapping[str, Parts]) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for name, (dtype, shape, parts) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(entry, header)
+                entry.write(array_header(dtype, shape))
                 for part in parts:
                     entry.write(part)
 
 
-def _write_tar(path: Path, unit: Unit, images: Sequence[bytes], _: tuple[int, int, int]) -> None:
+def array_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before the bytes of an array in .npy."""
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
+
+
+def tar_entries(unit: Unit, position: int) -> dict[str, bytes]:
+    """What stands in a tar beside the PNG of the image at a position in its unit: the label, and what it is."""
+    index = unit.indices[position]
+    metadata, entries = {"seed": unit.seed, "index": index}, {}
+    if unit.labels is not None:
+        metadata["label"] = unit.labels[position]
+        entries[f"{index:010d}.cls"] = str(unit.labels[position]).encode()
+    return {**entries, f"{index:010d}.json": json.dumps(metadata).encode()}
+
+
+def folder_entries(unit: Unit) -> dict[str, bytes]:
+    """What stands in a folder beside the PNGs: the table of labels, if there are labels."""
+    if unit.labels is None:
+        return {}
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("file_name", "label"))
+    rows.writerows(zip(map(png_name, unit.indices), unit.labels, strict=True))
+    return {METADATA: text.getvalue().encode()}
+
+
+def png_name(index: int) -> str:
+    """The name of an image's PNG."""
+    return f"{index:010d}.png"
+
+
+def numbers_of(unit: Unit) -> dict[str, bytes]:
+    """The arrays int64 [k] in an npz beside the images: labels, if there are labels, and indices."""
+    numbers = {"arr_1": unit.labels, "indices": unit.indices}
+    return {
+        name: np.array(values, dtype=np.int64).tobytes() for name, values in numbers.items() if values is not None
+    }
+
+
+def _write_tar(out: Path, name: str, unit: Unit, images: Sequence[bytes], _: PixelsShape) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-
-        def add(name: str, data: bytes) -> None:
-            member = tarfile.TarInfo(name)  # no time and no owner: the same images give the same bytes
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-        for position, (index, image) in enumerate(zip(unit.indices, images, strict=True)):
-            metadata = {"seed": unit.seed, "index": index}
-            add(f"{index:010d}.png", image)
-            if unit.labels is not None:
-                metadata["label"] = unit.labels[position]
-                add(f"{index:010d}.cls", str(unit.labels[position]).encode())
-            add(f"{index:010d}.json", json.dumps(metadata).encode())
-    atomic_write(path, buffer.getvalue())
+        for position, image in enumerate(images):
+            entries = {png_name(unit.indices[position]): image, **tar_entries(unit, position)}
+            for entry, data in entries.items():
+                member = tarfile.TarInfo(entry)  # no time and no owner: the same images give the same bytes
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    atomic_write_below(out, f"{IMAGES}/{name}", buffer.getvalue())
 
 
-def _read_tar(path: Path) -> Contents:
-    indices, labels, pictures = [], list[int](), []
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            key, _, kind = member.name.partition(".")
-            file = archive.extractfile(member)
-            assert file is not None
-            if kind == "png":
-                indices.append(int(key))
-                pictures.append(_decode(file.read()))
-            elif kind == "cls":
-                labels.append(int(file.read()))
-    return Contents(indices, labels or None, np.stack(pictures))
+def _is_of_a_shard(folder: Path, name: str) -> bool:
+    """Whether a shard of this kind can hold a file of this name, whatever the folder."""
+    return is_in_a_folder(name)
 
 
-def _write_folder(path: Path, unit: Unit, images: Sequence[bytes], _: tuple[int, int, int]) -> None:
+def _write_folder(out: Path, name: str, unit: Unit, images: Sequence[bytes], _: PixelsShape) -> None:
     """``atomic_directory`` syncs the names; the files are synced together, since each alone takes milliseconds."""
-    with atomic_directory(path, overwrite=True) as folder:
-        files = {f"{index:010d}.png": image for index, image in zip(unit.indices, images, strict=True)}
-        if unit.labels is not None:
-            text = io.StringIO()
-            rows = csv.writer(text, lineterminator="\n")
-            rows.writerow(("file_name", "label"))
-            rows.writerows(zip(files, unit.labels, strict=True))
-            files[_METADATA] = text.getvalue().encode()
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
+    with atomic_directory(out / IMAGES / name, overwrite=True, ours=_is_of_a_shard) as folder:
+        files = dict(zip(map(png_name, unit.indices), images, strict=True)) | folder_entries(unit)
+        for entry, data in files.items():
+            (folder / entry).write_bytes(data)
         with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
-            for _done in pool.map(_sync, (folder / name for name in files)):
+            for _done in pool.map(_sync, (folder / entry for entry in files)):
                 pass
 
 
-def _read_folder(path: Path) -> Contents:
-    names = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".png")
-    labels: list[int] | None = None
-    if (path / _METADATA).is_file():
-        with (path / _METADATA).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if [row["file_name"] for row in rows] != names:
-            raise BulkError(f"{path / _METADATA} does not list the pictures beside it")
-        labels = [int(row["label"]) for row in rows]
-    pictures = [_decode((path / name).read_bytes()) for name in names]
-    return Contents([int(name.partition(".")[0]) for name in names], labels, np.stack(pictures))
-
-
-def _write_arrays(path: Path, unit: Unit, images: Sequence[bytes], shape: tuple[int, int, int]) -> None:
+def _write_arrays(out: Path, name: str, unit: Unit, images: Sequence[bytes], shape: PixelsShape) -> None:
     count = (len(images),)
     arrays: dict[str, Parts] = {"arr_0": (np.dtype(np.uint8), count + shape, images)}
-    numbers = {"arr_1": unit.labels, "indices": unit.indices}
-    for name, values in numbers.items():
-        if values is not None:
-            arrays[name] = (np.dtype(np.int64), count, [np.array(values, dtype=np.int64).tobytes()])
+    arrays |= {key: (np.dtype(np.int64), count, [data]) for key, data in numbers_of(unit).items()}
     buffer = io.BytesIO()
     write_npz(buffer, arrays)
-    atomic_write(path, buffer.getvalue())
-
-
-def _read_arrays(path: Path) -> Contents:
-    with np.load(path, allow_pickle=False) as arrays:
-        labels: list[int] | None = arrays["arr_1"].tolist() if "arr_1" in arrays else None
-        pixels: NDArray[np.uint8] = arrays["arr_0"]
-        return Contents(arrays["indices"].tolist(), labels, pixels)
-
-
-def _decode(png: bytes) -> Pixels:
-    """The pixels of a PNG, uint8 [H, W, C]."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        pixels = np.array(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    atomic_write_below(out, f"{IMAGES}/{name}", buffer.getvalue())
 
 
 def _raw(pixels: Pixels) -> bytes:
@@ -198,7 +202,7 @@ def _sync(path: Path) -> None:
 
 
 FORMATS = {
-    "webdataset": Format(".tar", True, encode_png, _write_tar, _read_tar),
-    "png": Format("", True, encode_png, _write_folder, _read_folder),
-    "npz": Format(".npz", False, _raw, _write_arrays, _read_arrays),
+    "webdataset": Format(SUFFIXES["webdataset"], True, encode_png, _write_tar),
+    "png": Format(SUFFIXES["png"], True, encode_png, _write_folder),
+    "npz": Format(SUFFIXES["npz"], False, _raw, _write_arrays),
 }

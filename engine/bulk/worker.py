@@ -10,20 +10,27 @@ from pathlib import Path
 import torch
 
 from stepfusion.bulk.checkpoint import Checkpoint, read_checkpoint
+from stepfusion.bulk.directory import refuse_other_shard
 from stepfusion.bulk.job import IMAGES, Job, Unit, refuse_differences
 from stepfusion.bulk.labels import read_labels
-from stepfusion.bulk.manifest import Record
+from stepfusion.bulk.manifest import MOST_LEFT_OUT, Record
 from stepfusion.bulk.new_job import table_digest
-from stepfusion.bulk.settings import RecordedSettings, read_settings, record_settings, settings_of
+from stepfusion.bulk.settings import (
+    RecordedSettings,
+    read_settings,
+    record_settings,
+    refuse_other_device,
+    refuse_other_options,
+    settings_of,
+)
 from stepfusion.bulk.shards import FORMATS, shard_digest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
+from stepfusion.execution.forking import check_process
 from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.table_request import TableRequest
 
 _ENCODERS = 8
-
-MOST_LEFT_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,11 @@ class WorkerConfig:
     Attributes:
         job, out: what is made, and the directory.
         model, table: where the model is, and how its sampler's table is made.
-        execution: how the model is run. A batch of None is what the job was begun with.
-        threads: CPU threads of a worker on a CPU. None is what the job was begun with, and when it is begun,
-            PyTorch's own number divided by ``cpu_workers``, the CPU workers of this machine.
-        leave_out: leave out images that become non-finite, up to :data:`MOST_LEFT_OUT` of a unit; else, an error.
+        execution: how the model is run. What it leaves open ("auto", None, not invariant) is what the job was begun
+            with; what it gives must be that.
+        threads: CPU threads of a worker on a CPU, in the same way. None is, when the job is begun, PyTorch's own
+            number divided by ``cpu_workers``, the CPU workers of this machine.
+        leave_out: leave out images that become non-finite, up to 16 of a unit; else, an error.
     """
 
     job: Job
@@ -62,10 +70,12 @@ class Worker:
 
     Raises:
         BulkError: the model or the table is another one, or the settings are not those that the job was begun with.
+        RuntimeError: this process was forked from one that had computed.
         Whatever :class:`stepfusion.Engine` raises.
     """
 
     def __init__(self, config: WorkerConfig, checkpoint: Checkpoint | None = None) -> None:
+        check_process()
         checkpoint = checkpoint or read_checkpoint(config.model)
         if checkpoint.digest != config.job.model:
             raise BulkError(f"the model {config.model} is not the one that this job was begun with")
@@ -85,20 +95,24 @@ class Worker:
 
         Raises:
             NonFiniteError: naming the image, unless it may be left out; no shard is written.
-            BulkError: memory ran out, and a smaller batch would give other bits.
+            BulkError: memory ran out, and a smaller batch would give other bits; or somebody else put something
+                where the shard is to be.
             OSError: the shard cannot be written.
         """
-        job = self._config.job
+        job, out = self._config.job, self._config.out
         unit = job.unit_at(number, self._labels)
+        name = f"{unit.name}{self._format.suffix}"
+        refuse_other_shard(out, name)
         left_out, images = self._finite_images(unit)
         unit = unit.without(left_out)
-        path = self._config.out / IMAGES / f"{unit.name}{self._format.suffix}"
         try:
-            self._format.write(path, unit, images, job.pixels_shape)
-            digest, size = shard_digest(path)
-        except OSError as error:  # which names a temporary file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        return Record(number, unit.indices[0], len(unit.indices), path.name, size, digest, tuple(left_out))
+            self._format.write(out, name, unit, images, job.pixels_shape)
+            digest, size = shard_digest(out, name)
+        except OSError as error:  # which may name a temporary file
+            if error.strerror is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(out / IMAGES / name)) from error
+        return Record(number, unit.indices[0], len(unit.indices), name, size, digest, tuple(left_out))
 
     def _finite_images(self, unit: Unit) -> tuple[list[int], list[bytes]]:
         """The indices of images that became non-finite, if these may be left out, and the others, encoded.
@@ -145,10 +159,10 @@ class Worker:
 
 def _start(config: WorkerConfig, checkpoint: Checkpoint) -> tuple[Engine, RecordedSettings]:
     """The engine and its settings, which are recorded if it is the first of the job, or else must be the recorded."""
-    engine, settings = _engine(config, checkpoint, read_settings(config.out))
+    before = read_settings(config.out)
+    engine, settings = _engine(config, checkpoint, before)
     recorded = record_settings(settings, config.out)
-    if recorded.batch != settings.batch and config.execution.batch is None:
-        # another worker was first, and found less memory
+    if before is None and recorded != settings:  # another worker was first
         engine, settings = _engine(config, checkpoint, recorded)
     refuse_differences(config.out, recorded.by_name(), settings.by_name())
     return engine, settings
@@ -157,11 +171,12 @@ def _start(config: WorkerConfig, checkpoint: Checkpoint) -> tuple[Engine, Record
 def _engine(
     config: WorkerConfig, checkpoint: Checkpoint, recorded: RecordedSettings | None
 ) -> tuple[Engine, RecordedSettings]:
-    """An engine, with the batch and the threads as asked for, as recorded, or as it finds them."""
+    """An engine with the options that are given, and for those that are not, as recorded or as it finds them."""
     execution, threads = config.execution, config.threads
     if recorded is not None:
-        execution = execution if execution.batch is not None else replace(execution, batch=recorded.batch)
-        threads = threads if threads is not None else recorded.threads
+        refuse_other_device(config.out, recorded, execution.device)
+        refuse_other_options(config.out, recorded, execution, threads)
+        execution, threads = recorded.complete(execution), threads or recorded.threads
     if threads is None:
         threads = max(1, torch.get_num_threads() // config.cpu_workers)
     engine = checkpoint.engine(execution)

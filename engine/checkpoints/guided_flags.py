@@ -11,8 +11,8 @@ from pydantic import Field
 from stepfusion import _checks
 from stepfusion.checkpoints.json_file import read_object
 from stepfusion.errors import CheckpointError
+from stepfusion.files.strict_model import StrictModel
 from stepfusion.networks import ADMUNetConfig
-from stepfusion.strict_model import StrictModel
 
 _ADM = {
     "attention_resolutions": "32,16,8",

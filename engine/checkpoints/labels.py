@@ -8,7 +8,7 @@ from typing import Any
 
 from stepfusion.checkpoints.json_file import read_model
 from stepfusion.errors import CheckpointError
-from stepfusion.strict_model import StrictModel
+from stepfusion.files.strict_model import StrictModel
 
 LABELS_FILE = "stepfusion.json"
 

@@ -21,7 +21,7 @@ from stepfusion.checkpoints.json_file import read_model
 from stepfusion.checkpoints.weight_names import names_of_today
 from stepfusion.checkpoints.weights import Stored, check_state, first_line
 from stepfusion.errors import CheckpointError
-from stepfusion.strict_model import StrictModel
+from stepfusion.files.strict_model import StrictModel
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 

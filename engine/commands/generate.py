@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from stepfusion.bulk.checkpoint import Checkpoint, read_checkpoint
-from stepfusion.bulk.job import DEFAULT_UNIT, MAX_UNITS, Job
+from stepfusion.bulk.directory import REPORT, check_out
+from stepfusion.bulk.job import DEFAULT_UNIT, MAX_INDEX, MAX_UNITS, Job
 from stepfusion.bulk.labels import read_labels_file
 from stepfusion.bulk.new_job import make_job
-from stepfusion.bulk.placement import Launch, Placement
-from stepfusion.bulk.run import REPORT, check_out, run, verify
+from stepfusion.bulk.placement import MOST_WORKERS, Launch, Placement
+from stepfusion.bulk.run import run, verify
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import WorkerConfig
 from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
@@ -33,8 +34,6 @@ _EXAMPLES = """examples:
   stepfusion generate path/to/model --num 1000000 --out /shared/images --ray auto
   torchrun --nproc-per-node 8 -m stepfusion.commands.main generate path/to/model -n 1000000 --out images
   stepfusion generate --verify images"""
-_MAX_INDEX = 1 << 32
-_MAX_WORKERS = 1 << 16
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +135,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name, value in (("a model", args.model), ("--num", args.num), ("--out", args.out)):
         if value is None:
             raise ValueError(f"{name} is needed, as in: stepfusion generate fashion-mnist --num 1000 --out images")
-    limits = {"num": _MAX_INDEX, "unit": _MAX_INDEX, "batch": 1 << 20, "threads": 1 << 10, "workers": _MAX_WORKERS}
+    limits = {"num": MAX_INDEX, "unit": MAX_INDEX, "batch": 1 << 20, "threads": 1 << 10, "workers": MOST_WORKERS}
     for name, most in limits.items():
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
@@ -148,8 +147,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed < 1 << 64:
         raise ValueError(f"--seed must be in [0, 2**64 - 1], got {args.seed}")
-    if not 0 <= args.first_index <= _MAX_INDEX - args.num:
-        most = _MAX_INDEX - args.num
+    if not 0 <= args.first_index <= MAX_INDEX - args.num:
+        most = MAX_INDEX - args.num
         raise ValueError(f"--first-index must be in [0, {most}] for {args.num} images, got {args.first_index}")
     if args.labels is not None and args.labels_file is not None:
         raise ValueError("--labels and --labels-file exclude each other, got both")
@@ -159,7 +158,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _placement(args: argparse.Namespace, launch: Launch | None) -> Placement:
     """The devices, and this process's place among those of a launcher."""
-    devices = tuple(name.strip() for name in (args.devices or "auto").split(","))
+    devices = tuple(name.strip() for name in (args.devices if args.devices is not None else "auto").split(","))
+    if "" in devices:
+        raise ValueError(f"--devices must be names of devices, separated by commas, got {args.devices!r}")
     if args.ray is not None:
         if len(devices) > 1:
             raise ValueError(f"--devices must be one kind of device with --ray, such as cuda, got {args.devices}")

@@ -29,7 +29,7 @@ def read_pictures(engine: Engine, paths: Sequence[Path]) -> Tensor:
 
 
 def read_mask(engine: Engine, path: Path) -> Tensor:
-    """Read a picture as a mask, bool [1, 1, H, W]: True where it is bright.
+    """Read a picture as a mask, bool [1, 1, H, W]: True if it is bright.
 
     Raises:
         ValueError: the file is no sound picture, or not of the size of the model's images.

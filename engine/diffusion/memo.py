@@ -20,7 +20,7 @@ class Memo:
         """The value of ``key``, from ``make`` if it was never asked for."""
         if key not in self._values:
             if torch.compiler.is_compiling():  # what is made here comes from NumPy, and is no part of a graph
-                make = torch.compiler.disable(make)
+                make = torch.compiler.disable(make)  # type: ignore[no-untyped-call]
             with torch.inference_mode(False):  # autograd could not use a tensor that was made in inference mode
                 self._values[key] = make()
         return self._values[key]  # type: ignore[return-value]

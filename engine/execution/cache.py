@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from stepfusion.kernels.cache import cache_directory, make_cache_directory, why_not_private
+import torch
 
-__all__ = ["cache_directory", "compiler_cache", "make_cache_directory"]
+from stepfusion.kernels.cache import cache_directory, make_cache_directory, why_not_private
+from stepfusion.kernels.cpu.library import ONEDNN_LIMITS
+
+__all__ = ["cache_directory", "compiler_cache", "inductor_folder", "make_cache_directory"]
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _LOCK = threading.RLock()
@@ -34,7 +39,7 @@ def compiler_cache() -> Iterator[None]:
         if previous is not None and previous != default:
             yield
             return
-        directory = make_cache_directory("inductor")
+        directory = make_cache_directory(inductor_folder())
         if directory is None and _is_open_to_others(Path(default)):
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepfusion-")))
         if directory is None:
@@ -48,6 +53,20 @@ def compiler_cache() -> Iterator[None]:
                 os.environ.pop(_VARIABLE, None)
             else:
                 os.environ[_VARIABLE] = previous
+
+
+def inductor_folder() -> str:
+    """The name of Inductor's folder in the cache, one for each set of instructions that may be used here.
+
+    What Inductor keeps holds weights in the layout that oneDNN chose, and code for some instructions, while the keys
+    of its cache name neither. A home directory on several machines, or a limit such as ``ONEDNN_MAX_CPU_ISA`` that
+    is set once, would have a process abort in a network that another one compiled.
+    """
+    has = [torch.backends.cpu.get_cpu_capability(), platform.machine()]
+    has += ["bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+    has += ["amx"] if torch.cpu._is_amx_tile_supported() else []
+    has += [value for name in ONEDNN_LIMITS if (value := os.environ.get(name))]
+    return "inductor-" + re.sub(r"[^a-z0-9_]+", "-", "-".join(has).lower())
 
 
 def _is_open_to_others(directory: Path) -> bool:

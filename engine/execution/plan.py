@@ -77,17 +77,17 @@ class Plan:
 
     @property
     def captures(self) -> bool:
-        """True where ticks are captured as CUDA graphs."""
+        """True if ticks are captured as CUDA graphs."""
         return "graph" in self.network.value
 
     @property
     def fuses_network(self) -> bool:
-        """True where our own networks run their fused kernels; a compiler fuses on its own, and sees through."""
+        """True if our own networks run their fused kernels; a compiler fuses on its own, and sees through."""
         return self.backend.value == "triton" and self.network.value in ("eager", "graph")
 
     @property
     def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
-        """What compiles the network, None where nothing does."""
+        """What compiles the network, None if nothing does."""
         if self.network.value == "openvino":
             from stepfusion.execution.openvino_network import openvino_network
 
@@ -117,7 +117,7 @@ def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str
 
 
 def choose_device(device: str | torch.device) -> tuple[torch.device, Choice]:
-    """The device of this name, or the fastest one here for "auto"; ValueError where PyTorch finds none such."""
+    """The device of this name, or the fastest one here for "auto"; ValueError if PyTorch finds none such."""
     if device != "auto":
         where = _usable(device)
         return where, Choice(str(where), "asked for")
@@ -169,7 +169,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
 
 
 def _bfloat16_unit() -> str | None:
-    """What multiplies bfloat16 matrices on this CPU, None where nothing does faster than float32."""
+    """What multiplies bfloat16 matrices on this CPU, None if nothing does faster than float32."""
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None

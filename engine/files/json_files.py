@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +30,21 @@ class FileModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-def read_json(path: Path, error: type[Exception], most: int) -> dict[str, Any]:
+def read_json(path: Path, error: type[Exception], most: int, *, infinite: Collection[str] = ()) -> dict[str, Any]:
     """Read a JSON object of finite numbers, at most `most` bytes long; `error` names the file if it is none.
 
     A link at `path` is followed: directories of downloaded models are often made of links.
+
+    Args:
+        infinite: keys of the object whose own value may be infinite, as Python writes it.
     """
     data = _read(path, error, most, follow=True)
     try:
         check_depth(data)
-        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+        value = json.loads(data.decode(), parse_constant=float if infinite else _finite, parse_float=_finite)
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                _check_finite(entry, infinite=key in infinite)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} is not JSON: {str(problem)[:200]}") from None
     if not isinstance(value, dict):
@@ -146,6 +152,15 @@ def _end_of_lines(descriptor: int) -> int:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def _check_finite(value: Any, *, infinite: bool = False) -> None:
+    """ValueError for a number that is not finite, but for infinity itself where that is right."""
+    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or not infinite):
+        raise ValueError(f"{json.dumps(value)} is not a finite number")
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_finite(entry)
 
 
 def _finite(literal: str) -> float:

@@ -71,7 +71,7 @@ class DeviceTables:
         self._features: Tensor | None = None  # their shape is not known before the network is asked
 
     def hold(self, table: StepTable) -> int | None:
-        """The first row of ``table``, which stays there until it is released; None where there is no room now."""
+        """The first row of ``table``, which stays there until it is released; None if there is no room now."""
         place = self._places.pop(table.digest, None)
         if place is None:
             first = self._make_room(len(table))
@@ -93,7 +93,7 @@ class DeviceTables:
             place.holders = 0
 
     def _make_room(self, rows: int) -> int | None:
-        """Where so many rows fit, once enough tables that nobody holds are gone; None where they never do."""
+        """Where so many rows fit, once enough tables that nobody holds are gone; None if they never do."""
         if rows > self.capacity:
             return None
         idle = [digest for digest, place in self._places.items() if place.holders == 0]

@@ -30,14 +30,14 @@ class Edit:
     mask: torch.Tensor | None
 
     def shorten(self, table: StepTable) -> StepTable:
-        """The rows of ``table`` that are walked; ValueError where they cannot make images from an image."""
+        """The rows of ``table`` that are walked; ValueError if they cannot make images from an image."""
         if not table.edits:
             raise ValueError(f"image needs a sampler's table, whose rows lead to images, got {table!r}")
         return table.last(max(1, math.ceil(self.strength * len(table) - _ROUNDING)))
 
     @property
     def noised(self) -> bool:
-        """True where images start from the image; at strength 1 they start from noise, as without an image."""
+        """True if images start from the image; at strength 1 they start from noise, as without an image."""
         return self.strength < 1
 
     def images(self, count: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from stepfusion import _checks
 from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
+from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
@@ -66,8 +67,9 @@ class Runners:
 
         Raises:
             TypeError, ValueError: naming the argument. BackendError: the step was asked for from kernels that cannot
-                take it.
+                take it. RuntimeError: this process was forked from one that had computed.
         """
+        check_process()
         request = make_request(self.spec, n, table, options)
         backend = self.plan.backend
         if request.table.thresholds and backend.value == "triton" and backend.asked:

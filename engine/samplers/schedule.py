@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stepfusion import _checks
+from stepfusion.files.strict_model import StrictModel
 from stepfusion.samplers.betas import MAX_TIMESTEPS, check_betas
 from stepfusion.samplers.scheduler_keys import KNOWN_KEYS, SCHEDULE_KEYS, scheduler_of
-from stepfusion.strict_model import StrictModel
 
 Array = NDArray[np.float64]
 

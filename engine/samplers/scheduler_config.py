@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from stepfusion.errors import CheckpointError
+from stepfusion.files.strict_model import StrictModel
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.scheduler_keys import HONOURED_KEYS, NEUTRAL_VALUES, OTHER_SOLVERS, Scheduler, scheduler_of
-from stepfusion.strict_model import StrictModel
 
 _VARIANCES = {
     "fixed_small": "fixed_small",

@@ -123,17 +123,17 @@ class StepTable:
 
     @cached_property
     def stochastic(self) -> bool:
-        """True where some row adds noise."""
+        """True if some row adds noise."""
         return bool((self.column("sigma") != 0).any())
 
     @cached_property
     def history(self) -> bool:
-        """True where some row uses the x0 of the row before it, as multistep solvers do."""
+        """True if some row uses the x0 of the row before it, as multistep solvers do."""
         return bool((self.column("next_prev") != 0).any())
 
     @cached_property
     def thresholds(self) -> bool:
-        """True where some row has dynamic thresholding."""
+        """True if some row has dynamic thresholding."""
         return bool((self.column("threshold") != 0).any())
 
     @cached_property

@@ -191,7 +191,7 @@ class AsyncEngine:
     # Life
 
     def start(self) -> Self:
-        """Start the thread that works, and wait until it is warm. EngineDead where that fails."""
+        """Start the thread that works, and wait until it is warm. EngineDead if that fails."""
         self._worker.start()
         return self
 
@@ -227,7 +227,7 @@ class AsyncEngine:
 
     @property
     def live(self) -> bool:
-        """False where the engine is dead: nothing but a new process helps."""
+        """False if the engine is dead: nothing but a new process helps."""
         return self._worker.state != "dead"
 
     @property

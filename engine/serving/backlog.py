@@ -35,7 +35,7 @@ class Backlog:
         self.fastest = 0.0  #: of all rounds so far
 
     def enter(self, images: int, steps: int) -> None:
-        """Let so many images with so many steps in all wait; Overloaded where that is too many."""
+        """Let so many images with so many steps in all wait; Overloaded if that is too many."""
         with self._lock:
             over = self.images + images - self._limit
             if over > 0:

@@ -89,7 +89,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """True where no request is left."""
+        """True if no request is left."""
         return not self._requests
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -42,18 +43,19 @@ class Worker:
         self._cause: BaseException | None = None
         self._drop = self._dropped = False
         self.state = "new"
+        self._process: int | None = None  # in which the thread is: a forked child has the object without it
         self.beat = time.monotonic()  #: when the last round ended, or the wait for something to do
 
     @property
     def idle(self) -> bool:
-        """True where no request is on its way."""
+        """True if no request is on its way."""
         return self.scheduler is None or (self.scheduler.idle and self._inbox.empty())
 
     def start(self) -> None:
-        """Start the thread, and wait until it is warm. EngineDead where that fails."""
+        """Start the thread, and wait until it is warm. EngineDead if that fails."""
         with self._lock:
             if self.state == "new":
-                self.state = "starting"
+                self.state, self._process = "starting", os.getpid()
                 self._thread.start()
         self._settled.wait()
         self.check()
@@ -62,11 +64,13 @@ class Worker:
         """EngineDead or EngineClosed unless requests are taken."""
         if self.state == "dead":
             raise self._dead()
+        if self.state == "ready" and self._process != os.getpid():
+            raise EngineClosed("the engine takes no requests: its thread is in the process that forked this one")
         if self.state != "ready":
             raise EngineClosed("the engine takes no requests: " + _WHY[self.state])
 
     def submit(self, job: ServedRequest) -> None:
-        """Hand a request over. EngineDead or EngineClosed where it is too late."""
+        """Hand a request over. EngineDead or EngineClosed if it is too late."""
         with self._lock:
             self.check()
             self._inbox.put(job)

@@ -23,7 +23,7 @@ _HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
 _SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
 
 
-_ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
+ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
 _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 
 
@@ -46,7 +46,7 @@ def onednn_limit() -> str | None:
     oneDNN reads them once, when PyTorch first calls it, without regard to case, and offers no way to ask for the
     instruction set that it chose.
     """
-    for name in _ONEDNN_LIMITS:
+    for name in ONEDNN_LIMITS:
         value = os.environ.get(name)
         if value:
             return f"{name}={value}" if value.lower() in _BELOW_AVX512_BF16 else None

@@ -92,7 +92,9 @@ def layout(*batches: Tensor | None) -> tuple[list[Tensor | None], int, int, list
     Contiguous batches are images of one channel, whatever their shape. If one is channels_last all have their
     channels. A batch with other strides is copied, and one of another dtype than :data:`TYPES` becomes float32.
     """
-    read, forms, apart = [], [], False
+    read: list[Tensor | None] = []
+    forms: list[int] = []
+    apart = False
     for batch in batches:
         if batch is None:
             read.append(None)

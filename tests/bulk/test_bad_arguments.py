@@ -73,7 +73,7 @@ def _files(place: Path) -> None:
          "--labels-file floats.npy must hold integers, got float64"),
         ("model --num 4 --out out --labels-file high.npy", "--labels-file must have labels from 0 to 3, got 4"),
         ("model --num 2 --out out --labels-file objects.npy",
-         "--labels-file objects.npy is not an array: Object arrays cannot be loaded when allow_pickle=False"),
+         "--labels-file objects.npy is not an array: Array can't be memory-mapped: Python objects in dtype."),
         ("model --num 4 --out out --labels-file none.txt", "--labels-file none.txt is missing, or no file"),
         ("plain --num 4 --out out --labels-file two.txt", "--labels-file was given, and this model takes none"),
         ("plain --num 4 --out out --labels 0", "--labels was given, and this model takes none"),

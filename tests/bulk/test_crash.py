@@ -24,6 +24,7 @@ from stepfusion.errors import BulkError
 from stepfusion.files import atomic as files
 from stepfusion_testing.bulk_jobs import (
     TINY,
+    begun_by_another_version,
     die_at,
     finished,
     generate,
@@ -209,12 +210,12 @@ def test_processes_end_with_their_parent(place: Path) -> None:
 
 def test_what_goes_wrong_in_a_process_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     generate(f"{SMALL} out")
-    Path("out/engine.json").write_bytes(Path("out/engine.json").read_bytes().replace(b"float32", b"float16"))
+    begun_by_another_version()
     Path("out/manifest.jsonl").unlink()
     generate(f"{SMALL} out --devices cpu,cpu", status=1)
     error = capsys.readouterr().err
     assert "(cpu): " in error
-    assert "was begun otherwise: dtype was 'float16' and is 'float32'" in error
+    assert "was begun otherwise: the version of stepfusion was '0.0.9' and is " in error
     assert error.count("\n") == 1
 
 

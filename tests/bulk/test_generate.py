@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 import stepfusion as sf
 from stepfusion import bulk
 from stepfusion.bulk import shards
+from stepfusion.bulk.job import read_job
+from stepfusion.bulk.labels import read_labels
 from stepfusion.bulk.manifest import Manifest, Record, read_records, write_sorted
+from stepfusion.bulk.shard_reading import read_shard
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.engine import Engine
 from stepfusion.lanes.runner import Runner
@@ -31,8 +34,11 @@ WEIGHTS = Path("model/unet/diffusion_pytorch_model.safetensors")
 
 def images(out: str = "out") -> NDArray[np.uint8]:
     """Every image of a directory, uint8 [N, H, W, C], from its shards in any format."""
-    form = FORMATS[json.loads(Path(out, "job.json").read_text())["format"]]
-    return np.concatenate([form.read(path).pixels for path in sorted(Path(out, "images").iterdir())])
+    job, records = read_job(Path(out)), read_records(Path(out))
+    units = [job.unit_at(number, read_labels(job, Path(out))) for number in range(job.units)]
+    return np.stack(
+        [image for unit in units for image in read_shard(job, Path(out), records[unit.number].shard, unit)]
+    )
 
 
 def engines_own(count: int = 22, unit: int = 8, first: int = 0, **arguments: Any) -> NDArray[np.uint8]:
@@ -407,7 +413,7 @@ def test_verify_reads_the_images_and_not_only_hashes(capsys: pytest.CaptureFixtu
     generate(f"{TINY} --out out")
     records = read_records(Path("out"))
     Path("out/images/000001.tar").write_bytes(Path("out/images/000000.tar").read_bytes())
-    digest, size = shards.shard_digest(Path("out/images/000001.tar"))
+    digest, size = shards.shard_digest(Path("out"), "000001.tar")
     records[1] = Record(1, 8, 8, "000001.tar", size, digest)
     write_sorted(Path("out"), records.values())
     generate("generate --verify out", status=1)
@@ -485,7 +491,7 @@ def test_a_line_is_written_when_its_shard_is_on_disk(monkeypatch: pytest.MonkeyP
     seen: list[str] = []
 
     def spy(name: str, path: Any) -> None:
-        if "/images/" in str(path) or "manifest" in str(path):
+        if "/images/" in str(path) or str(path).endswith(".tar") or "manifest" in str(path):
             seen.append(f"{name} {'manifest' if 'manifest' in str(path) else 'shard'}")
 
     fsync, replace, append = os.fsync, os.replace, Manifest.append
@@ -495,9 +501,9 @@ def test_a_line_is_written_when_its_shard_is_on_disk(monkeypatch: pytest.MonkeyP
         spy("directory of" if path.endswith("/images") else "fsync", f"{path}/")
         fsync(descriptor)
 
-    def replaced(source: Any, target: Any) -> None:
+    def replaced(source: Any, target: Any, **folders: Any) -> None:
         spy("rename", target)
-        replace(source, target)
+        replace(source, target, **folders)
 
     def appended(self: Manifest, record: Record) -> None:
         seen.append("append")

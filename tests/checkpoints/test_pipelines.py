@@ -198,7 +198,7 @@ def test_ddim_made_from_dpm_solver(tmp_path: Path) -> None:
         ("model_index.json", '{"lambda_min_clipped": -Infinity}'),
         ("unet/config.json", '{"lambda_min_clipped": -Infinity}'),
         ("stepfusion.json", '{"null_label": Infinity}'),
-        ("stepfusion.json", '{"class_names": ' + "[" * 40 + "]" * 40 + "}"),
+        ("stepfusion.json", '{"class_names": ' + "[" * 70 + "]" * 70 + "}"),
     ],
 )
 def test_no_other_number_is_infinite(tmp_path: Path, name: str, text: str) -> None:

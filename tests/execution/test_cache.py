@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from stepfusion.execution import cache
@@ -110,3 +111,19 @@ def test_a_users_own_choice_for_inductor_stays(place: Path, monkeypatch: pytest.
     assert str(place) != default_cache_dir()
     with cache.compiler_cache():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(place)
+
+
+def test_each_set_of_instructions_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's keys name neither oneDNN's limit nor the processor, and what it keeps depends on both."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    names = {cache.inductor_folder()}
+    for limit in ("AVX2", "AVX512_CORE", "avx2_vnni"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        names.add(cache.inductor_folder())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+    names.add(cache.inductor_folder())
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not torch.cuda.is_available())
+    names.add(cache.inductor_folder())
+    assert len(names) >= 5
+    assert all(name.startswith("inductor-") and "/" not in name for name in names)

@@ -76,7 +76,7 @@ def test_the_compiled_network_is_the_eager_one(
         assert describe_difference(network(*tensors), expected, compiled.TOLERANCE[dtype]) is None
     assert network.compilations == 2
     assert network.failure is None
-    assert any((tmp_path / "inductor").rglob("*.so"))
+    assert any((tmp_path / cache.inductor_folder()).rglob("*.so"))
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert not torch._inductor.config.freezing
 
@@ -305,7 +305,7 @@ def test_inductors_own_default_is_no_choice_of_the_user(tmp_path: Path, monkeypa
     monkeypatch.setenv("STEPFUSION_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     with cache.compiler_cache():
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / cache.inductor_folder())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
 

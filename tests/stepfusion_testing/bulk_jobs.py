@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,9 +20,9 @@ from stepfusion.commands.main import main
 TINY = "generate model --num 22 --unit 8 --steps 2 --batch 4 --threads 1 --quiet"  # units of 8, 8 and 6
 
 
-def generate(arguments: str, status: int = 0) -> None:
-    """Run a command in this process; it must end with this status."""
-    given = main(arguments.split())
+def generate(arguments: str, status: int = 0, extra: Sequence[str] = ()) -> None:
+    """Run a command, with ``extra`` arguments as they are, in this process; it must end with this status."""
+    given = main([*arguments.split(), *extra])
     assert given == status, given
 
 
@@ -40,6 +41,14 @@ def finished(out: Path | str = "out") -> int:
     """How many lines the manifest has."""
     path = Path(out) / "manifest.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def begun_by_another_version(out: Path | str = "out") -> None:
+    """Let the job in a directory have been begun by another version of this package."""
+    path = Path(out, "engine.json")
+    settings = json.loads(path.read_text())
+    settings["versions"]["stepfusion"] = "0.0.9"
+    path.write_text(json.dumps(settings))
 
 
 def start(function: Callable[..., object], *arguments: object) -> BaseProcess:

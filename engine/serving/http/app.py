@@ -36,6 +36,7 @@ from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, St
 from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
 from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 
+T = TypeVar("T")
 AnyRequest = TypeVar("AnyRequest", bound=GenerateRequest)
 
 
@@ -125,7 +126,13 @@ class _Handlers:
         return await self._until_the_end(self._generate, request)
 
     async def stream(self, request: Request) -> Response:
-        return await self._until_the_end(self._stream, request)
+        validated, every = await self._until_the_end(self._stream_request, request)
+        # From here on nothing is awaited: a handler that is cancelled must not leave a request behind.
+        with as_bad_request():
+            events = EventQueue(PreviewBuffer())
+            arguments = {**validated.arguments, "output": "uint8", "every": every}
+            events.follow(self._service.submit(progress=events.send, **arguments))
+        return EventStream(self._service.engine, validated, events, self._encoder, self._ending)
 
     async def _generate(self, request: Request) -> Response:
         with self._counting_refusals():
@@ -141,16 +148,12 @@ class _Handlers:
         saved_as = {"Content-Disposition": 'attachment; filename="images.npz"'}
         return Response(data, media_type="application/x-npz", headers=saved_as)
 
-    async def _stream(self, request: Request) -> Response:
+    async def _stream_request(self, request: Request) -> tuple[ValidatedRequest, int]:
+        """What is to be streamed, and the steps between two previews."""
         with self._counting_refusals():
             asked, validated = await self._validated(request, StreamRequest)
             messages.check_picture(self._service.engine)
-            every = preview_interval(validated, asked.every, self._limits)
-        with as_bad_request():
-            events = EventQueue(PreviewBuffer())
-            arguments = {**validated.arguments, "output": "uint8", "every": every}
-            events.follow(self._service.submit(progress=events.send, **arguments))
-        return EventStream(self._service.engine, validated, events, self._encoder, self._ending)
+            return validated, preview_interval(validated, asked.every, self._limits)
 
     async def _validated(self, request: Request, kind: type[AnyRequest]) -> tuple[AnyRequest, ValidatedRequest]:
         body = await read_body(request, self._limits)
@@ -158,8 +161,8 @@ class _Handlers:
             asked = kind.parse(body)
             return asked, validate(asked, self._service.engine, self._limits)
 
-    async def _until_the_end(self, handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-        """The response of a handler, unless the server was stopped before, or is now."""
+    async def _until_the_end(self, handler: Callable[[Request], Awaitable[T]], request: Request) -> T:
+        """What a handler returns, unless the server was stopped before, or is now."""
         if self._ending.ended:
             self._service.count_rejected("closed")
             await self._ending.wait()

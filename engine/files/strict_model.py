@@ -1,4 +1,4 @@
-"""Strict models of what is read from files, and one form of sentence for what does not fit them."""
+"""Strict models of values that were read already, and one form of sentence for what does not fit them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from reprlib import Repr
 from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+
+from stepfusion.files.json_files import FileModel
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -33,11 +35,8 @@ _LIMITS = {
 }
 
 
-class StrictModel(BaseModel):
-    """A model whose fields have exactly the types that they state: no string is taken for a number, no key is new."""
-
-    # building at import would look for plugins in every installed package
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+class StrictModel(FileModel):
+    """A :class:`FileModel` that is also made of values in memory: a config as a dict, flags as arguments."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
