@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import compiler_cache
-from stepfusion.execution.compiled import CUDA_OPTIONS
+from stepfusion.execution.compiled import CUDA_OPTIONS, known_options
 from stepfusion.export.archive import check_archive
 from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
 from stepfusion.export.bundle import Bundle
@@ -132,7 +132,7 @@ def compile_program(
     try:
         with torch.no_grad(), compiler_cache(), _quiet():
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs={**settings, **(options or {})}
+                program, package_path=str(path), inductor_configs=known_options({**settings, **(options or {})})
             )
     except torch.OutOfMemoryError:
         raise

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import stepfusion as sf
+from stepfusion.export import to_aoti
 from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle, sha256
 from stepfusion.export.manifest import Manifest, Tensorspec
@@ -184,6 +185,14 @@ def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monke
     with pytest.raises(sf.ExportError, match=r"^the compiled network differs from the network by"):
         export_aoti(make(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_this_inductor_has_not_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor refuses every compilation with an option that it does not know."""
+    monkeypatch.setitem(to_aoti._CPU_OPTIONS, "an_option_of_another_release", True)
+    program = torch.export.export(nn.Conv2d(1, 2, 3), (torch.zeros(1, 1, 4, 4),))
+    to_aoti.compile_program(program, tmp_path / "model.pt2", CPU)
+    assert (tmp_path / "model.pt2").is_file()
 
 
 def test_a_compiler_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
