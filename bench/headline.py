@@ -16,6 +16,7 @@ import torch
 from stepfusion.bench.floors import measure_floors
 from stepfusion.bench.measure import Contender, Limit, contest, one_line
 from stepfusion.bench.options import Options
+from stepfusion.bench.ours import check_runs_as_asked
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
 from stepfusion.kernels import BackendError
@@ -121,7 +122,9 @@ def _entries(
             raise RuntimeError(one_line(error)) from error
 
         def sample(z: torch.Tensor | None, engine: Engine = engine) -> torch.Tensor:
-            return engine.sample(table=table, start=start, labels=labels, noise=z, progress=False)
+            x = engine.sample(table=table, start=start, labels=labels, noise=z, progress=False)
+            check_runs_as_asked(engine)
+            return x
 
         yield entry(
             f"stepfusion {mode} {dtype}",

@@ -13,7 +13,7 @@ from stepfusion.bench.host import tick_cost
 from stepfusion.bench.measure import interleave, one_line
 from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.ours import make_engine
+from stepfusion.bench.ours import check_runs_as_asked, make_engine
 from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
 from stepfusion.bench.rows import Row
@@ -75,9 +75,15 @@ def tick_rows(case: Case, mode: str, dtype: str, rounds: int) -> Iterator[Row]:
     rows = torch.full((case.batch,), case.steps // 2, device=case.device)
     x_net = torch.empty_like(out)
     step, columns, timesteps = engine.plan.ops.diffusion_step, on_device.coefficients, on_device.timesteps
+
+    def whole_loop() -> torch.Tensor:
+        images = engine.sample(table=table, start=case.start, labels=labels, progress=False)
+        check_runs_as_asked(engine)
+        return images
+
     timings = interleave(
         {
-            "whole": lambda: engine.sample(table=table, start=case.start, labels=labels, progress=False),
+            "whole": whole_loop,
             "idle": lambda: idle.sample(table=table, start=case.start, labels=labels, progress=False),
             "step": lambda: step(x, out, rows, columns, timesteps, x_next=x, x_net=x_net),
         },

@@ -42,7 +42,9 @@ class Ours(Provider):
         evaluations = {n: case.model.evaluation_table(case.timestep, n) for n in (1, case.evaluations)}
 
         def sample(walked: Any, noise: torch.Tensor | None = None) -> torch.Tensor:
-            return engine.sample(table=walked, start=case.start, labels=case.labels, noise=noise, progress=False)
+            x = engine.sample(table=walked, start=case.start, labels=case.labels, noise=noise, progress=False)
+            check_runs_as_asked(engine)
+            return x
 
         def finish() -> torch.Tensor:
             return engine.to_uint8(sample(table)).cpu()
@@ -68,6 +70,20 @@ class Exported(Ours):
         bundle = Path(case.folder.name) / f"{self.form}-{self.dtype}"
         exporter(self.form)(source, bundle, batch=Batch.fixed(case.batch))
         return Engine.from_exported(bundle, device=case.device, batch=case.batch)
+
+
+def check_runs_as_asked(engine: Engine) -> None:
+    """Refuse an engine that has fallen back: its time would stand under the name of a way that it does not run.
+
+    An engine finds out when it first runs: a compilation may fail or differ, a tick may not be captured.
+
+    Raises:
+        RuntimeError: with the reason.
+    """
+    policy = engine.runners.policy
+    reason = engine.evaluator.declined or (None if policy is None else policy.failure)
+    if reason is not None:
+        raise RuntimeError(f"the engine does not run as it was asked to: {reason}")
 
 
 def make_engine(case: Case, network: Callable[..., torch.Tensor], mode: str, dtype: str) -> Engine:

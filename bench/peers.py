@@ -185,7 +185,7 @@ class OnnxRuntime(_Loop):
 def all_providers(device: torch.device) -> list[Provider]:
     """Everyone who may run on a device, ours first; who is missing a package is among them and says so."""
     if device.type == "cpu":
-        ours = [("eager", "float32"), ("eager", "bfloat16"), ("compile", "bfloat16"), ("openvino", "bfloat16")]
+        ours = [(mode, dtype) for mode in ("eager", "compile", "openvino") for dtype in ("float32", "bfloat16")]
     else:
         ours = [("eager", "bfloat16"), ("compile", "bfloat16"), ("graph", "bfloat16"), ("compile+graph", "bfloat16")]
     peers: list[Provider] = [Diffusers(), DiffusersHalf(), DiffusersCompiled(), Eager(), Inductor()]

@@ -14,6 +14,7 @@ from stepfusion.errors import ExportError
 from stepfusion.export.batch import Batch
 from stepfusion.files.json_files import FileModel
 from stepfusion.model_spec import ModelSpec
+from stepfusion.samplers.registry import SAMPLERS, make_table
 from stepfusion.samplers.schedule import NoiseSchedule
 
 _Scalar: TypeAlias = bool | int | float | str | None
@@ -73,7 +74,7 @@ def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
     """
     with _naming_faults():
         schedule = model["schedule"]
-        return ModelSpec(
+        spec = ModelSpec(
             schedule=NoiseSchedule(schedule["betas"], name=schedule["name"]),
             prediction=model["prediction"],
             shape=tuple(model["shape"]),
@@ -82,12 +83,29 @@ def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
             class_names=model["class_names"],
             options=model["options"],
         )
+        for name, value in spec.options.items():
+            _check_option(name, value)
+        return spec
 
 
 def batch_from_json(model: Mapping[str, Any]) -> Batch | None:
     """The batch sizes in a manifest's ``model``; None if it names none. ExportError if they are no batch."""
     with _naming_faults():
         return None if model["batch"] is None else Batch(*model["batch"])
+
+
+def _check_option(name: str, value: object) -> None:
+    """Raise what a sampler says of an option's value, if all samplers that take the option refuse it."""
+    schedule, faults = NoiseSchedule.linear(), list[Exception]()
+    for sampler, make in SAMPLERS.items():
+        if name in (make.__kwdefaults__ or {}):
+            try:
+                make_table(schedule, "epsilon", sampler, 2, defaults={}, **{name: value})
+            except (TypeError, ValueError) as error:
+                faults.append(error)
+            else:
+                return
+    raise faults[0]
 
 
 @contextmanager

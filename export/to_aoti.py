@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import compiler_cache
-from stepfusion.execution.compiled import CUDA_OPTIONS
+from stepfusion.execution.compiled import CUDA_OPTIONS, known_options
+from stepfusion.export.archive import check_archive
 from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import check_runs_here, here, versions
@@ -108,8 +109,9 @@ def load_package(path: Path, device: torch.device) -> Runtime:
     """A ``.pt2`` file as a function; it is machine code and runs with the rights of this process.
 
     Raises:
-        ExportError: PyTorch cannot load it.
+        ExportError: it is no archive that PyTorch wrote, or PyTorch cannot load it.
     """
+    check_archive(path)
     index = -1 if device.type == "cpu" else device.index or 0
     try:
         loaded: Runtime = torch._inductor.aoti_load_package(str(path), device_index=index)
@@ -130,7 +132,7 @@ def compile_program(
     try:
         with torch.no_grad(), compiler_cache(), _quiet():
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs={**settings, **(options or {})}
+                program, package_path=str(path), inductor_configs=known_options({**settings, **(options or {})})
             )
     except torch.OutOfMemoryError:
         raise

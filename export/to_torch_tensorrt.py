@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import make_cache_directory
+from stepfusion.export.archive import check_archive
 from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
 from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle
@@ -138,6 +139,7 @@ class TorchTensorRTNetwork:
     """
 
     def __init__(self, path: Path, manifest: Manifest, device: torch.device, *, cudagraphs: bool = False) -> None:
+        check_archive(path)
         self._trt = import_module("torch_tensorrt")
         self._manifest, self._device, self._cudagraphs = manifest, device, cudagraphs
         with torch.cuda.device(device):

@@ -64,9 +64,18 @@ def compile_network(module: nn.Module, device: torch.device, dtype: torch.dtype)
     """
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCE))}, got {dtype}")
-    options = CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS
+    options = known_options(CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS)
     forms = CpuForms(module) if why_not_cpu_form(device, dtype) is None else None
     return CompiledNetwork(module, options, TOLERANCE[dtype], forms)
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the installed Inductor has: it refuses to compile with others.
+
+    PyTorch 2.11, for one, has no ``loop_reindexing_after_fusion``.
+    """
+    known = {*torch._inductor.list_options()}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def why_not_cpu_form(device: torch.device, dtype: torch.dtype) -> str | None:

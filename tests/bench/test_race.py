@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from stepfusion.bench.floors import Floors
 from stepfusion.bench.headline import Notebook, headline_rows
 from stepfusion.bench.models import _COMMON, _PUBLISHED, load_model
 from stepfusion.bench.options import Options
-from stepfusion.bench.ours import Ours
+from stepfusion.bench.ours import Ours, check_runs_as_asked
 from stepfusion.bench.peers import Diffusers, Eager, OpenVINO, all_providers
 from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.race import Race
+from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.networks import UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -77,6 +79,41 @@ def test_who_cannot_run_is_a_note_and_who_fails_an_error(case: Case, monkeypatch
     assert rows["unavailable"].error is None
     assert rows["broken"].error == "OSError: gone"
     assert rows["openvino float32"].notes == "not installed: pip install a_package_that_is_not"
+
+
+@pytest.mark.parametrize("wrong", ["fails", "differs"])
+def test_a_compilation_that_was_declined_has_no_time(wrong: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine then runs eagerly, which is right for a user and would be a false row here."""
+
+    def compile_wrongly(graph: torch.fx.GraphModule, inputs: Any, options: Any) -> Callable[..., Any]:
+        if wrong == "fails":
+            raise RuntimeError("no C++ compiler")
+        return lambda *args: tuple(out + 1.0 for out in graph.forward(*args))
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_wrongly)
+
+    with Race("compare", case, [Ours("eager", "float32"), Ours("compile", "float32")], FLOORS) as race:
+        with pytest.warns(RuntimeWarning, match="the network runs eagerly"):
+            rows = list(race.evaluations(1))
+        rows += [*race.loops(1), *race.loops(1, finish=True)]
+    assert {row.provider for row in rows} == {"stepfusion eager float32", "stepfusion compile float32"}
+    for row in rows:
+        if row.provider == "stepfusion eager float32":
+            assert (row.error, row.median_ms is None) == (None, False)
+        else:
+            assert (row.error or "").startswith("RuntimeError: the engine does not run as it was asked to: ")
+            assert ("no C++ compiler" if wrong == "fails" else "differs") in (row.error or "")
+            assert row.median_ms is None
+
+
+def test_a_tick_that_was_not_captured_has_no_time(case: Case) -> None:
+    engine = Ours("eager", "float32").engine(case)
+    check_runs_as_asked(engine)
+    engine.runners.policy = CapturePolicy()
+    check_runs_as_asked(engine)
+    engine.runners.policy.failure = "the network waits for the device"
+    with pytest.raises(RuntimeError, match=r"as it was asked to: the network waits for the device$"):
+        check_runs_as_asked(engine)
 
 
 def test_the_first_output_is_not_what_is_compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

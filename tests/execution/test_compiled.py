@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfusion.execution import cache, compiled
-from stepfusion.execution.compiled import CompiledNetwork, compile_network, describe_difference
+from stepfusion.execution.compiled import CompiledNetwork, compile_network, describe_difference, known_options
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 
 CPU = torch.device("cpu")
@@ -134,6 +134,23 @@ def test_the_options_are_those_of_the_device(traced_only: list[dict[str, Any]]) 
     for options in (compiled.CPU_OPTIONS, compiled.CUDA_OPTIONS):
         assert set(options) <= set(known)
     assert compiled.CUDA_OPTIONS["triton.cudagraphs"] is False
+
+
+def test_an_option_that_this_inductor_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, Inductor refuses every compilation, and every network would run eagerly."""
+    monkeypatch.setattr(compiled, "CPU_OPTIONS", {**compiled.CPU_OPTIONS, "an_option_of_another_release": False})
+    network = compile_network(Small().eval(), CPU, torch.float32)
+    network(*inputs(2))
+    assert network.failure is None
+    assert network.compilations == 1
+
+
+def test_options_without_those_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on PyTorch 2.11, which has no ``loop_reindexing_after_fusion``."""
+    there = [name for name in torch._inductor.list_options() if name != "loop_reindexing_after_fusion"]
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: there)
+    assert set(compiled.CUDA_OPTIONS) - set(known_options(compiled.CUDA_OPTIONS)) == {"loop_reindexing_after_fusion"}
+    assert known_options({"freezing": False, "no such": 1}) == {"freezing": False}
 
 
 def test_a_wrong_compilation_is_named_once_and_never_used(monkeypatch: pytest.MonkeyPatch) -> None:

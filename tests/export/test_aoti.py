@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import stepfusion as sf
+from stepfusion.export import to_aoti
 from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle, sha256
 from stepfusion.export.manifest import Manifest, Tensorspec
@@ -112,7 +114,7 @@ def a_bundle(folder: Path, **changes: object) -> Bundle:
     versions = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     files = {"model.pt2": sha256(folder / "model.pt2")}
     manifest = Manifest("aoti", "network", "cpu", "float32", (spec,), (spec,), versions, {}, files)
-    return Bundle(replace(manifest, **changes), folder, None)  # type: ignore[arg-type]
+    return Bundle(replace(manifest, **changes), folder, None, make().spec, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,16 @@ def test_what_was_made_for_elsewhere_is_refused_unopened(
 
 
 def test_what_is_no_package_is_an_error_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(sf.ExportError, match=r"^model.pt2 cannot be loaded on cpu: .+$"):
+    with pytest.raises(sf.ExportError, match=r"^model.pt2 is no archive that PyTorch wrote: File is not a zip file$"):
         load_aoti(a_bundle(tmp_path), "cpu")
+
+
+def test_an_archive_without_a_program_is_an_error_in_a_line(tmp_path: Path) -> None:
+    bundle = a_bundle(tmp_path)
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("model/archive_format", "pt2")
+    with pytest.raises(sf.ExportError, match=r"^model.pt2 cannot be loaded on cpu: .+$"):
+        load_aoti(bundle, "cpu")
 
 
 def test_a_damaged_tick_is_refused_before_it_is_opened(tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ def test_a_function_and_an_existing_place_are_refused(tmp_path: Path) -> None:
 
 def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_wrongly(program: object, *, package_path: str, inductor_configs: object) -> None:
-        Path(package_path).write_bytes(b"")
+        zipfile.ZipFile(package_path, "w").close()
 
     def load_wrongly(*_: object, **__: object) -> Callable[..., torch.Tensor]:
         return lambda x, *_: x
@@ -175,6 +185,14 @@ def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monke
     with pytest.raises(sf.ExportError, match=r"^the compiled network differs from the network by"):
         export_aoti(make(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_this_inductor_has_not_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor refuses every compilation with an option that it does not know."""
+    monkeypatch.setitem(to_aoti._CPU_OPTIONS, "an_option_of_another_release", True)
+    program = torch.export.export(nn.Conv2d(1, 2, 3), (torch.zeros(1, 1, 4, 4),))
+    to_aoti.compile_program(program, tmp_path / "model.pt2", CPU)
+    assert (tmp_path / "model.pt2").is_file()
 
 
 def test_a_compiler_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

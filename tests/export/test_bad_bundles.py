@@ -192,6 +192,9 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.batch: List should have at least 3 items .*, got \[1\]$",
     ),
     "an option of no sampler": (edit_model(options={"clop": 1}), r"cannot be used: .*options.*'clop'"),
+    "a clip that is a text": (edit_model(options={"clip": "x"}), r"cannot be used: clip must be .*, got 'x'$"),
+    "a clip below zero": (edit_model(options={"clip": -1}), r"cannot be used: clip must be .*-1"),
+    "a spacing that there is not": (edit_model(options={"spacing": "x"}), r"cannot be used: spacing must be .*'x'"),
     "an option that is a table": (edit_model(options={"clip": {"a": 1}}), r"manifest.json: model.options.clip"),
     "a truncated manifest": (lambda d: os.truncate(d / "manifest.json", 100), r"manifest.json: Invalid JSON: EOF"),
     "a manifest that is a list": (
@@ -353,5 +356,5 @@ def test_any_value_of_another_type_is_refused_in_a_sentence_or_does_no_harm(file
             assert bundle.spec.table("ddim", 2) is not None
             assert bundle.table is not None
             assert bundle.table.steps() == len(bundle.table)
-    assert len(refused) > 5 * accepted > 0
+    assert len(refused) > accepted > 0
     assert [said for said in refused if "\n" in said or len(said) > 500] == []

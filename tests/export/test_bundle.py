@@ -19,7 +19,7 @@ from stepfusion.export.bundle import read_bundle, sha256, write_bundle
 from stepfusion.export.environment import check_runs_here
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest, Tensorspec
-from stepfusion.export.spec_json import batch_from_json, model_to_json, spec_from_json
+from stepfusion.export.spec_json import ModelEntries, batch_from_json, model_to_json, spec_from_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
@@ -76,6 +76,20 @@ def test_the_spec_of_a_model_comes_back(engine: sf.Engine, written: Path) -> Non
     assert batch_from_json(model) == Batch(1, 2, 4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variance": "learned_range", "spacing": "leading", "steps_offset": 0, "clip": 1.0},
+        {"clip": None, "threshold": 0.995, "sample_max_value": 2.0},
+        {"spacing": "trailing", "steps_offset": 1, "final_alpha_cumprod": 0.9999, "compat": "diffusers"},
+        {"lambda_min_clipped": -5.1, "lower_order_final": True, "rederive_eps": True, "eta": 0.5},
+    ],
+)
+def test_options_of_checkpoints_come_back(options: dict[str, Any]) -> None:
+    engine = cpu_engine(tiny_unet(), options=options)
+    assert spec_from_json(model_to_json(engine)) == engine.spec
+
+
 def test_what_is_written_is_what_is_returned(engine: sf.Engine, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     bundle, read = write_bundle(out, manifest(engine), artefact, table=engine.table("ddim", 3)), read_bundle(out)
@@ -115,7 +129,8 @@ def test_a_manifest_says_what_the_network_was_built_from(name: str) -> None:
     make, again = NETWORKS[name]
     engine = cpu_engine(make())
     written = model_to_json(engine)
-    assert json.loads(json.dumps(written)) == written, "it is compared with what is read back"
+    read = ModelEntries.model_validate_json(json.dumps(written)).model_dump(exclude_unset=True)
+    assert read == written, "it is compared with what is read back"
     shapes = [(key, tensor.shape) for key, tensor in engine.network.state_dict().items()]
     assert [(key, tensor.shape) for key, tensor in again(written["network"]).state_dict().items()] == shapes
     assert len(written["network"]) > 4
@@ -172,9 +187,14 @@ def test_an_artefact_may_not_take_a_name_of_the_bundle(engine: sf.Engine, tmp_pa
 
 
 def test_a_manifest_that_json_cannot_hold_is_not_written(engine: sf.Engine, tmp_path: Path) -> None:
-    for model in ({"shape": (1, 8, 8)}, {"clip": math.inf}):
-        with pytest.raises((sf.ExportError, ValueError), match=r"reads back as another manifest|not JSON compliant"):
-            write_bundle(tmp_path / "bundle", manifest(engine, model=model), artefact)
+    known = model_to_json(engine)
+    for change, message in (
+        ({"shape": (1, 8, 8)}, r"reads back as another manifest"),
+        ({"options": {"clip": math.inf}}, r"not JSON compliant"),
+        ({"num_classes": "all"}, r"manifest.json: model.num_classes: Input should be a valid integer, got 'all'$"),
+    ):
+        with pytest.raises((sf.ExportError, ValueError), match=message):
+            write_bundle(tmp_path / "bundle", manifest(engine, model={**known, **change}), artefact)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -190,5 +190,5 @@ def test_an_engine_without_weights_gets_them_from_the_bundle(
     monkeypatch.setattr(load, "TensorRTNetwork", lambda *arguments: given.append(arguments[-1]))
     specs, model = input_specs(engine, DYNAMIC), {"weights": weights}
     manifest = Manifest("tensorrt", "network", "cuda", "float32", specs, specs[:1], {}, model, {})
-    load._load_tensorrt(Bundle(manifest, tmp_path, None), torch.device("cuda"))
+    load._load_tensorrt(Bundle(manifest, tmp_path, None, engine.spec, None), torch.device("cuda"))
     assert given == [None if file is None else tmp_path / file]
