@@ -83,5 +83,5 @@ def _read_network(path: Path) -> UNet2D | ContextUNet:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if network.class_embedding is not None and network.num_classes is None:
-        raise CheckpointError(f"{path}: {_UNCOUNTED[network.config.class_embed_type]}")
+        raise CheckpointError(f"{path}: {_UNCOUNTED[str(network.config.class_embed_type)]}")
     return network
