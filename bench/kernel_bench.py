@@ -18,16 +18,17 @@ from torch import Tensor
 from stepfusion.bench.floors import Floors, measure_floors
 from stepfusion.bench.kernel_elementwise import elementwise
 from stepfusion.bench.kernel_norms import normalisations
-from stepfusion.bench.kernel_work import DIFFUSERS, INDUCTOR, OURS, REFERENCE, Run, Set, Work
+from stepfusion.bench.kernel_work import CPP, DIFFUSERS, INDUCTOR, OURS, REFERENCE, Run, Set, Work
 from stepfusion.bench.measure import Contender, contest
 from stepfusion.bench.optional import why_not
 from stepfusion.bench.rows import Row
 from stepfusion.kernels.backend import interpreting, why_not_triton
+from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 
 PART = "kernels"
 _SIZES = {
     "tiny": ((1, 3, 8, 8), (2, 3, 16, 16)),
-    "cpu": ((1, 3, 32, 32), (16, 3, 256, 256)),
+    "cpu": ((1, 1, 28, 28), (1, 3, 32, 32), (64, 3, 64, 64), (16, 3, 256, 256)),
     "cuda": ((1, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256), (128, 3, 256, 256)),
 }
 _ROTATED = {"tiny": 1, "cpu": 64 << 20, "cuda": 256 << 20}  # bytes of all sets together
@@ -43,6 +44,7 @@ def kernel_rows(
     size = "tiny" if tiny else device.type
     reasons = {
         OURS: _why_not_fused(device),
+        CPP: why_not_sampling_kernels(),
         INDUCTOR: None if compiled else "nothing is compiled in this run",
         DIFFUSERS: why_not("diffusers"),
     }
@@ -97,7 +99,7 @@ def _rows(
 
 def _contender(name: str, run: Run, work: Work, sets: Sequence[Set]) -> Contender:
     """Compared on the first set, timed on all in turn."""
-    given = not (work.draws and name in (OURS, REFERENCE))
+    given = not (work.draws and name in (OURS, CPP, REFERENCE))
     truth = work.runs[REFERENCE](sets[0], given).clone()
     turn = itertools.cycle(sets)
     return Contender(name, truth, lambda: run(sets[0], given), lambda: run(next(turn), False), work.limit)

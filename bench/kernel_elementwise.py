@@ -12,11 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from stepfusion import kernels, samplers
-from stepfusion.bench.kernel_work import DIFFUSERS, INDUCTOR, OURS, REFERENCE, Set, Work, identity, source
+from stepfusion import samplers
+from stepfusion.bench.kernel_work import DIFFUSERS, INDUCTOR, Set, Work, identity, implementations, source
 from stepfusion.bench.measure import Limit
 from stepfusion.bench.optional import need, why_not
-from stepfusion.kernels import reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -84,8 +83,7 @@ def _step(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, samp
         make,
         Limit(tolerance(torch.float32, _LARGEST, ROUNDINGS["diffusion_step"])),
         {
-            OURS: partial(run, kernels.diffusion_step),
-            REFERENCE: partial(run, reference.diffusion_step),
+            **{name: partial(run, op) for name, op in implementations("diffusion_step", device).items()},
             INDUCTOR: inductor,
             DIFFUSERS: peer.run,
         },
@@ -174,8 +172,7 @@ def _q_sample(device: torch.device, shape: tuple[int, ...], noise: str) -> Work:
         make,
         Limit(tolerance(torch.float32, 8.0, ROUNDINGS["q_sample"])),
         {
-            OURS: partial(run, kernels.q_sample),
-            REFERENCE: partial(run, reference.q_sample),
+            **{name: partial(run, op) for name, op in implementations("q_sample", device).items()},
             INDUCTOR: inductor,
             DIFFUSERS: diffusers,
         },
@@ -206,7 +203,15 @@ def _posterior(device: torch.device, shape: tuple[int, ...]) -> Work:
 
     def make() -> Set:
         x, y = torch.randn(shape, device=device), torch.randn(shape, device=device)
-        return {"x": x, "y": y, "t": torch.randint(0, 1000, (shape[0],), device=device)}
+        return {"x": x, "y": y, "t": torch.zeros(shape[0], dtype=torch.int64, device=device)}
+
+    scheduler: Any = None
+    if why_not("diffusers") is None:
+        scheduler = need("diffusers").DDPMScheduler(prediction_type="sample", clip_sample=False)
+
+    def diffusers(s: Set, given: bool) -> Tensor:
+        mean: Tensor = scheduler.step(s["x"], 0, s["y"]).prev_sample
+        return mean
 
     def run(posterior: Callable[..., tuple[Tensor, Tensor, Tensor]], s: Set, given: bool) -> Tensor:
         return posterior(s["x"], s["y"], s["t"], *tables)[0]
@@ -221,10 +226,11 @@ def _posterior(device: torch.device, shape: tuple[int, ...]) -> Work:
         make,
         Limit(tolerance(torch.float32, 8.0, ROUNDINGS["q_posterior_mean_variance"])),
         {
-            OURS: partial(run, kernels.q_posterior_mean_variance),
-            REFERENCE: partial(run, reference.q_posterior_mean_variance),
+            **{name: partial(run, op) for name, op in implementations("q_posterior_mean_variance", device).items()},
             INDUCTOR: partial(run, compiled),
+            DIFFUSERS: diffusers,
         },
+        notes={DIFFUSERS: "DDPMScheduler.step of an x0, at the timestep that adds no noise"},
     )
 
 
@@ -246,8 +252,7 @@ def _to_uint8(device: torch.device, shape: tuple[int, ...]) -> Work:
         lambda: {"x": torch.randn(shape, device=device)},
         Limit(1.0),  # a level: ties may round otherwise
         {
-            OURS: partial(run, kernels.to_uint8),
-            REFERENCE: partial(run, reference.to_uint8),
+            **{name: partial(run, op) for name, op in implementations("to_uint8", device).items()},
             INDUCTOR: partial(run, torch.compile(_to_uint8_formula, fullgraph=True, dynamic=False)),
         },
     )

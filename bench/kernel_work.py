@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepfusion import kernels
 from stepfusion.bench.measure import Limit
+from stepfusion.kernels import cpu_ops, reference
 
-OURS, REFERENCE, INDUCTOR, DIFFUSERS, ATEN = "stepfusion fused", "reference", "inductor", "diffusers", "aten"
+OURS, CPP, REFERENCE = "stepfusion fused", "stepfusion C++", "reference"
+INDUCTOR, DIFFUSERS, ATEN = "inductor", "diffusers", "aten"
 
 Set = dict[str, Any]
 Run = Callable[[Set, bool], Tensor]
@@ -40,6 +43,12 @@ class Work:
     draws: bool = False
     notes: dict[str, str] = field(default_factory=dict)
     during: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def implementations(name: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """The op of this name by provider: Triton's, on a CPU that in C++ too, and the reference."""
+    found = {OURS: getattr(kernels, name), REFERENCE: getattr(reference, name)}
+    return found | ({CPP: getattr(cpu_ops, name)} if device.type == "cpu" else {})
 
 
 def identity(lanes: int, device: torch.device) -> Set:

@@ -11,7 +11,8 @@ from stepfusion.bench.rows import Row, number
 LARGE_BYTES = 256 << 20
 SMALL_SHAPE = "1x3x32x32"  # 12 KiB
 _DEFAULT, _BEST = Diffusers.name, DiffusersCompiled.name
-_FUSED = "stepfusion fused"
+_FUSED, _CPP = "stepfusion fused", "stepfusion C++"
+CPU_LARGE, CPU_SMALL = "64x3x64x64", "1x1x28x28"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ def _step_ratio(rows: Sequence[Row]) -> Figure | None:
         for chosen, least in ((large, 6.0), (_pick(steps, shape=SMALL_SHAPE), 20.0))
     ]
     return _both(found)
+
+
+def _cpu_steps(rows: Sequence[Row]) -> Figure | None:
+    def worst(shape: str, drawn: bool | None, least: float, unit: str) -> Figure | None:
+        chosen = [
+            row for row in _pick(rows, part="kernels", shape=shape) if drawn in (None, row.op.endswith("drawn"))
+        ]
+        return _least(list(ratios(chosen, _CPP, "diffusers").values()), least, unit)
+
+    return _both(
+        [
+            worst(CPU_LARGE, False, 4.0, "x"),
+            worst(CPU_LARGE, True, 8.0, "x with noise drawn"),
+            worst(CPU_SMALL, None, 1.0, "x on one image"),
+        ]
+    )
 
 
 def _inductor(rows: Sequence[Row]) -> Figure | None:
@@ -217,6 +234,12 @@ TARGETS = (
         ">= 4x diffusers' float32 default, >= 1.2x its bf16 channels_last compiled, faster than OpenVINO bf16",
         "cpu",
         _on_cpu,
+    ),
+    Target(
+        "CPU, fused step, q_sample, posterior against diffusers' scheduler, 64 x 3 x 64 x 64 / one 28 x 28 image",
+        ">= 4x, >= 8x with noise drawn / never slower",
+        "cpu",
+        _cpu_steps,
     ),
     Target("host: Python of a tick", "<= 15 us", "cpu", _host("python of a tick", 0.015, "us", 1e3)),
     Target(

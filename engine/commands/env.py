@@ -16,6 +16,7 @@ from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.execution.plan import make_plan
 from stepfusion.execution.selftest import Check, self_test, self_test_in_interpreter
 from stepfusion.kernels.backend import HAS_TRITON, why_not_triton
+from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
 
@@ -35,7 +36,7 @@ def run_env(args: argparse.Namespace) -> int:
     reason = why_not_triton(plan.device)
     if reason is not None and HAS_TRITON:
         checks.append(self_test_in_interpreter())
-    fused = reason or "the fused kernels run here"
+    fused = _why_not_fused(plan.device) or "the fused kernels run here"
     if args.json:
         report = {
             "versions": versions,
@@ -59,6 +60,10 @@ def run_env(args: argparse.Namespace) -> int:
     if failed:
         print(f"stepfusion: the self-test failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _why_not_fused(device: torch.device) -> str | None:
+    return why_not_sampling_kernels() if device.type == "cpu" else why_not_triton(device)
 
 
 def _as_json(check: Check) -> dict[str, object]:

@@ -34,7 +34,7 @@ class ForwardProcess:
 
     Args:
         schedule: the noise schedule.
-        backend: "auto", "triton" or "reference", decided for each tensor's device.
+        backend: "auto", "triton", "cpu" or "reference", decided for each tensor's device.
 
     Attributes:
         schedule: the noise schedule, which cannot be changed.

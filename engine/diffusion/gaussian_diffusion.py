@@ -39,12 +39,20 @@ class GaussianDiffusion(TrainingLosses):
         clip: the bound of the predicted |x0|, or None.
         v_posterior: with "fixed_small", the weight of beta in a variance (1 - v) beta-tilde + v beta (latent
             diffusion's; Rombach et al. 2022).
-        backend: "auto", "triton" or "reference", decided for each tensor's device.
+        backend: "auto", "triton", "cpu" or "reference", decided for each tensor's device.
+
+    All but the schedule are attributes too, and may be changed at any time: every method follows them. A diffusion
+    may be copied and pickled.
 
     Models are callables ``model(x, t, **model_kwargs)``, and so are the conditions ``cond_fn`` that guide sampling,
     which return the gradient of log p(y | x) with respect to x, [B, ...] (Dhariwal & Nichol 2021, section 4).
     ``denoised_fn`` maps every predicted x0 [B, ...] before the clip. A step without these two is one fused step; with
     them, the fused step follows what they do.
+
+    Single steps and losses are differentiable in their inputs and in a model's parameters. What requires a gradient
+    runs as the reference on every backend, for kernels have none; loops run without autograd. Noise that is drawn is
+    keyed by the training timestep, in a respaced diffusion too. With zero terminal SNR, prediction "epsilon" has no
+    x0 at T - 1: methods that need it there raise a ValueError (on a device, where t is not looked at, it is NaN).
     """
 
     def respaced(self, timesteps: Sequence[int] | str) -> GaussianDiffusion:

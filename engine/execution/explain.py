@@ -12,7 +12,7 @@ def line(name: str, value: str, reason: str) -> str:
 
 def threshold_lines(plan: Plan) -> list[str]:
     """What happens to dynamic thresholding if the step is fused."""
-    if plan.backend.value != "triton":
+    if plan.backend.value == "reference":
         return []
     return [line("threshold", "refused" if plan.backend.asked else "reference", WHY_NOT_THRESHOLD)]
 

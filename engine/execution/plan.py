@@ -12,7 +12,7 @@ from torch import nn
 
 from stepfusion import _checks, kernels
 from stepfusion.execution.cuda_graph import why_not_graph
-from stepfusion.kernels import reference
+from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import (
     BackendError,
     backend_from_environment,
@@ -20,8 +20,13 @@ from stepfusion.kernels.backend import (
     require_triton,
     why_not_triton,
 )
+from stepfusion.kernels.cpu.library import onednn_limit
+from stepfusion.kernels.cpu.sampling_library import (
+    instruction_set,
+    require_sampling_kernels,
+)
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
 #: Why dynamic thresholding runs on the reference path.
 WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
@@ -72,8 +77,8 @@ class Plan:
 
     @property
     def ops(self) -> ModuleType:
-        """The module whose functions run the step: the fused ones, or the reference under the same names."""
-        return kernels if self.backend.value == "triton" else reference
+        """The module whose functions run the step: Triton's, those in C++, or the reference, under the same names."""
+        return {"triton": kernels, "cpu": cpu_ops, "reference": reference}[self.backend.value]
 
     @property
     def captures(self) -> bool:
@@ -165,11 +170,13 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
     if (unit := _bfloat16_unit()) is not None:
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
         return torch.bfloat16, Choice("bfloat16", reason)
-    return torch.float32, Choice("float32", "auto: this CPU has neither AMX nor AVX512-BF16")
+    return torch.float32, Choice("float32", "auto: neither AMX nor AVX512-BF16 can be used here")
 
 
 def _bfloat16_unit() -> str | None:
     """What multiplies bfloat16 matrices on this CPU, None if nothing does faster than float32."""
+    if onednn_limit() is not None:
+        return None
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
@@ -184,6 +191,9 @@ def _backend(backend: str, device: torch.device) -> Choice:
     if backend == "triton":
         require_triton(device)
         return Choice("triton", f"{source}: the fused kernels", asked=True)
+    if backend == "cpu":
+        require_sampling_kernels(device)
+        return Choice("cpu", f"{source}: the fused kernels in C++ ({instruction_set()})", asked=True)
     if backend == "reference":
         return Choice("reference", f"{source}: eager PyTorch", asked=True)
     reason = why_not_triton(device)
@@ -211,6 +221,9 @@ def _network(network: str, device: torch.device, step: Choice) -> Choice:
 
 def _why_not_captured(device: torch.device, step: Choice) -> str | None:
     """The reason why ticks with this step cannot be captured; None if they can."""
-    if step.value == "reference":
-        return why_not_graph(device) or "the reference step waits for the device, which a CUDA graph cannot hold"
-    return why_not_graph(device)
+    reason = why_not_graph(device)
+    if reason is None and step.value == "reference":
+        return "the reference step waits for the device, which a CUDA graph cannot hold"
+    if reason is None and step.value == "cpu":
+        return "the step in C++ runs on the CPU, which a CUDA graph cannot hold"
+    return reason

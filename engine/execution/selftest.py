@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from stepfusion import kernels
-from stepfusion.kernels import reference
+from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import why_not_triton
+from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 from stepfusion.samplers import ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
@@ -36,7 +37,7 @@ class Check:
 def self_test(device: torch.device) -> list[Check]:
     """Walk a stochastic table over random images on ``device``.
 
-    Reference against float64, and fused against reference where Triton runs.
+    Reference against float64, and the fused kernels that run here, in C++ and Triton, against the reference.
     """
     table = ddpm(NoiseSchedule.linear(), 10)
     rows = torch.arange(10, device=device)
@@ -52,6 +53,9 @@ def self_test(device: torch.device) -> list[Check]:
     magnitude = float(max(abs(table.coefficients[:, :2]).max() * x.abs().max(), exact.abs().max()))
     allowed = tolerance(torch.float32, magnitude, ROUNDINGS["diffusion_step"])
     checks = [Check("reference step against float64", float((plain - exact).abs().max()), allowed)]
+    if device.type == "cpu" and why_not_sampling_kernels() is None:
+        fused = cpu_ops.diffusion_step(x, out, rows, single.coefficients, single.timesteps, **identity)
+        checks.append(Check("C++ step against reference", float((fused - plain).abs().max()), 0.0))
     if why_not_triton(device) is None:
         fused = kernels.diffusion_step(x, out, rows, single.coefficients, single.timesteps, **identity)
         checks.append(Check("fused step against reference", float((fused - plain).abs().max()), 0.0))

@@ -72,8 +72,8 @@ class Runners:
         check_process()
         request = make_request(self.spec, n, table, options)
         backend = self.plan.backend
-        if request.table.thresholds and backend.value == "triton" and backend.asked:
-            raise BackendError(f"backend='triton' cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
+        if request.table.thresholds and backend.value != "reference" and backend.asked:
+            raise BackendError(f"backend={backend.value!r} cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
         return request
 
     def noised(self, request: Request) -> Request:

@@ -54,6 +54,12 @@ def why_not_sampling_kernels() -> str | None:
     return _outcome(instruction_set())[1]
 
 
+def require_sampling_kernels(device: torch.device) -> None:
+    """Raise :class:`BackendError` if the C++ sampling kernels cannot run on ``device``."""
+    _check_device(device)
+    load()
+
+
 def load() -> Any:
     """The compiled library.
 
@@ -64,6 +70,11 @@ def load() -> Any:
     if reason is not None:
         raise BackendError(f"the C++ sampling kernels cannot run: {reason}; use backend='reference'")
     return library
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise BackendError(f"the C++ sampling kernels cannot run on {device}: they are for CPUs")
 
 
 def instruction_set() -> str:
@@ -122,8 +133,7 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
     Raises:
         BackendError: ``first`` is not on a CPU.
     """
-    if first.device.type != "cpu":
-        raise BackendError(f"the C++ sampling kernels cannot run on {first.device}: they are for CPUs")
+    _check_device(first.device)
     if torch.compiler.is_exporting():
         return True
     gradients = torch.is_grad_enabled()

@@ -307,7 +307,7 @@ def test_the_environment_chooses_the_backend(
     sample("-n 1 --backend reference")  # what is said outright goes first
     capsys.readouterr()
     assert cli.main(["sample", "model", "-n", "1", "--device", "cpu"]) == 1
-    accepted = "'auto', 'triton', 'reference'"
+    accepted = "'auto', 'triton', 'cpu', 'reference'"
     assert capsys.readouterr().err == f"stepfusion: STEPFUSION_BACKEND must be one of {accepted}, got 'fast'\n"
 
 

@@ -57,7 +57,7 @@ ENGINES = [
     Case("dtype: int8", lambda: engine(dtype=torch.int8),
          ValueError, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'"),
     Case("backend: unknown", lambda: engine(backend="cuda"),
-         ValueError, "backend must be one of 'auto', 'triton', 'reference', got 'cuda'"),
+         ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'reference', got 'cuda'"),
     Case("network: unknown", lambda: engine(network="fast"),
          ValueError, "network must be one of 'auto', 'eager', 'compile', 'graph', 'compile+graph', 'openvino', got "
          "'fast'"),

@@ -11,6 +11,7 @@ import torch
 
 import stepfusion as sf
 from stepfusion.kernels import reference
+from stepfusion.model_spec import ModelSpec
 from stepfusion_testing.networks import labelled, smooth, tiny_unet
 
 SHAPE = (2, 6, 5)
@@ -499,10 +500,9 @@ class TestFromExported:
             def network(*inputs: torch.Tensor) -> torch.Tensor:
                 return labelled(*inputs)
 
+            spec = ModelSpec(schedule, "v_prediction", (1, 4, 4), 3, 2, ("a", "b"), options={"clip": None})
             found = {
-                "schedule": schedule, "prediction": "v_prediction", "shape": (1, 4, 4), "num_classes": 3,
-                "null_label": 2, "class_names": ("a", "b"), "options": {"clip": None},
-                "device": torch.device("cpu"), "dtype": torch.float32, "bundle": self.BUNDLE,
+                "spec": spec, "device": torch.device("cpu"), "dtype": torch.float32, "bundle": self.BUNDLE,
             }  # fmt: skip
             vars(network).update(found)
             return network

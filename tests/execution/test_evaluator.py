@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stepfusion as sf
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.networks import UNet2D
 from stepfusion_testing.networks import labelled, smooth, tiny_unet
@@ -28,7 +29,7 @@ def test_the_hoisted_time_path_gives_the_forward_pass(classes: int | None) -> No
     features = evaluator.features(timesteps)
     assert evaluator.hoisted
     assert features.is_floating_point()
-    out = evaluator(x, features[rows], labels)
+    out = evaluator.network(x, features[rows], labels)
     plain = network(x, timesteps[rows], *([labels] if classes else []))
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-5)
 
@@ -57,7 +58,7 @@ def test_other_networks_are_given_the_timestep(network: Any) -> None:
     assert torch.equal(evaluator.features(timesteps), timesteps)
     x = torch.randn(2, 1, 4, 4)
     wanted = network(x, timesteps, labels) if network is labelled else network(x, timesteps)
-    assert torch.equal(evaluator(x, timesteps, labels), wanted)
+    assert torch.equal(evaluator.network(x, timesteps, labels), wanted)
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def test_a_forward_pass_that_someone_changed_or_watches_is_called_whole() -> Non
     for network in (changed, watched):
         evaluator = Evaluator(network, True)
         assert not evaluator.hoisted
-        out = evaluator(x, evaluator.features(timesteps), labels)
+        out = evaluator.network(x, evaluator.features(timesteps), labels)
         assert torch.equal(out, network(x, timesteps, labels))
     assert len(seen) == 2
 
@@ -78,7 +79,14 @@ def test_what_diffusers_returns_is_unwrapped() -> None:
     class Output:
         sample = torch.ones(1)
 
-    out = Evaluator(lambda x, t: Output(), False)(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    out = Evaluator(lambda x, t: Output(), False).network(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     assert torch.equal(out, Output.sample)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_what_is_no_tensor_is_refused(guidance: float | None) -> None:
+    engine = sf.Engine(
+        lambda x, t, y: [x], sf.NoiseSchedule.linear(100), shape=(1, 4, 4), num_classes=2, null_label=1, device="cpu"
+    )
     with pytest.raises(TypeError, match=r"^the network must return a tensor, got list$"):
-        Evaluator(lambda x, t: [x], False)(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+        engine.sample(1, steps=2, guidance=guidance)

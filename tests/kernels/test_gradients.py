@@ -208,7 +208,7 @@ def test_without_autograd_the_kernels_run(kernel_device: torch.device, monkeypat
     """Under no_grad, what requires a gradient is as any other."""
     arguments = {k: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for k, v in float32(step()).items()}
     arguments["x"].requires_grad_()
-    monkeypatch.setattr("stepfusion.kernels.step_reference.diffusion_step_reference", None)
+    monkeypatch.setattr("stepfusion.kernels.step.diffusion_step_reference", None)
     with torch.no_grad():
         kernels.diffusion_step(**arguments)
     with pytest.raises(TypeError, match="not callable"):

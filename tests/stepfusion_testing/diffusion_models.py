@@ -24,7 +24,7 @@ class ConvolutionalModel(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **_: Any) -> torch.Tensor:
         """[B, C, H, W], or [B, 2 C, H, W]."""
-        time = self.slope * t.view(-1, 1, 1, 1) / 1000
+        time = self.slope * (t.view(-1, 1, 1, 1).to(x.dtype) / 1000)
         out: torch.Tensor = torch.tanh(self.dropout(self.convolution(x)) + time)
         return out
 
@@ -39,7 +39,7 @@ class ElementwiseModel(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """[B, C, ...], or [B, 2 C, ...]."""
-        time = t.view(-1, *[1] * (x.ndim - 1)) / self.total
+        time = t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) / self.total
         out = torch.tanh(self.weight * x + time)
         return torch.cat((out, torch.tanh(x - time) - 0.5), dim=1) if self.learned else out
 
