@@ -28,6 +28,7 @@ import filelock
 import torch
 from torch import Tensor
 
+from stepfusion.kernels import launch
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.cache import make_cache_directory
 
@@ -136,11 +137,8 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
     _check_device(first.device)
     if torch.compiler.is_exporting():
         return True
-    gradients = torch.is_grad_enabled()
-    for tensor in (first, *others):
-        if tensor is not None and (tensor.dtype == torch.float64 or (gradients and tensor.requires_grad)):
-            return True
-    return False
+    given = (first, *others)
+    return launch.needs_gradient(*given) or any(x is not None and x.dtype == torch.float64 for x in given)
 
 
 @functools.cache

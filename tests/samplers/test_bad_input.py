@@ -14,8 +14,7 @@ from stepfusion_testing.bad_input import (
     NEXT,
     TABLE,
     Case,
-    check,
-    tree,
+    check_case,
 )
 
 pytestmark = pytest.mark.usefixtures("bad_input_workspace")
@@ -148,11 +147,4 @@ TABLES = [
 @pytest.mark.usefixtures("no_network_call")
 @pytest.mark.parametrize("case", SCHEDULES + TABLES, ids=lambda case: case.name)
 def test_a_call(case: Case) -> None:
-    if case.prepare is not None:
-        case.prepare()
-    before = tree()
-    with pytest.raises(case.error) as caught:
-        case.call()
-    assert type(caught.value) is case.error
-    check(str(caught.value), case.message)
-    assert tree() == before
+    check_case(case)

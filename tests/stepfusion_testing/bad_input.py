@@ -194,3 +194,15 @@ def full_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
+
+
+def check_case(case: Case) -> None:
+    """The call raises the case's error, of that very type and to the letter, and leaves the directory as it was."""
+    if case.prepare is not None:
+        case.prepare()
+    before = tree()
+    with pytest.raises(case.error) as caught:
+        case.call()
+    assert type(caught.value) is case.error
+    check(str(caught.value), case.message)
+    assert tree() == before
