@@ -1,16 +1,16 @@
 """GroupNorm and SiLU over NHWC memory, with what stands around them in a UNet's residual block.
 
-    h     = concat(x, skip) + time                                        skip and time where given
+    h     = concat(x, skip) + time                                        skip and time if given
     norm  = (h - mean) / sqrt(var + eps) * weight + bias                  Wu & He 2018; var over a group, biased
     y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, where given
     out   = y * sigmoid(y)                                                SiLU: Elfwing et al. 2017
 
 An image is cut by C, H and W alone, its channels into blocks of whole groups and its pixels into splits: lanes are
 independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
-result. Where one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
+result. If one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
 
 Statistics are a mean and the sum of squared deviations from it (M2), by two passes over registers, united as in Chan,
-Golub & LeVeque 1979: a sum of squares would cancel where the mean is large. Their unit is a *chunk*, up to 16 bytes
+Golub & LeVeque 1979: a sum of squares would cancel if the mean is large. Their unit is a *chunk*, up to 16 bytes
 of neighbouring channels that lie in one group and in one thread.
 
 Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2 where the

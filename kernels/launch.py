@@ -131,7 +131,7 @@ def per_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``table[rows]``, NaN where a row lies outside the table, as in the kernels: no device-side assertion."""
+    """``table[rows]``, NaN if a row lies outside the table, as in the kernels: no device-side assertion."""
     inside = (rows >= 0) & (rows < len(table))
     values = table[rows.clamp(0, len(table) - 1)]
     return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)

@@ -62,7 +62,7 @@ SCALE, TWO_THIRDS = tl.constexpr(_SCALE), tl.constexpr(_TWO_THIRDS)
 
 @triton.jit
 def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
-    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication where that takes two narrow ones."""
+    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication instead of its two narrow ones."""
     k0 = seed.to(tl.uint32)
     k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
     c0 = c0.to(tl.uint32)

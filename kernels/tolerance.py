@@ -3,7 +3,7 @@
 Nothing here is tuned to make a comparison pass. Kernels compute in float32 whatever the dtype of their tensors, so an
 error has two parts: the roundings of the computation, each at most one unit in the last place of float32 at the
 magnitude of the largest term, and one rounding to the dtype of the result. A fused operation and its reference
-perform the same float32 operations in the same order, so they are held to equality where no exp is involved.
+perform the same float32 operations in the same order, so they are held to equality if no exp is involved.
 """
 
 from __future__ import annotations

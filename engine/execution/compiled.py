@@ -142,7 +142,7 @@ class CompiledNetwork:
         return self._trusted[signature](*tensors)
 
     def _faster_form_is_trusted(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> bool:
-        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, none is made again."""
+        """Trust a faster form for these inputs, if there is one and it agrees; if it fails, none is made again."""
         forms = self._forms
         if forms is None:
             return False
@@ -167,7 +167,7 @@ class CompiledNetwork:
     ) -> str | None:
         """Trust what is made for these inputs and return None; or trust the eager network and return why.
 
-        Where ``make`` makes nothing, there is no reason either.
+        If ``make`` makes nothing, there is no reason either.
         """
         self._trusted[signature] = self._module
         try:

@@ -130,7 +130,7 @@ class CpuForms:
     """Makes copies of a bfloat16 network that run on the C++ kernels.
 
     A copy shares every parameter with the network and owns the weights of what it replaces, as the kernels read
-    them; copies for other shapes share those where they use the same scheme: 1.8 times the bytes of a convolution's
+    them; copies for other shapes share those if they use the same scheme: 1.8 times the bytes of a convolution's
     own weights with F2, 4 times with F4, and as many as the weights have elsewhere. Replaced are layers of
     :class:`TimeConditioned` networks only, where a kernel takes them.
     """
@@ -233,7 +233,7 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 
 def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """float32 [K]; zeros where a layer has none."""
+    """float32 [K]; zeros if a layer has none."""
     bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
     return bias.float().contiguous()
 

@@ -153,7 +153,7 @@ class Runner:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own.
 
         ``first`` is the row of the store at which their table stands, or each image's. ``known`` [k, ...] is what
-        they keep of an image, NaN where they are free.
+        they keep of an image, NaN for those that are free.
         """
         device = self.x.device
         places = [first] * len(starts) if isinstance(first, int) else first

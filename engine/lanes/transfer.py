@@ -67,7 +67,7 @@ class Pace:
 
 
 def as_index(positions: Sequence[int], device: torch.device) -> slice | Tensor:
-    """What indexes a dimension at these positions: a slice where they are consecutive, which needs no copy."""
+    """What indexes a dimension at these positions: a slice if they are consecutive, which needs no copy."""
     first = positions[0]
     if list(positions) == list(range(first, first + len(positions))):
         return slice(first, first + len(positions))

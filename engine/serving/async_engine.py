@@ -38,7 +38,7 @@ class Status:
 
     ``state``: "new", "starting", "ready", "closing", "closed" or "dead". ``waiting``: images without a lane;
     ``busy``: images in lanes, of ``lanes`` there are. ``tick_seconds``: mean of late; ``quiet_seconds``: since the
-    last round of ticks, while there is something to do; it grows where a device hangs.
+    last round of ticks, while there is something to do; it grows if a device hangs.
     """
 
     state: str
@@ -57,7 +57,7 @@ class AsyncEngine:
         async with sf.serving.AsyncEngine(engine) as service:
             result = await service.generate(2, steps=25, seed=3, labels=[1, 2])
 
-    Images of any request enter free lanes between two ticks and leave when they are done. Where the engine is
+    Images of any request enter free lanes between two ticks and leave when they are done. If the engine is
     ``invariant``, ``result.images`` equals ``engine.sample(...)`` with the same arguments bit for bit, whatever else
     runs; else the noise is identical, and images agree to rounding.
 
@@ -196,7 +196,7 @@ class AsyncEngine:
         return self
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
-        """Take no more requests, finish those there are, and stop. True where all were finished.
+        """Take no more requests, finish those there are, and stop. True if all were finished.
 
         Args:
             drain: False ends them with EngineClosed instead.
@@ -307,8 +307,8 @@ _REASONS: dict[type[Exception], str] = {
 
 
 def _widths(engine: Engine, lanes: int) -> tuple[int, ...]:
-    """The numbers of lanes that may be in use: powers of two up to ``lanes``; one where bits must not depend on it,
-    or where each would be compiled.
+    """The numbers of lanes that may be in use: powers of two up to ``lanes``; only one if bits must not depend on it
+    or if each would be compiled.
     """
     if engine.invariant or engine.plan.compiler is not None:
         return (lanes,)

@@ -160,7 +160,7 @@ class Scheduler:
         self._metrics.queue(0, 0)
 
     def step(self) -> None:
-        """One round. torch.OutOfMemoryError where not even one lane fits."""
+        """One round. torch.OutOfMemoryError if not even one lane fits."""
         started = time.monotonic()
         self._end_late(started)
         for pool in list(self._pools.values()):

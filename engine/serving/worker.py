@@ -143,7 +143,7 @@ class Worker:
             self.beat = time.monotonic()
 
     def _read_inbox(self, scheduler: Scheduler) -> None:
-        """Do what others asked for; wait for it where there is nothing else to do."""
+        """Do what others asked for; wait for it if there is nothing else to do."""
         waits = scheduler.idle and self.state == "ready"
         while waits or not self._inbox.empty():
             waits = False

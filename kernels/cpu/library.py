@@ -55,10 +55,10 @@ def onednn_limit() -> str | None:
 
 @functools.cache
 def load() -> Any:
-    """What the sources in this folder compile to; taken from Inductor's cache where it is there.
+    """What the sources in this folder compile to; taken from Inductor's cache if it is there.
 
     Raises:
-        Whatever Inductor raises where there is no working C++ compiler.
+        Whatever Inductor raises if there is no working C++ compiler.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -74,7 +74,7 @@ def op(
     """Make a function that allocates what it returns, as `fake` does, an operator on CPU tensors without gradients.
 
     ``torch.library.custom_op`` would do with less, and with three times the Python for each call, which matters
-    where the kernels have just taken the caches. `mutates` names the arguments that the function writes to.
+    when the kernels have just used the caches. `mutates` names the arguments that the function writes to.
     """
 
     def register(function: Callable[..., _Result]) -> OpOverload:

@@ -26,7 +26,7 @@ class ResnetWeights:
         norm1_weight, norm1_bias: bfloat16 [C]. norm2_weight, norm2_bias: bfloat16 [K].
         conv1, conv2: from :func:`stepfusion.kernels.cpu.winograd.transform_weight`, of one scheme.
         conv1_bias, conv2_bias: float32 [K].
-        shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None where C is K and the residual is x.
+        shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None if C is K and the residual is x.
         groups: of both norms. eps: added to their variances.
         output_scale: what the sum is divided by.
 

@@ -32,7 +32,7 @@ from stepfusion.kernels import launch
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.cache import make_cache_directory
 
-#: The codes of element types in C++; plus 4 where the channels of a pixel lie together (channels_last).
+#: The codes of element types in C++; plus 4 if the channels of a pixel lie together (channels_last).
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CHANNELS_LAST = 4
 

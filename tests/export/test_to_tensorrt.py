@@ -62,7 +62,7 @@ def test_an_engine_is_built_and_its_tensors_and_layers_are_read_back(dtype: str,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_what_needs_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = cpu_engine(tiny_network())
-    with pytest.raises(sf.ExportError, match=r"strips weights only where there is a GPU, and there is none$"):
+    with pytest.raises(sf.ExportError, match=r"strips weights only if there is a GPU, and there is none$"):
         export_tensorrt_rtx(engine, tmp_path / "bundle", strip_weights=True)
     monkeypatch.setattr(to_tensorrt, "require", lambda *_: None)
     with pytest.raises(sf.ExportError, match=r"^TensorRT builds for the GPU that it finds, and there is none"):
