@@ -59,7 +59,8 @@ def test_another_option_is_refused(
     generate(f"{SHORT} {options}", status=1)
     place = Path("out").absolute()
     assert capsys.readouterr().err == (
-        f"stepfusion: {place} was started with other settings: {differences}. Use another directory, or those settings\n"
+        f"stepfusion: {place} was started with other settings: {differences}."
+        " Use another directory, or those settings\n"
     )
     assert tree() == before
 
