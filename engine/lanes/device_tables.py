@@ -65,7 +65,7 @@ class DeviceTables:
         # One row more than asked for, rounded up: the last row stays free for parked lanes.
         size = 1 << rows.bit_length()
         self._places.clear()
-        self.coefficients = torch.zeros((size, len(COLUMNS)), device=self._device)
+        self.coefficients = torch.zeros((size, len(COLUMNS)), dtype=torch.float32, device=self._device)
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
         self.next_row = torch.full_like(self.timesteps, PARKED)
         self._features: Tensor | None = None  # their shape is not known before the network is asked

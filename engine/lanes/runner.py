@@ -87,7 +87,7 @@ class Runner:
         lanes, device = key.lanes, key.device
         # With guidance the network is called once for both halves of a doubled batch, so the step writes x_net twice.
         copies = 2 if key.null_label is not None and not key.separate else 1
-        self.x = torch.zeros((lanes, *key.shape), device=device)
+        self.x = torch.zeros((lanes, *key.shape), dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
         self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
@@ -103,7 +103,7 @@ class Runner:
         else:
             self._labels = torch.zeros(lanes, key.context_size, device=device, dtype=key.dtype)
             self._nothing = torch.zeros_like(self._labels)
-        self._guidance = torch.ones(lanes, device=device)
+        self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
         self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
         self._graphs: dict[tuple[bool, bool], Graph] = {}
@@ -172,7 +172,7 @@ class Runner:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
-        self._guidance[where] = upload(torch.tensor([s.guidance for s in starts]), device)
+        self._guidance[where] = upload(torch.tensor([s.guidance for s in starts], dtype=torch.float32), device)
         self.flags[where] = FINITE
 
     def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:

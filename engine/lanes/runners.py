@@ -14,6 +14,7 @@ from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
 from stepfusion.kernels import STREAM_INITIAL, reference
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import noised
@@ -65,6 +66,7 @@ class Runners:
             return self.batch
         return min(self.batch, 1 << max(0, images - 1).bit_length())
 
+    @plain_torch(gradients=False)
     def request(self, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
         """A checked request.
 
@@ -80,6 +82,7 @@ class Runners:
             raise BackendError(f"backend={backend.value!r} cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
         return request
 
+    @plain_torch(gradients=False)
     def noised(self, request: Request) -> Request:
         """The request with the states that its image gives it to start from."""
         if request.image is None:
@@ -91,6 +94,7 @@ class Runners:
         start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
         return replace(request, image=None, start=start)
 
+    @plain_torch(gradients=False)
     def initial_noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
         """A noise [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's."""
         device = self.plan.device
