@@ -43,7 +43,6 @@ REFUSED_HERE = {
     r"variance_type must be one of .*, got 'learned'": "they take v for a variance, its authors for its logarithm",
     r"with spacing 'trailing' is a count for which diffusers makes \d+ timesteps": "their last timestep is -1",
     r"timesteps must lie in \[0, \d+\], got -1 to": "their last timestep is -1",
-    r"timesteps must be strictly decreasing, got \d+ followed by": "levels that they round to one timestep",
 }
 REFUSED_THERE = {
     r"prediction_type not implemented yet: sample": "their EulerAncestral has no x0 prediction",
