@@ -24,6 +24,7 @@ from stepfusion.kernels.cpu.library import onednn_limit
 from stepfusion.kernels.cpu.sampling_library import (
     instruction_set,
     require_sampling_kernels,
+    why_not_sampling_kernels,
 )
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -196,6 +197,11 @@ def _backend(backend: str, device: torch.device) -> Choice:
         return Choice("cpu", f"{source}: the fused kernels in C++ ({instruction_set()})", asked=True)
     if backend == "reference":
         return Choice("reference", f"{source}: eager PyTorch", asked=True)
+    if device.type == "cpu":
+        reason = why_not_sampling_kernels()
+        if reason is None:
+            return Choice("cpu", f"auto: the fused kernels in C++ ({instruction_set()}), with the reference's bits")
+        return Choice("reference", f"auto: the fused kernels in C++ cannot run: {reason}")
     reason = why_not_triton(device)
     if reason is None and interpreting():
         reason = "Triton's interpreter is for tests, and slower than PyTorch"
