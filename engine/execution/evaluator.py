@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfusion.execution.streams import Turns
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 Network = Callable[..., Any]
@@ -31,6 +32,7 @@ class Evaluator:
         hoisted: True if the time path of the network is computed once for each row of a table.
         form: what is left of the network then, a module ``(x, features[, labels])``.
         compiled: the form itself, or what :meth:`compile_with` made of it.
+        turns: which calls of the network must run one after the other, on whatever streams; None if they need not.
         network: ``network(x, features, labels) -> out``: x [B, C, H, W] in the network's dtype, the features [B, ...]
             of each lane's row, and its label, int64 [B]. It calls ``compiled``.
     """
@@ -41,6 +43,7 @@ class Evaluator:
     def __init__(self, network: Network, labelled: bool) -> None:
         self._network = network
         self._labelled = labelled
+        self.turns: Turns | None = getattr(network, "turns", None)
         self.hoisted = _is_hoistable(network)
         self.form: nn.Module = self._form()
         self.compile_with(lambda form: form)
