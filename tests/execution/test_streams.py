@@ -14,8 +14,10 @@ from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.streams import Turns, capture_stream, copy_stream
 from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool
 from stepfusion.lanes.transfer import HostCopy
+from stepfusion.options import ExecutionOptions
 from stepfusion_testing import fake_cuda
 from stepfusion_testing.fake_cuda import FakeCuda
+from stepfusion_testing.networks import smooth
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -98,9 +100,6 @@ def test_the_fake_device_notices_a_hand_over_without_an_event(fake: FakeCuda) ->
 
 
 def test_a_runner_has_all_its_tensors_among_its_buffers() -> None:
-    def tensors(thing: object) -> set[int]:
-        return {id(value) for value in vars(thing).values() if isinstance(value, torch.Tensor)}
-
     network = Evaluator(lambda x, t: x, False)
     key = RunnerKey(2, (1, 2, 2), CPU, torch.float32, null_label=0, known=True)
     runner = Runner(network, key, sf.kernels.reference)
@@ -113,14 +112,14 @@ def test_a_runner_has_all_its_tensors_among_its_buffers() -> None:
         assert all(value.untyped_storage().data_ptr() in storages for value in held)
 
 
-def test_weights_are_there_before_another_thread_reads_them(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_there_before_another_thread_reads_them(fake: FakeCuda) -> None:
     engine = sf.Engine(lambda x, t: x, sf.NoiseSchedule.linear(), shape=(1, 2, 2), device="cpu", backend="reference")
     runners, weights = engine.runners, object()
 
     def load() -> None:
         fake.use(weights)
         plan = SimpleNamespace(**{**vars(runners.plan), "device": CUDA, "captures": False, "ops": None})
-        made.append(type(runners)(runners.spec, plan, runners.evaluator, sf.ExecutionOptions(batch=1)))  # type: ignore[arg-type]
+        made.append(type(runners)(runners.spec, plan, runners.evaluator, ExecutionOptions(batch=1)))  # type: ignore[arg-type]
 
     made: list[Any] = []
     key = runners.key(engine.request(1, steps=1), 1)
@@ -186,9 +185,9 @@ def test_no_copy_goes_into_the_graph_that_another_thread_captures(
             for _ in range(threads):
                 in_thread(lambda: [HostCopy(source(torch.zeros(1))) for _ in range(40)])
 
-    capture(body, CPU)
+    capture(body, CUDA)
     assert len(pinned) == 40 * threads
-    assert capture_stream(CPU).cuda_stream not in pinned
+    assert capture_stream(CUDA).cuda_stream not in pinned
 
 
 def test_a_new_stream_for_each_copy_is_sooner_or_later_the_one_that_captures(fake: FakeCuda) -> None:
@@ -258,3 +257,31 @@ def test_an_error_in_a_turn_ends_it(fake: FakeCuda) -> None:
         raise ValueError("shape")
     with turns.take():
         pass
+
+
+@pytest.mark.interpreter
+def test_a_captured_tick_of_a_network_with_turns_takes_one_at_each_replay(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exported:
+        turns = Turns(CPU)
+
+        def __call__(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return smooth(x, timesteps)
+
+    taken: list[int] = []
+    take = Turns.take
+
+    def counted(self: Turns) -> Any:
+        taken.append(1)
+        return take(self)
+
+    monkeypatch.setattr(Turns, "take", counted)
+    monkeypatch.setattr(sf.execution.plan, "why_not_graph", lambda device: None)
+    arguments: dict[str, Any] = {"shape": (2, 4, 4), "device": "cpu", "backend": "triton", "network": "graph"}
+    for network, turns in ((Exported(), 3), (smooth, 0)):
+        taken.clear()
+        engine = sf.Engine(network, sf.NoiseSchedule.linear(), **arguments)
+        in_thread(on_a_stream(lambda engine=engine: engine.sample(2, steps=3)))
+        assert len(taken) == turns
+    assert [graph.replays for graph in fake.graphs] == [3, 3]

@@ -2,8 +2,8 @@
 
 It is a model of what PyTorch 2.11 to 2.13 and CUDA do, and as unforgiving: streams are handed out from 32 in turn; a
 capture that CUDA refuses leaves allocator and generator where they were; what is launched on a stream that captures
-goes into its graph, whichever thread launches; and two launches that use the same thing, at least one of them writing
-it, must be ordered by events (:meth:`FakeCuda.use`), or they are a race.
+goes into its graph, whichever thread launches; and two launches that write the same thing (:meth:`FakeCuda.use`) must
+be ordered by events, or they are a race.
 
 Operators run on CPU tensors at once. A graph replays them (:class:`stepfusion_testing.recorded_graph.RecordedGraph`).
 """
@@ -186,7 +186,8 @@ class FakeCuda:
         self.races: list[str] = []
         self.recorded_streams: list[FakeStream] = []
         self.capturable = True
-        self._uses: dict[object, list[tuple[int, int, str]]] = {}
+        self._uses: dict[int, list[tuple[int, int, str]]] = {}
+        self._things: list[object] = []  # kept, so that no other gets the same id
         self._clocks: dict[int, Clock] = {}
         self._thread = threading.local()
         self._handles, self._pool_ids = itertools.count(), itertools.count(1)
@@ -280,20 +281,19 @@ class FakeCuda:
             and self.mode == 0
         )
 
-    def use(self, thing: object, *, write: bool = True) -> None:
-        """A launch on the current stream that reads or writes a thing; a race if nothing orders it."""
+    def use(self, thing: object) -> None:
+        """A launch on the current stream that writes a thing; a race if nothing orders it behind the one before."""
         with self._lock:
             stream = self.current_stream().cuda_stream
             name = threading.current_thread().name
-            if stream in self.capturing and not write:
-                return
+            self._things.append(thing)
             clock = self.clock(stream)
-            for other, place, by in self._uses.get(thing, []):
+            for other, place, by in self._uses.get(id(thing), []):
                 if clock[other] < place and other != stream:
                     self.races.append(f"{name} on stream {stream} and {by} on stream {other}")
             clock[stream] += 1
             self._clocks[stream] = clock
-            self._uses.setdefault(thing, []).append((stream, clock[stream], name))
+            self._uses.setdefault(id(thing), []).append((stream, clock[stream], name))
 
     # The order of launches
 
