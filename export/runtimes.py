@@ -66,6 +66,7 @@ class OnnxRuntimeNetwork:
             settings = {
                 "device_id": device.index or 0,
                 "user_compute_stream": str(self._stream.cuda_stream),
+                "use_tf32": "0",  # float32 is float32
             }
             providers.insert(0, ("CUDAExecutionProvider", settings))
         else:

@@ -191,6 +191,7 @@ def _settings(trt: Any, device: torch.device) -> dict[str, Any]:
         "require_full_compilation": False,  # the dry run before it has named what is not covered
         "use_explicit_typing": True,
         "truncate_double": False,
+        "disable_tf32": True,  # float32 is float32
         "pass_through_build_failures": True,
     }
     if device.type == "cuda":
