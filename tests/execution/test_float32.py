@@ -72,7 +72,11 @@ def by_the_newer_kind() -> None:
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 
-@pytest.mark.parametrize("set_before", [None, precise, fast, medium, by_the_newer_kind])
+def on_a_cpu() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("set_before", [None, precise, fast, medium, by_the_newer_kind, on_a_cpu])
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_switches_hold_in_the_block_and_are_as_before_afterwards(
     set_before: Callable[[], None] | None, wanted: bool
