@@ -117,7 +117,7 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None)
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)

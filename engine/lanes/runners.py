@@ -13,6 +13,7 @@ from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
@@ -47,6 +48,8 @@ class Runners:
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
         self._batch = default_batch(options, plan.device)
+        # Weights are copied and cast on the stream of this thread, and others will read them.
+        self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
     @property
     def batch(self) -> int:
@@ -127,6 +130,8 @@ class Runners:
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding runs on the reference path."""
+        if self._weights is not None:
+            self._weights.wait()
         ops = reference if key.threshold else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
@@ -147,6 +152,8 @@ class Runners:
                 with torch.no_grad():
                     runner.tick()
 
+            if self._weights is not None:
+                self._weights.wait()
             run()  # what is paid once is paid before measuring
             return peak_bytes(run, self.plan.device)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 from stepfusion.kernels import coefficients, reference
 from stepfusion.networks import UNet2D, UNet2DConfig
@@ -20,6 +19,10 @@ from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion_testing.guided_diffusion_formulas import GuidedDiffusion, sections
 from stepfusion_testing.walking import Network, stand_in, walk
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 TOLERANCE = 1e-4  # max abs, float32, states of order 1, after up to 100 steps
 SHAPE = (2, 3, 8, 8)

@@ -7,12 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-)
 
 import stepfusion as sf
 from stepfusion.kernels import COLUMNS
@@ -20,6 +14,15 @@ from stepfusion.samplers.timesteps import karras
 from stepfusion_testing import solvers
 from stepfusion_testing.networks import smooth
 from stepfusion_testing.walking import Gaussian, stand_in, walk
+
+pytest.importorskip("diffusers")
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 
 SHAPE = (2, 3, 8, 8)
 LINEAR, COSINE = sf.NoiseSchedule.linear(), sf.NoiseSchedule.cosine(300)
