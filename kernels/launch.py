@@ -17,6 +17,9 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _AUTOCAST = ("cpu", "cuda", "xpu")
+#: Parameters of kernels that are read one number at a time. Alignment gains nothing there, and kernels would be
+#: compiled once more for columns of an upload that begin anywhere.
+SCALARS = ("row_ptr", "seed_ptr", "index_ptr", "timestep_ptr", "t_ptr", "flag_ptr", "guidance_ptr")
 _MAX_ELEMENTS = 65535 * 2048  # of a lane: CUDA's limit along a grid's second axis times the least block
 
 
@@ -43,7 +46,7 @@ def geometry(lanes: int, elements: int, *dtypes: torch.dtype) -> Geometry:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the current one: Triton launches there, on its current stream, wherever the tensors are."""
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+    return nullcontext() if device.type in ("cpu", "meta") else torch.accelerator.device_index(device.index)
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
