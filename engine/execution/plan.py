@@ -22,7 +22,7 @@ from stepfusion.kernels.backend import (
     require_triton,
     why_not_triton,
 )
-from stepfusion.kernels.cpu.library import onednn_limit
+from stepfusion.kernels.cpu.library import onednn_limit, why_not_cpu_kernels
 from stepfusion.kernels.cpu.sampling_library import (
     instruction_set,
     require_sampling_kernels,
@@ -30,7 +30,7 @@ from stepfusion.kernels.cpu.sampling_library import (
 )
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
-NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
+NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "openvino")
 #: Why dynamic thresholding runs on the reference path.
 WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,13 +65,13 @@ class Plan:
             "step": self.backend,
             "network": self.network,
         }
-        if self.network.value == "compile" and self.device.type == "cpu":
+        if self.network.value in ("cpp", "compile") and self.device.type == "cpu":
             choices["layers"] = self._layers
         return choices
 
     @property
     def _layers(self) -> Choice:
-        """What runs the layers of a network of ours that is compiled for a CPU."""
+        """What runs the layers of a network of ours on a CPU."""
         from stepfusion.execution.compiled import why_not_cpu_form
 
         reason = why_not_cpu_form(self.device, self.dtype)
@@ -108,6 +108,10 @@ class Plan:
             from stepfusion.execution.openvino_network import openvino_network
 
             return partial(openvino_network, dtype=self.dtype)
+        if self.network.value == "cpp":
+            from stepfusion.execution.compiled import cpp_network
+
+            return partial(cpp_network, dtype=self.dtype)
         if "compile" in self.network.value:
             from stepfusion.execution.compiled import compile_network
 
@@ -127,7 +131,7 @@ def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str
     """
     where, device_choice = choose_device(device)
     step = _backend(backend, where)
-    runs = _network(network, where, step)
+    runs = _network(network, where, step, dtype)
     kind, dtype_choice = _dtype(dtype, where, runs)
     return Plan(where, kind, device_choice, dtype_choice, step, runs)
 
@@ -176,7 +180,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
         return _asked_dtype(dtype, device)
     if device.type != "cpu":
         return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
-    if network.value == "eager":
+    if network.value in ("eager", "cpp"):
         return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
     if (unit := _bfloat16_unit()) is not None:
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
@@ -230,19 +234,33 @@ def _backend(backend: str, device: torch.device) -> Choice:
     return Choice("reference", f"auto: {reason}")
 
 
-def _network(network: str, device: torch.device, step: Choice) -> Choice:
+def _network(network: str, device: torch.device, step: Choice, dtype: str | torch.dtype) -> Choice:
     _checks.choice("network", network, NETWORK_MODES)
-    if network == "openvino" and device.type != "cpu":
-        raise BackendError(f"network='openvino' cannot run on {device}: it is for CPUs")
+    if network in ("cpp", "openvino") and device.type != "cpu":
+        raise BackendError(f"network={network!r} cannot run on {device}: it is for CPUs")
     reason = _why_not_captured(device, step)
+    if network == "auto" and reason is None:
+        return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
+    if network in ("auto", "cpp") and device.type == "cpu":
+        return _cpu_network(network, dtype)
     if network == "auto":
-        if reason is None:
-            return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
         return Choice("eager", f"auto: {reason}" if device.type == "cuda" else "auto: no compilation to wait for")
     if "graph" in network and reason is not None:
         instead = "compile" if "compile" in network else "eager"
         raise BackendError(f"network={network!r} cannot run: {reason}; use network={instead!r}")
     return Choice(network, "asked for")
+
+
+def _cpu_network(network: str, dtype: str | torch.dtype) -> Choice:
+    """What runs a network on a CPU if it is "auto", or "cpp"."""
+    name = str(dtype).removeprefix("torch.")
+    reason = why_not_cpu_kernels(torch.float32 if name == "auto" else DTYPES.get(name, torch.float64))
+    if reason is None:
+        source = "auto" if network == "auto" else "asked for"
+        return Choice("cpp", f"{source}: C++ kernels run networks of ours, and nothing else is compiled")
+    if network == "cpp":
+        raise BackendError(f"network='cpp' cannot run: {reason}; use network='eager'")
+    return Choice("eager", f"auto: {reason}")
 
 
 def _why_not_captured(device: torch.device, step: Choice) -> str | None:
