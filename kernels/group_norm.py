@@ -9,11 +9,7 @@ An image is cut by C, H and W alone, its channels into blocks of whole groups an
 independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
 result. If one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
 
-Statistics are a mean and the sum of squared deviations from it (M2), by two passes over registers, united as in Chan,
-Golub & LeVeque 1979: a sum of squares would cancel if the mean is large. Their unit is a *chunk*, up to 16 bytes
-of neighbouring channels that lie in one group and in one thread.
 If h is wanted as well (:mod:`stepfusion.kernels.add_group_norm`), the launch that reads x first writes it, rounded to
-
 the dtype of x, and what is normalised is what was written.
 
 Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2, and one
