@@ -21,15 +21,15 @@ demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.
 	@$(BIN)/stepfusion sample fashion-mnist --guidance 1.5 --out samples.png
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
-	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
 
 test-oldest: $(VENV)-oldest/.dev  ## the tests with the oldest versions that pyproject.toml admits
 test-newest: $(VENV)-newest/.dev  ## the tests with the newest versions
 test-oldest test-newest:
-	@$(VENV)$(@:test%=%)/bin/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@$(VENV)$(@:test%=%)/bin/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev  ## the tests that take minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) -m soak
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS) -m soak
 
 # Python itself is not instrumented, so that the address sanitizer's library has to be loaded before it, and C++'s own
 # for exceptions; PyTorch's allocations then have guards, and what a kernel reads or writes beside a tensor ends the run.
@@ -50,7 +50,7 @@ SERVER := nvidia-pytriton==0.7.0
 partition: $(VENV)/.dev  ## torch-tensorrt's partitioner over every network, no GPU needed
 	@$(call aside,build/partitioner,$(PARTITIONER))
 	@find build/partitioner/torch_tensorrt -name '*.so' -delete 2>/dev/null || true
-	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) \
+	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS) \
 		tests/export/test_to_torch_tensorrt.py
 
 server: $(VENV)/.dev  ## an exported model repository in a Triton Inference Server
