@@ -52,8 +52,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300.0,
         metavar="S",
-        help="seconds after which a tick that has not ended makes the engine dead, and /healthz say so; start-up does "
-        "not count; 0 is never (default: %(default)s)",
+        help="seconds after which a tick that has not ended makes the engine dead, and /healthz say so; start-up "
+        "does not count; 0 is never (default: %(default)s)",
     )
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
