@@ -102,6 +102,11 @@ class Plan:
         return self.backend.value == "triton" and self.network.value in ("eager", "graph")
 
     @property
+    def compiles_each_width(self) -> bool:
+        """True if every other number of lanes waits for a compiler, for seconds to minutes."""
+        return "compile" in self.network.value or self.network.value == "openvino"
+
+    @property
     def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
         """What compiles the network, None if nothing does."""
         if self.network.value == "openvino":
