@@ -142,7 +142,7 @@ def _modes(options: Options) -> list[tuple[str, str]]:
     modes = [("eager", "float32")]
     if options.compiled:
         modes.append(("compile", "float32"))
-        if why_not_cpu_kernels() is None:
+        if why_not_cpu_kernels(torch.bfloat16) is None:
             modes.append(("compile", "bfloat16"))
     return modes
 

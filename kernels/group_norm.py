@@ -1,13 +1,13 @@
 """GroupNorm and SiLU over NHWC memory, with what stands around them in a UNet's residual block.
 
-    h     = concat(x + residual, skip) + time                             residual, skip and time where given
+    h     = concat(x + residual, skip) + time                             residual, skip and time if given
     norm  = (h - mean) / sqrt(var + eps) * weight + bias                  Wu & He 2018; var over a group, biased
-    y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, where given
+    y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, if given
     out   = y * sigmoid(y)                                                SiLU: Elfwing et al. 2017
 
 An image is cut by C, H and W alone, its channels into blocks of whole groups and its pixels into splits: lanes are
 independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
-result. Where one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
+result. If one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
 
 If h is wanted as well (:mod:`stepfusion.kernels.add_group_norm`), the launch that reads x first writes it, rounded to
 the dtype of x, and what is normalised is what was written.

@@ -29,7 +29,7 @@ def group_norm_silu_reference(
     h = x.to(compute) if skip is None else torch.cat((x, skip), dim=1).to(compute)
     if time is not None:
         h = h + time.to(compute)[:, :, None, None]
-    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels where the mean is large
+    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels if the mean is large
     y = torch.nn.functional.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift.to(compute)[:, :, None, None], y, 1 + scale.to(compute)[:, :, None, None])

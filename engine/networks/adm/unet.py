@@ -81,13 +81,13 @@ class ADMUNet(TimeConditioned):
             self.projection_size += resnet.time_emb_proj.out_features
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Predict eps or x0, and the variance where it is learned.
+        """Predict eps or x0, and the variance if it is learned.
 
         Args:
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (levels - 1)``.
             timesteps: int64 [B].
-            class_labels: int64 [B] where the config has classes, else None. Values are not checked here.
+            class_labels: int64 [B] if the config has classes, else None. Values are not checked here.
 
         Returns:
             [B, out_channels, H, W] in the weights' dtype.

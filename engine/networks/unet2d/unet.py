@@ -69,7 +69,7 @@ class UNet2D(TimeConditioned):
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (num_levels - 1)``.
             timesteps: int64 [B].
-            class_labels: int64 [B] where the config has classes (float [B, time_embed_dim] with
+            class_labels: int64 [B] if the config has classes (float [B, time_embed_dim] with
                 ``class_embed_type="identity"``), else None. Values are not checked here.
 
         Returns:
