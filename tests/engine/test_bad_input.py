@@ -58,8 +58,8 @@ ENGINES = [
     Case("backend: unknown", lambda: engine(backend="cuda"),
          ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'reference', got 'cuda'"),
     Case("network: unknown", lambda: engine(network="fast"),
-         ValueError, "network must be one of 'auto', 'eager', 'compile', 'graph', 'compile+graph', 'openvino', got "
-         "'fast'"),
+         ValueError, "network must be one of 'auto', 'eager', 'cpp', 'compile', 'graph', 'compile+graph', "
+         "'openvino', got 'fast'"),
     Case("network: a graph without CUDA", lambda: engine(network="graph"),
          sf.BackendError, "network='graph' cannot run: CUDA graphs need a CUDA device, and the device is cpu; use "
          "network='eager'"),
