@@ -27,7 +27,10 @@ class SamplingCancelled(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in a line: its kind, and the first line of its message."""
-    lines = str(error).strip().splitlines() or ["no message"]
+    try:
+        lines = str(error).strip().splitlines() or ["no message"]
+    except BaseException:  # which its own __str__ raised; whoever is to be told of the error must be told
+        lines = ["its message cannot be read"]
     return f"{type(error).__name__}: {lines[0]}"
 
 

@@ -193,7 +193,7 @@ def normal_reference(
     return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(len(seeds), *shape)
 
 
-@triton.jit(do_not_specialize=["stream"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=launch.SCALARS)  # type: ignore[untyped-decorator]
 def normal_kernel(  # type: ignore[no-untyped-def]
     z_ptr,  # [B, E] float32
     seed_ptr,  # [B] int64

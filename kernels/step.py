@@ -38,7 +38,7 @@ STREAM = tl.constexpr(STREAM_STEP)
 
 
 # B must stay a tensor for a batch of one too, and neither size may recompile.
-@triton.jit(do_not_specialize=["B", "R"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "R"], do_not_specialize_on_alignment=launch.SCALARS)  # type: ignore[untyped-decorator]
 def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, E] float32
     out_ptr,  # [B, E] or [B, 2 E] with LEARNED

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.commands.streams import tell
 from stepfusion.options import ExecutionOptions
-from stepfusion.serving.http.stopping import terminate_with
+from stepfusion.serving.http.stopping import exit_at_once, terminate_with
 
 if TYPE_CHECKING:
+    from stepfusion.serving.async_engine import AsyncEngine
     from stepfusion.serving.http.model_app import ModelApp
 
 _EXAMPLES = """examples:
@@ -23,8 +25,9 @@ _EXAMPLES = """examples:
   stepfusion serve MODEL --replicas 4 --gpus 1     # on Ray Serve, a GPU a replica
   curl -d '{"labels": "Sneaker"}' -H 'Content-Type: application/json' http://127.0.0.1:8000/v1/generate > one.png
 
-SIGTERM or Ctrl-C takes no more requests, finishes those under way for --drain seconds, and exits with 0; a second one
-kills at once. There is no authentication: whoever reaches the port can use it."""
+SIGTERM or Ctrl-C takes no more requests, finishes those under way for --drain seconds, and exits with 0, or with 1 if
+the engine is dead; if a tick does not end, it is left behind some 5 seconds later. A second signal kills at once.
+There is no authentication: whoever reaches the port can use it."""
 _MOST = 1 << 31
 _MOST_PRIORITY = 1000  # that AsyncEngine.submit takes
 
@@ -44,6 +47,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: localhost alone for requests that arrive at it, and any for others)",
     )
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to finish for (default: %(default)s)")
+    add(
+        "--hang-after",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds after which a tick that has not ended makes the engine dead, and /healthz say so; start-up "
+        "does not count; 0 is never (default: %(default)s)",
+    )
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
     add = parser.add_argument_group("what runs it").add_argument
@@ -92,7 +103,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serve as ``args`` say until it is told to stop; returns 0."""
+    """Serve as ``args`` say until it is told to stop; returns the exit status."""
     _check_arguments(args)
     _check_installed(args)
     parent = os.getppid()
@@ -100,9 +111,8 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.exit_with_parent:
         terminate_with(parent)
     if args.local:
-        _run_locally(args, model)
-    else:
-        _run_with_ray(args, model)
+        return _run_locally(args, model)
+    _run_with_ray(args, model)
     return 0
 
 
@@ -125,6 +135,7 @@ def _model(args: argparse.Namespace) -> ModelApp:
             invariant=args.invariant,
         ),
         queue=args.queue,
+        hang_after=args.hang_after or None,
         limits=Limits(
             images=args.max_images,
             evaluations=args.max_evaluations,
@@ -138,13 +149,24 @@ def _model(args: argparse.Namespace) -> ModelApp:
     )
 
 
-def _run_locally(args: argparse.Namespace, model: ModelApp) -> None:
+def _run_locally(args: argparse.Namespace, model: ModelApp) -> int:
     from stepfusion.serving.http.local_server import listen, serve_locally
 
     with listen(args.host, args.port) as listening:
         app = model.make()
         _announce(args, listening.getsockname()[1])
         serve_locally(app, listening, drain=args.drain)
+    return _status(app.state.service)
+
+
+def _status(service: AsyncEngine) -> int:
+    """0, or 1 if the engine is dead; a thread of it that hangs does not keep this process from ending."""
+    status = int(not service.live)
+    if status:
+        tell("stepfusion: the engine was dead; the log says why")
+    if service.left_behind:
+        exit_at_once(status)
+    return status
 
 
 def _run_with_ray(args: argparse.Namespace, model: ModelApp) -> None:
@@ -171,10 +193,10 @@ def _announce(args: argparse.Namespace, port: int) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     _check_counts(args)
-    for name in ("drain", "cpus", "gpus"):
+    for name in ("drain", "hang_after", "cpus", "gpus"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"--{name} must be a finite number of at least 0, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number of at least 0, got {value}")
     if not (0 if args.local else 1) <= args.port < 1 << 16:
         raise ValueError(f"--port must be in [1, 65535], or 0 with --local, got {args.port}")
     for name, default in (("ray", None), ("replicas", 1), ("cpus", None), ("gpus", None)):

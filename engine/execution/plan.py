@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -12,6 +13,7 @@ from torch import nn
 
 from stepfusion import _checks, kernels
 from stepfusion.execution.cuda_graph import why_not_graph
+from stepfusion.execution.float32 import float32_products
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import (
     BackendError,
@@ -24,6 +26,7 @@ from stepfusion.kernels.cpu.library import onednn_limit, why_not_cpu_kernels
 from stepfusion.kernels.cpu.sampling_library import (
     instruction_set,
     require_sampling_kernels,
+    why_not_sampling_kernels,
 )
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -31,6 +34,7 @@ NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "o
 #: Why dynamic thresholding runs on the reference path.
 WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32 = "tf32"  # float32 whose products are rounded to ten bits of the mantissa, on CUDA
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,13 @@ class Plan:
         return {"triton": kernels, "cpu": cpu_ops, "reference": reference}[self.backend.value]
 
     @property
+    def products(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context in which the network is called: whether its convolutions and matrix products may use TF32."""
+        if self.device.type != "cuda" or self.dtype != torch.float32:
+            return nullcontext
+        return partial(float32_products, tf32=self.dtype_choice.value == TF32)
+
+    @property
     def captures(self) -> bool:
         """True if ticks are captured as CUDA graphs."""
         return "graph" in self.network.value
@@ -89,6 +100,11 @@ class Plan:
     def fuses_network(self) -> bool:
         """True if our own networks run their fused kernels; a compiler fuses on its own, and sees through."""
         return self.backend.value == "triton" and self.network.value in ("eager", "graph")
+
+    @property
+    def compiles_each_width(self) -> bool:
+        """True if every other number of lanes waits for a compiler, for seconds to minutes."""
+        return "compile" in self.network.value or self.network.value == "openvino"
 
     @property
     def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
@@ -165,8 +181,8 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype != "auto":
-        _checks.choice("dtype", dtype, ("auto", *DTYPES))
-        return DTYPES[dtype], Choice(dtype, "asked for; the state stays float32")
+        _checks.choice("dtype", dtype, ("auto", *DTYPES, TF32))
+        return _asked_dtype(dtype, device)
     if device.type != "cpu":
         return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
     if network.value in ("eager", "cpp"):
@@ -175,6 +191,16 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
         return torch.bfloat16, Choice("bfloat16", reason)
     return torch.float32, Choice("float32", "auto: neither AMX nor AVX512-BF16 can be used here")
+
+
+def _asked_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, Choice]:
+    if dtype == TF32:
+        if device.type != "cuda":
+            raise BackendError(f"dtype={TF32!r} needs a CUDA device, and the device is {device}: use dtype='float32'")
+        reason = "asked for: float32 with TF32 in convolutions and matrix products; the state stays float32"
+        return torch.float32, Choice(TF32, reason)
+    exact = ", without TF32" if dtype == "float32" and device.type == "cuda" else ""
+    return DTYPES[dtype], Choice(dtype, f"asked for{exact}; the state stays float32")
 
 
 def _bfloat16_unit() -> str | None:
@@ -200,6 +226,11 @@ def _backend(backend: str, device: torch.device) -> Choice:
         return Choice("cpu", f"{source}: the fused kernels in C++ ({instruction_set()})", asked=True)
     if backend == "reference":
         return Choice("reference", f"{source}: eager PyTorch", asked=True)
+    if device.type == "cpu":
+        reason = why_not_sampling_kernels()
+        if reason is None:
+            return Choice("cpu", f"auto: the fused kernels in C++ ({instruction_set()}), with the reference's bits")
+        return Choice("reference", f"auto: the fused kernels in C++ cannot run: {reason}")
     reason = why_not_triton(device)
     if reason is None and interpreting():
         reason = "Triton's interpreter is for tests, and slower than PyTorch"

@@ -21,6 +21,7 @@ from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.events import EventQueue, LastEvents
 from stepfusion.serving.metrics import make_metrics
+from stepfusion.serving.open_requests import OpenRequests
 from stepfusion.serving.scheduler import Scheduler
 from stepfusion.serving.served_request import Result, ServedRequest
 from stepfusion.serving.tracing import make_tracing
@@ -68,6 +69,8 @@ class AsyncEngine:
         queue: the most images that may wait for a lane.
         rows: of all tables that are walked at a time; by default 4096, or as many as two of the longest need.
         aging: seconds without a lane that are worth one step of priority.
+        hang_after: seconds after which a round of ticks that has not ended makes the engine dead; None for never. A
+            round that compiles or captures something counts; start-up does not.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -81,6 +84,7 @@ class AsyncEngine:
         queue: int = 1024,
         rows: int | None = None,
         aging: float = 5.0,
+        hang_after: float | None = 300.0,
     ) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}")
@@ -91,19 +95,22 @@ class AsyncEngine:
         least = 2 * engine.schedule.num_timesteps
         rows = max(4096, least) if rows is None else _checks.integer("rows", rows, 1, 1 << 24)
         aging = _checks.number("aging", aging, 0.0, 1e9, open_low=True)
+        if hang_after is not None:
+            hang_after = _checks.number("hang_after", hang_after, 0.0, 1e9, open_low=True)
         self._engine, self._rows = engine, rows
         self._queue = _checks.integer("queue", queue, 1, 1 << 31)
         self._backlog = Backlog(self._queue)
         self._metrics, self._tracing = make_metrics(), make_tracing()
         self._numbers = itertools.count(1)
-        backlog, metrics, tracing = self._backlog, self._metrics, self._tracing
+        backlog, metrics = self._backlog, self._metrics
+        requests = OpenRequests(metrics, self._tracing)
 
         # It holds no reference to this object: so this object and its thread end when nobody uses it any more.
         def make() -> Scheduler:
             widths = _widths(engine, engine.batch if lanes is None else lanes)
-            return Scheduler(engine, backlog, widths=widths, rows=rows, aging=aging, metrics=metrics, tracing=tracing)
+            return Scheduler(engine, backlog, requests, widths=widths, rows=rows, aging=aging, metrics=metrics)
 
-        self._worker = Worker(make, engine.plan.device)
+        self._worker = Worker(make, engine.plan.device, requests, hang_after)
         self._abandon = weakref.finalize(self, self._worker.abandon)
 
     # Requests
@@ -128,12 +135,12 @@ class AsyncEngine:
             priority: in [-1000, 1000]; higher ones get lanes first.
             deadline: seconds from now after which the images are of no use.
             progress: called in the worker's thread with an :class:`stepfusion.Event` after every ``every``-th step
-                and the last, its tensors on the host. Keep it short. An exception that it raises ends this request
-                alone.
+                and the last, its tensors on the host. Keep it short. What it raises ends this request alone.
 
         Returns:
             A future of the :class:`Result`, or of NonFiniteError, DeadlineExceeded, EngineClosed, EngineDead, or what
-            ``progress`` raised.
+            ``progress`` raised: a RuntimeError from it, if it is no Exception (KeyboardInterrupt, SystemExit,
+            CancelledError) or a StopIteration. What a callback of the future raises is logged.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -147,7 +154,6 @@ class AsyncEngine:
                 self._engine.request(n, table, **options),
                 every=None if progress is None else every,
                 number=next(self._numbers),
-                future=Future(),
                 submitted=time.monotonic(),
                 pixels=_checks.choice("output", output, ("float32", "uint8")) == "uint8",
                 priority=_checks.integer("priority", priority, -_MOST_PRIORITY, _MOST_PRIORITY),
@@ -201,6 +207,9 @@ class AsyncEngine:
         Args:
             drain: False ends them with EngineClosed instead.
             timeout: seconds to drain for; what is left then ends with EngineClosed.
+
+        Once nothing is left it waits 5 seconds at most for the tick under way. If that does not end, the thread is
+        left behind (:attr:`left_behind`).
         """
         if timeout is not None:
             timeout = _checks.number("timeout", timeout, 0.0, 1e9)
@@ -236,14 +245,21 @@ class AsyncEngine:
         return self._worker.state == "ready"
 
     @property
+    def left_behind(self) -> bool:
+        """True if the thread that works is inside a tick that nobody waits for any more, because it did not end in
+        ``hang_after`` seconds, or while the engine was closed. Only the end of the process is sure to end it.
+        """
+        return self._worker.left_behind
+
+    @property
     def status(self) -> Status:
         """How it is doing."""
         worker, backlog, state = self._worker, self._backlog, self._worker.state
-        if state == "dead":  # whatever its lanes held, nobody moves it any more
+        if not worker.moves:
             return Status(state, 0, 0, 0, backlog.seconds, 0.0)
-        scheduler = worker.scheduler
+        scheduler, since = worker.scheduler, worker.round_since
         busy, lanes = (0, 0) if scheduler is None else (scheduler.busy, scheduler.lanes)
-        quiet = 0.0 if worker.idle or state == "closed" else time.monotonic() - worker.beat
+        quiet = 0.0 if since is None or state == "closed" else time.monotonic() - since
         return Status(state, backlog.images, busy, lanes, backlog.seconds, quiet)
 
     @property
@@ -310,6 +326,6 @@ def _widths(engine: Engine, lanes: int) -> tuple[int, ...]:
     """The numbers of lanes that may be in use: powers of two up to ``lanes``; only one if bits must not depend on it
     or if each would be compiled.
     """
-    if engine.invariant or engine.plan.compiler is not None:
+    if engine.invariant or engine.plan.compiles_each_width:
         return (lanes,)
     return (*(1 << i for i in range((lanes - 1).bit_length())), lanes)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from stepfusion.errors import first_line
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
 from stepfusion.lanes.request import Event, Request
@@ -25,10 +24,11 @@ from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.lanes.transfer import HostCopy, Pace
 from stepfusion.serving.admission import Admission
 from stepfusion.serving.backlog import Backlog
+from stepfusion.serving.containment import as_exception, contained
 from stepfusion.serving.errors import DeadlineExceeded
 from stepfusion.serving.metrics import Metrics
-from stepfusion.serving.served_request import Result, ServedRequest, Timings
-from stepfusion.serving.tracing import Tracing
+from stepfusion.serving.open_requests import OpenRequests
+from stepfusion.serving.served_request import ServedRequest
 
 if TYPE_CHECKING:
     from stepfusion.engine import Engine
@@ -60,24 +60,25 @@ class Scheduler:
     """Requests, and the lanes that they share.
 
     Args:
-        engine: whose network runs. backlog: where callers announce images. widths: how many lanes a pool may have in
-            use, rising. rows: of all tables that are walked at a time. aging: see :class:`Admission`.
+        engine: whose network runs. backlog: where callers announce images. open_requests: which others may end, too.
+            widths: how many lanes a pool may have in use, rising. rows: of all tables that are walked at a time.
+            aging: see :class:`Admission`.
     """
 
     def __init__(
         self,
         engine: Engine,
         backlog: Backlog,
+        open_requests: OpenRequests,
         *,
         widths: Sequence[int],
         rows: int,
         aging: float,
         metrics: Metrics,
-        tracing: Tracing,
     ) -> None:
-        self._engine, self._backlog = engine, backlog
+        self._engine, self._backlog, self._open = engine, backlog, open_requests
         self._widths, self._aging = tuple(widths), aging
-        self._metrics, self._tracing = metrics, tracing
+        self._metrics = metrics
         self._tables = DeviceTables(engine.evaluator, engine.plan.device, rows)
         self._pools: dict[tuple[RunnerKey, bool], _Pool] = {}
         self._requests: dict[int, ServedRequest] = {}
@@ -113,8 +114,12 @@ class Scheduler:
         return self._tables.held
 
     def warm_up(self) -> None:
-        """Run the network once for each pool and width that may come: no request waits for what is done once."""
+        """Run the network once for each pool and width that may come, draw noise and make pixels.
+
+        No request waits for what is done once.
+        """
         engine = self._engine
+        engine.to_uint8(engine.runners.initial_noise("seed", 0)[None])
         table = engine.table("ddim", 1)
         for guidance in (1.0,) if engine.null_label is None else (1.0, 2.0):
             request = engine.request(1, table, labels=None if engine.num_classes is None else 0, guidance=guidance)
@@ -131,7 +136,9 @@ class Scheduler:
         """Take a request on; its images are in the backlog."""
         job.request = self._engine.runners.noised(job.request)
         self._requests[job.number] = job
-        if job.future.cancelled():
+        if job.ended:
+            self._free(job)
+        elif job.future.cancelled():
             self.cancelled(job.number)
         elif job.left:
             self._pool(job.request).queue.add(job)
@@ -144,24 +151,10 @@ class Scheduler:
         if job is not None:
             self._end(job, "cancelled", None)
 
-    def end_all(self, outcome: str, error: Exception) -> None:
-        """End every request with this error."""
-        for job in list(self._requests.values()):
-            self._end(job, outcome, error)
-
-    def fail_all(self, late: Sequence[ServedRequest], error: Exception) -> None:
-        """Tell every caller, of ``late`` requests too, that nothing more comes; the device, which may be broken, is
-        left alone.
-        """
-        for job in (*self._requests.values(), *late):
-            self._tell(job, "dead", error)
-        self._requests.clear()
-        self._metrics.lanes(0, 0)
-        self._metrics.queue(0, 0)
-
     def step(self) -> None:
         """One round. torch.OutOfMemoryError if not even one lane fits."""
         started = time.monotonic()
+        self._free_ended()
         self._end_late(started)
         for pool in list(self._pools.values()):
             try:
@@ -176,8 +169,12 @@ class Scheduler:
             self._transfers.popleft().arrive()
         if ticked:
             self._backlog.measured(time.monotonic() - started)
-        self._metrics.lanes(self.busy, self.lanes)
-        self._metrics.queue(len(self._requests), self._backlog.images)
+
+    def report(self, *, moves: bool = True) -> None:
+        """Write down how much there is to do; nothing, if nobody ``moves`` it any more."""
+        with contained("the metrics"):
+            self._metrics.lanes(self.busy if moves else 0, self.lanes if moves else 0)
+            self._metrics.queue(len(self._open) if moves else 0, self._backlog.images if moves else 0)
 
     # Lanes
 
@@ -227,7 +224,8 @@ class Scheduler:
 
     def _tick(self, lanes: LaneEngine) -> None:
         lanes.tick()
-        self._metrics.tick()
+        with contained("the metrics"):
+            self._metrics.tick()
         for active, event in lanes.events():
             self._show(cast(ServedRequest, active), event)
         done = lanes.done()
@@ -245,10 +243,11 @@ class Scheduler:
         def arrive() -> None:
             if job.ended or job.progress is None:
                 return
+            shown = replace(event, x=x.wait(), x0=x0.wait())
             try:
-                job.progress(replace(event, x=x.wait(), x0=x0.wait()))
-            except Exception as error:
-                self._end(job, "callback", error)
+                job.progress(shown)
+            except BaseException as error:  # in this thread, nobody but the callback can mean one by it
+                self._end(job, "callback", as_exception("progress", error))
 
         self._transfers.append(_Transfer((x, x0), arrive))
 
@@ -275,7 +274,9 @@ class Scheduler:
         self._engine.runners.pool.clear()
         self._put_back(pool, lost)
         self._backlog.lanes = min(self._backlog.lanes, pool.lanes.lanes)
-        logger.warning("out of memory: going on with %d lanes", pool.lanes.lanes, extra={"lanes": pool.lanes.lanes})
+        with contained("the log"):
+            lanes = pool.lanes.lanes
+            logger.warning("out of memory: going on with %d lanes", lanes, extra={"lanes": lanes})
 
     def _put_back(self, pool: _Pool, images: Sequence[Image]) -> None:
         for active, image in images:
@@ -286,12 +287,16 @@ class Scheduler:
 
     # Requests
 
+    def _free_ended(self) -> None:
+        """Free the lanes of requests that others have ended."""
+        for job in [job for job in self._requests.values() if job.ended]:
+            self._free(job)
+
     def _end_late(self, now: float) -> None:
         for job in [job for job in self._requests.values() if job.deadline < math.inf]:
             ticks = max(self._pool(job.request).lanes.ticks_left(job), *map(job.steps, job.waiting), 0)
             if now + self._backlog.fastest * ticks > job.deadline:
-                done = len(job.request) - job.left
-                message = f"the deadline was out of reach when {done} of {len(job.request)} images were done"
+                message = f"the deadline was out of reach when {job.progress_made}"
                 self._end(job, "deadline", DeadlineExceeded(message))
 
     def _finish(self, job: ServedRequest) -> None:
@@ -302,6 +307,11 @@ class Scheduler:
 
     def _end(self, job: ServedRequest, outcome: str, error: Exception | None) -> None:
         """The end of a request, whichever: its lanes and rows are free, and its caller knows."""
+        self._free(job)
+        self._open.end(job, outcome, error)
+
+    def _free(self, job: ServedRequest) -> None:
+        """Forget a request; its lanes, its rows and its room in the queue are free."""
         del self._requests[job.number]
         pool = self._pool(job.request)
         pool.queue.discard(job)
@@ -310,32 +320,4 @@ class Scheduler:
             self._tables.release(job.request.table)
         if self._needs_room is job:
             self._needs_room = None
-        self._tell(job, outcome, error)
-
-    def _tell(self, job: ServedRequest, outcome: str, error: Exception | None) -> None:
-        """Resolve the future of a request, unless it was cancelled, and write down how it ended."""
-        job.ended = True
         self._backlog.leave(len(job.waiting), job.waiting_steps)
-        now = time.monotonic()
-        started = now if job.started is None else job.started
-        timings = Timings(started - job.submitted, now - started, now - job.submitted)
-        self._metrics.ended(outcome, len(job.request) - job.left, timings)
-        self._tracing.ended(job, outcome, timings, error)
-        logger.info(
-            "request %d: %s",
-            job.number,
-            outcome if error is None else f"{outcome}: {first_line(error)}",
-            extra={
-                "request": job.number,
-                "outcome": outcome,
-                "images": len(job.request),
-                "queued_s": timings.queued,
-                "running_s": timings.running,
-            },
-        )
-        if not job.future.set_running_or_notify_cancel():
-            return
-        if error is not None:
-            job.future.set_exception(error)
-        elif job.images is not None:
-            job.future.set_result(Result(job.images, timings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from stepfusion.lanes.request import ActiveRequest, Event
+from stepfusion.serving.containment import contained
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,26 @@ class Result:
     timings: Timings
 
 
+class ResultFuture(Future[Result]):
+    """A future whose callbacks cannot end the thread that resolves it, nor keep each other from being called."""
+
+    def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
+        def call(future: Future[Result]) -> None:
+            with contained("a callback of a request's future"):
+                fn(future)
+
+        super().add_done_callback(call)
+
+    def resolve(self, outcome: Result | Exception) -> None:
+        """Set the result or the error, unless the future was cancelled. To be called once."""
+        if not self.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.set_exception(outcome)
+        else:
+            self.set_result(outcome)
+
+
 @dataclass(eq=False, kw_only=True)
 class ServedRequest(ActiveRequest):
     """A request under way, and what its caller wants of it.
@@ -45,12 +67,11 @@ class ServedRequest(ActiveRequest):
         context: what tracing wants back.
         images: those that are done, on the host; None before the first one.
         left: how many are not done.
-        ended: its caller knows how it ended.
     """
 
     number: int
-    future: Future[Result]
     submitted: float
+    future: ResultFuture = field(default_factory=ResultFuture)
     pixels: bool = False
     priority: int = 0
     deadline: float = math.inf
@@ -60,12 +81,26 @@ class ServedRequest(ActiveRequest):
     left: int = field(init=False)
     started: float | None = None
     since: float = field(init=False)
-    ended: bool = False
+    _claimed: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.left = len(self.request)
         self.since = self.submitted
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end was claimed: its caller knows of it, or is about to."""
+        return self._claimed.locked()
+
+    def claim(self) -> bool:
+        """True for the first of all threads that asks: that one tells the caller how the request ended."""
+        return self._claimed.acquire(blocking=False)
+
+    @property
+    def progress_made(self) -> str:
+        """How many images are done, for messages."""
+        return f"{len(self.request) - self.left} of {len(self.request)} images were done"
 
     @property
     def waiting_steps(self) -> int:

@@ -277,3 +277,11 @@ def test_the_interpreter_has_no_machine_code(capsys: pytest.CaptureFixture[str])
         "python -m stepfusion.bench.machine_code: machine code needs Triton's compiler, "
         "but TRITON_INTERPRET=1 is set in this process\n"
     )
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_once_a_server_is_warm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Noise and pixels neither, and no variant of a kernel for odd numbers of images."""
+    found = json_of(tmp_path_factory, str(SUPPORT / "served_compilations.py"))
+    assert found["late"] == []
+    assert {"diffusion_step_kernel", "normal_kernel", "to_uint8_kernel"} == set(found["served"])

@@ -316,10 +316,17 @@ class TestClosing:
         gate.shut()
         future = service.submit(n=8, steps=900, labels=0)
         gate.wait_for_call()
-        gate.open()
-        assert service.close(drain=False) is False
+        calls = gate.calls
+        closed: list[bool] = []
+        closing = threading.Thread(target=lambda: closed.append(service.close(drain=False)))
+        closing.start()
         with pytest.raises(EngineClosed):
-            future.result(0)
+            future.result(30)
+        gate.open()
+        closing.join(30)
+        assert closed == [False]
+        assert gate.calls == calls, "what nobody waits for is not finished"
+        assert leaks(service) == {}
         service.close()
 
     def test_before_it_was_started(self) -> None:

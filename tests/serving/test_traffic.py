@@ -16,7 +16,7 @@ import stepfusion as sf
 from stepfusion.lanes.request import LaneStart
 from stepfusion.lanes.runner import Runner
 from stepfusion.serving import AsyncEngine, Result
-from stepfusion.serving.scheduler import Scheduler
+from stepfusion.serving.open_requests import OpenRequests
 from stepfusion.serving.served_request import ServedRequest
 from stepfusion_testing.serving_twins import NAN_LABEL, leaks, offline, small_engine, wait_until_idle
 
@@ -159,13 +159,13 @@ def test_memory_is_flat_over_10000_requests() -> None:
 def test_a_service_that_keeps_its_requests_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: one object a request is found."""
     kept: list[ServedRequest] = []
-    tell = Scheduler._tell
+    end = OpenRequests.end
 
-    def keeps(self: Scheduler, job: ServedRequest, *rest: Any) -> None:
+    def keeps(self: OpenRequests, job: ServedRequest, *rest: Any) -> bool:
         kept.append(job)
-        tell(self, job, *rest)
+        return end(self, job, *rest)
 
-    monkeypatch.setattr(Scheduler, "_tell", keeps)
+    monkeypatch.setattr(OpenRequests, "end", keeps)
     service = AsyncEngine(small_engine()).start()
     assert growth(service, 1_000) > 800
     service.close()

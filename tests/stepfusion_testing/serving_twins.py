@@ -14,6 +14,7 @@ from stepfusion.kernels import PARKED
 from stepfusion.serving import AsyncEngine, Result
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.metrics import Metrics
+from stepfusion.serving.open_requests import OpenRequests
 from stepfusion.serving.scheduler import Scheduler
 from stepfusion.serving.served_request import ServedRequest
 from stepfusion.serving.tracing import Tracing
@@ -103,12 +104,15 @@ class Desk:
         self, engine: sf.Engine, *, widths: tuple[int, ...] = (8,), rows: int = 4096, queue: int = 1 << 20
     ) -> None:
         self.engine, self.backlog = engine, Backlog(queue)
+        self.open = OpenRequests(Metrics(), Tracing())
         self.scheduler = Scheduler(
-            engine, self.backlog, widths=widths, rows=rows, aging=5.0, metrics=Metrics(), tracing=Tracing()
+            engine, self.backlog, self.open, widths=widths, rows=rows, aging=5.0, metrics=Metrics()
         )
         self._number = 0
 
-    def ask(self, *, priority: int = 0, progress: Any = None, every: int = 1, **arguments: Any) -> Future[Result]:
+    def ask(
+        self, *, priority: int = 0, progress: Any = None, every: int = 1, pixels: bool = False, **arguments: Any
+    ) -> Future[Result]:
         """Make a request; nothing happens yet."""
         self._number += 1
         request = self.engine.request(**arguments)
@@ -116,12 +120,13 @@ class Desk:
             request,
             every=None if progress is None else every,
             number=self._number,
-            future=Future(),
             submitted=time.monotonic(),
             priority=priority,
             progress=progress,
+            pixels=pixels,
         )
         self.backlog.enter(len(job.waiting), job.waiting_steps)
+        self.open.add(job)
         self.scheduler.add(job)
         return job.future
 

@@ -22,6 +22,7 @@ class ModelApp:
         name: of the model, for people.
         execution: where and how the model is run.
         queue: the most images that may wait for a lane.
+        hang_after: seconds after which a tick that has not ended makes the engine dead; None for never.
         limits: of a request; their ``steps`` are replaced by ``max_steps``.
         max_steps: of one image; by default the model's timesteps.
         host, allowed_hosts: as for :func:`stepfusion.serving.http.app.make_app`.
@@ -31,6 +32,7 @@ class ModelApp:
     name: str
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     queue: int = 1024
+    hang_after: float | None = 300.0
     limits: Limits = field(default_factory=Limits)
     max_steps: int | None = None
     host: str | None = None
@@ -41,7 +43,7 @@ class ModelApp:
         engine = Engine.from_pretrained(self.model, **vars(self.execution))
         steps = engine.schedule.num_timesteps if self.max_steps is None else self.max_steps
         return make_app(
-            AsyncEngine(engine, queue=self.queue),
+            AsyncEngine(engine, queue=self.queue, hang_after=self.hang_after),
             limits=replace(self.limits, steps=steps),
             name=self.name,
             host=self.host,

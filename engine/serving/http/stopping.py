@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PARENT_SECONDS = 0.5  # between two looks at who the parent is
@@ -44,3 +46,11 @@ def terminate_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="stepfusion-parent", daemon=True).start()
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process without waiting for any thread, nor for what a stuck device would do at a regular exit."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it is full, gone or closed
+            stream.flush()
+    os._exit(status)

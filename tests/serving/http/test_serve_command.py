@@ -163,6 +163,7 @@ def test_handlers_come_back() -> None:
         (["--local", "--max-priority", "-1"], "--max-priority must be in [0, 1000], got -1"),
         (["--local", "--max-priority", "1001"], "--max-priority must be in [0, 1000], got 1001"),
         (["--local", "--drain", "nan"], "--drain must be a finite number of at least 0, got nan"),
+        (["--local", "--hang-after", "-1"], "--hang-after must be a finite number of at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_one_sentence(
