@@ -65,7 +65,7 @@ class Plan:
             "step": self.backend,
             "network": self.network,
         }
-        if self.network.value in ("cpp", "compile") and self.device.type == "cpu":
+        if self.network.value == "compile" and self.device.type == "cpu":
             choices["layers"] = self._layers
         return choices
 
