@@ -117,4 +117,6 @@ def test_whom_the_options_select() -> None:
     ]  # fmt: skip
     assert all("compile" not in name for name in names(compiled=False))
     assert names(providers=("inductor bfloat16",), compiled=False) == ["inductor bfloat16"]
-    assert {name.split()[-1] for name in names(dtype="float32")} == {"float32"}
+    chosen = names(dtype="float32")
+    assert chosen
+    assert all("float32" in name.split() for name in chosen)
