@@ -9,22 +9,27 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test soak sanitize partition server bench lint types wheel clean
+.PHONY: help demo test test-oldest test-newest soak sanitize partition server bench lint types wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## sample 64 images with the bundled model into samples.png
 	@$(BIN)/stepfusion sample fashion-mnist --guidance 1.5 --out samples.png
 
 test: $(VENV)/.dev  ## run the tests; PYTEST_ARGS="-k philox" picks some, WORKERS=8 spreads them
-	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
+
+test-oldest: $(VENV)-oldest/.dev  ## the tests with the oldest versions that pyproject.toml admits
+test-newest: $(VENV)-newest/.dev  ## the tests with the newest versions
+test-oldest test-newest:
+	@$(VENV)$(@:test%=%)/bin/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev  ## the tests that take minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) -m soak
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS) -m soak
 
 # Python itself is not instrumented, so that the address sanitizer's library has to be loaded before it, and C++'s own
 # for exceptions; PyTorch's allocations then have guards, and what a kernel reads or writes beside a tensor ends the run.
@@ -45,7 +50,7 @@ SERVER := nvidia-pytriton==0.7.0
 partition: $(VENV)/.dev  ## torch-tensorrt's partitioner over every network, no GPU needed
 	@$(call aside,build/partitioner,$(PARTITIONER))
 	@find build/partitioner/torch_tensorrt -name '*.so' -delete 2>/dev/null || true
-	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS) \
+	@PYTHONPATH=$(CURDIR)/build/partitioner $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS) \
 		tests/export/test_to_torch_tensorrt.py
 
 server: $(VENV)/.dev  ## an exported model repository in a Triton Inference Server
@@ -77,7 +82,7 @@ wheel: $(VENV)/.dev  ## build the source archive, and from it the wheel, into di
 	@ls dist/*
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) build dist samples.png *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist samples.png *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: EXTRAS :=
@@ -86,4 +91,10 @@ $(VENV)/.runtime $(VENV)/.dev: pyproject.toml constraints.txt
 	@echo "installing stepfusion$(EXTRAS) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq -c constraints.txt -e ".$(EXTRAS)"
+	@touch $@
+
+$(VENV)-%/.dev: pyproject.toml constraints-%.txt
+	@echo "installing stepfusion[test] and its $* dependencies into $(VENV)-$*"
+	@$(PYTHON) -m venv $(VENV)-$*
+	@$(VENV)-$*/bin/pip install -qq -c constraints-$*.txt -e ".[test]"
 	@touch $@

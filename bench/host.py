@@ -15,7 +15,7 @@ from stepfusion.bench.measure import Timing, summarise
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
-from stepfusion.execution.cuda_graph import CapturePolicy, Graph
+from stepfusion.execution.cuda_graph import CapturePolicy, Graph, GraphPool
 from stepfusion.samplers.schedule import NoiseSchedule
 
 PART = "host"
@@ -74,7 +74,7 @@ class _Nothing:
 class _Silent(CapturePolicy):
     """Replaces every tick by a replay of nothing: what is left is the engine's own Python."""
 
-    def capture(self, body: Callable[[], None], device: torch.device) -> Graph | None:
+    def capture(self, body: Callable[[], None], device: torch.device, pool: GraphPool | None = None) -> Graph | None:
         return _Nothing()
 
 

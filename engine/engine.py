@@ -20,6 +20,7 @@ from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.request import Event, Request, Tables, check_images
@@ -71,6 +72,7 @@ class Engine:
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
     """
 
+    @plain_torch(gradients=False)
     def __init__(
         self,
         model: Network,
@@ -115,13 +117,14 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None)
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)
         self._exported: str | None = None
 
     @classmethod
+    @plain_torch(gradients=False)
     def from_pretrained(
         cls, source: str | os.PathLike[str] | Pretrained | GuidedDiffusionModel, **arguments: Any
     ) -> Self:
@@ -143,6 +146,7 @@ class Engine:
         return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
 
     @classmethod
+    @plain_torch(gradients=False)
     def from_exported(cls, directory: str | os.PathLike[str], **arguments: Any) -> Self:
         """An engine whose network was exported (``stepfusion export``); ``arguments`` as for :class:`Engine`.
 
@@ -211,7 +215,7 @@ class Engine:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")
         request = self.runners.request(n, table, options)
-        result = torch.empty((len(request), *self.shape), device=self.plan.device)
+        result = offline.room_for(self.runners, request)
         shown = sys.stderr.isatty() if progress is None else _checks.boolean("progress", progress)
         total = sum(request.steps(image) for image in range(len(request)))
         strict, watched = nonfinite == "raise", callback is not None
@@ -346,6 +350,7 @@ class Engine:
             table, steps = self.table("ddim", steps, eta=0.0), None
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
 
+    @plain_torch(gradients=False)
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
         """Images [n, C, H, W] in [-1, 1], or latents of an engine that decodes, to pixels, uint8 [n, H, W, C].
 
@@ -354,7 +359,7 @@ class Engine:
         pixels: torch.Tensor = self.plan.ops.to_uint8(self.decode_latents(x))
         return pixels
 
-    @torch.no_grad()
+    @plain_torch(gradients=False)
     def decode_latents(self, x: torch.Tensor) -> torch.Tensor:
         """The images [n, C', H', W'] of latents float [n, C, H, W], :attr:`batch` at a time, by the hook ``decode``.
 

@@ -105,10 +105,11 @@ class NetworkExport:
         network, largest = plain_network(self.engine), 0.0
         for size in sorted(set(self.batch.examples() if sizes is None else sizes)):
             example = example_inputs(self.engine, size)
-            expected = network(*example)
+            with self.engine.plan.products():
+                expected, out = network(*example), run(*example)
             if rounded_to is not None:
                 expected = expected.to(rounded_to)
-            largest = max(largest, check_close(run(*example), expected, what, size))
+            largest = max(largest, check_close(out, expected, what, size))
         return largest
 
     def compared(self, run: Runtime, what: str, sizes: Iterable[int] | None = None) -> str:
@@ -131,7 +132,8 @@ class TickExport:
 
     def compare(self, tick: Runtime, initial_noise: Runtime, what: str) -> str:
         """:func:`stepfusion.export.tick_program.compare_tick` with the artefacts, loaded."""
-        return compare_tick(self.engine, self.batch, self.table, tick, initial_noise, what, guided=self.guided)
+        with self.engine.plan.products():
+            return compare_tick(self.engine, self.batch, self.table, tick, initial_noise, what, guided=self.guided)
 
 
 BuildNetwork: TypeAlias = Callable[[NetworkExport, Path], str | None]

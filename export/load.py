@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepfusion.errors import ExportError
 from stepfusion.execution.plan import DTYPES, choose_device
+from stepfusion.execution.streams import Turns
 from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle
 from stepfusion.export.environment import check_runs_here, require
@@ -34,6 +35,7 @@ class ExportedNetwork:
             spec says, under the names that an engine looks for.
         device, dtype: where it runs, and the dtype of x and out.
         bundle: where it comes from.
+        turns: in which calls must be launched; None if they need not take turns.
     """
 
     def __init__(self, bundle: Bundle, run: Runtime, device: torch.device) -> None:
@@ -44,6 +46,7 @@ class ExportedNetwork:
         self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
         self.schedule, self.prediction, self.options = spec.schedule, spec.prediction, spec.options
         self._run = run
+        self.turns: Turns | None = getattr(run, "turns", None)
         self._batch = bundle.batch or Batch(1, 1, 1 << 16)
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:

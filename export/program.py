@@ -15,6 +15,7 @@ from stepfusion.export.batch import DYNAMIC, Batch
 from stepfusion.export.manifest import Tensorspec
 from stepfusion.kernels.tolerance import UNIT
 from stepfusion.networks.norm import GroupNormAct
+from stepfusion.networks.prepare import fuse
 
 #: A whole network: its output may differ by so many units in the last place if kernels are chosen anew.
 _ROUNDINGS = {torch.float64: 1000, torch.float32: 1000, torch.float16: 32, torch.bfloat16: 32}
@@ -44,9 +45,7 @@ def plain_network(engine: Engine) -> NetworkCall:
         raise ExportError(f"only a torch.nn.Module can be exported, and the network is a {type(network).__name__}")
     if any(isinstance(module, GroupNormAct) and module.fused for module in network.modules()):
         network = copy.deepcopy(network)
-        for module in network.modules():
-            if isinstance(module, GroupNormAct):
-                module.fused = False
+        fuse(network, False)
     return NetworkCall(network).eval()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepfusion.errors import ExportError
 from stepfusion.execution.openvino_network import openvino_core
 from stepfusion.execution.plan import DTYPES
+from stepfusion.execution.streams import Turns
 from stepfusion.export.manifest import Manifest, Tensorspec
 
 LAYER_REPORT = "Layers:\n"
@@ -61,9 +62,11 @@ class OnnxRuntimeNetwork:
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
                 raise ExportError("onnxruntime has no CUDA here: pip install onnxruntime-gpu")
+            self._stream = torch.cuda.current_stream(device)
             settings = {
                 "device_id": device.index or 0,
-                "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+                "user_compute_stream": str(self._stream.cuda_stream),
+                "use_tf32": "0",  # float32 is float32
             }
             providers.insert(0, ("CUDAExecutionProvider", settings))
         else:
@@ -82,7 +85,9 @@ class OnnxRuntimeNetwork:
         for spec, value in zip(self._manifest.inputs, values, strict=True):
             binding.bind_input(*self._buffer(spec.name, value))
         binding.bind_output(*self._buffer(self._manifest.outputs[0].name, out))
-        self._session.run_with_iobinding(binding)
+        if self._device.type == "cuda":
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which made the inputs
+        self._session.run_with_iobinding(binding)  # returns when the output is there
         return out
 
     def _buffer(self, name: str, value: Tensor) -> tuple[Any, ...]:
@@ -138,15 +143,20 @@ class TensorRTNetwork:
                     raise ExportError(f"{package} cannot refit {path.name}: {reason(self._logger)}")
             self._context = self._engine.create_execution_context()
         self._manifest, self._device = manifest, device
-        self._lock = threading.Lock()  # a context serves one call at a time
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.turns = Turns(device)  #: a context serves one call at a time, and has one memory on all streams
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run it."""
         values = as_specified(self._manifest.inputs, inputs, self._device)
         out = output_for(self._manifest, values, self._device)
-        with self._lock:
+        with self.turns.take():
             for spec, value in zip(self._manifest.inputs, values, strict=True):
-                self._context.set_input_shape(spec.name, tuple(value.shape))
+                shape = tuple(value.shape)
+                # Once set, so that a capture finds no shape that is new: TensorRT then allocates at the next call.
+                if self._shapes.get(spec.name) != shape:
+                    self._context.set_input_shape(spec.name, shape)
+                    self._shapes[spec.name] = shape
                 self._context.set_tensor_address(spec.name, value.data_ptr())
             self._context.set_tensor_address(self._manifest.outputs[0].name, out.data_ptr())
             stream = torch.cuda.current_stream(self._device)

@@ -69,6 +69,7 @@ def build_engine(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.add_optimization_profile(_profile(builder, network, batch))
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32
     if strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if package == "tensorrt_rtx":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfusion.kernels import COLUMNS, launch, philox
+from stepfusion.kernels import philox_numbers as numbers
 
 _WORD = 1 << 32
 _MASK = _WORD - 1
@@ -157,10 +158,10 @@ def _philox(counter: tuple[Any, ...], key: tuple[Tensor, Tensor]) -> tuple[Tenso
     """Philox-4x32-10 (Salmon et al. 2011) on words in [0, 2**32) held in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(philox._ROUNDS):
-        (high0, low0), (high1, low1) = _multiply(c0, philox._M0), _multiply(c2, philox._M1)
+    for _ in range(numbers.ROUNDS):
+        (high0, low0), (high1, low1) = _multiply(c0, numbers.M0), _multiply(c2, numbers.M1)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + philox._W0) & _MASK, (k1 + philox._W1) & _MASK
+        k0, k1 = (k0 + numbers.W0) & _MASK, (k1 + numbers.W1) & _MASK
     return c0, c1, c2, c3
 
 
@@ -183,14 +184,14 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
         mantissa = torch.where(large, mantissa * 2.0**-shift, mantissa)
         exponent = torch.where(large, exponent + shift, exponent)
     f = mantissa - 1.0
-    p = f * philox._LOG[5]
-    for c in (*philox._LOG[4::-1], 0.5, -1.0):
+    p = f * numbers.LOG[5]
+    for c in (*numbers.LOG[4::-1], 0.5, -1.0):
         p = (p + c) * f
-    square = exponent * philox._MINUS_LN2 + p
+    square = exponent * numbers.MINUS_LN2 + p
     radius = square.to(torch.float64).sqrt().to(torch.float32)
 
-    b = torch.where(angle_word >= _WORD // 2, angle_word - _WORD, angle_word).to(torch.float32) * philox._ANGLE
+    b = torch.where(angle_word >= _WORD // 2, angle_word - _WORD, angle_word).to(torch.float32) * numbers.ANGLE
     b2 = b * b
-    sine = (((b2 * philox._SIN[2] + philox._SIN[1]) * b2 + philox._SIN[0]) * b2 + 1.0) * b
-    cosine = ((b2 * philox._COS[1] + philox._COS[0]) * b2 - 0.5) * b2 + 1.0
+    sine = (((b2 * numbers.SIN[2] + numbers.SIN[1]) * b2 + numbers.SIN[0]) * b2 + 1.0) * b
+    cosine = ((b2 * numbers.COS[1] + numbers.COS[0]) * b2 - 0.5) * b2 + 1.0
     return philox.quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)

@@ -63,14 +63,16 @@ def export_aoti(engine: Engine, out: Path, **options: Unpack[TickOptions]) -> Bu
 
 def _build_network(export: NetworkExport, folder: Path) -> str:
     device = export.engine.plan.device
-    compile_program(export.program, folder / MODEL, device)
+    with export.engine.plan.products():
+        compile_program(export.program, folder / MODEL, device)
     return export.compared(load_package(folder / MODEL, device), "compiled network")
 
 
 def _build_tick(export: TickExport, folder: Path) -> str:
     device = export.engine.plan.device
-    compile_program(export.program, folder / MODEL, device, _TICK_OPTIONS)
-    compile_program(export.initial_noise, folder / INITIAL_NOISE, device, _TICK_OPTIONS)
+    with export.engine.plan.products():
+        compile_program(export.program, folder / MODEL, device, _TICK_OPTIONS)
+        compile_program(export.initial_noise, folder / INITIAL_NOISE, device, _TICK_OPTIONS)
     run, noise = load_package(folder / MODEL, device), load_package(folder / INITIAL_NOISE, device)
     return f"Run before the bundle was finished: {export.compare(run, noise, 'compiled')}"
 

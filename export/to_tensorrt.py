@@ -68,7 +68,7 @@ def export_tensorrt_rtx(engine: Engine, out: Path, **options: Unpack[TensorRTOpt
     """
     require(("tensorrt_rtx",), "tensorrt-rtx")
     if options.get("strip_weights") and not torch.cuda.is_available():
-        raise ExportError("TensorRT for RTX strips weights only where there is a GPU, and there is none")
+        raise ExportError("TensorRT for RTX strips weights only if there is a GPU, and there is none")
     return _export(engine, out, "tensorrt_rtx", **options)
 
 

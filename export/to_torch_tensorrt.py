@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import make_cache_directory
+from stepfusion.execution.streams import Turns
 from stepfusion.export.archive import check_archive
 from stepfusion.export.base import ExportOptions, NetworkExport, Target, export_network
 from stepfusion.export.batch import Batch
@@ -142,6 +143,7 @@ class TorchTensorRTNetwork:
         check_archive(path)
         self._trt = import_module("torch_tensorrt")
         self._manifest, self._device, self._cudagraphs = manifest, device, cudagraphs
+        self.turns = Turns(device)  #: the engines inside have one memory on all streams
         with torch.cuda.device(device):
             loaded = self._trt.load(str(path))
             self._module = loaded.module() if isinstance(loaded, ExportedProgram) else loaded
@@ -151,9 +153,10 @@ class TorchTensorRTNetwork:
         """Run it."""
         values = as_specified(self._manifest.inputs, inputs, self._device)
         if not self._cudagraphs:
-            out: Tensor = self._module(*values)
+            with self.turns.take():
+                out: Tensor = self._module(*values)
             return out
-        with self._trt.runtime.enable_cudagraphs(self._module) as replayed:
+        with self.turns.take(), self._trt.runtime.enable_cudagraphs(self._module) as replayed:
             replay: Tensor = replayed(*values)
             return replay.clone()
 
@@ -188,6 +191,7 @@ def _settings(trt: Any, device: torch.device) -> dict[str, Any]:
         "require_full_compilation": False,  # the dry run before it has named what is not covered
         "use_explicit_typing": True,
         "truncate_double": False,
+        "disable_tf32": True,  # float32 is float32
         "pass_through_build_failures": True,
     }
     if device.type == "cuda":

@@ -8,6 +8,8 @@ same result to rounding.
 """
 
 from stepfusion.kernels import reference
+from stepfusion.kernels.add_bias import add_bias, add_bias_doubled, add_bias_padded
+from stepfusion.kernels.add_group_norm import add_group_norm_silu
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.coefficients import COLUMNS
 from stepfusion.kernels.group_norm import group_norm_silu
@@ -27,6 +29,10 @@ __all__ = [
     "STREAM_INITIAL",
     "STREAM_STEP",
     "BackendError",
+    "add_bias",
+    "add_bias_doubled",
+    "add_bias_padded",
+    "add_group_norm_silu",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

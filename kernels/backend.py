@@ -48,7 +48,7 @@ except ImportError:  # macOS and Windows have no Triton wheel; the reference pat
 
 
 def interpreting() -> bool:
-    """True where ``TRITON_INTERPRET=1`` was set before Triton was imported: kernels then run on the CPU, slowly."""
+    """True if ``TRITON_INTERPRET=1`` was set before Triton was imported: kernels then run on the CPU, slowly."""
     return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
@@ -68,7 +68,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def require_triton(device: torch.device) -> None:
-    """Raise :class:`BackendError` where Triton kernels cannot run on ``device``."""
+    """Raise :class:`BackendError` if Triton kernels cannot run on ``device``."""
     reason = why_not_triton(device)
     if reason is not None:
         raise BackendError(f"the fused kernels cannot run on {device}: {reason}; use backend='reference'")

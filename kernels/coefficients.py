@@ -5,7 +5,7 @@ Every step is (see :mod:`stepfusion.kernels.step`)
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
     x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
 
-and where a part of the image is known, that part is known_x * known + known_sigma * z instead.
+and if a part of the image is known, that part is known_x * known + known_sigma * z instead.
 
 The functions here take the levels abar (``alphas_cumprod`` where the step starts) and abar_prev (where it ends) and
 return the coefficients. They use arithmetic operators only, so that one formula serves NumPy arrays and PyTorch

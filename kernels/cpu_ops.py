@@ -8,9 +8,19 @@ from stepfusion.kernels.cpu.forward import normal, q_posterior_mean_variance, q_
 from stepfusion.kernels.cpu.pixels import to_uint8
 from stepfusion.kernels.cpu.single_step import ddim_step, ddpm_step
 from stepfusion.kernels.cpu.step import diffusion_step
-from stepfusion.kernels.reference import group_norm_silu
+from stepfusion.kernels.reference import (
+    add_bias,
+    add_bias_doubled,
+    add_bias_padded,
+    add_group_norm_silu,
+    group_norm_silu,
+)
 
 __all__ = [
+    "add_bias",
+    "add_bias_doubled",
+    "add_bias_padded",
+    "add_group_norm_silu",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

@@ -1,23 +1,23 @@
 """GroupNorm and SiLU over NHWC memory, with what stands around them in a UNet's residual block.
 
-    h     = concat(x, skip) + time                                        skip and time where given
+    h     = concat(x + residual, skip) + time                             residual, skip and time if given
     norm  = (h - mean) / sqrt(var + eps) * weight + bias                  Wu & He 2018; var over a group, biased
-    y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, where given
+    y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, if given
     out   = y * sigmoid(y)                                                SiLU: Elfwing et al. 2017
 
 An image is cut by C, H and W alone, its channels into blocks of whole groups and its pixels into splits: lanes are
 independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
-result. Where one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
+result. If one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
 
-Statistics are a mean and the sum of squared deviations from it (M2), by two passes over registers, united as in Chan,
-Golub & LeVeque 1979: a sum of squares would cancel where the mean is large. Their unit is a *chunk*, up to 16 bytes
-of neighbouring channels that lie in one group and in one thread.
+If h is wanted as well (:mod:`stepfusion.kernels.add_group_norm`), the launch that reads x first writes it, rounded to
+the dtype of x, and what is normalised is what was written.
 
-Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2 where the
-batch fits (it begins with what the first ended with), and one launch 2 s; the statistics that a program of the second
-launch reads come from L2 and are at most a third of its pixels. Eager PyTorch moves at least 7 s: concatenation, norm
-(read twice), SiLU. On sm_90 the first launch takes 10 and the second 18 instructions an element, 2 of these on the
-special-function units: an H200 can issue that at 6 TB/s or more in half precision, so memory is the limit.
+Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2, and one
+launch 2 s; the statistics that a program of the second launch reads come from L2 and are at most a third of its
+pixels. Batches beyond L2 are cut into pairs of launches for some lanes each: the second reading begins with what the
+first ended with, and finds all of it there. Eager PyTorch moves at least 7 s: concatenation, norm (read twice), SiLU.
+On sm_90 the first launch takes 10 and the second 18 instructions an element, 2 of these on the special-function
+units: an H200 can issue that at 6 TB/s or more in half precision, so memory is the limit.
 """
 
 from __future__ import annotations
@@ -28,27 +28,11 @@ import torch
 
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
-from stepfusion.kernels.group_norm_geometry import geometry, power_of_two
+from stepfusion.kernels.group_norm_geometry import geometry, lanes_in_cache
 from stepfusion.kernels.group_norm_reference import check_arguments, group_norm_silu_reference
+from stepfusion.kernels.group_norm_statistics import chunks, inside, moments, place, unite
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _place(program, BLOCKS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Lane, block of channels, and split of a program. Blocks of one pixel run together: they share its DRAM page."""
-    return program // (BLOCKS * SPLITS), program % BLOCKS, program // BLOCKS % SPLITS
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _there(rows, c, first, P, stop, FULL: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which elements of a tile are there, [T, W]: channels before ``stop``, pixels before P."""
-    there = tl.full((rows.shape[0], c.shape[0]), 1, tl.int1)
-    if not FULL:
-        there = there & (c < stop)[None, :]
-    if not EVEN:
-        there = there & (first + rows < P)[:, None]
-    return there
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,69 +42,60 @@ def _read(ptr, pixel, rows, c, there, C: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(  # type: ignore[no-untyped-def]
-    x_ptr, skip_ptr, time_ptr, pixel, rows, start, c, there, C: tl.constexpr, C_X: tl.constexpr, WIDE: tl.constexpr
-):
-    """The input at pixels ``pixel + rows`` and channels ``c``, float32 [T, W]: concatenated, with time; else 0."""
-    if skip_ptr is None:
-        h = _read(x_ptr, pixel, rows, c, there, C)
-    elif C_X % WIDE == 0:
-        if start < C_X:
-            h = _read(x_ptr, pixel, rows, c, there, C_X)
-        else:
-            h = _read(skip_ptr, pixel, rows, c - C_X, there, C - C_X)
-    else:
-        of_x = (c < C_X)[None, :]
-        x = _read(x_ptr, pixel, rows, c, there & of_x, C_X)
-        h = tl.where(of_x, x, _read(skip_ptr, pixel, rows, c - C_X, there & (c >= C_X)[None, :], C - C_X))
-    h = h.to(tl.float32)
-    if time_ptr is not None:
-        time = tl.load(time_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        h = tl.where(there, h + time[None, :], 0.0)
+def _sum(x_ptr, residual_ptr, pixel, rows, c, there, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x + residual, float32."""
+    h = _read(x_ptr, pixel, rows, c, there, C).to(tl.float32)
+    if residual_ptr is not None:
+        h += _read(residual_ptr, pixel, rows, c, there, C).to(tl.float32)
     return h
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _chunks(tile, U: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[T, W] as [T, W / U, U]."""
-    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // U, U))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _moments(h, there, pixels, U: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean and M2 of every chunk of a tile, float32 [W / U]; ``pixels`` of its rows are there."""
-    h = _chunks(h, U)
-    mean = tl.sum(tl.sum(h, axis=2), axis=0) / (pixels * U)
-    deviation = tl.where(_chunks(there, U), h - mean[None, :, None], 0.0)
-    return mean, tl.sum(tl.sum(deviation * deviation, axis=2), axis=0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _unite(mean, m2, pixels, D: tl.constexpr, U: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean and variance of the group of every chunk [W / U], from the chunks' own; ``pixels`` each."""
-    K: tl.constexpr = mean.shape[0]
-    if D == U:
-        return mean, m2 / (pixels * U)
-    k = tl.arange(0, K) * U
-    if GROUPS == 1:
-        inside = k < D
-        center = tl.sum(mean, axis=0) * (U / D)  # chunks beyond the group are 0
-        apart = mean - center
-        total = tl.sum(tl.where(inside, m2 + apart * apart * (pixels * U), 0.0), axis=0)
-        zeros = tl.zeros_like(mean)
-        return zeros + center, zeros + total / (pixels * D)
-    same = (k // D)[:, None] == (k // D)[None, :]
-    center = tl.sum(tl.where(same, mean[None, :], 0.0), axis=1) * (U / D)
-    apart = mean[None, :] - center[:, None]
-    total = tl.sum(tl.where(same, m2[None, :] + apart * apart * (pixels * U), 0.0), axis=1)
-    return center, total / (pixels * D)
+def _tile(  # type: ignore[no-untyped-def]
+    x_ptr,
+    residual_ptr,
+    skip_ptr,
+    time_ptr,
+    joined_ptr,
+    pixel,
+    rows,
+    start,
+    c,
+    there,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """h at pixels ``pixel + rows`` and channels ``c``, float32 [T, W], written to ``joined_ptr`` if given; else 0."""
+    if skip_ptr is None:
+        h = _sum(x_ptr, residual_ptr, pixel, rows, c, there, C)
+    elif C_X % WIDE == 0:
+        if start < C_X:
+            h = _sum(x_ptr, residual_ptr, pixel, rows, c, there, C_X)
+        else:
+            h = _read(skip_ptr, pixel, rows, c - C_X, there, C - C_X).to(tl.float32)
+    else:
+        of_x = (c < C_X)[None, :]
+        x = _sum(x_ptr, residual_ptr, pixel, rows, c, there & of_x, C_X)
+        skip = _read(skip_ptr, pixel, rows, c - C_X, there & (c >= C_X)[None, :], C - C_X)
+        h = tl.where(of_x, x, skip.to(tl.float32))
+    if time_ptr is not None:
+        time = tl.load(time_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        h = tl.where(there, h + time[None, :], 0.0)
+    if joined_ptr is not None:
+        joined = h.to(joined_ptr.dtype.element_ty)
+        tl.store(joined_ptr + pixel * C + (rows[:, None] * C + c[None, :]), joined, mask=there)
+        h = joined.to(tl.float32)
+    return h
 
 
 @triton.jit(do_not_specialize=["P"])  # type: ignore[untyped-decorator]
 def group_norm_moments_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, P, C_X]
+    residual_ptr,  # [B, P, C_X], or None
     skip_ptr,  # [B, P, C - C_X], or None
     time_ptr,  # [B, C], rows TIME apart, or None
+    joined_ptr,  # [B, P, C], receives h, or None
     moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32: means, M2
     P,
     time_stride,
@@ -138,7 +113,7 @@ def group_norm_moments_kernel(  # type: ignore[no-untyped-def]
     T: tl.constexpr = BLOCK // W
     K: tl.constexpr = W // U
     FULL: tl.constexpr = W == WIDE and C % WIDE == 0
-    lane, block, split = _place(tl.program_id(0), BLOCKS, SPLITS)
+    lane, block, split = place(tl.program_id(0), BLOCKS, SPLITS)
     lane = lane.to(tl.int64)
     rows = tl.arange(0, T)
     start = block * WIDE
@@ -148,16 +123,20 @@ def group_norm_moments_kernel(  # type: ignore[no-untyped-def]
         time_ptr += lane * time_stride
 
     first = split * (TILES * T)
-    there = _there(rows, c, first, P, stop, FULL, EVEN)
-    h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+    there = inside(rows, c, first, P, stop, FULL, EVEN)
+    h = _tile(
+        x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
+    )
     pixels = tl.minimum(P - first, T).to(tl.float32)
-    mean, m2 = _moments(h, there, pixels, U)
+    mean, m2 = moments(h, there, pixels, U)
     for _ in range(1, TILES):
         first += T
-        there = _there(rows, c, first, P, stop, FULL, EVEN)
-        h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+        there = inside(rows, c, first, P, stop, FULL, EVEN)
+        h = _tile(
+            x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
+        )
         more = tl.maximum(tl.minimum(P - first, T), 0).to(tl.float32)
-        mean_of_more, m2_of_more = _moments(h, there, tl.maximum(more, 1.0), U)
+        mean_of_more, m2_of_more = moments(h, there, tl.maximum(more, 1.0), U)
         apart = mean_of_more - mean
         mean += apart * (more / (pixels + more))
         m2 += m2_of_more + apart * apart * (U * pixels * more / (pixels + more))
@@ -196,7 +175,7 @@ def _store(  # type: ignore[no-untyped-def]
     out_ptr, h, mean, gain, offset, pixel, rows, c, there, C: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr
 ):
     """Write (h - mean) * gain + offset, activated: h [T, W], mean [1, W / U, 1], gain and offset [1, W / U, U]."""
-    y = (_chunks(h, U) - mean) * gain + offset
+    y = (chunks(h, U) - mean) * gain + offset
     if SILU:
         # 1 / (1 + e) as the square of a reciprocal root: one instruction, where a division takes eight
         root = tl.rsqrt(1.0 + tl.exp2(y * -_LOG2_E))
@@ -208,12 +187,14 @@ def _store(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["P"])  # type: ignore[untyped-decorator]
 def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, P, C_X]
+    residual_ptr,  # [B, P, C_X], or None
     skip_ptr,  # [B, P, C - C_X], or None
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     time_ptr,  # [B, C], or None
     scale_ptr,  # [B, C], or None
     shift_ptr,  # [B, C], or None
+    joined_ptr,  # [B, P, C], receives h, or None
     moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32, or None: a tile holds all pixels
     out_ptr,  # [B, P, C]
     P,
@@ -239,7 +220,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr = W // U
     FULL: tl.constexpr = W == WIDE and C % WIDE == 0
     # backwards: what the statistics read last is still in L2
-    lane, block, split = _place(tl.num_programs(0) - 1 - tl.program_id(0), BLOCKS, SPLITS)
+    lane, block, split = place(tl.num_programs(0) - 1 - tl.program_id(0), BLOCKS, SPLITS)
     lane = lane.to(tl.int64)
     rows = tl.arange(0, T)
     start = block * WIDE
@@ -249,14 +230,16 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         time_ptr += lane * time_stride
 
     first = split * (TILES * T)
-    there = _there(rows, c, first, P, stop, FULL, EVEN)
+    there = inside(rows, c, first, P, stop, FULL, EVEN)
     # before the moments: it is on its way while they unite
-    h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+    h = _tile(
+        x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
+    )
     if moments_ptr is None:
-        mean, m2 = _moments(h, there, P.to(tl.float32), U)
+        mean, m2 = moments(h, there, P.to(tl.float32), U)
     else:
         mean, m2 = _gather(moments_ptr + (lane * BLOCKS + block) * 2 * SPLITS * K, P, U, TILES * T, SPLITS, S, K)
-    mean, variance = _unite(mean, m2, P.to(tl.float32), D, U, WIDE // D)
+    mean, variance = unite(mean, m2, P.to(tl.float32), D, U, WIDE // D)
 
     known = c < C
     gain = tl.load(weight_ptr + c, mask=known, other=0.0).to(tl.float32)
@@ -266,20 +249,91 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         gain *= factor
         offset = offset * factor + tl.load(shift_ptr + lane * shift_stride + c, mask=known, other=0.0).to(tl.float32)
     mean = mean[None, :, None]
-    gain = _chunks(gain[None, :], U) * _reciprocal_root(variance + eps)[None, :, None]
-    offset = _chunks(offset[None, :], U)
+    gain = chunks(gain[None, :], U) * _reciprocal_root(variance + eps)[None, :, None]
+    offset = chunks(offset[None, :], U)
 
     _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
     for _ in range(1, TILES):
         first += T
-        there = _there(rows, c, first, P, stop, FULL, EVEN)
-        h = _tile(x_ptr, skip_ptr, time_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE)
+        there = inside(rows, c, first, P, stop, FULL, EVEN)
+        h = _tile(
+            x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
+        )
         _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
 
 
-def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
+def channels_last(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """New images of the size, dtype and device of ``x`` with so many channels, in NHWC memory."""
     shape = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _part(x: torch.Tensor | None, lanes: slice) -> torch.Tensor | None:
+    return x if x is None or lanes == slice(0, len(x)) else x[lanes]
+
+
+def normalise(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    time: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+    joined: torch.Tensor | None,
+) -> torch.Tensor:
+    """Normalise into a new tensor; h goes to ``joined``, if given."""
+    require_triton(x.device)
+    channels, pixels = len(weight), x.shape[2] * x.shape[3]
+    out = channels_last(x, channels)
+    if out.numel() == 0:
+        return out
+    cut = geometry(channels, groups, pixels, x.dtype)
+    x = launch.nhwc(x)
+    residual, skip = (None if image is None else launch.nhwc(image) for image in (residual, skip))
+    operands = (launch.with_unit_stride(operand) for operand in (time, scale, shift))
+    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = operands
+    common = cut.constants(channels, groups, pixels)
+    some = lanes_in_cache(len(x), pixels * channels * x.element_size()) if cut.splits > 1 else len(x)
+    programs = cut.blocks * cut.splits
+    statistics = None
+    if cut.splits > 1:
+        statistics = x.new_empty(some * programs * 2 * (cut.width // cut.chunk), dtype=torch.float32)
+    with launch.on(x.device):
+        for first in range(0, len(x), some):
+            lanes = slice(first, min(first + some, len(x)))
+            of = [_part(tensor, lanes) for tensor in (x, residual, skip, time, joined)]
+            grid = ((lanes.stop - first) * programs,)
+            if statistics is not None:
+                group_norm_moments_kernel[grid](*of, statistics, pixels, time_stride, C_X=x.shape[1], **common)
+                if joined is not None:
+                    of = [of[4], None, None, None, None]
+            group_norm_silu_kernel[grid](
+                *of[:3],
+                weight.contiguous(),
+                bias.contiguous(),
+                of[3],
+                _part(scale, lanes),
+                _part(shift, lanes),
+                of[4],
+                statistics,
+                _part(out, lanes),
+                pixels,
+                eps,
+                time_stride,
+                scale_stride,
+                shift_stride,
+                C_X=channels if of[2] is None else x.shape[1],
+                D=channels // groups,
+                S=cut.padded_splits,
+                SILU=silu,
+                **common,
+            )
+    return out
 
 
 @torch.library.custom_op("stepfusion::group_norm_silu", mutates_args=())
@@ -295,63 +349,14 @@ def _group_norm_silu(
     shift: torch.Tensor | None,
     silu: bool,
 ) -> torch.Tensor:
-    require_triton(x.device)
-    channels, pixels = len(weight), x.shape[2] * x.shape[3]
-    out = _empty(x, channels)
-    if out.numel() == 0:
-        return out
-    cut = geometry(channels, groups, pixels, x.dtype)
-    x, skip = launch.nhwc(x), None if skip is None else launch.nhwc(skip)
-    operands = (launch.with_unit_stride(operand) for operand in (time, scale, shift))
-    (time, time_stride), (scale, scale_stride), (shift, shift_stride) = operands
-    grid = (len(x) * cut.blocks * cut.splits,)
-    common = {
-        "C": channels,
-        "C_X": x.shape[1],
-        "WIDE": cut.groups * (channels // groups),
-        "W": cut.width,
-        "U": cut.chunk,
-        "BLOCKS": cut.blocks,
-        "SPLITS": cut.splits,
-        "TILES": cut.tiles,
-        "EVEN": pixels == cut.splits * cut.tiles * cut.pixels,
-        "BLOCK": cut.pixels * cut.width,
-        "num_warps": cut.num_warps,
-    }
-    moments = None
-    with launch.on(x.device):
-        if cut.splits > 1:
-            moments = x.new_empty(grid[0] * 2 * (cut.width // cut.chunk), dtype=torch.float32)
-            group_norm_moments_kernel[grid](x, skip, time, moments, pixels, time_stride, **common)
-        group_norm_silu_kernel[grid](
-            x,
-            skip,
-            weight.contiguous(),
-            bias.contiguous(),
-            time,
-            scale,
-            shift,
-            moments,
-            out,
-            pixels,
-            eps,
-            time_stride,
-            scale_stride,
-            shift_stride,
-            D=channels // groups,
-            # at least an element a thread: fewer, and Triton has every thread read all of them
-            S=max(power_of_two(cut.splits), 32 * cut.num_warps * cut.chunk // cut.width),
-            SILU=silu,
-            **common,
-        )
-    return out
+    return normalise(x, None, skip, weight, bias, groups, eps, time, scale, shift, silu, None)
 
 
 @_group_norm_silu.register_fake
 def _group_norm_silu_fake(
     x: torch.Tensor, skip: object, weight: torch.Tensor, *_: object, **__: object
 ) -> torch.Tensor:
-    return _empty(x, len(weight))
+    return channels_last(x, len(weight))
 
 
 def group_norm_silu(

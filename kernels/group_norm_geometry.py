@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 _CHANNELS = 32  # of a block, at least: 64 bytes of a pixel, whole sectors of DRAM
+_FEWEST_CHANNELS = 16  # of a block that is narrowed to hold all pixels: one sector
 _MOST_CHANNELS = 128  # of a block that is widened to whole vectors
 _TILE = 16384  # elements that one program holds in registers
+_IN_CACHE = 24 << 20  # bytes: with what is written, half of the least L2 that a GPU for bulk work has, and its margin
 MOST_OF_A_GROUP = 2**16  # channels of a group: a tile of one pixel holds it
 
 
@@ -37,6 +39,29 @@ class Geometry(NamedTuple):
     blocks: int
     num_warps: int
 
+    @property
+    def padded_splits(self) -> int:
+        """The splits whose statistics a program reads, padded to a power of two.
+
+        At least an element a thread: fewer, and Triton has every thread read all of them.
+        """
+        return max(power_of_two(self.splits), 32 * self.num_warps * self.chunk // self.width)
+
+    def constants(self, channels: int, groups: int, pixels: int) -> dict[str, int | bool]:
+        """What both kernels take of it, by the names of their parameters."""
+        return {
+            "C": channels,
+            "WIDE": self.groups * (channels // groups),
+            "W": self.width,
+            "U": self.chunk,
+            "BLOCKS": self.blocks,
+            "SPLITS": self.splits,
+            "TILES": self.tiles,
+            "EVEN": pixels == self.splits * self.tiles * self.pixels,
+            "BLOCK": self.pixels * self.width,
+            "num_warps": self.num_warps,
+        }
+
 
 def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geometry:
     """Cut an image [H W, C]. It depends on nothing else, so that an image's bits depend on nothing else."""
@@ -45,8 +70,11 @@ def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geo
     if together * size > _MOST_CHANNELS:
         together = power_of_two(-(-_CHANNELS // size))
     together = min(together, power_of_two(groups))
+    narrow = together // 2 * size
+    if narrow >= _FEWEST_CHANNELS and narrow % 8 == 0 and _rows(together * size) < pixels <= _rows(narrow):
+        together //= 2  # one launch, where it would have been two
     width = power_of_two(together * size)
-    rows = max(_TILE // width, 1)
+    rows = _rows(width)
     # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of the pixels it reads
     share = power_of_two(pixels) if pixels <= rows else 2 << ((pixels.bit_length() - 1) // 2)
     tile = min(share, rows)
@@ -61,3 +89,13 @@ def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geo
         blocks=-(-groups // together),
         num_warps=min(warps, 16),
     )
+
+
+def _rows(channels: int) -> int:
+    """Pixels of so many channels that one program can hold."""
+    return max(_TILE // power_of_two(channels), 1)
+
+
+def lanes_in_cache(lanes: int, size: int) -> int:
+    """How many lanes of ``size`` bytes each a pair of launches takes, so that what is read twice stays in L2."""
+    return max(1, min(lanes, _IN_CACHE // size))

@@ -29,13 +29,44 @@ def group_norm_silu_reference(
     h = x.to(compute) if skip is None else torch.cat((x, skip), dim=1).to(compute)
     if time is not None:
         h = h + time.to(compute)[:, :, None, None]
-    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels where the mean is large
+    h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels if the mean is large
     y = torch.nn.functional.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift.to(compute)[:, :, None, None], y, 1 + scale.to(compute)[:, :, None, None])
     if silu:
         y = torch.nn.functional.silu(y)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def add_group_norm_silu_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    time: torch.Tensor | None = None,
+    silu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of :func:`stepfusion.kernels.add_group_norm_silu`: same arguments, same result. Also in float64."""
+    check_arguments(x, weight, bias, groups, eps, skip, time, None, None, (*launch.FLOATS, torch.float64))
+    check_residual(x, residual)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(compute) if residual is None else x.to(compute) + residual.to(compute)
+    if skip is not None:
+        h = torch.cat((h, skip.to(compute)), dim=1)
+    if time is not None:
+        h = h + time.to(compute)[:, :, None, None]
+    joined = h.to(x.dtype, memory_format=torch.channels_last, copy=True)
+    return group_norm_silu_reference(joined, weight, bias, groups, eps, silu=silu), joined
+
+
+def check_residual(x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """TypeError or ValueError unless a residual is like x."""
+    if residual is not None:
+        launch.check_like("residual", residual, tuple(x.shape), x.device, (x.dtype,))
 
 
 def check_arguments(

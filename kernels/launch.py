@@ -1,4 +1,4 @@
-"""What every launcher shares: argument checks, the shape of a launch, and lanes.
+"""What every launcher shares: argument checks, the shape of a launch, lanes, and PyTorch's ambient settings.
 
 A batch is [B, ...]: B lanes of E elements each, contiguous. A program of a kernel handles BLOCK consecutive elements
 of one lane.
@@ -7,13 +7,19 @@ of one lane.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_AUTOCAST = ("cpu", "cuda", "xpu")
+#: Parameters of kernels that are read one number at a time. Alignment gains nothing there, and kernels would be
+#: compiled once more for columns of an upload that begin anywhere.
+SCALARS = ("row_ptr", "seed_ptr", "index_ptr", "timestep_ptr", "t_ptr", "flag_ptr", "guidance_ptr")
 _MAX_ELEMENTS = 65535 * 2048  # of a lane: CUDA's limit along a grid's second axis times the least block
 
 
@@ -40,7 +46,7 @@ def geometry(lanes: int, elements: int, *dtypes: torch.dtype) -> Geometry:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the current one: Triton launches there, on its current stream, wherever the tensors are."""
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+    return nullcontext() if device.type in ("cpu", "meta") else torch.accelerator.device_index(device.index)
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -131,7 +137,7 @@ def per_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``table[rows]``, NaN where a row lies outside the table, as in the kernels: no device-side assertion."""
+    """``table[rows]``, NaN if a row lies outside the table, as in the kernels: no device-side assertion."""
     inside = (rows >= 0) & (rows < len(table))
     values = table[rows.clamp(0, len(table) - 1)]
     return torch.where(inside.reshape(-1, *(1,) * (values.ndim - 1)), values, math.nan)
@@ -149,3 +155,60 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     """``x`` in channels_last memory that starts at a multiple of 16 bytes, so that one cut of a tile fits all."""
     x = x.contiguous(memory_format=torch.channels_last)
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
+
+
+@contextmanager
+def plain_torch(*, gradients: bool) -> Iterator[None]:
+    """Run a block, or as a decorator a function, under PyTorch's own defaults, and restore the caller's after it.
+
+    The ambient settings belong to the caller: what is computed must not depend on them.
+
+    These are: float32 as the default dtype, the CPU as the default device, no autocast, no inference mode, and
+    gradients as asked for. All but the dtype are settings of a thread; the default dtype is the process's, so that
+    other threads see float32 meanwhile if the caller had chosen another.
+    """
+    with ExitStack() as stack:
+        # Each is left alone if it is as it should be: a tick enters this, and each costs microseconds.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled() is not gradients:
+            stack.enter_context(torch.set_grad_enabled(gradients))
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device("cpu"))
+        if _DTYPE.users or torch.get_default_dtype() != torch.float32:
+            stack.enter_context(_DTYPE.float32())
+        yield
+
+
+class _DefaultDtype:
+    """float32 as the default dtype of the process, for as long as any thread needs it.
+
+    The first to need it notes what the caller had, and the last one restores that. If each thread restored what it
+    found, the last one could restore the float32 that it found while another one was under way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before = torch.float32
+        self.users = 0
+
+    @contextmanager
+    def float32(self) -> Iterator[None]:
+        with self._lock:
+            if not self.users:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.users -= 1
+                if not self.users:
+                    torch.set_default_dtype(self._before)
+
+
+_DTYPE = _DefaultDtype()

@@ -24,45 +24,28 @@ import math
 import torch
 
 from stepfusion.kernels import launch
+from stepfusion.kernels import philox_numbers as numbers
 from stepfusion.kernels.backend import require_triton, tl, triton
 
 STREAM_STEP = 0  # the z of a sampling step, keyed by its training timestep
 STREAM_INITIAL = 1  # x_T, at timestep 0
 STREAM_FORWARD = 2  # the eps of q_sample
 
-_ROUNDS = 10
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x32 (Salmon et al. 2011, table 2)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-
-# Minimax fits (Lawson iteration), relative error in brackets:
-# -ln(1 + f) = f (-1 + f (1/2 + f L(f))) for f in [-1/3, 1/3] (2.0e-7),
-# sin(b) = b + b^3 S(b^2) (3.8e-9) and cos(b) = 1 + b^2 (-1/2 + b^2 C(b^2)) (8.2e-8) for |b| <= pi/4.
-_LOG = (
-    -0.33336564898490906,
-    0.25004664063453674,
-    -0.1982250213623047,
-    0.16462457180023193,
-    -0.16964882612228394,
-    0.15177200734615326,
+ROUNDS = tl.constexpr(numbers.ROUNDS)
+M0, M1, W0, W1 = (
+    tl.constexpr(numbers.M0),
+    tl.constexpr(numbers.M1),
+    tl.constexpr(numbers.W0),
+    tl.constexpr(numbers.W1),
 )
-_SIN = (-0.16666655242443085, 0.00833216030150652, -0.0001951526792254299)
-_COS = (0.04166107252240181, -0.0013648702297359705)
-_MINUS_LN2 = -math.log(2.0)
-_ANGLE = math.pi / 4 * 2.0**-31  # a signed 32-bit word to an angle in [-pi/4, pi/4)
-_SCALE = 32 << 23  # 2**32 in the exponent field of a float32
-_TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3: subtracting them leaves the exponent that puts the mantissa in [2/3, 4/3)
-
-ROUNDS = tl.constexpr(_ROUNDS)
-M0, M1, W0, W1 = tl.constexpr(_M0), tl.constexpr(_M1), tl.constexpr(_W0), tl.constexpr(_W1)
-LOG, SIN, COS = tl.constexpr(_LOG), tl.constexpr(_SIN), tl.constexpr(_COS)
-MINUS_LN2, ANGLE = tl.constexpr(_MINUS_LN2), tl.constexpr(_ANGLE)
-SCALE, TWO_THIRDS = tl.constexpr(_SCALE), tl.constexpr(_TWO_THIRDS)
+LOG, SIN, COS = tl.constexpr(numbers.LOG), tl.constexpr(numbers.SIN), tl.constexpr(numbers.COS)
+MINUS_LN2, ANGLE = tl.constexpr(numbers.MINUS_LN2), tl.constexpr(numbers.ANGLE)
+SCALE, TWO_THIRDS = tl.constexpr(numbers.SCALE), tl.constexpr(numbers.TWO_THIRDS)
 
 
 @triton.jit
 def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
-    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication where that takes two narrow ones."""
+    """Philox-4x32-10: what ``tl.philox`` returns, with one wide multiplication instead of its two narrow ones."""
     k0 = seed.to(tl.uint32)
     k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
     c0 = c0.to(tl.uint32)
@@ -141,31 +124,31 @@ def philox_words(counter: tuple[torch.Tensor, ...], key: torch.Tensor) -> tuple[
     ``counter`` has four words and ``key`` 64 bits, all int64, broadcast together. Source: Salmon et al. 2011, section
     3.3. Equal bit for bit to Triton's ``tl.philox``.
     """
-    c0, c1, c2, c3 = (c.to(torch.int64) & _MASK for c in counter)
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _M0, c2 * _M1  # 64-bit products; int64 wraps around, which keeps the bits
-        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
-        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    c0, c1, c2, c3 = (c.to(torch.int64) & numbers.MASK for c in counter)
+    k0, k1 = key & numbers.MASK, (key >> 32) & numbers.MASK
+    for _ in range(numbers.ROUNDS):
+        p0, p1 = c0 * numbers.M0, c2 * numbers.M1  # 64-bit products; int64 wraps around, which keeps the bits
+        c0, c1 = ((p1 >> 32) & numbers.MASK) ^ c1 ^ k0, p1 & numbers.MASK
+        c2, c3 = ((p0 >> 32) & numbers.MASK) ^ c3 ^ k1, p0 & numbers.MASK
+        k0, k1 = (k0 + numbers.W0) & numbers.MASK, (k1 + numbers.W1) & numbers.MASK
     return c0, c1, c2, c3
 
 
 def _box_muller_reference(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of :func:`_box_muller`: words as int64, results float32, the same operations in the same order."""
-    bits = (radius_word.to(torch.float32) + 1.0).view(torch.int32) - _SCALE
-    exponent = (bits - _TWO_THIRDS) >> 23
+    bits = (radius_word.to(torch.float32) + 1.0).view(torch.int32) - numbers.SCALE
+    exponent = (bits - numbers.TWO_THIRDS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    p = f * _LOG[5]
-    for c in (*_LOG[4::-1], 0.5, -1.0):
+    p = f * numbers.LOG[5]
+    for c in (*numbers.LOG[4::-1], 0.5, -1.0):
         p = (p + c) * f
-    square = exponent.to(torch.float32) * _MINUS_LN2 + p
+    square = exponent.to(torch.float32) * numbers.MINUS_LN2 + p
     radius = square.to(torch.float64).sqrt().to(torch.float32)  # correctly rounded, as not every float32 sqrt is
 
-    b = _signed(angle_word).to(torch.float32) * _ANGLE
+    b = _signed(angle_word).to(torch.float32) * numbers.ANGLE
     b2 = b * b
-    sine = (((b2 * _SIN[2] + _SIN[1]) * b2 + _SIN[0]) * b2 + 1.0) * b
-    cosine = ((b2 * _COS[1] + _COS[0]) * b2 - 0.5) * b2 + 1.0
+    sine = (((b2 * numbers.SIN[2] + numbers.SIN[1]) * b2 + numbers.SIN[0]) * b2 + 1.0) * b
+    cosine = ((b2 * numbers.COS[1] + numbers.COS[0]) * b2 - 0.5) * b2 + 1.0
     return quadrant((cosine - sine) * radius, (cosine + sine) * radius, angle_word)
 
 
@@ -173,7 +156,7 @@ def _box_muller_exact(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tu
     """The same map in float64 with the library's functions: the truth that the float32 twins are measured against."""
     uniform = (radius_word.to(torch.float32) + 1.0).to(torch.float64) * 2.0**-32
     radius = (-2.0 * uniform.log()).sqrt()
-    angle = math.pi / 4 + _signed(angle_word).to(torch.float64) * _ANGLE
+    angle = math.pi / 4 + _signed(angle_word).to(torch.float64) * numbers.ANGLE
     return quadrant(radius * angle.cos(), radius * angle.sin(), angle_word)
 
 
@@ -210,7 +193,7 @@ def normal_reference(
     return torch.stack(pairs, dim=-1).flatten(1)[:, :elements].reshape(len(seeds), *shape)
 
 
-@triton.jit(do_not_specialize=["stream"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=launch.SCALARS)  # type: ignore[untyped-decorator]
 def normal_kernel(  # type: ignore[no-untyped-def]
     z_ptr,  # [B, E] float32
     seed_ptr,  # [B] int64

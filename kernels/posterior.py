@@ -2,7 +2,8 @@
 
     mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
 
-Cost: 2 s (x_0, x_t) + s (mean) an element in one pass, s the size of the dtype; eager PyTorch moves 7 s.
+Cost: 2 s (x_0, x_t) + s (mean) an element in one pass, s the size of the dtype; eager PyTorch moves 7 s. The first
+program of each lane gathers its variances as well, so that one launch gives all three.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
 
 
-@triton.jit(do_not_specialize=["T"])  # type: ignore[untyped-decorator]
-def q_posterior_mean_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["T"], do_not_specialize_on_alignment=launch.SCALARS
+)
+def q_posterior_kernel(  # type: ignore[no-untyped-def]
     x_start_ptr,  # [B, E]
     x_t_ptr,  # [B, E]
     mean_ptr,  # [B, E]
+    variance_ptr,  # [B], the dtype of its table
+    log_variance_ptr,  # [B], the dtype of its table
     t_ptr,  # [B] int64
     coef1_ptr,  # [T] float32, the weight of x_0
     coef2_ptr,  # [T] float32, the weight of x_t
+    variance_table_ptr,  # [T] float32
+    log_variance_table_ptr,  # [T] float32
     E,
     T,
     EVEN: tl.constexpr,
@@ -33,6 +40,9 @@ def q_posterior_mean_kernel(  # type: ignore[no-untyped-def]
 
     t = tl.load(t_ptr + lane)
     inside = (t >= 0) & (t < T)  # a t outside the schedule gives NaN, and no access outside the tables
+    if tl.program_id(1) == 0:
+        tl.store(variance_ptr + lane, tl.load(variance_table_ptr + t, mask=inside, other=float("nan")))
+        tl.store(log_variance_ptr + lane, tl.load(log_variance_table_ptr + t, mask=inside, other=float("nan")))
     coef1 = tl.load(coef1_ptr + t, mask=inside, other=float("nan")).to(tl.float32)
     coef2 = tl.load(coef2_ptr + t, mask=inside, other=float("nan")).to(tl.float32)
 
@@ -42,37 +52,57 @@ def q_posterior_mean_kernel(  # type: ignore[no-untyped-def]
     tl.store(mean_ptr + start + offs, mean.to(mean_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("stepfusion::q_posterior_mean", mutates_args=())
-def _q_posterior_mean(
-    x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, coef1: torch.Tensor, coef2: torch.Tensor
-) -> torch.Tensor:
+@torch.library.custom_op("stepfusion::q_posterior", mutates_args=())
+def _q_posterior(
+    x_start: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    coef1: torch.Tensor,
+    coef2: torch.Tensor,
+    variances: torch.Tensor,
+    log_variances: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     require_triton(x_start.device)
-    mean = torch.empty_like(x_start, memory_format=torch.contiguous_format)
-    if x_start.numel() == 0:
-        return mean
-    elements = x_start[:1].numel()
-    shape = launch.geometry(len(x_start), elements, x_start.dtype)
+    mean, variance, log_variance = _q_posterior_fake(x_start, x_t, t, coef1, coef2, variances, log_variances)
+    lanes, elements = len(x_start), x_start[:1].numel()
+    if lanes == 0:
+        return mean, variance, log_variance
+    shape = launch.geometry(lanes, elements, x_start.dtype)
     with launch.on(x_start.device):
-        q_posterior_mean_kernel[shape.grid](
+        q_posterior_kernel[(lanes, max(shape.grid[1], 1))](
             x_start.contiguous(),
             x_t.contiguous(),
             mean,
+            variance,
+            log_variance,
             t.contiguous(),
             coef1.contiguous(),
             coef2.contiguous(),
+            variances.contiguous(),
+            log_variances.contiguous(),
             elements,
             len(coef1),
-            EVEN=shape.even,
+            EVEN=shape.even and elements > 0,
             BLOCK=shape.block,
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )
-    return mean
+    return mean, variance, log_variance
 
 
-@_q_posterior_mean.register_fake
-def _q_posterior_mean_fake(x_start: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(x_start, memory_format=torch.contiguous_format)
+@_q_posterior.register_fake
+def _q_posterior_fake(
+    x_start: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    coef1: torch.Tensor,
+    coef2: torch.Tensor,
+    variances: torch.Tensor,
+    log_variances: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean = torch.empty_like(x_start, memory_format=torch.contiguous_format)
+    variance = torch.empty(len(t), dtype=variances.dtype, device=t.device)
+    return mean, variance, torch.empty(len(t), dtype=log_variances.dtype, device=t.device)
 
 
 def q_posterior_mean_variance(
@@ -103,9 +133,8 @@ def q_posterior_mean_variance(
     check_arguments(x_start, x_t, t, tables, launch.FLOATS)
     if launch.needs_gradient(x_start, x_t, *tables):
         return q_posterior_mean_variance_reference(x_start, x_t, t, *tables)
-    mean = _q_posterior_mean(x_start, x_t, t, posterior_mean_coef1, posterior_mean_coef2)
-    variance, log_variance = (launch.per_lane(launch.gather(table, t), x_t) for table in tables[2:])
-    return mean, variance, log_variance
+    mean, variance, log_variance = _q_posterior(x_start, x_t, t, *tables)
+    return mean, launch.per_lane(variance, x_t), launch.per_lane(log_variance, x_t)
 
 
 def q_posterior_mean_variance_reference(

@@ -15,7 +15,7 @@ from stepfusion.kernels.philox import STREAM_FORWARD, normal_block, normal_refer
 STREAM = tl.constexpr(STREAM_FORWARD)
 
 
-@triton.jit(do_not_specialize=["T"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=launch.SCALARS)  # type: ignore[untyped-decorator]
 def q_sample_kernel(  # type: ignore[no-untyped-def]
     x_start_ptr,  # [B, E]
     noise_ptr,  # [B, E] float32, or None: draw it

@@ -3,6 +3,10 @@
 Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float64 as well.
 """
 
+from stepfusion.kernels.add_bias import add_bias_doubled_reference as add_bias_doubled
+from stepfusion.kernels.add_bias import add_bias_padded_reference as add_bias_padded
+from stepfusion.kernels.add_bias import add_bias_reference as add_bias
+from stepfusion.kernels.group_norm_reference import add_group_norm_silu_reference as add_group_norm_silu
 from stepfusion.kernels.group_norm_reference import group_norm_silu_reference as group_norm_silu
 from stepfusion.kernels.philox import normal_reference as normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
@@ -13,6 +17,10 @@ from stepfusion.kernels.step_reference import diffusion_step_reference as diffus
 from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
 
 __all__ = [
+    "add_bias",
+    "add_bias_doubled",
+    "add_bias_padded",
+    "add_group_norm_silu",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

@@ -39,7 +39,7 @@ def ddim_step(
         eta: 0 is deterministic, 1 has DDPM's noise.
         prediction: "epsilon", "sample" or "v_prediction". clip: bound of |x0|, or None.
         rederive_eps: use the eps that belongs to the clipped x0 instead of the network's.
-        final_alpha_cumprod: abar where t_prev is -1.
+        final_alpha_cumprod: abar if t_prev is -1.
         step: noise, seeds and indices, out_uncond and guidance, x_next, x_net, x0, flags, known of
             :func:`stepfusion.kernels.diffusion_step`.
 
@@ -94,7 +94,7 @@ def ddpm_step(
             channels).
 
     Returns:
-        float32 like x, the state at t_prev; no noise is added where t_prev is -1.
+        float32 like x, the state at t_prev; no noise is added if t_prev is -1.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.

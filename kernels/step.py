@@ -1,10 +1,10 @@
 """The table walker: one kernel that executes any row of any sampler, for every lane of a batch.
 
-    out    = uncond + guidance * (out - uncond)                                    where guidance is given
+    out    = uncond + guidance * (out - uncond)                                    if guidance is given
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
     x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
-    sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               where the network returns v as well
-    x_next = known_x * known + known_sigma * z                                     where a part of the image is known
+    sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               if the network returns v as well
+    x_next = known_x * known + known_sigma * z                                     if a part of the image is known
 
 x0_prev is what the lane's x0 buffer holds, the prediction of the row before (multistep solvers). An element is either
 known or free, so that one z serves both: a known region costs no noise of its own.
@@ -38,7 +38,7 @@ STREAM = tl.constexpr(STREAM_STEP)
 
 
 # B must stay a tensor for a batch of one too, and neither size may recompile.
-@triton.jit(do_not_specialize=["B", "R"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "R"], do_not_specialize_on_alignment=launch.SCALARS)  # type: ignore[untyped-decorator]
 def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, E] float32
     out_ptr,  # [B, E] or [B, 2 E] with LEARNED
@@ -237,7 +237,7 @@ def diffusion_step(
             where it is 1.
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
         x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
-        x0: float32 like x, receives the predicted (clipped) x0. Where a row has next_prev != 0 it holds the x0 of the
+        x0: float32 like x, receives the predicted (clipped) x0. If a row has next_prev != 0 it holds the x0 of the
             lane's row before, and is read first; without this buffer every row in use must have next_prev = 0: the
             term is left out.
         flags: int64 [B], receives the row at which a lane first became non-finite, where it is still :data:`FINITE`.

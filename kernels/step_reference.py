@@ -83,7 +83,7 @@ def diffusion_step_reference(
         result = torch.where(known.isnan(), result, fixed)
 
     if flags is not None and x.numel():
-        total = result.reshape(len(x), -1).sum(1)  # finite where every term is
+        total = result.reshape(len(x), -1).sum(1)  # finite if every term is
         broken = ~total.isfinite() & (flags < 0) & (rows >= 0)
         flags.copy_(torch.where(broken, rows, flags))
     everywhere = bool(active.all())

@@ -51,6 +51,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{name}: {value}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_sampling_kernels() -> None:
+    """Compile the C++ sampling kernels, if they compile here, before a test can see the line that says so."""
+    from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
+
+    why_not_sampling_kernels()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Start every test from the same global random state, whatever ran before it on this worker."""

@@ -16,7 +16,7 @@ def same_bits(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
         Disagreement: naming the tensor, how many elements differ, and the first.
     """
     if got.dtype != want.dtype or got.shape != want.shape:
-        raise Disagreement(f"{name}: {got.dtype} {list(got.shape)} where {want.dtype} {list(want.shape)} is right")
+        raise Disagreement(f"{name}: {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}")
     equal = (got == want) & (got.signbit() == want.signbit()) | (got.isnan() & want.isnan())
     _demand(name, equal, got, want, "differ")
 
@@ -35,7 +35,7 @@ def within(name: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> No
 def _demand(name: str, agree: torch.Tensor, got: torch.Tensor, want: torch.Tensor, words: str) -> None:
     if not agree.all():
         place = (~agree).nonzero()[0].tolist()
-        example = f"first at {place}: {got[tuple(place)].item()} where {want[tuple(place)].item()} is right"
+        example = f"first at {place}: {got[tuple(place)].item()} instead of {want[tuple(place)].item()}"
         raise Disagreement(f"{name}: {int((~agree).sum())} of {agree.numel()} {words}, {example}")
 
 

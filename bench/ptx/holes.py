@@ -75,7 +75,7 @@ def disjunction(values: Sequence[Array], holes: Sequence[Array | None], width: i
 
 
 def union(values: Sequence[Array], holes: Sequence[Array | None], width: int) -> Array:
-    """xor, not and moves of one operand: a bit of the result has a hole where an operand has."""
+    """xor, not and moves of one operand: a bit of the result has a hole if that bit of an operand has one."""
     result = np.zeros((), bool if width == 0 else f"u{width}")
     for hole in holes:
         result = result if hole is None else result | hole

@@ -149,7 +149,7 @@ class Compiler:
             opcode += " of 3"
         operation, kind, types = self._typed(opcode, kinds, flush="ftz" in words)
         if len(args) != 1 + len(types):
-            raise Fault(f"{len(args) - 1} operands where {len(types)} are known")
+            raise Fault(f"{len(args) - 1} operands instead of {len(types)}")
         sources = [self._registers.source(arg, k) for arg, k in zip(args[1:], types, strict=True)]
         return self._mapped(operation.function, operation.rule, args[0], kind, sources)
 

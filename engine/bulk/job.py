@@ -184,7 +184,9 @@ def refuse_differences(out: Path, recorded: dict[str, Any], given: dict[str, Any
         if recorded.get(name) != given.get(name)
     ]
     if differing:
-        raise BulkError(f"{out} was begun otherwise: {'; '.join(differing)}. Use another directory, or what it had")
+        raise BulkError(
+            f"{out} was started with other settings: {'; '.join(differing)}. Use another directory, or those settings"
+        )
 
 
 def check_digest(name: str, value: str | None, *, may_be_none: bool = False) -> None:

@@ -13,7 +13,7 @@ from stepfusion.bulk.checkpoint import Checkpoint
 from stepfusion.bulk.job import DEFAULT_UNIT, Job
 from stepfusion.bulk.labels import labels_digest
 from stepfusion.bulk.shards import FORMATS
-from stepfusion.files.images import CHANNELS
+from stepfusion.files.images import why_no_picture
 from stepfusion.lanes.request import make_request
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.schedule import NoiseSchedule
@@ -51,11 +51,8 @@ def make_job(
     table = request.of(spec)
     first_label = classes[0] if classes else None if labels is None else int(labels[0])
     make_request(spec, 1, table, {"labels": first_label, "guidance": guidance})  # checks the label and the guidance
-    if FORMATS[format].picture and spec.shape[0] not in CHANNELS:
-        raise ValueError(
-            f"{mark}format {format} needs images of 1, 3 or 4 channels, and this model's have {spec.shape[0]}: "
-            f"use {mark}format npz"
-        )
+    if FORMATS[format].picture and (reason := why_no_picture(spec.shape[0])) is not None:
+        raise ValueError(f"{mark}format {format} cannot be used: {reason}; use {mark}format npz")
     return Job(
         model=checkpoint.digest,
         table=_described(request, spec, table),

@@ -77,7 +77,7 @@ def settings_of(engine: Engine, threads: int, *, pictures: bool) -> RecordedSett
     plan = engine.plan
     return RecordedSettings(
         device=_kind(plan.device),
-        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype=plan.dtype_choice.value,
         backend=plan.backend.value,
         network=plan.network.value,
         batch=engine.batch,

@@ -1,7 +1,7 @@
 """Checkpoints of guided-diffusion and improved-diffusion: ``.pt`` state dicts, described by command-line flags.
 
 A file says nothing of its architecture: that stands in the flags with which its authors run it. They are given, or
-read from a JSON file beside it, or known where the file has a published name. Every key, shape and dtype that the
+read from a JSON file beside it, or known if the file has a published name. Every key, shape and dtype that the
 flags imply is then checked before anything is used, and the weights are renamed to :class:`ADMUNet`'s.
 """
 
@@ -117,7 +117,7 @@ def our_weights(theirs: Mapping[str, Tensor], network: ADMUNet, *, legacy: bool)
     """The state dict of `network` from the tensors of a checkpoint.
 
     Their attention makes q, k and v in one convolution. Its 3 C outputs are, head after head, the q, k and v of that
-    head where `legacy`, and the q of all heads, then k, then v in the new order.
+    head if `legacy`, and the q of all heads, then k, then v in the new order.
     """
     ours = {}
     for key in network.state_dict():

@@ -11,7 +11,7 @@ from typing import TypeVar
 from stepfusion import _checks
 from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.engine import Engine
-from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES
+from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
 from stepfusion.files.images import CHANNELS
 from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
@@ -58,7 +58,7 @@ def add_device_argument(add: Callable[..., object]) -> None:
 
 def add_path_arguments(add: Callable[..., object]) -> None:
     """Declare the network's dtype, and which path runs the step and the network."""
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the network (default: %(default)s)")
+    add("--dtype", choices=("auto", *DTYPES, TF32), default="auto", help="of the network (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
     add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
 

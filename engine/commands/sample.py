@@ -24,7 +24,7 @@ from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
 from stepfusion.engine import Engine
-from stepfusion.files.images import CHANNELS, Pixels, grid, grid_size, save_gif, save_png
+from stepfusion.files.images import Pixels, grid, grid_size, save_gif, save_png, why_no_picture
 from stepfusion.lanes.editing import Edit, make_edit
 from stepfusion.lanes.request import Event
 
@@ -234,8 +234,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> None:
     """Refuse images that have no picture, and pictures or animations that are too large."""
     channels, *sizes = engine.shape
-    if channels not in CHANNELS:
-        raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, and this model's have {channels}")
+    if (reason := why_no_picture(channels)) is not None:
+        raise ValueError(f"{reason}; stepfusion generate --format npz writes arrays")
     if args.single and not frames:
         return
     height, width = grid_size(args.num, *sizes, columns=_columns(args, engine), scale=args.scale)

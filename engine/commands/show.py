@@ -135,7 +135,7 @@ def _show_noise(args: argparse.Namespace) -> Pixels:
 
 def _add_context(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    text = "a context, a number for each class; may be repeated (default: .3,.6,0,0,.1 where there are five)"
+    text = "a context, a number for each class; may be repeated (default: .3,.6,0,0,.1 if there are five)"
     parser.add_argument("--mix", action="append", metavar="LIST", help=text)
     parser.add_argument("--steps", type=int, metavar="K", help="of DDPM (default: all timesteps of the model)")
     _add_images(parser, 8, labels=False)

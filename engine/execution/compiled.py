@@ -1,4 +1,7 @@
-"""``network="compile"``: a network as `torch.compile` makes it, specialised, cached on disk, checked before use.
+"""``network="compile"`` and ``"cpp"``: a network in faster forms, specialised, cached on disk, checked before use.
+
+"compile" is what `torch.compile` makes of it, "cpp" on a CPU our C++ kernels alone, without Inductor; "compile" on a
+CPU has both: what the kernels leave is compiled.
 
 What Inductor is told, and why. Measured: the 35.7 M CIFAR UNet at batch 8 in bfloat16 with its time path hoisted,
 one thread of an AMD Zen 5 with AVX512-BF16, PyTorch 2.13, least of several evaluations. CUDA: not measured yet.
@@ -23,6 +26,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -31,14 +35,18 @@ from torch import Tensor, nn
 from stepfusion import _checks
 from stepfusion.errors import first_line
 from stepfusion.execution.cache import compiler_cache
-from stepfusion.execution.cpu_form import CpuForm, CpuForms
+from stepfusion.execution.cpu_form import CpuForm, CpuForms, is_ours
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion.kernels.tolerance import NETWORK_FLOAT32
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
 #: Largest difference between the compiled and the eager network that rounding explains, relative to the largest
 #: output: eight units in the last place, of ten bits in float32, which is what TF32 keeps.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2.0**-7, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
+
+#: The same of a network by our C++ kernels.
+CPU_FORM_TOLERANCE = {torch.float32: NETWORK_FLOAT32, torch.bfloat16: TOLERANCE[torch.bfloat16]}
 
 #: What Inductor is told, for this network alone.
 CPU_OPTIONS: dict[str, Any] = {"freezing": False}
@@ -66,7 +74,17 @@ def compile_network(module: nn.Module, device: torch.device, dtype: torch.dtype)
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCE))}, got {dtype}")
     options = known_options(CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS)
     forms = CpuForms(module) if why_not_cpu_form(device, dtype) is None else None
-    return CompiledNetwork(module, options, TOLERANCE[dtype], forms)
+    return CompiledNetwork(module, options, TOLERANCE[dtype], forms, CPU_FORM_TOLERANCE.get(dtype, 0.0))
+
+
+def cpp_network(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The same without `torch.compile`: the C++ kernels run layers of our networks, PyTorch whatever is left.
+
+    Nothing but the kernels' library is compiled. A network that is not ours is returned as it is.
+    """
+    if not is_ours(module):
+        return module
+    return CompiledNetwork(module, None, 0.0, CpuForms(module), CPU_FORM_TOLERANCE[dtype])
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -79,10 +97,8 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_not_cpu_form(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why networks of ours are not compiled as their CPU form on ``device``; None if they are."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return "the C++ kernels are for bfloat16 on CPUs"
-    return why_not_cpu_kernels()
+    """The reason why the C++ kernels run no layers of our networks on ``device``; None if they do."""
+    return why_not_cpu_kernels(dtype) if device.type == "cpu" else "the C++ kernels are for CPUs"
 
 
 class CompiledNetwork:
@@ -94,15 +110,20 @@ class CompiledNetwork:
         declined: why the module itself is compiled for signatures that come from now on, and not its ``forms``.
 
     Args:
+        module: the network.
+        options: what Inductor is told; None if nothing is compiled.
+        tolerance: how far the compiled network may be from the module, relative to the largest output.
         forms: makes a faster form of the module for given inputs, or None; it is checked against the module.
+        form_tolerance: how far that may be from it.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        options: dict[str, Any],
+        options: dict[str, Any] | None,
         tolerance: float,
         forms: Callable[[tuple[Tensor, ...]], CpuForm | None] | None = None,
+        form_tolerance: float = 0.0,
     ) -> None:
         self.compilations = 0
         self.failure: str | None = None
@@ -111,6 +132,7 @@ class CompiledNetwork:
         self._options = options
         self._tolerance = tolerance
         self._forms = forms
+        self._form_tolerance = form_tolerance
         self._trusted: dict[_Signature, Callable[..., Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -133,28 +155,30 @@ class CompiledNetwork:
                     self._trusted[signature] = self._module
                 elif not bool(expected.isfinite().all()):
                     return expected  # nothing to check against, until another call
-                elif not self._faster_form_is_trusted(signature, tensors, expected):
-                    self.failure = self._try(
-                        "torch.compile", lambda: self._compile(self._module), signature, tensors, expected
-                    )
+                elif not self._faster_form_is_trusted(signature, tensors, expected) and self._options is not None:
+                    self.failure = self._try("torch.compile", self._compiled, signature, tensors, expected)
                     if self.failure is not None:
                         warnings.warn(f"the network runs eagerly: {self.failure}", RuntimeWarning, stacklevel=4)
         return self._trusted[signature](*tensors)
 
     def _faster_form_is_trusted(self, signature: _Signature, tensors: tuple[Tensor, ...], expected: Tensor) -> bool:
-        """Trust a faster form for these inputs, if there is one and it agrees; where it fails, none is made again."""
+        """Trust a faster form for these inputs, if there is one and it agrees; if it fails, none is made again."""
         forms = self._forms
         if forms is None:
+            self._trusted[signature] = self._module
             return False
 
         def make() -> Callable[..., Tensor] | None:
             form = forms(tensors)
-            return None if form is None else form.network if form.whole else self._compile(form.network)
+            if form is None or form.whole or self._options is None:
+                return None if form is None else form.network
+            return self._compile(form.network)
 
-        self.declined = self._try("its C++ form", make, signature, tensors, expected)
+        self.declined = self._try("its C++ form", make, signature, tensors, expected, self._form_tolerance)
         if self.declined is not None:
             self._forms = None
-            warnings.warn(f"the network is compiled as it is: {self.declined}", RuntimeWarning, stacklevel=5)
+            instead = "runs eagerly" if self._options is None else "is compiled as it is"
+            warnings.warn(f"the network {instead}: {self.declined}", RuntimeWarning, stacklevel=5)
         return self._trusted[signature] is not self._module
 
     def _try(
@@ -164,14 +188,15 @@ class CompiledNetwork:
         signature: _Signature,
         tensors: tuple[Tensor, ...],
         expected: Tensor,
+        tolerance: float | None = None,
     ) -> str | None:
         """Trust what is made for these inputs and return None; or trust the eager network and return why.
 
-        Where ``make`` makes nothing, there is no reason either.
+        If ``make`` makes nothing, there is no reason either.
         """
         self._trusted[signature] = self._module
         try:
-            with compiler_cache():
+            with nullcontext() if self._options is None else compiler_cache():
                 made = make()
                 if made is None:
                     return None
@@ -182,10 +207,13 @@ class CompiledNetwork:
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # what Dynamo wraps when a backend fails
             return f"{what} failed with {first_line(cause)}"
-        difference = describe_difference(actual, expected, self._tolerance)
+        difference = describe_difference(actual, expected, self._tolerance if tolerance is None else tolerance)
         if difference is None:
             self._trusted[signature] = made
         return difference
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        return self._compile(self._module)
 
     def _compile(self, module: nn.Module) -> Callable[..., Tensor]:
         """`torch.compile` a module behind a code object of its own.

@@ -1,4 +1,4 @@
-"""A network of ours as CPUs that multiply bfloat16 matrices run it fastest: by the C++ kernels.
+"""A network of ours as CPUs run it fastest, in float32 and bfloat16: by the C++ kernels.
 
 Residual and attention blocks become one operator each, other 3x3 convolutions Winograd's, and the rest a matrix
 product for the pixels under each output.
@@ -20,11 +20,13 @@ from stepfusion.networks.blocks import Attention, Conditioned, Downsample, Resne
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 
-# Heights and widths at which F4 is used. Measured on the CIFAR-10 UNet at batch 8, one interleaved run, shortest of
-# 25: F4 above 8 takes 64.8 ms (rms error 0.0071), F4 above 16 70.3 (0.0067), F4 from 9 to 16 73.9 (0.0044), F2 alone
-# 77.8 (0.0037; PyTorch's bfloat16 operators 0.0035). So F4 costs least accuracy at 16, where channels are many; over
-# a loop of ten steps the errors of F4 at 32 exceed what the benchmarks accept.
+# Heights and widths at which F4 is used in bfloat16. Measured on the CIFAR-10 UNet at batch 8, one interleaved run,
+# shortest of 25: F4 above 8 takes 64.8 ms (rms error 0.0071), F4 above 16 70.3 (0.0067), F4 from 9 to 16 73.9
+# (0.0044), F2 alone 77.8 (0.0037; PyTorch's bfloat16 operators 0.0035). So F4 costs least accuracy at 16, where
+# channels are many; over a loop of ten steps the errors of F4 at 32 exceed what the benchmarks accept.
 _SIZES_OF_F4 = range(9, 17)
+
+_TILES_A_MATRIX = 24  # 4 bytes of a weight at 10 GB/s take as long as its 24 products at 115 GFLOP/s
 
 _BLOCKS = ResnetBlock, Attention, Upsample, Downsample
 _PARTS = {*_BLOCKS, GroupNormAct, nn.Conv2d, nn.Linear, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList}
@@ -36,18 +38,17 @@ class CpuResnetBlock(Conditioned):
 
     def __init__(self, block: ResnetBlock, scheme: Scheme) -> None:
         super().__init__()
-        shortcut = block.conv_shortcut
-        norm = block.norm1
+        shortcut, norm, dtype = block.conv_shortcut, block.norm1, block.conv1.weight.dtype
         self.weights = resnet.ResnetWeights(
             norm1_weight=norm.weight.detach().contiguous(),
             norm1_bias=norm.bias.detach().contiguous(),
-            conv1=winograd.transform_weight(block.conv1.weight, scheme),
+            conv1=winograd.transform_weight(block.conv1.weight, scheme, dtype),
             conv1_bias=_bias(block.conv1),
             norm2_weight=block.norm2.weight.detach().contiguous(),
             norm2_bias=block.norm2.bias.detach().contiguous(),
-            conv2=winograd.transform_weight(block.conv2.weight, scheme),
+            conv2=winograd.transform_weight(block.conv2.weight, scheme, dtype),
             conv2_bias=_bias(block.conv2),
-            shortcut=None if shortcut is None else resnet.pack_shortcut(shortcut.weight),
+            shortcut=None if shortcut is None else resnet.pack_shortcut(shortcut.weight, dtype),
             shortcut_bias=None if shortcut is None else _bias(shortcut),
             groups=norm.num_groups,
             eps=norm.eps,
@@ -72,11 +73,12 @@ class CpuAttention(nn.Module):
         result = block.to_out[0]
         assert isinstance(result, nn.Linear)
         layers = block.to_q, block.to_k, block.to_v, result
+        weights = [layer.weight for layer in layers]
         norm = block.group_norm
         self.weights = attention.AttentionWeights(
             norm_weight=None if norm is None else norm.weight.detach().contiguous(),
             norm_bias=None if norm is None else norm.bias.detach().contiguous(),
-            projections=attention.pack_projections([layer.weight for layer in layers], block.heads),
+            projections=attention.pack_projections(weights, block.heads, weights[0].dtype),
             biases=torch.stack([_bias(layer) for layer in layers]),
             heads=block.heads,
             groups=1 if norm is None else norm.num_groups,
@@ -96,7 +98,7 @@ class WinogradConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, scheme: Scheme) -> None:
         super().__init__()
-        self.register_buffer("weight", winograd.transform_weight(conv.weight, scheme))
+        self.register_buffer("weight", winograd.transform_weight(conv.weight, scheme, conv.weight.dtype))
         self.register_buffer("bias", _bias(conv))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class GatheredConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, before: int, after: int) -> None:
         super().__init__()
-        self.register_buffer("weight", convolution.pack_weight(conv.weight))
+        self.register_buffer("weight", convolution.pack_weight(conv.weight, conv.weight.dtype))
         self.register_buffer("bias", _bias(conv))
         self._window = {"kernel": conv.kernel_size[0], "stride": conv.stride[0], "before": before, "after": after}
 
@@ -127,10 +129,10 @@ class CpuForm(NamedTuple):
 
 
 class CpuForms:
-    """Makes copies of a bfloat16 network that run on the C++ kernels.
+    """Makes copies of a float32 or bfloat16 network that run on the C++ kernels.
 
     A copy shares every parameter with the network and owns the weights of what it replaces, as the kernels read
-    them; copies for other shapes share those where they use the same scheme: 1.8 times the bytes of a convolution's
+    them; copies for other shapes share those if they use the same scheme: 1.8 times the bytes of a convolution's
     own weights with F2, 4 times with F4, and as many as the weights have elsewhere. Replaced are layers of
     :class:`TimeConditioned` networks only, where a kernel takes them.
     """
@@ -141,7 +143,7 @@ class CpuForms:
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> CpuForm | None:
         """The copy for inputs of these shapes; None for a network that is not ours."""
-        if not any(isinstance(network, TimeConditioned) for network in self._module.modules()):
+        if not is_ours(self._module):
             return None
         shared = {id(t): t for t in (*self._module.parameters(), *self._module.buffers())}
         form = copy.deepcopy(self._module, shared)
@@ -175,11 +177,11 @@ class CpuForms:
 
 def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Callable[[], nn.Module]] | None:
     """The scheme, if any, and the maker of what replaces a layer for inputs of these shapes; None if nothing does."""
-    if not shapes or len(shapes[0]) != 4 or not _is_ours(layer):
+    if not shapes or len(shapes[0]) != 4 or not _is_unchanged(layer):
         return None
     height, width = shapes[0][2:]
-    scheme = F4 if max(height, width) in _SIZES_OF_F4 else F2
     if isinstance(layer, ResnetBlock) and _is_usual(layer, shapes):
+        scheme = _scheme(layer.conv1.weight.dtype, shapes[0])
         return scheme, lambda: CpuResnetBlock(layer, scheme)
     if isinstance(layer, Attention) and layer.heads * layer.head_dim == shapes[0][1]:
         fits = attention.fits(shapes[0][1], layer.heads, height * width)
@@ -190,6 +192,7 @@ def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Call
         before, after = (0, 1) if layer.pads_one_side else 2 * (int(layer.conv.padding[0]),)
         return None, lambda: GatheredConv2d(layer.conv, before, after)
     if type(layer) is nn.Conv2d and _fits_winograd(layer):
+        scheme = _scheme(layer.weight.dtype, shapes[0])
         return scheme, lambda: WinogradConv2d(layer, scheme)
     if type(layer) is nn.Conv2d and _is_square(layer):
         padding = int(layer.padding[0])
@@ -197,7 +200,29 @@ def _replacement(layer: nn.Module, shapes: _Shapes) -> tuple[Scheme | None, Call
     return None
 
 
-def _is_ours(layer: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
+    """Whether a network is ours, or has one inside."""
+    return any(isinstance(network, TimeConditioned) for network in module.modules())
+
+
+def _scheme(dtype: torch.dtype, shape: torch.Size) -> Scheme:
+    """How the 3x3 convolutions of images of this shape are computed.
+
+    F2 and F4 round little in float32, and it is the one that takes less time: a product's time grows with the number
+    of its tiles, and reading its weights takes as long as some tiles do.
+    """
+    batch, _, height, width = shape
+    if dtype == torch.bfloat16:
+        return F4 if max(height, width) in _SIZES_OF_F4 else F2
+
+    def cost(scheme: Scheme) -> int:
+        tiles = batch * -(-height // scheme.step) * -(-width // scheme.step)
+        return scheme.products * (tiles + _TILES_A_MATRIX)
+
+    return min(F2, F4, key=cost)
+
+
+def _is_unchanged(layer: nn.Module) -> bool:
     """Whether a layer does what its class says: nothing in it is of a subclass, hooked, or given another forward."""
     return all(
         type(part) in _PARTS
@@ -233,7 +258,7 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 
 def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """float32 [K]; zeros where a layer has none."""
+    """float32 [K]; zeros if a layer has none."""
     bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
     return bias.float().contiguous()
 

@@ -8,14 +8,17 @@ A network is a function of x and of what its timestep and label make of it. What
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepfusion.execution.streams import Turns
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 Network = Callable[..., Any]
+Products = Callable[[], AbstractContextManager[None]]
 
 _ROWS = 64  # at a time, always so many, so that a row's bits do not depend on the length of its table
 
@@ -26,11 +29,14 @@ class Evaluator:
     Args:
         network: ``network(x, timesteps)`` or, where `labelled`, ``network(x, timesteps, labels)``.
         labelled: whether it takes labels.
+        products: makes the context in which the network and its time path are called
+            (:attr:`stepfusion.execution.plan.Plan.products`).
 
     Attributes:
         hoisted: True if the time path of the network is computed once for each row of a table.
         form: what is left of the network then, a module ``(x, features[, labels])``.
         compiled: the form itself, or what :meth:`compile_with` made of it.
+        turns: which calls of the network must run one after the other, on whatever streams; None if they need not.
         network: ``network(x, features, labels) -> out``: x [B, C, H, W] in the network's dtype, the features [B, ...]
             of each lane's row, and its label, int64 [B]. It calls ``compiled``.
     """
@@ -38,9 +44,11 @@ class Evaluator:
     compiled: Callable[..., Tensor]
     network: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def __init__(self, network: Network, labelled: bool) -> None:
+    def __init__(self, network: Network, labelled: bool, products: Products = nullcontext) -> None:
         self._network = network
         self._labelled = labelled
+        self._products = products
+        self.turns: Turns | None = getattr(network, "turns", None)
         self.hoisted = _is_hoistable(network)
         self.form: nn.Module = self._form()
         self.compile_with(lambda form: form)
@@ -48,7 +56,8 @@ class Evaluator:
     def compile_with(self, compiler: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
         """Call the network through what `compiler` makes of its form from now on."""
         self.compiled = call = compiler(self.form)
-        self.network = call if self._labelled else lambda x, features, labels: call(x, features)
+        network = call if self._labelled else lambda x, features, labels: call(x, features)
+        self.network = network if self._products is nullcontext else self._in_context(network)
 
     @property
     def declined(self) -> str | None:
@@ -61,12 +70,24 @@ class Evaluator:
         """The features [R, ...] of the rows with these timesteps, int64 [R]."""
         if not isinstance(self._network, TimeConditioned) or not self.hoisted:
             return timesteps
+        with self._products():
+            return self._embedded(timesteps, self._network)
+
+    def _embedded(self, timesteps: Tensor, network: TimeConditioned) -> Tensor:
+        """What the time path makes of timesteps, int64 [R]: [R, ...]."""
         parts = []
         for chunk in torch.split(timesteps, _ROWS):
             padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))
-            time = self._network.embed_time(padded)
-            parts.append((time if self._labelled else self._network.condition(time))[: len(chunk)])
+            time = network.embed_time(padded)
+            parts.append((time if self._labelled else network.condition(time))[: len(chunk)])
         return torch.cat(parts)
+
+    def _in_context(self, network: Network) -> Network:
+        def call(x: Tensor, features: Tensor, labels: Tensor) -> Any:
+            with self._products():
+                return network(x, features, labels)
+
+        return call
 
     def _form(self) -> nn.Module:
         if isinstance(self._network, TimeConditioned) and self.hoisted:

@@ -52,7 +52,7 @@ def openvino_core() -> openvino.Core:
     """The process's one ``openvino.Core``, which lives as long as the process does.
 
     On Linux the first model that a core compiles gives the calling thread another stack for signal handlers, and a
-    core's end gives back the one before, which is unmapped by then where an older core ended first
+    core's end gives back the one before, which is unmapped by then if an older core ended first
     (``SigAltStackSetup`` in OpenVINO's CPU plugin). The next signal, as Ctrl-C, would then kill the process.
 
     Raises:

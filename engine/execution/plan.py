@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -12,6 +13,7 @@ from torch import nn
 
 from stepfusion import _checks, kernels
 from stepfusion.execution.cuda_graph import why_not_graph
+from stepfusion.execution.float32 import float32_products
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import (
     BackendError,
@@ -20,17 +22,19 @@ from stepfusion.kernels.backend import (
     require_triton,
     why_not_triton,
 )
-from stepfusion.kernels.cpu.library import onednn_limit
+from stepfusion.kernels.cpu.library import onednn_limit, why_not_cpu_kernels
 from stepfusion.kernels.cpu.sampling_library import (
     instruction_set,
     require_sampling_kernels,
+    why_not_sampling_kernels,
 )
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
-NETWORK_MODES = ("auto", "eager", "compile", "graph", "compile+graph", "openvino")
+NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "openvino")
 #: Why dynamic thresholding runs on the reference path.
 WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32 = "tf32"  # float32 whose products are rounded to ten bits of the mantissa, on CUDA
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,13 @@ class Plan:
             "step": self.backend,
             "network": self.network,
         }
-        if self.network.value == "compile" and self.device.type == "cpu":
+        if self.network.value in ("cpp", "compile") and self.device.type == "cpu":
             choices["layers"] = self._layers
         return choices
 
     @property
     def _layers(self) -> Choice:
-        """What runs the layers of a network of ours that is compiled for a CPU."""
+        """What runs the layers of a network of ours on a CPU."""
         from stepfusion.execution.compiled import why_not_cpu_form
 
         reason = why_not_cpu_form(self.device, self.dtype)
@@ -81,6 +85,13 @@ class Plan:
         return {"triton": kernels, "cpu": cpu_ops, "reference": reference}[self.backend.value]
 
     @property
+    def products(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context in which the network is called: whether its convolutions and matrix products may use TF32."""
+        if self.device.type != "cuda" or self.dtype != torch.float32:
+            return nullcontext
+        return partial(float32_products, tf32=self.dtype_choice.value == TF32)
+
+    @property
     def captures(self) -> bool:
         """True if ticks are captured as CUDA graphs."""
         return "graph" in self.network.value
@@ -91,12 +102,21 @@ class Plan:
         return self.backend.value == "triton" and self.network.value in ("eager", "graph")
 
     @property
+    def compiles_each_width(self) -> bool:
+        """True if every other number of lanes waits for a compiler, for seconds to minutes."""
+        return "compile" in self.network.value or self.network.value == "openvino"
+
+    @property
     def compiler(self) -> Callable[[nn.Module], Callable[..., torch.Tensor]] | None:
         """What compiles the network, None if nothing does."""
         if self.network.value == "openvino":
             from stepfusion.execution.openvino_network import openvino_network
 
             return partial(openvino_network, dtype=self.dtype)
+        if self.network.value == "cpp":
+            from stepfusion.execution.compiled import cpp_network
+
+            return partial(cpp_network, dtype=self.dtype)
         if "compile" in self.network.value:
             from stepfusion.execution.compiled import compile_network
 
@@ -116,7 +136,7 @@ def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str
     """
     where, device_choice = choose_device(device)
     step = _backend(backend, where)
-    runs = _network(network, where, step)
+    runs = _network(network, where, step, dtype)
     kind, dtype_choice = _dtype(dtype, where, runs)
     return Plan(where, kind, device_choice, dtype_choice, step, runs)
 
@@ -161,16 +181,26 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype != "auto":
-        _checks.choice("dtype", dtype, ("auto", *DTYPES))
-        return DTYPES[dtype], Choice(dtype, "asked for; the state stays float32")
+        _checks.choice("dtype", dtype, ("auto", *DTYPES, TF32))
+        return _asked_dtype(dtype, device)
     if device.type != "cpu":
         return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
-    if network.value == "eager":
+    if network.value in ("eager", "cpp"):
         return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
     if (unit := _bfloat16_unit()) is not None:
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
         return torch.bfloat16, Choice("bfloat16", reason)
     return torch.float32, Choice("float32", "auto: neither AMX nor AVX512-BF16 can be used here")
+
+
+def _asked_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, Choice]:
+    if dtype == TF32:
+        if device.type != "cuda":
+            raise BackendError(f"dtype={TF32!r} needs a CUDA device, and the device is {device}: use dtype='float32'")
+        reason = "asked for: float32 with TF32 in convolutions and matrix products; the state stays float32"
+        return torch.float32, Choice(TF32, reason)
+    exact = ", without TF32" if dtype == "float32" and device.type == "cuda" else ""
+    return DTYPES[dtype], Choice(dtype, f"asked for{exact}; the state stays float32")
 
 
 def _bfloat16_unit() -> str | None:
@@ -196,6 +226,11 @@ def _backend(backend: str, device: torch.device) -> Choice:
         return Choice("cpu", f"{source}: the fused kernels in C++ ({instruction_set()})", asked=True)
     if backend == "reference":
         return Choice("reference", f"{source}: eager PyTorch", asked=True)
+    if device.type == "cpu":
+        reason = why_not_sampling_kernels()
+        if reason is None:
+            return Choice("cpu", f"auto: the fused kernels in C++ ({instruction_set()}), with the reference's bits")
+        return Choice("reference", f"auto: the fused kernels in C++ cannot run: {reason}")
     reason = why_not_triton(device)
     if reason is None and interpreting():
         reason = "Triton's interpreter is for tests, and slower than PyTorch"
@@ -204,19 +239,33 @@ def _backend(backend: str, device: torch.device) -> Choice:
     return Choice("reference", f"auto: {reason}")
 
 
-def _network(network: str, device: torch.device, step: Choice) -> Choice:
+def _network(network: str, device: torch.device, step: Choice, dtype: str | torch.dtype) -> Choice:
     _checks.choice("network", network, NETWORK_MODES)
-    if network == "openvino" and device.type != "cpu":
-        raise BackendError(f"network='openvino' cannot run on {device}: it is for CPUs")
+    if network in ("cpp", "openvino") and device.type != "cpu":
+        raise BackendError(f"network={network!r} cannot run on {device}: it is for CPUs")
     reason = _why_not_captured(device, step)
+    if network == "auto" and reason is None:
+        return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
+    if network in ("auto", "cpp") and device.type == "cpu":
+        return _cpu_network(network, dtype)
     if network == "auto":
-        if reason is None:
-            return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
         return Choice("eager", f"auto: {reason}" if device.type == "cuda" else "auto: no compilation to wait for")
     if "graph" in network and reason is not None:
         instead = "compile" if "compile" in network else "eager"
         raise BackendError(f"network={network!r} cannot run: {reason}; use network={instead!r}")
     return Choice(network, "asked for")
+
+
+def _cpu_network(network: str, dtype: str | torch.dtype) -> Choice:
+    """What runs a network on a CPU if it is "auto", or "cpp"."""
+    name = str(dtype).removeprefix("torch.")
+    reason = why_not_cpu_kernels(torch.float32 if name == "auto" else DTYPES.get(name, torch.float64))
+    if reason is None:
+        source = "auto" if network == "auto" else "asked for"
+        return Choice("cpp", f"{source}: C++ kernels run networks of ours, and nothing else is compiled")
+    if network == "cpp":
+        raise BackendError(f"network='cpp' cannot run: {reason}; use network='eager'")
+    return Choice("eager", f"auto: {reason}")
 
 
 def _why_not_captured(device: torch.device, step: Choice) -> str | None:

@@ -30,7 +30,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """True where rounding explains the difference."""
+        """True if rounding explains the difference."""
         return self.error <= self.allowed
 
 
@@ -63,7 +63,7 @@ def self_test(device: torch.device) -> list[Check]:
 
 
 def self_test_in_interpreter() -> Check:
-    """Fused against reference where Triton drives nothing: on the CPU, in Triton's interpreter.
+    """Fused against reference if Triton drives no device: on the CPU, in Triton's interpreter.
 
     In a process of its own, because the interpreter is chosen when Triton is imported.
     """

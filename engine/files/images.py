@@ -16,6 +16,7 @@ from stepfusion.files.atomic import atomic_write
 Pixels = NDArray[np.uint8]
 
 CHANNELS = (1, 3, 4)
+_OF_MODELS = (1, 3)
 
 _BACKGROUND = 24
 
@@ -70,6 +71,18 @@ def _columns(n: int, columns: int | None) -> int:
     if n < 1:
         raise ValueError("a grid needs at least one image, got none")
     return math.ceil(math.sqrt(n)) if columns is None else min(columns, n)
+
+
+def why_no_picture(channels: int) -> str | None:
+    """The reason why a model's images are not written as pictures; None if they are, which 1 or 3 channels are.
+
+    Four channels could be RGBA. Models with four channels are denoisers of latents, nearly without exception, and a
+    picture of latents looks like a broken image of a sound model.
+    """
+    if channels in _OF_MODELS:
+        return None
+    latents = ", as the latents of an autoencoder have, which needs its decoder" if channels == 4 else ""
+    return f"pictures have 1 or 3 channels, and this model's images have {channels}{latents}"
 
 
 def _write(path: str | Path, data: bytes) -> None:

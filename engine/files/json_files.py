@@ -155,7 +155,7 @@ def _shown(value: object) -> str:
 
 
 def _check_finite(value: Any, *, infinite: bool = False) -> None:
-    """ValueError for a number that is not finite, but for infinity itself where that is right."""
+    """ValueError for a number that is not finite, except for infinity itself if that is allowed."""
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or not infinite):
         raise ValueError(f"{json.dumps(value)} is not a finite number")
     if isinstance(value, dict | list):

@@ -8,10 +8,12 @@ the room is needed: the one that was held longest ago goes first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from stepfusion.execution.cuda_graph import GraphPool
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import COLUMNS, PARKED
 from stepfusion.samplers.table import StepTable
@@ -47,6 +49,14 @@ class DeviceTables:
         """How many rows there are for tables."""
         return len(self.timesteps) - 1
 
+    @cached_property
+    def graph_pool(self) -> GraphPool:
+        """The memory of captured ticks that walk these tables.
+
+        One thread moves all lanes that walk them, so that no two of these ticks run at the same time.
+        """
+        return GraphPool()
+
     @property
     def features(self) -> Tensor:
         """What the network makes of each row's timestep, [R, ...]."""
@@ -54,6 +64,12 @@ class DeviceTables:
             self._allocate(self._evaluator.features(self.timesteps[:1]))
         assert self._features is not None
         return self._features
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that a tick reads of them."""
+        features = () if self._features is None else (self._features,)
+        return [self.coefficients, self.timesteps, self.next_row, *features]
 
     @property
     def held(self) -> int:
@@ -65,7 +81,7 @@ class DeviceTables:
         # One row more than asked for, rounded up: the last row stays free for parked lanes.
         size = 1 << rows.bit_length()
         self._places.clear()
-        self.coefficients = torch.zeros((size, len(COLUMNS)), device=self._device)
+        self.coefficients = torch.zeros((size, len(COLUMNS)), dtype=torch.float32, device=self._device)
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
         self.next_row = torch.full_like(self.timesteps, PARKED)
         self._features: Tensor | None = None  # their shape is not known before the network is asked

@@ -24,7 +24,7 @@ def slerp(a: Tensor, b: Tensor, weights: int | Sequence[float]) -> Tensor:
         weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
 
     Returns:
-        float32 [k, ...] (float64 where an argument is), computed in float64.
+        float32 [k, ...] (float64 if an argument is), computed in float64.
 
     Raises:
         TypeError, ValueError: naming the argument; ``a`` and ``b`` are zero, not finite, or point in opposite
@@ -64,5 +64,5 @@ def check_weights(weights: int | Sequence[float]) -> list[float]:
 
 
 def _angle(one: Tensor, other: Tensor) -> float:
-    """The angle between unit vectors, exact where they are nearly parallel, too (Kahan 2006, section 12)."""
+    """The angle between unit vectors, exact even if they are nearly parallel (Kahan 2006, section 12)."""
     return 2 * math.atan2(float((one - other).norm()), float((one + other).norm()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.lane_engine import Departure, LaneEngine, Occupant
 from stepfusion.lanes.request import ActiveRequest, Event, Request
 from stepfusion.lanes.runner import Runner, RunnerKey
@@ -44,24 +45,28 @@ class OfflineLanes:
         self._borrowed: tuple[RunnerKey, Runner] | None = None
         self._unread: deque[Departure] = deque()
 
-    @torch.no_grad()
     def run(self) -> Iterator[tuple[int, list[Event]]]:
         """Tick until every image is done; yields how many images each tick moved, and its events."""
         active, lanes = self._active, self._lane_engine()
         try:
             while active.waiting or lanes.busy:
                 try:
-                    self._admit(lanes)
-                    lanes.tick()
-                    moved = lanes.busy
-                    events = [event for _, event in lanes.events()] if self._watched else []
-                    self._depart(lanes)
+                    moved = self._round(lanes)
                 except torch.OutOfMemoryError as error:
                     self._halve(lanes, error)
                     continue
-                yield moved, events
+                yield moved
         finally:
             self._give_back()
+
+    @plain_torch(gradients=False)  # and not around the loop: between two rounds the caller's own settings hold
+    def _round(self, lanes: LaneEngine) -> tuple[int, list[Event]]:
+        self._admit(lanes)
+        lanes.tick()
+        moved = lanes.busy
+        events = [event for _, event in lanes.events()] if self._watched else []
+        self._depart(lanes)
+        return moved, events
 
     def check(self, unread: int = 0) -> None:
         """Read flags until those of at most ``unread`` departures are left; NonFiniteError if one is raised."""
@@ -129,7 +134,7 @@ class OfflineLanes:
 
 def stream(runners: Runners, request: Request, every: int) -> Iterator[Event]:
     """An event after every ``every``-th step of an image and after its last."""
-    lanes = OfflineLanes(runners, request, _result(runners, request), strict=True, watched=True)
+    lanes = OfflineLanes(runners, request, room_for(runners, request), strict=True, watched=True)
     for _, events in lanes.run():
         for event in events:
             if (event.step + 1) % every == 0 or event.step + 1 == event.steps:
@@ -146,7 +151,7 @@ def generate(
     while first < len(request) or under_way:
         if first < len(request):
             part = request.part(first, min(first + runners.batch, len(request)))
-            result = _result(runners, part)
+            result = room_for(runners, part)
             lanes = OfflineLanes(runners, part, result, strict=True, watched=False, deferred=True)
             for _ in lanes.run():
                 pass
@@ -158,5 +163,7 @@ def generate(
             yield copy.wait()
 
 
-def _result(runners: Runners, request: Request) -> torch.Tensor:
-    return torch.empty((len(request), *runners.spec.shape), device=runners.plan.device)
+@plain_torch(gradients=False)  # or it could not be written to if the caller is in inference mode
+def room_for(runners: Runners, request: Request) -> torch.Tensor:
+    """Room for the images of a request, float32 [n, ...] on the device."""
+    return torch.empty((len(request), *runners.spec.shape), dtype=torch.float32, device=runners.plan.device)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from stepfusion import kernels
-from stepfusion.execution.cuda_graph import CapturePolicy, Graph
+from stepfusion.execution.cuda_graph import CapturePolicy, Graph, OrderedGraph
 from stepfusion.execution.evaluator import Evaluator
+from stepfusion.execution.streams import Reached
 from stepfusion.kernels import FINITE, PARKED
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.request import LaneStart
@@ -87,7 +88,7 @@ class Runner:
         lanes, device = key.lanes, key.device
         # With guidance the network is called once for both halves of a doubled batch, so the step writes x_net twice.
         copies = 2 if key.null_label is not None and not key.separate else 1
-        self.x = torch.zeros((lanes, *key.shape), device=device)
+        self.x = torch.zeros((lanes, *key.shape), dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
         self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
@@ -103,7 +104,7 @@ class Runner:
         else:
             self._labels = torch.zeros(lanes, key.context_size, device=device, dtype=key.dtype)
             self._nothing = torch.zeros_like(self._labels)
-        self._guidance = torch.ones(lanes, device=device)
+        self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
         self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
         self._graphs: dict[tuple[bool, bool], Graph] = {}
@@ -138,9 +139,12 @@ class Runner:
             self._noise = torch.zeros_like(self.x)
         if self._policy is None or kind in self._graphs or not self._policy.captures(threshold=self._key.threshold):
             return
-        graph = self._policy.capture(lambda: self._launch(self._noise if noise else None, keep_x0), self.x.device)
+        graph = self._policy.capture(
+            lambda: self._launch(self._noise if noise else None, keep_x0), self.x.device, self.tables.graph_pool
+        )
         if graph is not None:
-            self._graphs[kind] = graph
+            turns = self._evaluator.turns
+            self._graphs[kind] = graph if turns is None else OrderedGraph(graph, turns)
 
     def admit(
         self,
@@ -153,7 +157,7 @@ class Runner:
         """Put new images into free lanes, from ``start`` [k, ...] or from noise of their own.
 
         ``first`` is the row of the store at which their table stands, or each image's. ``known`` [k, ...] is what
-        they keep of an image, NaN where they are free.
+        they keep of an image, NaN for those that are free.
         """
         device = self.x.device
         places = [first] * len(starts) if isinstance(first, int) else first
@@ -172,7 +176,7 @@ class Runner:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
-        self._guidance[where] = upload(torch.tensor([s.guidance for s in starts]), device)
+        self._guidance[where] = upload(torch.tensor([s.guidance for s in starts], dtype=torch.float32), device)
         self.flags[where] = FINITE
 
     def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:
@@ -203,6 +207,12 @@ class Runner:
         for mine, theirs in zip(self._lane_buffers(), other._lane_buffers(), strict=True):
             mine[:, : len(lanes)] = theirs[:, where]
         other.park()
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that a tick reads or writes, but the network's and what is computed on the way."""
+        given = () if self._noise is None else (self._noise,)
+        return [*self._lane_buffers(), self._nothing, *given, *self.tables.buffers]
 
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
@@ -260,6 +270,15 @@ class Runner:
         self.learned = tuple(out.shape) == doubled
 
 
+@dataclass(frozen=True)
+class _Idle:
+    """A runner that nobody has, and the end of what was launched on it."""
+
+    key: RunnerKey
+    runner: Runner
+    reached: Reached | None  # None on a device without streams
+
+
 class RunnerPool:
     """Idle runners by what they are made for: a request borrows one, requests of other threads get their own.
 
@@ -269,33 +288,43 @@ class RunnerPool:
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._lock = threading.Lock()
-        self._idle: list[tuple[RunnerKey, Runner]] = []
+        self._idle: list[_Idle] = []
 
     @property
     def idle(self) -> list[Runner]:
         """The idle runners, the one that was idle longest first."""
         with self._lock:
-            return [runner for _, runner in self._idle]
+            return [idle.runner for idle in self._idle]
 
     def take(self, key: RunnerKey, make: Callable[[RunnerKey], Runner]) -> Runner:
         """An idle runner with this key, or a new one."""
-        with self._lock:
-            for position in reversed(range(len(self._idle))):
-                if self._idle[position][0] == key:
-                    return self._idle.pop(position)[1]
-        return make(key)
+        found = self._find(key)
+        if found is None:
+            return make(key)
+        if found.reached is not None:
+            # Its last user may have launched on another stream, and its launches may still be under way.
+            found.reached.wait(found.runner.buffers)
+        return found.runner
 
     def give(self, key: RunnerKey, runner: Runner) -> None:
         """Bring a runner back, its lanes in whatever state."""
         runner.park()
+        idle = _Idle(key, runner, Reached(key.device) if key.device.type == "cuda" else None)
         with self._lock:
-            self._idle.append((key, runner))
+            self._idle.append(idle)
             del self._idle[: -self._keep]
 
     def clear(self) -> None:
         """Drop every idle runner, and the memory it holds."""
         with self._lock:
             self._idle.clear()
+
+    def _find(self, key: RunnerKey) -> _Idle | None:
+        with self._lock:
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position].key == key:
+                    return self._idle.pop(position)
+        return None
 
 
 def as_int64(seed: int) -> int:

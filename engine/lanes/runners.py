@@ -13,7 +13,9 @@ from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import noised
@@ -46,6 +48,8 @@ class Runners:
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
         self._batch = default_batch(options, plan.device)
+        # Weights are copied and cast on the stream of this thread, and others will read them.
+        self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
     @property
     def batch(self) -> int:
@@ -65,6 +69,7 @@ class Runners:
             return self.batch
         return min(self.batch, 1 << max(0, images - 1).bit_length())
 
+    @plain_torch(gradients=False)
     def request(self, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
         """A checked request.
 
@@ -80,6 +85,7 @@ class Runners:
             raise BackendError(f"backend={backend.value!r} cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
         return request
 
+    @plain_torch(gradients=False)
     def noised(self, request: Request) -> Request:
         """The request with the states that its image gives it to start from."""
         if request.image is None:
@@ -91,6 +97,7 @@ class Runners:
         start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
         return replace(request, image=None, start=start)
 
+    @plain_torch(gradients=False)
     def initial_noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
         """A noise [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's."""
         device = self.plan.device
@@ -123,6 +130,8 @@ class Runners:
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding runs on the reference path."""
+        if self._weights is not None:
+            self._weights.wait()
         ops = reference if key.threshold else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
@@ -143,6 +152,8 @@ class Runners:
                 with torch.no_grad():
                     runner.tick()
 
+            if self._weights is not None:
+                self._weights.wait()
             run()  # what is paid once is paid before measuring
             return peak_bytes(run, self.plan.device)
 

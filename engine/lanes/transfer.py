@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stepfusion.execution.streams import copy_stream
+
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """Host values on a device; on CUDA the host goes on at once, through pinned memory."""
@@ -28,7 +30,7 @@ class HostCopy:
             self._host = source.cpu()
             return
         self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
+        stream = copy_stream(source.device)
         stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(stream):
             self._host.copy_(source, non_blocking=True)
@@ -67,7 +69,7 @@ class Pace:
 
 
 def as_index(positions: Sequence[int], device: torch.device) -> slice | Tensor:
-    """What indexes a dimension at these positions: a slice where they are consecutive, which needs no copy."""
+    """What indexes a dimension at these positions: a slice if they are consecutive, which needs no copy."""
     first = positions[0]
     if list(positions) == list(range(first, first + len(positions))):
         return slice(first, first + len(positions))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepfusion.networks import fused
 from stepfusion.networks.attention import attend
+from stepfusion.networks.fused import Activation, Value
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.unet2d.config import UNet2DConfig
 
@@ -101,7 +103,9 @@ class Downsample(nn.Module):
         self.pads_one_side = padding == 0
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
+        if isinstance(x, Value):
+            return fused.downsampled(self, x)
         out: Tensor = self.conv(functional.pad(x, (0, 1, 0, 1)) if self.pads_one_side else x)
         return out
 
@@ -113,7 +117,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
+        if isinstance(x, Value):
+            return fused.upsampled(self, x)
         out: Tensor = self.conv(double_size(x))
         return out
 
@@ -127,7 +133,8 @@ class ResnetBlock(Conditioned):
 
     ``h = conv1(act(norm1(x)))``; then ``norm2(h + time)`` or ``norm2(h) * (1 + scale) + shift``; then
     ``(shortcut(x) + conv2(dropout(act(h)))) / output_scale``. With `resample`, x and h change size before conv1.
-    `time_start`, set by the network, is the first of this block's columns in the time projections.
+    `time_start`, set by the network, is the first of this block's columns in the time projections. With
+    `time_has_bias` they contain the bias of conv1 (:func:`stepfusion.networks.fused.projected`).
     """
 
     def __init__(
@@ -144,6 +151,7 @@ class ResnetBlock(Conditioned):
         self.resample = resample
         self.output_scale = output_scale
         self.time_start = 0
+        self.time_has_bias = False
         self.norm1 = GroupNormAct(groups, in_channels, eps, act)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(config.time_embed_dim, 2 * out_channels if self.scale_shift else out_channels)
@@ -153,18 +161,20 @@ class ResnetBlock(Conditioned):
         same = in_channels == out_channels
         self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, projections: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Activation, projections: Tensor, skip: Activation | None = None) -> Activation:
         """Map x [B, in_channels, H, W] and projections [B, P] to [B, out_channels, H', W'].
 
         With `skip`, the input is the concatenation of x and skip along the channels.
         """
+        if isinstance(x, Value):
+            return fused.residual_block(self, x, projections, skip)
         if skip is not None and not self.norm1.fused:
             x, skip = torch.cat((x, skip), dim=1), None
         h = self.norm1(x, skip=skip)
         if self.resample is not None:
-            x, h = self._resample(x), self._resample(h)
+            x, h = self.resampled(x), self.resampled(h)
         time = projections.narrow(1, self.time_start, self.time_emb_proj.out_features)
-        h = self.conv1(h)
+        h = fused.convolve(self.conv1, h).x if self.time_has_bias else self.conv1(h)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
@@ -188,7 +198,8 @@ class ResnetBlock(Conditioned):
         batch, channels, height, width = h.shape
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def _resample(self, x: Tensor) -> Tensor:
+    def resampled(self, x: Tensor) -> Tensor:
+        """x at the size of the output."""
         if self.resample == "down":
             return functional.avg_pool2d(x, 2)
         return double_size(x)
@@ -209,8 +220,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Map x [B, C, H, W] to the same shape."""
+        if isinstance(x, Value):
+            return fused.attention_block(self, x)
         tokens = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # [B, HW, C]
         attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.heads)
         mixed: Tensor = self.to_out[0](attended)
@@ -232,9 +245,9 @@ class DownBlock(nn.Module):
         elif resamples:
             self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)])
 
-    def forward(self, x: Tensor, projections: Tensor) -> list[Tensor]:
+    def forward(self, x: Activation, projections: Tensor) -> list[Activation]:
         """Return what the way up will concatenate, in order; the last entry is this level's output."""
-        skips = []
+        skips: list[Activation] = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, projections)
             if self.attentions is not None:
@@ -256,12 +269,12 @@ class MidBlock(nn.Module):
         if config.add_attention:
             self.attentions = nn.ModuleList([Attention(config, channels, config.mid_attention_groups, scale)])
 
-    def forward(self, x: Tensor, projections: Tensor) -> Tensor:
+    def forward(self, x: Activation, projections: Tensor) -> Activation:
         """Map x [B, C, H, W] to the same shape."""
         x = self.resnets[0](x, projections)
         if self.attentions is not None:
             x = self.attentions[0](x)
-        out: Tensor = self.resnets[1](x, projections)
+        out: Activation = self.resnets[1](x, projections)
         return out
 
 
@@ -290,7 +303,7 @@ class UpBlock(nn.Module):
         elif resamples:
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], projections: Tensor) -> Tensor:
+    def forward(self, x: Activation, skips: list[Activation], projections: Tensor) -> Activation:
         """Map x [B, C, H, W] to the next level's input; takes one entry off the end of `skips` for each resnet."""
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, projections, skips.pop())
@@ -308,6 +321,6 @@ def _attentions(config: UNet2DConfig, channels: int, count: int) -> nn.ModuleLis
     return nn.ModuleList(Attention(config, channels, config.norm_num_groups) for _ in range(count))
 
 
-def _run_resampler(resampler: nn.Module, x: Tensor, projections: Tensor) -> Tensor:
-    out: Tensor = resampler(x, projections) if isinstance(resampler, Conditioned) else resampler(x)
+def _run_resampler(resampler: nn.Module, x: Activation, projections: Tensor) -> Activation:
+    out: Activation = resampler(x, projections) if isinstance(resampler, Conditioned) else resampler(x)
     return out

@@ -15,7 +15,7 @@ def check_timesteps(timesteps: Tensor) -> None:
 
 
 def check_batch(x: Tensor, timesteps: Tensor) -> None:
-    """ValueError where x [B, C, H, W] and timesteps [B] are of two batch sizes."""
+    """ValueError if x [B, C, H, W] and timesteps [B] are of two batch sizes."""
     if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
         raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has")
 

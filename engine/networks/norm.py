@@ -72,6 +72,17 @@ class GroupNormAct(nn.GroupNorm):
         out: Tensor = self.act(x)
         return out
 
+    def with_input(
+        self, x: Tensor, *, residual: Tensor | None = None, skip: Tensor | None = None, time: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` makes of h = [x + residual, skip] + time, and h, by the kernels of `fused`."""
+        silu = isinstance(self.act, nn.SiLU)
+        options = {"residual": residual, "skip": skip, "time": time}
+        out, h = kernels.add_group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, **options, silu=silu
+        )
+        return (out if silu else self.act(out)), h
+
     def _normalise_rows(self, x: Tensor) -> Tensor:
         rows = x.reshape(len(x), self.num_groups, -1)
         rows = functional.layer_norm(rows, rows.shape[2:], eps=self.eps)

@@ -7,8 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from stepfusion.networks.adm.unet import ADMUNet
+from stepfusion.networks.blocks import Attention, ResnetBlock
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
+from stepfusion.networks.unet2d.unet import UNet2D
 
 
 def prepare_network(
@@ -17,7 +20,7 @@ def prepare_network(
     """The network in eval mode on a device; a copy, unless it is already as it should be and ``copied`` is False.
 
     Our own networks get channels_last weights, which makes every activation NHWC, and with ``fused`` the fused
-    normalisation.
+    kernels: biases and weights that stand side by side are then joined, and the weights may not change afterwards.
 
     Raises:
         TypeError: the network cannot be copied.
@@ -35,9 +38,30 @@ def prepare_network(
     network = network.to(device, dtype).eval()
     if ours:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fuse(network, fused)
+    return network
+
+
+def fuse(network: nn.Module, fused: bool) -> None:
+    """Let the networks of ours in a module run by the fused kernels, or by PyTorch's operators."""
     for norm in _norms(network):
         norm.fused = fused
-    return network
+    for part in network.modules():
+        part.__dict__.pop("folded", None)
+        if isinstance(part, UNet2D | ADMUNet):
+            part.fused = fused and all(map(_is_plain, part.modules()))
+            for block in part.modules():
+                if isinstance(block, ResnetBlock):
+                    block.time_has_bias = part.fused and not block.scale_shift
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a part of a network does what its class says, as :mod:`stepfusion.networks.fused` does it."""
+    if "forward" in vars(part):
+        return False
+    if isinstance(part, ResnetBlock | Attention):
+        return type(part) in (ResnetBlock, Attention) and part.output_scale == 1
+    return type(part).__module__.startswith(("stepfusion.networks.", "torch.nn.modules."))
 
 
 def _norms(network: nn.Module) -> list[GroupNormAct]:

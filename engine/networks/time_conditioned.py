@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 
 class TimeConditioned(nn.Module, ABC):
-    """A network in three parts; ``forward`` is their composition."""
+    """A network in three parts; ``forward`` is their composition.
+
+    Attributes:
+        fused: a residual UNet whose blocks run as :mod:`stepfusion.networks.fused` says, unless a hook watches them.
+    """
+
+    fused = False
+
+    @property
+    def defers(self) -> bool:
+        """Whether layers hand on what is still to be added: `fused`, and no hook would see it."""
+        return self.fused and not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W], timesteps int64 [B] and labels, if the network takes any, to [B, C', H, W]."""

@@ -40,7 +40,7 @@ def dpmpp_2m(
     ("leading", "linspace") the row before the last does, and a few steps of it may be worse than DDIM's.
 
     Args:
-        clip: None by default, as in the authors' code: where x0 reaches a clip, its difference to the row before says
+        clip: None by default, as in the authors' code: if x0 reaches a clip, its difference to the row before says
             nothing of where it goes.
         lower_order_final: make the last row of first order too; by default with fewer than 15 steps, as the authors'
             code does.

@@ -194,13 +194,13 @@ class NoiseSchedule:
 
     @cached_property
     def sqrt_recip_alphas_cumprod(self) -> Array:
-        """sqrt(1 / abar_t); inf where abar_t is 0."""
+        """sqrt(1 / abar_t); inf if abar_t is 0."""
         with np.errstate(divide="ignore"):
             return _frozen(np.sqrt(1 / self.alphas_cumprod))
 
     @cached_property
     def sqrt_recipm1_alphas_cumprod(self) -> Array:
-        """sqrt(1 / abar_t - 1); inf where abar_t is 0."""
+        """sqrt(1 / abar_t - 1); inf if abar_t is 0."""
         with np.errstate(divide="ignore"):
             return _frozen(np.sqrt(1 / self.alphas_cumprod - 1))
 

@@ -138,7 +138,7 @@ class StepTable:
 
     @cached_property
     def edits(self) -> bool:
-        """True where every row says how to noise a known region again: of samplers, and not of an inversion."""
+        """True if every row says how to noise a known region again: of samplers, and not of an inversion."""
         return bool((self.column("known_x") != 0).all())
 
     def last(self, steps: int) -> StepTable:

@@ -69,7 +69,7 @@ def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7
 
     With sigma_t = sqrt((1 - abar_t) / abar_t) the levels are (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho)
     - sigma_max^(1/rho)))^rho, from the last timestep's to the first's; each takes the timestep nearest in log sigma.
-    Low levels lie closer than timesteps do: where several round to one, they move to its free neighbours.
+    Low levels lie closer than timesteps do: if several round to one, they move to its free neighbours.
 
     Args:
         alphas_cumprod: float [T], decreasing. A last entry of 0 (zero terminal SNR) counts as the one before it, and
@@ -95,7 +95,7 @@ def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7
 def sections(num_train_timesteps: int, counts: str | Sequence[int]) -> Timesteps:
     """guided-diffusion's ``timestep_respacing``: timesteps out of [0, T), strictly decreasing, int64.
 
-    [0, T) is cut into as many sections as there are counts, the first ones longer by 1 where T leaves a remainder;
+    [0, T) is cut into as many sections as there are counts, the first ones longer by 1 if T leaves a remainder;
     each gives so many timesteps, evenly spaced with both ends: "10,10,5" takes 10 of the third nearest to the
     data (Nichol & Dhariwal 2021, section 4). "ddimN" is one stride through all of [0, T) that gives exactly N
     timesteps (Song et al. 2021), which not every N has.

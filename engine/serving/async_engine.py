@@ -58,7 +58,7 @@ class AsyncEngine:
         async with sf.serving.AsyncEngine(engine) as service:
             result = await service.generate(2, steps=25, seed=3, labels=[1, 2])
 
-    Images of any request enter free lanes between two ticks and leave when they are done. Where the engine is
+    Images of any request enter free lanes between two ticks and leave when they are done. If the engine is
     ``invariant``, ``result.images`` equals ``engine.sample(...)`` with the same arguments bit for bit, whatever else
     runs; else the noise is identical, and images agree to rounding.
 
@@ -202,7 +202,7 @@ class AsyncEngine:
         return self
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
-        """Take no more requests, finish those there are, and stop. True where all were finished.
+        """Take no more requests, finish those there are, and stop. True if all were finished.
 
         Args:
             drain: False ends them with EngineClosed instead.
@@ -323,9 +323,9 @@ _REASONS: dict[type[Exception], str] = {
 
 
 def _widths(engine: Engine, lanes: int) -> tuple[int, ...]:
-    """The numbers of lanes that may be in use: powers of two up to ``lanes``; one where bits must not depend on it,
-    or where each would be compiled.
+    """The numbers of lanes that may be in use: powers of two up to ``lanes``; only one if bits must not depend on it
+    or if each would be compiled.
     """
-    if engine.invariant or engine.plan.compiler is not None:
+    if engine.invariant or engine.plan.compiles_each_width:
         return (lanes,)
     return (*(1 << i for i in range((lanes - 1).bit_length())), lanes)

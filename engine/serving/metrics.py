@@ -1,4 +1,4 @@
-"""Prometheus metrics of a serving engine, in a registry of its own; none where prometheus-client is not installed."""
+"""Prometheus metrics of a serving engine, in a registry of its own; none if prometheus-client is not installed."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ class PrometheusMetrics(Metrics):
 
 
 def make_metrics() -> Metrics:
-    """Metrics for Prometheus where its client is installed."""
+    """Metrics for Prometheus, if its client is installed."""
     return PrometheusMetrics() if find_spec("prometheus_client") else Metrics()

@@ -114,8 +114,12 @@ class Scheduler:
         return self._tables.held
 
     def warm_up(self) -> None:
-        """Run the network once for each pool and width that may come: no request waits for what is done once."""
+        """Run the network once for each pool and width that may come, draw noise and make pixels.
+
+        No request waits for what is done once.
+        """
         engine = self._engine
+        engine.to_uint8(engine.runners.initial_noise("seed", 0)[None])
         table = engine.table("ddim", 1)
         for guidance in (1.0,) if engine.null_label is None else (1.0, 2.0):
             request = engine.request(1, table, labels=None if engine.num_classes is None else 0, guidance=guidance)
@@ -148,7 +152,7 @@ class Scheduler:
             self._end(job, "cancelled", None)
 
     def step(self) -> None:
-        """One round. torch.OutOfMemoryError where not even one lane fits."""
+        """One round. torch.OutOfMemoryError if not even one lane fits."""
         started = time.monotonic()
         self._free_ended()
         self._end_late(started)

@@ -57,5 +57,5 @@ class SpanTracing(Tracing):
 
 
 def make_tracing() -> Tracing:
-    """Spans where OpenTelemetry is installed."""
+    """Spans, if OpenTelemetry is installed."""
     return SpanTracing() if find_spec("opentelemetry") else Tracing()

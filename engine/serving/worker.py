@@ -224,7 +224,7 @@ class Worker:
             self._round_ended(scheduler)
 
     def _read_inbox(self, scheduler: Scheduler) -> None:
-        """Do what others asked for; wait for it where there is nothing else to do."""
+        """Do what others asked for; wait for it if there is nothing else to do."""
         waits = scheduler.idle and self.state == "ready"
         if waits:
             self.round_since = None

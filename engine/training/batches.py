@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfusion.training.ambient import plain_torch
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset
 
@@ -35,7 +35,7 @@ class Batch:
         return [part(start) for start in range(0, len(self), size)]
 
 
-@plain_torch()
+@plain_torch(gradients=True)
 def make_batch(config: TrainConfig, dataset: ImageDataset, step: int) -> Batch:
     """Draw the batch of step `step`, a function of ``(config.seed, step)`` and the data set alone.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepfusion import _checks
 from stepfusion.files.picture_reader import FORMATS, read_any_picture
-from stepfusion.training.ambient import plain_torch
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.training.array_files import read_idx, read_npz
 from stepfusion.training.folders import find_pictures
 from stepfusion.training.shards import find_shards, read_shards
@@ -47,7 +47,7 @@ class ImageDataset:
         return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
 
 
-@plain_torch()
+@plain_torch(gradients=True)
 def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     """Load images from idx files, a folder of pictures, class folders of pictures, an .npz file, or shards.
 
@@ -85,7 +85,7 @@ def load_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     return _load_pictures(path, name)
 
 
-@plain_torch()
+@plain_torch(gradients=True)
 def resize(dataset: ImageDataset, size: int) -> ImageDataset:
     """Shrink the images to `size` x `size`: every new pixel is the mean of the area it covers, rounded.
 
@@ -99,7 +99,7 @@ def resize(dataset: ImageDataset, size: int) -> ImageDataset:
     return replace(dataset, images=torch.cat([part.to(torch.uint8) for part in parts]))
 
 
-@plain_torch()
+@plain_torch(gradients=True)
 def merge_classes(dataset: ImageDataset, groups: Mapping[str, Sequence[int]]) -> ImageDataset:
     """Make one class of each group of labels, in their order and named after it; images of no group are left out.
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.networks import ContextUNet, UNet2D
-from stepfusion.training.ambient import plain_torch
 from stepfusion.training.batches import Batch, make_batch
 from stepfusion.training.config import PRECISIONS, RESUMABLE, TrainConfig
 from stepfusion.training.datasets import ImageDataset
@@ -42,7 +42,7 @@ class Trainer:
             by running statistics and there are several workers.
     """
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def __init__(
         self, config: TrainConfig, dataset: ImageDataset, device: str | torch.device = "cpu", workers: int = 1
     ) -> None:
@@ -75,7 +75,7 @@ class Trainer:
         """Whether all steps have been made."""
         return self.step >= self.config.steps
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def train_step(self) -> Tensor:
         """Make one step; returns its loss, float32 [], on the device."""
         batch = make_batch(self.config, self.dataset, self.step)
@@ -91,7 +91,7 @@ class Trainer:
         self.step += 1
         return loss
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def gradients(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return the mean loss over `batch`, float32 [], and its gradient for every parameter."""
         parts = batch.split(self.config.microbatch)
@@ -106,7 +106,7 @@ class Trainer:
         loss = self.loss(part)
         return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of the network's prediction for `batch`, float32 []."""
         x0, noise, t = batch.x0.to(self.device), batch.noise.to(self.device), batch.timesteps.to(self.device)
@@ -134,7 +134,7 @@ class Trainer:
         )
         return TrainState(tensors, metadata)
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def restore(self, state: TrainState) -> None:
         """Go on from `state`.
 
@@ -159,7 +159,7 @@ class Trainer:
             self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **kept}
         self.step, self.elapsed = step, state.metadata.elapsed_s
 
-    @plain_torch()
+    @plain_torch(gradients=True)
     def ema_network(self) -> UNet2D | ContextUNet:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
         network = copy.deepcopy(self.network)

@@ -1,11 +1,12 @@
-"""C++ kernels for bfloat16 networks on CPUs that multiply bfloat16 matrices; images are channels_last.
+"""C++ kernels for CPUs: of networks in float32 and bfloat16, whose images are channels_last, and of sampling steps.
 
-==================  ==================================================================================
-`winograd`          3x3 convolutions by Winograd's algorithm
-`convolution`       other convolutions: strided ones, and those between few channels
-`group_norm`        GroupNorm + SiLU
-`resnet`            a residual block: both norms, activations and convolutions, shortcut and residual
-`attention`         a self-attention block: norm, projections, softmax and residual
-`library`           compiles the C++ sources beside these files where they are used
-==================  ==================================================================================
+===================  =================================================================================
+`winograd`           3x3 convolutions by Winograd's algorithm
+`convolution`        other convolutions: strided ones, and those between few channels
+`group_norm`         GroupNorm + SiLU
+`resnet`             a residual block: both norms, activations and convolutions, shortcut and residual
+`attention`          a self-attention block: norm, projections, softmax and residual
+`library`            loads these, for a dtype and an instruction set, and calls them
+`compiler`           compiles C++ sources once on a machine
+===================  =================================================================================
 """

@@ -1,4 +1,4 @@
-"""Convolutions that Winograd's algorithm does not serve, in bfloat16 on a CPU: strided, or between few channels."""
+"""Convolutions that Winograd's algorithm does not serve, on a CPU: strided, or between few channels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stepfusion.kernels import launch
 from stepfusion.kernels.cpu import library, weight_packing
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """A weight [K, C, n, n] as :func:`gathered_conv2d` reads it: bfloat16 [K' / k, 1, D / 2, k, 2].
+def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [K, C, n, n] as :func:`gathered_conv2d` reads it: one matrix (:func:`weight_packing.pack`).
 
-    D is n n C, rounded up to an even number; K' is K, rounded up to a multiple of 16: what is added is zero.
+    From n n C channels, rounded up to an even number, to K, rounded up to a multiple of 16: what is added is zero.
     """
     rows = weight.detach().permute(0, 2, 3, 1).flatten(1)
     rows = functional.pad(rows, (0, -rows.shape[1] % 2, 0, -len(rows) % library.LANES))
-    return weight_packing.pack(rows[None], weight_packing.width(len(rows)))
+    return weight_packing.pack(rows[None], weight_packing.width(len(rows)), dtype)
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int, before: int, after: int) -> Tensor:
@@ -34,10 +34,10 @@ def _gathered_conv2d_cpu(
     if y.numel() > 0:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
-        count, _, pairs, panel, _ = weight.shape
+        packed = weight_packing.unpacked("weight", weight, "pack_weight")
         window = kernel, stride, before, y.shape[2], y.shape[3], y.shape[1]
-        sizes = batch, height, width, channels, *window, 2 * pairs, count, panel
-        library.call("gathered_conv2d", (x, weight.contiguous(), bias.contiguous(), y), sizes)
+        sizes = batch, height, width, channels, *window, packed.inputs, packed.panels, packed.width
+        library.call(x.dtype, "gathered_conv2d", (x, weight.contiguous(), bias.contiguous(), y), sizes)
     return y
 
 
@@ -47,21 +47,21 @@ def gathered_conv2d(
     """A convolution with a square kernel, by its definition.
 
     Args:
-        x: bfloat16 [B, C, H, W] on the CPU, read as channels_last.
-        weight: from :func:`pack_weight`.
+        x: float32 or bfloat16 [B, C, H, W] on the CPU, read as channels_last.
+        weight: of the same dtype, from :func:`pack_weight`.
         bias: float32 [K].
         kernel: n, the size of the window. stride: pixels from a window to the next.
         before, after: zeros around the image: on its top and left, on its bottom and right.
 
     Returns:
-        bfloat16 [B, K, (H + before + after - n) // stride + 1, the same of W] in channels_last. An image's bits
-        depend on neither its place in the batch nor the number of threads. Not differentiable.
+        [B, K, (H + before + after - n) // stride + 1, the same of W] in channels_last, of the dtype of x. An image's
+        bits depend on neither its place in the batch nor the number of threads. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    for name, tensor in (("x", x), ("weight", weight)):
-        launch.check_dtype(name, tensor, (torch.bfloat16,))
+    packed = weight_packing.unpacked("weight", weight, "pack_weight")
+    launch.check_dtype("x", x, (weight.dtype,))
     for name, number, least in (
         ("kernel", kernel, 1),
         ("stride", stride, 1),
@@ -75,12 +75,11 @@ def gathered_conv2d(
             f"x must be [B, C, H, W], at least {kernel} pixels wide with its padding, got {list(x.shape)}"
         )
     depth = kernel * kernel * x.shape[1]
-    if weight.ndim != 5 or weight.shape[1] != 1 or weight.shape[4] != 2 or 2 * weight.shape[2] != depth + depth % 2:
+    if packed.matrices != 1 or packed.inputs != depth + depth % 2:
         raise ValueError(
             f"weight must be what pack_weight returns for {x.shape[1]} channels, got {list(weight.shape)}"
         )
-    outputs = weight.shape[0] * weight.shape[3]
-    if bias.ndim != 1 or not outputs - library.LANES < len(bias) <= outputs:
+    if bias.ndim != 1 or not packed.outputs - library.LANES < len(bias) <= packed.outputs:
         raise ValueError(f"bias must have the number of weight's output channels, got {list(bias.shape)}")
     launch.check_like("bias", bias, (len(bias),), x.device, (torch.float32,))
     y: Tensor = _gathered_conv2d_cpu(x, weight, bias, kernel, stride, before, after)

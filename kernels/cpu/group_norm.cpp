@@ -1,7 +1,7 @@
 // y = norm(x), activated or not, [B, P, C]. What went wrong, or null.
 extern "C" const char* group_norm_silu(
-    const BFloat16* x, const BFloat16* weight, const BFloat16* bias, const BFloat16* time, const BFloat16* scale,
-    const BFloat16* shift, BFloat16* y, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
+    const Element* x, const Element* weight, const Element* bias, const Element* time, const Element* scale,
+    const Element* shift, Element* y, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
     int64_t time_stride, int64_t scale_stride, int64_t shift_stride, int64_t silu, double eps) {
   return guarded([&] {
     const Source source{x, channels, nullptr, 0};

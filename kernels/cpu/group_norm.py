@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU for bfloat16 images in channels_last on a CPU: the C++ form of `group_norm_silu`.
+"""Group normalisation and SiLU for images in channels_last on a CPU: the C++ form of `group_norm_silu`.
 
 y = act(norm(x + time) * (1 + scale) + shift), as :mod:`stepfusion.kernels.group_norm` has it. A piece of work is an
 image and a run of its groups; moments are float32 for each channel about the mean of its first pixels, combined to
@@ -39,7 +39,7 @@ def _group_norm_silu_cpu(
         x = x.contiguous(memory_format=torch.channels_last)
         rows, strides = rows_of(time, scale, shift)
         sizes = batch, height * width, channels, groups, *strides, int(silu)
-        library.call("group_norm_silu", (x, weight.contiguous(), bias.contiguous(), *rows, y), sizes, (eps,))
+        library.call(x.dtype, "group_norm_silu", (x, weight.contiguous(), bias.contiguous(), *rows, y), sizes, (eps,))
     return y
 
 
@@ -58,28 +58,28 @@ def group_norm_silu_cpu(
     """Normalise groups of channels of every image, and activate: :func:`stepfusion.kernels.group_norm_silu`, no skip.
 
     Args:
-        x: bfloat16 [B, C, H, W], read as channels_last; C a multiple of 16.
-        weight, bias: bfloat16 [C]. groups: a divisor of C. eps: added to the variance.
-        time, scale, shift: bfloat16 [B, C] or None, scale and shift together; rows may lie apart.
+        x: float32 or bfloat16 [B, C, H, W], read as channels_last; C a multiple of 16. All tensors have its dtype.
+        weight, bias: [C]. groups: a divisor of C. eps: added to the variance.
+        time, scale, shift: [B, C] or None, scale and shift together; rows may lie apart.
         silu: whether to activate.
 
     Returns:
-        bfloat16 [B, C, H, W] in channels_last. Not differentiable.
+        [B, C, H, W] in channels_last, of the dtype of x. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    launch.check_dtype("x", x, (torch.bfloat16,))
+    launch.check_dtype("x", x, tuple(library.DTYPES))
     if x.ndim != 4:
         raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
     batch, channels = x.shape[:2]
     if not fits(channels) or groups < 1 or channels % groups:
         raise ValueError(f"x must have a multiple of {LANES} and of groups ({groups}) channels, got {channels}")
     for name, vector in (("weight", weight), ("bias", bias)):
-        launch.check_like(name, vector, (channels,), x.device, (torch.bfloat16,))
+        launch.check_like(name, vector, (channels,), x.device, (x.dtype,))
     for name, row in (("time", time), ("scale", scale), ("shift", shift)):
         if row is not None:
-            launch.check_like(name, row, (batch, channels), x.device, (torch.bfloat16,))
+            launch.check_like(name, row, (batch, channels), x.device, (x.dtype,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got one of them")
     y: Tensor = _group_norm_silu_cpu(x, weight, bias, groups, eps, time, scale, shift, silu)

@@ -1,4 +1,8 @@
-"""The C++ kernels: one library, compiled where it is used, by Inductor's compiler settings and cache."""
+"""The C++ kernels of networks: a library for each dtype and instruction set, compiled when it is first used.
+
+Float32 runs from AVX2 up, bfloat16 where a processor multiplies matrices of it (AVX512-BF16). The sources are the
+same: what differs is in one header for each dtype.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,52 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from stepfusion.kernels.cpu import winograd_matrices
+from stepfusion.kernels.backend import BackendError
+from stepfusion.kernels.cpu import compiler, winograd_matrices
 
 _Result = TypeVar("_Result", Tensor, tuple[Tensor, Tensor, Tensor], None)
 
-LANES = 16  # channels of a vector: kernels take multiples of it
+LANES = 16  # kernels take channels that are multiples of it, whatever the vectors
 
-_HEADERS = "vector.h", "norm.h", "matmul.h", "winograd.h"
+#: The dtypes of images and weights, and the header with what is special about each.
+DTYPES = {torch.float32: "float32.h", torch.bfloat16: "bfloat16.h"}
 _SOURCES = "group_norm.cpp", "winograd.cpp", "convolution.cpp", "resnet.cpp", "attention.cpp"
-
+_FLAGS = "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fno-math-errno", "-fno-trapping-math"
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
 
 ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
 _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 
 
-def why_not_cpu_kernels() -> str | None:
-    """The reason why the C++ kernels cannot run on this machine's CPU; None if they can."""
+def why_not_cpu_kernels(dtype: torch.dtype) -> str | None:
+    """The reason why the C++ kernels for this dtype cannot run on this machine's CPU; None if they can.
+
+    Compiles nothing: where a compiler is found it may still fail.
+    """
+    if dtype not in DTYPES:
+        return f"the C++ kernels are for {' and '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    reason = _why_not_bfloat16() if dtype == torch.bfloat16 else _why_not_float32()
+    if reason is not None:
+        return reason
+    try:
+        compiler.compiler()
+    except compiler.CompilerError as error:
+        return str(error)
+    return None
+
+
+def _why_not_float32() -> str | None:
+    used = compiler.instruction_set()
+    return None if used in _VECTORS else f"PyTorch uses {used} here, and the C++ kernels need AVX2"
+
+
+def _why_not_bfloat16() -> str | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX512-BF16"
-    if (used := torch.backends.cpu.get_cpu_capability()) != "AVX512":
+    if (used := compiler.instruction_set()) != "AVX512":
         return f"PyTorch uses {used} here (ATEN_CPU_CAPABILITY limits it), and the C++ kernels need AVX512"
     if (limit := onednn_limit()) is not None:
         return f"{limit} holds oneDNN, which multiplies the matrices, below AVX512-BF16"
@@ -53,19 +84,36 @@ def onednn_limit() -> str | None:
     return None
 
 
-@functools.cache
-def load() -> Any:
-    """What the sources in this folder compile to; taken from Inductor's cache where it is there.
+def load(dtype: torch.dtype) -> Any:
+    """The library for images and weights of this dtype.
 
     Raises:
-        Whatever Inductor raises where there is no working C++ compiler.
+        BackendError: it cannot be compiled or loaded here.
     """
-    from torch._inductor.codecache import CppCodeCache
+    library, reason = _outcome(dtype, compiler.instruction_set())
+    if reason is not None:
+        raise BackendError(f"the C++ kernels of networks cannot run: {reason}")
+    return library
 
+
+@functools.cache
+def _outcome(dtype: torch.dtype, instructions: str) -> tuple[Any, str | None]:
+    """The library, or the reason why there is none. Asked once, for a compiler that fails would fail again."""
+    name = str(dtype).removeprefix("torch.")
+    capability = f"-DCPU_CAPABILITY={instructions}", f"-DCPU_CAPABILITY_{instructions}"  # as PyTorch's headers ask
+    bfloat16 = ("-mavx512bf16",) if dtype == torch.bfloat16 else ()
+    try:
+        return compiler.load(name, source(dtype), [*_FLAGS, *capability, *_VECTORS[instructions], *bfloat16]), None
+    except compiler.CompilerError as error:
+        return None, str(error)
+
+
+def source(dtype: torch.dtype) -> str:
+    """The kernels, as one text."""
     folder = Path(__file__).parent
-    texts = [(folder / name).read_text(encoding="utf-8") for name in (*_HEADERS, *_SOURCES)]
-    texts.insert(len(_HEADERS) - 1, winograd_matrices.CONSTANTS)
-    return CppCodeCache.load("\n".join(texts))
+    names = "vector.h", DTYPES[dtype], "norm.h", "matmul.h", "winograd.h", *_SOURCES
+    texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+    return "\n".join((texts[0], winograd_matrices.CONSTANTS, *texts[1:]))
 
 
 def op(
@@ -74,7 +122,7 @@ def op(
     """Make a function that allocates what it returns, as `fake` does, an operator on CPU tensors without gradients.
 
     ``torch.library.custom_op`` would do with less, and with three times the Python for each call, which matters
-    where the kernels have just taken the caches. `mutates` names the arguments that the function writes to.
+    when the kernels have just used the caches. `mutates` names the arguments that the function writes to.
     """
 
     def register(function: Callable[..., _Result]) -> OpOverload:
@@ -100,13 +148,19 @@ def like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float] = ()) -> None:
-    """Call a function of the library, which takes addresses, then int64, then double.
+def call(
+    dtype: torch.dtype,
+    name: str,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    numbers: Sequence[float] = (),
+) -> None:
+    """Call a function of the library for a dtype, which takes addresses, then int64, then double.
 
     Raises:
-        RuntimeError: with what the function says went wrong.
+        BackendError: there is no library. RuntimeError: with what the function says went wrong.
     """
-    function = _function(name, len(tensors), len(sizes), len(numbers))
+    function = _function(dtype, compiler.instruction_set(), name, len(tensors), len(sizes), len(numbers))
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     error = function(*addresses, *sizes, *numbers)
     if error is not None:
@@ -114,8 +168,9 @@ def call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], numb
 
 
 @functools.cache
-def _function(name: str, addresses: int, sizes: int, numbers: int) -> Any:
-    function = getattr(load(), name)
+def _function(dtype: torch.dtype, _: str, name: str, addresses: int, sizes: int, numbers: int) -> Any:
+    """A function of the library; made once for each instruction set, of which tests use several."""
+    function = getattr(load(dtype), name)
     function.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_int64] * sizes + [ctypes.c_double] * numbers
     function.restype = ctypes.c_char_p
     return function

@@ -5,13 +5,13 @@ namespace {
 
 // Images of which every pixel has the channels of x and then those of skip: a concatenation that is never stored.
 struct Source {
-  const BFloat16* x;
+  const Element* x;
   int64_t channels;
-  const BFloat16* skip;
+  const Element* skip;
   int64_t skip_channels;
   int64_t total() const { return channels + skip_channels; }
   // The channels from c of a pixel; *stride is the distance to the next pixel.
-  const BFloat16* at(int64_t pixel, int64_t c, int64_t* stride) const {
+  const Element* at(int64_t pixel, int64_t c, int64_t* stride) const {
     *stride = c < channels ? channels : skip_channels;
     return c < channels ? x + pixel * channels + c : skip + pixel * skip_channels + (c - channels);
   }
@@ -19,8 +19,8 @@ struct Source {
 
 // y = norm(x + time) * weight + bias, and of that y * (1 + scale) + shift.
 struct Norm {
-  const BFloat16 *weight, *bias;  // [C]
-  const BFloat16 *time, *scale, *shift;  // rows of C for each image, or null
+  const Element *weight, *bias;  // [C]
+  const Element *time, *scale, *shift;  // rows of C for each image, or null
   int64_t time_stride, scale_stride, shift_stride;
   int64_t groups;
   double eps;
@@ -32,7 +32,7 @@ constexpr int64_t RUN = 64;
 // the first run, so that neither a mean far from zero nor a pixel far from the others costs digits; sums are sums of
 // runs, which round less.
 template <int N>
-void moments(const BFloat16* from, int64_t stride, int64_t pixels, float* mean, float* variance) {
+void moments(const Element* from, int64_t stride, int64_t pixels, float* mean, float* variance) {
   Vec near[N], sum[N], squares[N];
   const int64_t run = std::min(RUN, pixels);
   for (int i = 0; i < N; i++) {
@@ -109,7 +109,7 @@ inline void factors(const Source& source, const Norm& norm, int64_t batch, int64
       float *mean = factor + image * channels + begin, *variance = term + image * channels + begin;
       for (int64_t c = 0; c < width;) {
         int64_t stride;
-        const BFloat16* x = source.at(image * pixels, begin + c, &stride);
+        const Element* x = source.at(image * pixels, begin + c, &stride);
         const int64_t left = (begin + c < source.channels ? source.channels : channels) - begin - c;
         if (std::min(left, width - c) >= 4 * LANES) {
           moments<4>(x, stride, pixels, mean + c, variance + c);
@@ -126,7 +126,7 @@ inline void factors(const Source& source, const Norm& norm, int64_t batch, int64
 
 // `count` pixels of 16 N channels: x * factor + term, activated or not.
 template <int N>
-void apply(const BFloat16* from, int64_t from_stride, BFloat16* to, int64_t to_stride, int64_t count,
+void apply(const Element* from, int64_t from_stride, Element* to, int64_t to_stride, int64_t count,
            const float* factor, const float* term, bool silu) {
   Vec a[N], b[N];
   for (int i = 0; i < N; i++) {
@@ -148,15 +148,15 @@ struct Input {
   bool silu;
 
   // Writes `count` pixels of an image, from `pixel` of the whole batch, as rows of all channels.
-  void fill(int64_t image, int64_t pixel, int64_t count, BFloat16* to) const {
+  void fill(int64_t image, int64_t pixel, int64_t count, Element* to) const {
     const int64_t channels = source.total();
     for (int64_t c = 0; c < channels;) {
       int64_t stride;
-      const BFloat16* from = source.at(pixel, c, &stride);
+      const Element* from = source.at(pixel, c, &stride);
       const int64_t left = (c < source.channels ? source.channels : channels) - c;
       if (factor == nullptr) {
         for (int64_t p = 0; p < count; p++) {
-          std::memcpy(to + p * channels + c, from + p * stride, left * sizeof(BFloat16));
+          std::memcpy(to + p * channels + c, from + p * stride, left * sizeof(Element));
         }
         c += left;
         continue;

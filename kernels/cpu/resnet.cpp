@@ -1,10 +1,10 @@
 // conv2(silu(norm2(conv1(silu(norm1([x, skip])))))) + shortcut([x, skip]), all over `output_scale`: five passes, each
 // in parallel. h [B, H, W, K] is room for what is between the convolutions. What went wrong, or null.
 extern "C" const char* resnet_block(
-    const BFloat16* x, const BFloat16* skip, const BFloat16* time, const BFloat16* scale, const BFloat16* shift,
-    const BFloat16* norm1_weight, const BFloat16* norm1_bias, const BFloat16* conv1, const float* conv1_bias,
-    const BFloat16* norm2_weight, const BFloat16* norm2_bias, const BFloat16* conv2, const float* conv2_bias,
-    const BFloat16* shortcut, const float* shortcut_bias, BFloat16* h, BFloat16* y, int64_t batch, int64_t height,
+    const Element* x, const Element* skip, const Element* time, const Element* scale, const Element* shift,
+    const Element* norm1_weight, const Element* norm1_bias, const Element* conv1, const float* conv1_bias,
+    const Element* norm2_weight, const Element* norm2_bias, const Element* conv2, const float* conv2_bias,
+    const Element* shortcut, const float* shortcut_bias, Element* h, Element* y, int64_t batch, int64_t height,
     int64_t width, int64_t channels, int64_t skip_channels, int64_t out, int64_t products, int64_t block,
     int64_t groups, int64_t time_stride, int64_t scale_stride, int64_t shift_stride, double eps, double output_scale) {
   return guarded([&] {

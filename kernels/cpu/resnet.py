@@ -1,4 +1,4 @@
-"""A residual block of a UNet in bfloat16 on a CPU: norms, activations, convolutions, shortcut and residual in one op.
+"""A residual block of a UNet on a CPU: norms, activations, convolutions, shortcut and residual in one op.
 
 The norms' moments are two passes over what they read; everything else of them is done on the way into the
 convolutions (:mod:`winograd`), as the residual is on their way out. What was normalised is never stored, and neither
@@ -23,10 +23,10 @@ class ResnetWeights:
     """What a residual block from C to K channels is made of.
 
     Attributes:
-        norm1_weight, norm1_bias: bfloat16 [C]. norm2_weight, norm2_bias: bfloat16 [K].
-        conv1, conv2: from :func:`stepfusion.kernels.cpu.winograd.transform_weight`, of one scheme.
+        norm1_weight, norm1_bias: [C]. norm2_weight, norm2_bias: [K]. They have the dtype of conv1.
+        conv1, conv2: from :func:`stepfusion.kernels.cpu.winograd.transform_weight`, of one scheme and dtype.
         conv1_bias, conv2_bias: float32 [K].
-        shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None where C is K and the residual is x.
+        shortcut: from :func:`pack_shortcut`, and shortcut_bias float32 [K]; None if C is K and the residual is x.
         groups: of both norms. eps: added to their variances.
         output_scale: what the sum is divided by.
 
@@ -49,20 +49,22 @@ class ResnetWeights:
     output_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("conv1", "conv2"):
-            check_transformed(name, getattr(self, name))
-        device, (count, products, pairs, panel, _) = self.conv1.device, self.conv1.shape
-        inputs, outputs = self.inputs, self.outputs
+        packed = check_transformed("conv1", self.conv1)
+        check_transformed("conv2", self.conv2)
+        device, dtype = self.conv1.device, self.conv1.dtype
+        inputs, outputs = packed.inputs, packed.outputs
+        second = weight_packing.packed_shape(packed._replace(inputs=outputs), dtype)
         if self.groups < 1 or inputs % self.groups or outputs % self.groups:
             raise ValueError(f"groups must divide {inputs} and {outputs}, got {self.groups}")
-        launch.check_like("conv2", self.conv2, (count, products, outputs // 2, panel, 2), device)
+        launch.check_like("conv2", self.conv2, second, device, (dtype,))
         for norm, channels in (("norm1", inputs), ("norm2", outputs)):
             for name in (f"{norm}_weight", f"{norm}_bias"):
-                launch.check_like(name, getattr(self, name), (channels,), device, (torch.bfloat16,))
+                launch.check_like(name, getattr(self, name), (channels,), device, (dtype,))
         for name in ("conv1_bias", "conv2_bias"):
             launch.check_like(name, getattr(self, name), (outputs,), device, (torch.float32,))
         if self.shortcut is not None and self.shortcut_bias is not None:
-            launch.check_like("shortcut", self.shortcut, (count, 1, pairs, panel, 2), device, (torch.bfloat16,))
+            one = weight_packing.packed_shape(packed._replace(matrices=1), dtype)
+            launch.check_like("shortcut", self.shortcut, one, device, (dtype,))
             launch.check_like("shortcut_bias", self.shortcut_bias, (outputs,), device, (torch.float32,))
         elif inputs != outputs or (self.shortcut is None) != (self.shortcut_bias is None):
             raise ValueError(f"shortcut and shortcut_bias must be given from {inputs} to {outputs} channels")
@@ -73,17 +75,17 @@ class ResnetWeights:
     @property
     def inputs(self) -> int:
         """C."""
-        return 2 * self.conv1.shape[2]
+        return len(self.norm1_weight)
 
     @property
     def outputs(self) -> int:
         """K."""
-        return self.conv1.shape[0] * self.conv1.shape[3]
+        return len(self.norm2_weight)
 
 
-def pack_shortcut(weight: Tensor) -> Tensor:
-    """The weight [K, C, 1, 1] of a shortcut as :func:`resnet_block` reads it: bfloat16 [K / k, 1, C / 2, k, 2]."""
-    return weight_packing.pack(weight.detach().flatten(1)[None], weight_packing.width(len(weight)))
+def pack_shortcut(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [K, C, 1, 1] of a shortcut as :func:`resnet_block` reads it: one matrix (`weight_packing.pack`)."""
+    return weight_packing.pack(weight.detach().flatten(1)[None], weight_packing.width(len(weight)), dtype)
 
 
 def _empty(x: Tensor, bias: Tensor) -> Tensor:
@@ -121,9 +123,10 @@ def _resnet_block_cpu(
         second = norm2_weight, norm2_bias, conv2, conv2_bias
         batch, channels, height, width = x.shape
         skip_channels = 0 if skip is None else skip.shape[1]
-        sizes = batch, height, width, channels, skip_channels, y.shape[1], conv1.shape[1], conv1.shape[3], groups
+        out, panels, products = y.shape[1], *conv1.shape[:2]
+        sizes = batch, height, width, channels, skip_channels, out, products, out // panels, groups
         tensors = (x, skip, *rows, *first, *second, shortcut, shortcut_bias, torch.empty_like(y), y)
-        library.call("resnet_block", tensors, (*sizes, *strides), (eps, output_scale))
+        library.call(x.dtype, "resnet_block", tensors, (*sizes, *strides), (eps, output_scale))
     return y
 
 
@@ -141,22 +144,23 @@ def resnet_block(
     h is ``conv1(silu(norm1([x, skip])))`` (Ho et al. 2020; scale and shift: Dhariwal & Nichol 2021, section 3.1).
 
     Args:
-        x: bfloat16 [B, C1, H, W] on the CPU, read as channels_last; C1 a multiple of 16.
+        x: [B, C1, H, W] on the CPU, read as channels_last; C1 a multiple of 16. All tensors have the weights' dtype.
         weights: of a block from C = C1 + C2 to K channels.
-        skip: bfloat16 [B, C2, H, W] or None, C2 a multiple of 16.
-        time, scale, shift: bfloat16 [B, K] or None, scale and shift together; rows may lie apart.
+        skip: [B, C2, H, W] or None, C2 a multiple of 16.
+        time, scale, shift: [B, K] or None, scale and shift together; rows may lie apart.
 
     Returns:
-        bfloat16 [B, K, H, W] in channels_last. Rounded to bfloat16 are what enters a product, what leaves conv1 and
-        the shortcut, and the result. An image's bits depend on neither its place in the batch nor the number of
+        [B, K, H, W] in channels_last. Rounded to its dtype are what enters a product, what leaves conv1 and the
+        shortcut, and the result. An image's bits depend on neither its place in the batch nor the number of
         threads. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    dtype = weights.conv1.dtype
     for name, images in (("x", x), ("skip", skip)):
         if images is not None:
-            launch.check_dtype(name, images, (torch.bfloat16,))
+            launch.check_dtype(name, images, (dtype,))
             if images.ndim != 4 or images.shape[1] % library.LANES or images.shape[1] == 0:
                 raise ValueError(f"{name} must be [B, C, H, W], C a multiple of 16, got {list(images.shape)}")
     inputs = x.shape[1]
@@ -167,7 +171,7 @@ def resnet_block(
         raise ValueError(f"x and skip must have {weights.inputs} channels together, as conv1 has, got {inputs}")
     for name, row in (("time", time), ("scale", scale), ("shift", shift)):
         if row is not None:
-            launch.check_like(name, row, (x.shape[0], weights.outputs), x.device, (torch.bfloat16,))
+            launch.check_like(name, row, (x.shape[0], weights.outputs), x.device, (dtype,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got one of them")
     w = weights

@@ -1,10 +1,10 @@
 """The table walker in C++ for CPUs: :mod:`stepfusion.kernels.step` with the bits of its reference.
 
 One pass over memory, threaded over runs of 1024 elements: every operand is read once, the arithmetic happens in the
-first cache, and the state, the network's copies, x0 and the flag are written. Where the network learned its variance
+first cache, and the state, the network's copies, x0 and the flag are written. If the network learned its variance
 an exponential is involved: that of the kernel has the same bits on every CPU, PyTorch's has not, and the two agree
 within the tolerance table. A flag is exact: it tells of elements that are not finite; the reference's and Triton's
-are sums, which can overflow where states are beyond 2**100.
+are sums, which can overflow if states are beyond 2**100.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 // 3x3 convolutions by Winograd's algorithm: see winograd.py, whose constants library.py puts before this text.
 //
 // Work is cut into blocks of tiles times blocks of output channels. A thread normalises the rows of pixels under a
-// block of tiles, transforms them to bfloat16, multiplies by the transformed weights, and transforms the float32
+// block of tiles, transforms them to Element, multiplies by the transformed weights, and transforms the float32
 // products to the output, all in memory of its own that stays in its cache: threads share nothing but the arguments.
 
 namespace {
 
 // What is done with a sum of products: y = (sum + bias + residual) * scale.
 struct Output {
-  BFloat16* y;
+  Element* y;
   const float* bias;  // [K]
-  const BFloat16* residual;  // like y, perhaps y itself; or null
+  const Element* residual;  // like y, perhaps y itself; or null
   float scale;
 };
 
@@ -51,10 +51,10 @@ struct Convolution {
   // The pixels under tiles `left` to `right` - 1 of a row of tiles, zeros outside of the image. Rows of pixels take
   // turns in N places, so that those which the next row of tiles shares are there already.
   struct Band {
-    BFloat16* memory;
+    Element* memory;
     int64_t left, right, stride;
     int64_t image = -1, filled = 0;  // rows of pixels before this one are there
-    BFloat16* row(int64_t pixel_row) const { return memory + (pixel_row + 1) % N * stride; }
+    Element* row(int64_t pixel_row) const { return memory + (pixel_row + 1) % N * stride; }
   };
 
   void fill(const Input& input, Band& band, int64_t image, int64_t tile_row) const {
@@ -64,20 +64,20 @@ struct Convolution {
     if (image != band.image) band.filled = top;
     band.image = image;
     for (int64_t r = std::max(band.filled, top); r < top + N; r++) {
-      BFloat16* to = band.row(r);
+      Element* to = band.row(r);
       if (r < 0 || r >= height) {
-        std::memset(to, 0, band.stride * sizeof(BFloat16));
+        std::memset(to, 0, band.stride * sizeof(Element));
         continue;
       }
-      std::memset(to, 0, (inside - start) * in * sizeof(BFloat16));
+      std::memset(to, 0, (inside - start) * in * sizeof(Element));
       input.fill(image, (image * height + r) * width + inside, end - inside, to + (inside - start) * in);
-      std::memset(to + (end - start) * in, 0, (start + pixels - end) * in * sizeof(BFloat16));
+      std::memset(to + (end - start) * in, 0, (start + pixels - end) * in * sizeof(Element));
     }
     band.filled = top + N;
   }
 
   // V[i, j] = (B^T d B)[i, j] for `count` tiles from `first`.
-  void transform_input(const Input& input, Buffer<BFloat16>& memory, BFloat16* v, int64_t first, int64_t count) const {
+  void transform_input(const Input& input, Buffer<Element>& memory, Element* v, int64_t first, int64_t count) const {
     const bool one_row = first % across + count <= across;
     Band band{nullptr, one_row ? first % across : 0, one_row ? first % across + count : across, 0};
     band.stride = ((band.right - band.left - 1) * S::STEP + N) * in;
@@ -85,7 +85,7 @@ struct Convolution {
     for (int64_t k = 0; k < count; k++) {
       const int64_t tile = first + k, tile_row = tile / across % down, column = tile % across;
       if (k == 0 || column == 0) fill(input, band, tile / (across * down), tile_row);
-      const BFloat16* d[N];
+      const Element* d[N];
       for (int i = 0; i < N; i++) {
         d[i] = band.row(tile_row * S::STEP - 1 + i) + (column - band.left) * S::STEP * in;
       }
@@ -144,12 +144,12 @@ struct Convolution {
     }
   }
 
-  void run(const Input& input, const BFloat16* u, const Output& output) const {
+  void run(const Input& input, const Element* u, const Output& output) const {
     const int64_t blocks = out / block;
     at::parallel_for(0, (total + tiles - 1) / tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-      static thread_local Buffer<BFloat16> band, v_memory;
+      static thread_local Buffer<Element> band, v_memory;
       static thread_local Buffer<float> m_memory;
-      BFloat16* v = v_memory.get(N * N * v_stride);
+      Element* v = v_memory.get(N * N * v_stride);
       float* m = m_memory.get(N * N * m_stride);
       int64_t transformed = -1;
       for (int64_t item = begin; item < end; item++) {
@@ -158,21 +158,20 @@ struct Convolution {
         if (first != transformed) transform_input(input, band, v, first, count);
         transformed = first;
         for (int product = 0; product < N * N; product++) {
-          const BFloat16* weight = u + (channels * N * N + product) * in * block;
-          at::native::cpublas::brgemm(count, block, in, in, block, block, false, v + product * v_stride, weight,
-                                      m + product * m_stride);
+          const Panel panel{u + (channels * N * N + product) * in * block, in, block};
+          panel.multiply(v + product * v_stride, in, count, 0, in, false, m + product * m_stride);
         }
         transform_output(m, output, first, count, channels * block);
       }
-      at::native::cpublas::brgemm_release();
+      release();
     });
   }
 };
 
-// A convolution of images [B, H, W, C] by u [K / block, N N, C / 2, block, 2], whose number of products is its scheme.
+// A convolution of images [B, H, W, C] by u, N N matrices for each panel of `block` channels, whose number of products is its scheme.
 struct Winograd {
   int64_t products, in, out, block;
-  const BFloat16* u;
+  const Element* u;
 
   void run(const Input& input, const Output& output, int64_t batch, int64_t height, int64_t width) const {
     switch (products) {

@@ -106,7 +106,7 @@ def test_whom_the_options_select() -> None:
         return [p.name for p in Options(torch.device("cpu"), **options).select()]  # type: ignore[arg-type]
 
     everyone = names()
-    assert len(everyone) == len(set(everyone)) == 14
+    assert len(everyone) == len(set(everyone)) == 15
     assert {f"stepfusion {mode} float32" for mode in ("eager", "compile", "openvino")} < {*everyone}
     assert {"openvino float32", "openvino bfloat16"} < {*everyone}
     assert [name for name in names(families=("openvino",)) if not name.startswith("stepfusion")] == [

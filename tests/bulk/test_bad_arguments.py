@@ -32,6 +32,7 @@ def _files(place: Path) -> None:
     np.save("objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     save_tiny_model(Path("plain"), num_class_embeds=None)
     save_tiny_model(Path("wide"), in_channels=2, out_channels=2, num_class_embeds=None)
+    save_tiny_model(Path("latent"), in_channels=4, out_channels=4, num_class_embeds=None)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,11 @@ def _files(place: Path) -> None:
         ("plain --num 4 --out out --labels 0", "--labels was given, and this model takes none"),
         ("plain --num 4 --out out --guidance 2", "guidance needs a null label, and this engine's model has none"),
         ("wide --num 4 --out out",
-         "--format webdataset needs images of 1, 3 or 4 channels, and this model's have 2: use --format npz"),
+         "--format webdataset cannot be used: pictures have 1 or 3 channels, and this model's images have 2;"
+         " use --format npz"),
+        ("latent --num 4 --out out --format png",
+         "--format png cannot be used: pictures have 1 or 3 channels, and this model's images have 4, as the"
+         " latents of an autoencoder have, which needs its decoder; use --format npz"),
         ("model --num 4 --out file", "out file is a file; it must be a directory"),
         ("model --num 4 --out full",
          "out full holds notes.txt and no job.json: name a new directory, or one of this command"),

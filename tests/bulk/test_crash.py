@@ -215,7 +215,7 @@ def test_what_goes_wrong_in_a_process_is_one_sentence(capsys: pytest.CaptureFixt
     generate(f"{SMALL} out --devices cpu,cpu", status=1)
     error = capsys.readouterr().err
     assert "(cpu): " in error
-    assert "was begun otherwise: the version of stepfusion was '0.0.9' and is " in error
+    assert "was started with other settings: the version of stepfusion was '0.0.9' and is " in error
     assert error.count("\n") == 1
 
 

@@ -299,7 +299,7 @@ def test_another_job_is_refused(options: str, message: str, capsys: pytest.Captu
     before = tree()
     generate(f"{TINY} --out out {options}", status=1)
     error = capsys.readouterr().err
-    assert error.startswith(f"stepfusion: {Path('out').absolute()} was begun otherwise: ")
+    assert error.startswith(f"stepfusion: {Path('out').absolute()} was started with other settings: ")
     assert message in error
     assert tree() == before
 
@@ -332,7 +332,7 @@ def test_other_timesteps_are_refused(
     before = tree()
     generate(f"{command} --out out {options}", status=1)
     error = capsys.readouterr().err
-    assert " was begun otherwise: table was 'ddim, eta 0, " in error
+    assert " was started with other settings: table was 'ddim, eta 0, " in error
     assert f"{message}table_sha256 was " in error
     assert tree() == before
 
@@ -343,7 +343,7 @@ def test_another_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     weights["conv_in.bias"][0] += 1e-6
     save_file(weights, WEIGHTS)
     generate(f"{TINY} --out out", status=1)
-    assert " was begun otherwise: model was " in capsys.readouterr().err
+    assert " was started with other settings: model was " in capsys.readouterr().err
 
 
 def test_other_versions_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def test_another_option_is_refused(
     generate(f"{SHORT} {options}", status=1)
     place = Path("out").absolute()
     assert capsys.readouterr().err == (
-        f"stepfusion: {place} was begun otherwise: {differences}. Use another directory, or what it had\n"
+        f"stepfusion: {place} was started with other settings: {differences}."
+        " Use another directory, or those settings\n"
     )
     assert tree() == before
 
@@ -112,7 +113,9 @@ def test_another_kind_of_device_is_refused(
     settings = json.loads(Path("out/engine.json").read_text())
     Path("out/engine.json").write_text(json.dumps({**settings, "device": "NVIDIA H200", "network": "graph"}))
     generate(SHORT, status=missing)
-    assert ("begun otherwise: device was 'NVIDIA H200' and is 'cpu " in capsys.readouterr().err) == bool(missing)
+    assert ("started with other settings: device was 'NVIDIA H200' and is 'cpu " in capsys.readouterr().err) == bool(
+        missing
+    )
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -82,5 +82,5 @@ def test_what_goes_wrong_in_an_actor_is_one_sentence() -> None:
     _, error = run.communicate(timeout=240)
     assert run.returncode == 1
     (line,) = (line for line in error.splitlines() if line.startswith("stepfusion: "))
-    assert line.startswith(f"stepfusion: a Ray worker: {Path('out').absolute()} was begun otherwise: ")
+    assert line.startswith(f"stepfusion: a Ray worker: {Path('out').absolute()} was started with other settings: ")
     assert line.endswith("; 0 of 60 images are finished, and the same command goes on")

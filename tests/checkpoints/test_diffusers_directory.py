@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import stepfusion.checkpoints.bundled
@@ -22,6 +21,10 @@ from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.errors import CheckpointError
 from stepfusion.files.atomic import atomic_directory, atomic_write
 from stepfusion.networks import UNet2D, UNet2DConfig
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 SMALL = {
     "sample_size": 8,

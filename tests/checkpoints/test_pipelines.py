@@ -10,6 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
+from stepfusion.checkpoints.save_directory import save_pretrained
+from stepfusion.engine import Engine
+from stepfusion.errors import CheckpointError
+from stepfusion_testing.tiny_model import SCHEDULER, save_tiny_model, tiny_network
+
+pytest.importorskip("diffusers")
+
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -21,12 +30,6 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
-
-from stepfusion.checkpoints.diffusers_directory import load_pretrained
-from stepfusion.checkpoints.save_directory import save_pretrained
-from stepfusion.engine import Engine
-from stepfusion.errors import CheckpointError
-from stepfusion_testing.tiny_model import SCHEDULER, save_tiny_model, tiny_network
 
 UNET = {
     "sample_size": 8,

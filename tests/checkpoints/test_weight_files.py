@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +20,11 @@ from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig
+
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 
 UNET = {
     "sample_size": 8,

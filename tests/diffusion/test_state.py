@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import stepfusion as sf
 from stepfusion.kernels.tolerance import tolerance
+from stepfusion_testing.ambient import AMBIENT
 from stepfusion_testing.diffusion_models import ConvolutionalModel, ElementwiseModel
 
 SHAPE = (2, 3, 5, 4)
@@ -269,49 +268,6 @@ class TestRespacedNoise:
         first, same, other = drawn([36, 19, 7], 1), drawn([30, 25, 19, 12, 0], 2), drawn([36, 20, 7], 1)
         torch.testing.assert_close(first, same, rtol=1e-5, atol=1e-6)
         assert float((first - other).abs().max()) > 0.1
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-AMBIENT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "float64 by default": lambda: default_dtype(torch.float64),
-    "float16 by default": lambda: default_dtype(torch.float16),
-    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
-    "another device by default": lambda: default_device("meta"),
-    "a device as context": lambda: torch.device("meta"),
-    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
-    "inference mode": torch.inference_mode,
-    "no gradients": torch.no_grad,
-    "deterministic algorithms": deterministic,
-    "NumPy raises on underflow": lambda: np.errstate(under="raise", over="raise"),
-}
 
 
 class TestAmbientState:

@@ -13,6 +13,7 @@ from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 
 REASON = why_not_sampling_kernels()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the C++ sampling kernels cannot run: {REASON}")
+SCHEDULE = sf.NoiseSchedule.linear(100)
 X = torch.linspace(-0.9, 0.9, 3 * 2 * 35).reshape(3, 2, 5, 7)
 
 
@@ -80,6 +81,26 @@ def test_the_environment_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFUSION_BACKEND", "cpu")
     engine = sf.Engine(lambda x, t: x, sf.NoiseSchedule.linear(100), shape=(1, 4, 4), device="cpu")
     assert "asked for by STEPFUSION_BACKEND: the fused kernels in C++" in engine.explain()
+
+
+def test_auto_takes_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPFUSION_BACKEND", raising=False)
+    arguments: dict[str, Any] = {"shape": (1, 4, 4), "device": "cpu"}
+    chosen, asked = (sf.Engine(lambda x, t: 0.5 * x, SCHEDULE, backend=b, **arguments) for b in ("auto", "reference"))
+    assert chosen.plan.backend.value == "cpu"
+    assert "auto: the fused kernels in C++" in chosen.explain()
+    assert torch.equal(chosen.sample(3, steps=4, eta=1.0), asked.sample(3, steps=4, eta=1.0))
+    thresholded = {"table": chosen.table("ddim", 4, threshold=0.9, sample_max_value=2.0)}
+    assert torch.equal(chosen.sample(2, **thresholded), asked.sample(2, **thresholded))
+
+
+def test_auto_takes_the_reference_if_they_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPFUSION_BACKEND", raising=False)
+    monkeypatch.setattr(plan, "why_not_sampling_kernels", lambda: "there is no C++ compiler")
+    engine = sf.Engine(lambda x, t: 0.5 * x, SCHEDULE, shape=(1, 4, 4), device="cpu")
+    assert engine.plan.backend.value == "reference"
+    assert "auto: the fused kernels in C++ cannot run: there is no C++ compiler" in engine.explain()
+    assert sf.GaussianDiffusion(SCHEDULE).ops.on(torch.device("cpu")) is sf.kernels.reference
 
 
 def test_dynamic_thresholding_is_refused() -> None:

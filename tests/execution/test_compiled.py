@@ -349,7 +349,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 config = UNet2DConfig(
     sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32,), down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",), layers_per_block=1, add_attention=False,
+    up_block_types=("UpBlock2D",), layers_per_block=1, add_attention=False, act_fn=sys.argv[2],
 )
 dtype = getattr(torch, sys.argv[1])
 unet = UNet2D(config).eval().to(dtype, memory_format=torch.channels_last)
@@ -364,13 +364,13 @@ print(json.dumps({"seconds": seconds, **{key: counters["inductor"][key] for key 
 """
 
 
-def run_twice(folder: Path, dtype: str) -> list[dict[str, float]]:
+def run_twice(folder: Path, dtype: str, activation: str) -> list[dict[str, float]]:
     """What two processes say that use one cache; the second one leaves no library there that the first did not."""
     environment = {**os.environ, "STEPFUSION_CACHE": str(folder)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     runs, libraries = [], []
     for _ in range(2):
-        command = [sys.executable, "-P", "-c", PROCESS, dtype]
+        command = [sys.executable, "-P", "-c", PROCESS, dtype, activation]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         libraries.append({path: path.stat().st_mtime_ns for path in folder.rglob("*.so")})
@@ -382,14 +382,17 @@ def run_twice(folder: Path, dtype: str) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_the_next_process_reuses_what_this_one_compiled(tmp_path: Path) -> None:
-    first, second = run_twice(tmp_path, "float32")
+    first, second = run_twice(tmp_path, "float32", "gelu")
     assert first["fxgraph_cache_miss"] == 1
     assert (second["fxgraph_cache_hit"], second["fxgraph_cache_miss"]) == (1, 0)
     assert first["fxgraph_cache_bypass"] == second["fxgraph_cache_bypass"] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
-def test_the_next_process_reuses_the_cpp_kernels(tmp_path: Path) -> None:
-    first, second = run_twice(tmp_path, "bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_next_process_reuses_the_cpp_kernels(dtype: str, tmp_path: Path) -> None:
+    reason = why_not_cpu_kernels(getattr(torch, dtype))
+    if reason is not None:
+        pytest.skip(f"C++: {reason}")
+    first, second = run_twice(tmp_path, dtype, "silu")
     assert first == {**second, "seconds": first["seconds"]}, "Inductor has nothing to do in either"

@@ -1,7 +1,8 @@
-"""The form in which a network of ours is compiled for a CPU in bfloat16: what it replaces, shares, and promises."""
+"""The form in which a network of ours runs on a CPU: what it replaces, shares, and promises."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,19 +14,29 @@ from torch import Tensor, nn
 
 import stepfusion as sf
 from stepfusion.execution import compiled
-from stepfusion.execution.compiled import TOLERANCE, compile_network, describe_difference
+from stepfusion.execution.compiled import CPU_FORM_TOLERANCE, compile_network, cpp_network, describe_difference
 from stepfusion.execution.cpu_form import CpuAttention, CpuForms, CpuResnetBlock, GatheredConv2d, WinogradConv2d
 from stepfusion.execution.evaluator import _Hoisted as Hoisted
-from stepfusion.kernels.cpu import library, winograd
+from stepfusion.kernels.cpu import compiler, library, winograd
+from stepfusion.kernels.tolerance import tolerance
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
-from stepfusion_testing.cpu_kernels import needs_kernel, rms
+from stepfusion_testing.cpu_kernels import rms, use_variant
 
 CPU = torch.device("cpu")
+DTYPE = torch.float32
 #: Channels and heads that every kernel takes.
 WIDE: dict[str, Any] = {"block_out_channels": (32, 64, 64), "attention_head_dim": 32}
+
+
+@pytest.fixture(autouse=True, params=["float32-AVX2", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of the networks of this file, of which float32 is as good in one instruction set as in another."""
+    chosen = use_variant(request.param, monkeypatch)
+    monkeypatch.setitem(globals(), "DTYPE", chosen)
+    return chosen
 
 
 def unet(**changes: Any) -> UNet2D:
@@ -42,12 +53,12 @@ def unet(**changes: Any) -> UNet2D:
     }
     torch.manual_seed(0)
     network = UNet2D(UNet2DConfig(**(options | changes))).eval()
-    return network.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(DTYPE, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def inputs(batch: int = 2, size: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(batch)
-    x = torch.randn(batch, 3, size, size, generator=generator).bfloat16()
+    x = torch.randn(batch, 3, size, size, generator=generator).to(DTYPE)
     return x, torch.arange(batch)
 
 
@@ -62,7 +73,6 @@ def products(layer: nn.Module) -> int:
     return int(layer.weight.shape[1] if isinstance(layer, WinogradConv2d) else layer.weights.conv1.shape[1])
 
 
-@needs_kernel
 @pytest.mark.parametrize(
     "changes",
     [
@@ -76,20 +86,19 @@ def products(layer: nn.Module) -> int:
 )
 @torch.no_grad()
 def test_the_form_is_the_network(changes: dict[str, Any]) -> None:
-    """Held to the float32 network: at most three times the rounding of the bfloat16 network itself."""
+    """Held to the float64 network: three times the rounding of the bfloat16 network, or a hundred in float32."""
     network = unet(**changes)
     form = CpuForms(network)(inputs())
     assert form is not None
-    exact = network.float()(inputs()[0].float(), inputs()[1])
-    network.bfloat16()
-    error, direct = (
-        float((out - exact).pow(2).mean().sqrt()) for out in (form.network(*inputs()), network(*inputs()))
-    )
-    assert error < 3 * direct
-    assert describe_difference(form.network(*inputs()), exact.bfloat16(), TOLERANCE[torch.bfloat16]) is None
+    out, direct = form.network(*inputs()), network(*inputs())
+    exact = copy.deepcopy(network).double()(inputs()[0].double(), inputs()[1])
+    if DTYPE is torch.float32:
+        assert float((out - exact).abs().max()) <= tolerance(DTYPE, float(exact.abs().max()), 100)
+    else:
+        assert rms(out - exact) < 3 * rms(direct - exact)
+    assert describe_difference(out, exact.to(DTYPE), CPU_FORM_TOLERANCE[DTYPE]) is None
 
 
-@needs_kernel
 @pytest.mark.parametrize("resblock_updown", [True, False])
 @torch.no_grad()
 def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
@@ -104,18 +113,17 @@ def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
         learn_sigma=True,
         resblock_updown=resblock_updown,
     )
-    network = ADMUNet(config).eval().bfloat16()
+    network = ADMUNet(config).eval().to(DTYPE)
     form = CpuForms(network)(inputs())
     assert form is not None
     assert sum(isinstance(layer, CpuResnetBlock) for layer in form.network.modules()) == 8
     assert sum(isinstance(layer, CpuAttention) for layer in form.network.modules()) == 4
     out, direct = form.network(*inputs()), network(*inputs())
-    exact = network.float()(inputs()[0].float(), inputs()[1])
+    exact = network.double()(inputs()[0].double(), inputs()[1])
     error, plain = (rms(y - exact) for y in (out, direct))
-    assert error < 3 * plain
+    assert error < (3 * plain if DTYPE is torch.bfloat16 else tolerance(DTYPE, float(exact.abs().max()), 100))
 
 
-@needs_kernel
 @torch.no_grad()
 def test_the_scheme_follows_the_size_of_the_image() -> None:
     forms = CpuForms(unet())
@@ -124,7 +132,8 @@ def test_the_scheme_follows_the_size_of_the_image() -> None:
     assert large is not None
     blocks = "down_blocks.0.resnets.0", "down_blocks.1.resnets.0"
     assert [products(small.network.get_submodule(name)) for name in blocks] == [36, 16], "at 16 x 16 and 8 x 8"
-    assert [products(large.network.get_submodule(name)) for name in blocks] == [16, 36], "at 32 x 32 and 16 x 16"
+    expected = [36, 16] if DTYPE is torch.float32 else [16, 36]
+    assert [products(large.network.get_submodule(name)) for name in blocks] == expected, "at 32 x 32 and 16 x 16"
     assert products(small.network.get_submodule("up_blocks.0.upsamplers.0")) == 9
     name = "mid_block.resnets.0"
     assert small.network.get_submodule(name) is large.network.get_submodule(name), "transformed once"
@@ -138,7 +147,6 @@ def left(**changes: Any) -> set[str]:
     return {name for name, layer in form.network.named_modules() if isinstance(layer, kinds) and "time" not in name}
 
 
-@needs_kernel
 @torch.no_grad()
 def test_every_layer_is_replaced_where_a_kernel_fits() -> None:
     assert left(**WIDE) == set()
@@ -153,7 +161,6 @@ def test_every_layer_is_replaced_where_a_kernel_fits() -> None:
     assert "mid_block.resnets.0" not in odd
 
 
-@needs_kernel
 @torch.no_grad()
 def test_where_kernels_run_everything_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
@@ -166,12 +173,11 @@ def test_where_kernels_run_everything_nothing_is_compiled(monkeypatch: pytest.Mo
     form = CpuForms(hoisted)((x, projections))
     assert form is not None
     assert form.whole
-    own = compile_network(hoisted, CPU, torch.bfloat16)
+    own = compile_network(hoisted, CPU, DTYPE)
     assert torch.equal(own(x, projections), form.network(x, projections))
     assert (own.compilations, own.failure, own.declined) == (0, None, None)
 
 
-@needs_kernel
 @pytest.mark.parametrize(
     "changes",
     [{"attention_head_dim": 16}, {"act_fn": "gelu"}, {"downsample_type": "resnet"}, {"norm_num_groups": 16}],
@@ -239,7 +245,6 @@ def changed_layers() -> dict[str, Callable[[UNet2D], str]]:
     return {change.__name__: change for change in changes}
 
 
-@needs_kernel
 @pytest.mark.parametrize("change", changed_layers().values(), ids=changed_layers().keys())
 @torch.no_grad()
 def test_a_layer_that_somebody_changed_stays(change: Callable[[UNet2D], str]) -> None:
@@ -252,10 +257,9 @@ def test_a_layer_that_somebody_changed_stays(change: Callable[[UNet2D], str]) ->
     assert type(form.network.get_submodule(f"network.{name}")) is type(network.get_submodule(name))
     if change.__name__ != "dropout":
         expected, y = network(x, timesteps), form.network(x, network.condition(network.embed_time(timesteps)))
-        assert describe_difference(y, expected, TOLERANCE[torch.bfloat16]) is None
+        assert describe_difference(y, expected, CPU_FORM_TOLERANCE[DTYPE]) is None
 
 
-@needs_kernel
 @torch.no_grad()
 def test_hooks_see_no_tensors_of_the_trace() -> None:
     network, seen = unet(**WIDE), []
@@ -267,7 +271,6 @@ def test_hooks_see_no_tensors_of_the_trace() -> None:
     assert seen == ["cpu"]
 
 
-@needs_kernel
 @torch.no_grad()
 def test_a_network_whose_calls_cannot_be_followed_is_compiled() -> None:
     class Direct(UNet2D):
@@ -277,7 +280,7 @@ def test_a_network_whose_calls_cannot_be_followed_is_compiled() -> None:
     class Head(TimeConditioned):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.head = unet(**WIDE), nn.ConvTranspose2d(3, 3, 1).bfloat16()
+            self.inner, self.head = unet(**WIDE), nn.ConvTranspose2d(3, 3, 1).to(DTYPE)
 
         def embed_time(self, timesteps: Tensor) -> Tensor:
             return self.inner.embed_time(timesteps)
@@ -297,13 +300,12 @@ def test_a_network_whose_calls_cannot_be_followed_is_compiled() -> None:
         assert not form.whole
 
 
-@needs_kernel
 @torch.no_grad()
 def test_a_network_around_ours_is_compiled() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.outer = unet(**WIDE), nn.Conv2d(3, 3, 1).bfloat16()
+            self.inner, self.outer = unet(**WIDE), nn.Conv2d(3, 3, 1).to(DTYPE)
 
         def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
             out: Tensor = self.outer(self.inner(x, timesteps))
@@ -317,7 +319,6 @@ def test_a_network_around_ours_is_compiled() -> None:
     assert isinstance(form.network.get_submodule("inner.conv_in"), GatheredConv2d)
 
 
-@needs_kernel
 @torch.no_grad()
 def test_the_network_stays_as_it_is() -> None:
     network = unet()
@@ -335,22 +336,20 @@ def test_the_network_stays_as_it_is() -> None:
     assert mine <= {t.data_ptr() for t in network.parameters()}, "no parameter was copied"
 
 
-@needs_kernel
 @pytest.mark.usefixtures("uncompiled")
 def test_other_networks_are_compiled_as_they_are() -> None:
-    other = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).bfloat16().eval()
-    network = compile_network(other, CPU, torch.bfloat16)
-    x = torch.randn(1, 16, 8, 8).bfloat16()
+    other = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).to(DTYPE).eval()
+    network = compile_network(other, CPU, DTYPE)
+    x = torch.randn(1, 16, 8, 8).to(DTYPE)
     with torch.no_grad():
         assert torch.equal(network(x), other(x))
     assert (network.compilations, network.failure, network.declined) == (1, None, None)
 
 
-@needs_kernel
 @pytest.mark.usefixtures("uncompiled")
 def test_a_compiled_network_is_its_form() -> None:
     network = unet()
-    own = compile_network(network, CPU, torch.bfloat16)
+    own = compile_network(network, CPU, DTYPE)
     form = CpuForms(network)(inputs())
     assert form is not None
     with torch.no_grad():
@@ -361,14 +360,13 @@ def test_a_compiled_network_is_its_form() -> None:
     assert (own.compilations, own.failure, own.declined) == (2, None, None)
 
 
-@needs_kernel
 @pytest.mark.usefixtures("uncompiled")
 def test_a_form_that_differs_too_much_is_declined_once_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights whose transform overflows what rounding explains: the network itself is compiled, and says why."""
     right = winograd.transform_weight
-    monkeypatch.setattr(winograd, "transform_weight", lambda weight, scheme: 1.5 * right(weight, scheme))
+    monkeypatch.setattr(winograd, "transform_weight", lambda *given: 1.5 * right(*given))
     network = unet()
-    own = compile_network(network, CPU, torch.bfloat16)
+    own = compile_network(network, CPU, DTYPE)
     with pytest.warns(
         RuntimeWarning, match=r"compiled as it is: the compiled network differs by .* where the largest"
     ):
@@ -382,16 +380,15 @@ def test_a_form_that_differs_too_much_is_declined_once_and_by_name(monkeypatch: 
     assert own.compilations == 3
 
 
-@needs_kernel
 @pytest.mark.usefixtures("uncompiled")
 def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(_: torch.dtype) -> None:
         raise RuntimeError("no working C++ compiler\nand so on")
 
     library._function.cache_clear()
 
     monkeypatch.setattr(library, "load", fail)
-    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16")
+    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype=DTYPE)
     with pytest.warns(
         RuntimeWarning, match=r"compiled as it is: its C\+\+ form failed with RuntimeError: no working"
     ):
@@ -399,20 +396,59 @@ def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatc
     assert "declined      its C++ form failed with RuntimeError: no working C++ compiler" in engine.explain()
 
 
-@needs_kernel
 def test_explain_says_what_runs_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     def explain(**options: Any) -> str:
-        arguments = {"device": "cpu", "network": "compile", "dtype": "bfloat16"} | options
+        arguments = {"device": "cpu", "network": "compile", "dtype": DTYPE} | options
         return sf.Engine(unet(), sf.NoiseSchedule.linear(1000), **arguments).explain()
 
-    assert "layers         C++           residual and attention blocks of our networks whole, 3x3" in explain()
-    assert "layers         PyTorch       the C++ kernels are for bfloat16 on CPUs" in explain(dtype="float32")
+    whole = "layers         C++           residual and attention blocks of our networks whole, 3x3"
+    assert whole in explain()
+    assert whole in explain(network="cpp")
     assert "layers" not in explain(network="eager")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert "layers         PyTorch       this CPU has no AVX512-BF16" in explain()
+    assert "layers         PyTorch       the C++ kernels are for float32 and bfloat16" in explain(dtype="float16")
+    monkeypatch.setattr(compiler, "instruction_set", lambda: "DEFAULT")
+    assert "layers         PyTorch       PyTorch uses DEFAULT here" in explain()
 
 
-@needs_kernel
+def test_the_fast_form_is_what_a_cpu_runs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, and eagerly where the kernels cannot run, for which there is a reason."""
+    monkeypatch.setattr(torch, "compile", None)
+    network, schedule = unet(**WIDE), sf.NoiseSchedule.linear(1000)
+    chosen = DTYPE
+    options: dict[str, Any] = {"device": "cpu", "dtype": chosen}
+    engine, eager = (sf.Engine(network, schedule, network=name, **options) for name in ("auto", "eager"))
+    assert "network        cpp           auto: C++ kernels run networks of ours" in engine.explain()
+    images, expected = (one.sample(2, steps=3) for one in (engine, eager))
+    assert not torch.equal(images, expected)
+    if chosen == torch.float32:
+        assert describe_difference(images, expected, 10 * CPU_FORM_TOLERANCE[chosen]) is None
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    reason = "there is no C++ compiler '/no/such/compiler', which CXX names"
+    without = sf.Engine(network, schedule, **options)
+    assert f"network        eager         auto: {reason}" in without.explain()
+    assert torch.equal(without.sample(2, steps=3), expected)
+    with pytest.raises(sf.BackendError, match=r"network='cpp' cannot run: there is no C.*; use network='eager'"):
+        sf.Engine(network, schedule, network="cpp", **options)
+
+
+def test_other_networks_run_as_they_are() -> None:
+    other = nn.Conv2d(16, 16, 3, padding=1)
+    assert cpp_network(other, DTYPE) is other
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_form_that_is_wrong_leaves_the_eager_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = winograd.transform_weight
+    monkeypatch.setattr(winograd, "transform_weight", lambda *given: 1.5 * right(*given))
+    network = unet()
+    own = cpp_network(network, DTYPE)
+    with pytest.warns(RuntimeWarning, match="the network runs eagerly: the compiled network differs by"):
+        out = own(*inputs())
+    with torch.no_grad():
+        assert torch.equal(out, network(*inputs()))
+        assert torch.equal(own(*inputs(3)), network(*inputs(3)))
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_an_invariant_engine_gives_the_same_bits_in_any_company() -> None:
     options: dict[str, Any] = {"device": "cpu", "network": "compile", "dtype": "bfloat16", "batch": 4}
@@ -422,12 +458,11 @@ def test_an_invariant_engine_gives_the_same_bits_in_any_company() -> None:
     assert torch.equal(engine.sample(indices=[4, 0, 2], steps=3, eta=1.0), images[[4, 0, 2]])
 
 
-@needs_kernel
 @pytest.mark.usefixtures("uncompiled")
 def test_two_engines_in_two_threads_do_not_disturb_each_other() -> None:
     def engine(size: int) -> sf.Engine:
         made = sf.Engine(
-            unet(sample_size=size), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype="bfloat16"
+            unet(sample_size=size), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype=DTYPE
         )
         made.sample(2, steps=1)
         return made
@@ -450,18 +485,17 @@ def test_two_engines_in_two_threads_do_not_disturb_each_other() -> None:
         assert all(torch.equal(image, wanted) for image in images)
 
 
-@needs_kernel
 @pytest.mark.slow
 def test_what_inductor_makes_of_the_form_is_trusted() -> None:
     network = unet()
-    own = compile_network(network, CPU, torch.bfloat16)
+    own = compile_network(network, CPU, DTYPE)
     out = own(*inputs())
     with torch.no_grad():
-        assert describe_difference(out, network(*inputs()), TOLERANCE[torch.bfloat16]) is None
+        assert describe_difference(out, network(*inputs()), CPU_FORM_TOLERANCE[DTYPE]) is None
     assert (own.compilations, own.failure, own.declined) == (1, None, None)
 
 
 def test_other_dtypes_and_devices_have_no_form() -> None:
     check: Callable[..., str | None] = compiled.why_not_cpu_form
-    assert check(CPU, torch.float32) == check(torch.device("cuda"), torch.bfloat16)
-    assert check(CPU, torch.float32) == "the C++ kernels are for bfloat16 on CPUs"
+    assert check(torch.device("cuda"), DTYPE) == "the C++ kernels are for CPUs"
+    assert check(CPU, torch.float16) == "the C++ kernels are for float32 and bfloat16"

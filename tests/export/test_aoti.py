@@ -223,8 +223,9 @@ def test_a_tick_on_a_gpu(tmp_path: Path, dtype: str, allowed: float) -> None:
     start = initial_noise(seeds, index)
     torch.testing.assert_close(start, InitialNoise(engine.shape)(seeds, index), rtol=0, atol=1e-5)
     values, x = table.on(start.device), start
-    for row in range(6):
-        x = tick(x, torch.full_like(index, row), values.coefficients, values.timesteps, seeds, index, labels)
+    with engine.plan.products():  # the tick is a consumer's, whose switches they are
+        for row in range(6):
+            x = tick(x, torch.full_like(index, row), values.coefficients, values.timesteps, seeds, index, labels)
     expected = engine.sample(3, table, seed=5, labels=[0, 1, 2])
     torch.testing.assert_close(x, expected, rtol=0, atol=allowed)
 
@@ -236,5 +237,5 @@ def test_a_network_on_a_gpu(tmp_path: Path) -> None:
     run = load_package(tmp_path / "network" / "model.pt2", torch.device("cuda", 0))
     x = torch.randn(2, *engine.shape, device="cuda")
     t, labels = torch.tensor([10, 900], device="cuda"), torch.tensor([0, 1], device="cuda")
-    with torch.no_grad():
+    with torch.no_grad(), engine.plan.products():
         torch.testing.assert_close(run(x, t, labels), engine.network(x, t, labels), rtol=0, atol=5e-3)

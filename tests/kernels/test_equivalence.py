@@ -630,8 +630,10 @@ def test_other_kernels_beyond_two_to_the_31_elements(tmp_path: Path) -> None:
     x[far] = torch.randn(BLOCK)
     t, one = torch.full((FAR + 1,), 7), torch.full((T,), 1.0)
     grid, common = (FAR + 1, 1), {"EVEN": True, "BLOCK": BLOCK}
-    posterior.q_posterior_mean_kernel[grid](x, x, y, t, one, one, WIDE, T, **common)
+    variances = torch.zeros(2, FAR + 1)
+    posterior.q_posterior_kernel[grid](x, x, y, *variances, t, one, one, 3 * one, 4 * one, WIDE, T, **common)
     assert torch.equal(y[far], 2 * x[far])
+    assert variances[:, -1].tolist() == [3.0, 4.0]
     q_sample_kernel[grid](x, x, y, None, t, one, 2 * one, None, None, WIDE, T, VEC=4, **common)
     assert torch.equal(y[far], 3 * x[far])
     to_uint8_kernel[grid](x, pixels, WIDE, WIDE, C=1, **common)

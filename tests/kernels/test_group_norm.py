@@ -15,7 +15,7 @@ import torch
 
 import stepfusion as sf
 from stepfusion import kernels
-from stepfusion.kernels import group_norm, launch, reference
+from stepfusion.kernels import group_norm, group_norm_statistics, launch, reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 from stepfusion_testing.twins import assert_same_bits, assert_within, mutate
 
@@ -344,15 +344,18 @@ def test_geometry(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("channels", [128, 256, 384, 512, 768, 1024])
 def test_blocks_of_the_published_unets(channels: int) -> None:
-    """Rows of a block are whole sectors of 32 bytes. 64 programs or more at 32x32, and more for more pixels."""
+    """Rows of a block are whole sectors of 32 bytes. 128 programs or more at 64x64, and more for more pixels.
+
+    At 32x32 one program holds all pixels of 16 channels, if these are whole groups: one launch in place of two.
+    """
     for dtype in (torch.float16, torch.float32):
         for size in (4, 8, 16, 32, 64, 128, 256):
             cut = group_norm.geometry(channels, 32, size * size, dtype)
             wide = cut.groups * channels // 32
             assert wide * dtype.itemsize % 32 == 0
             assert channels % wide == 0
-            assert (cut.splits == 1) == (size <= 16)
-            if size >= 32:
+            assert (cut.splits == 1) == (size <= (32 if channels in (128, 256, 512) else 16))
+            if cut.splits > 1:
                 assert cut.splits * cut.blocks >= 2 * size
 
 
@@ -481,7 +484,7 @@ SUM_OF_SQUARES = "tl.sum(tl.sum(h * h, axis=2), axis=0) - mean * mean * (pixels 
 LAST_STORE = "_store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)\n    for"
 MUTANTS: dict[str, tuple[Case, str, str]] = {
     "a sum of squares": (FAR, "tl.sum(tl.sum(deviation * deviation, axis=2), axis=0)", SUM_OF_SQUARES),
-    "padding in the variance": (SPLITS, "_chunks(there, U), h - mean", "_chunks(there, U) | True, h - mean"),
+    "padding in the variance": (SPLITS, "chunks(there, U), h - mean", "chunks(there, U) | True, h - mean"),
     "means of chunks alone": (WHOLE, "m2[None, :] + apart * apart * (pixels * U)", "m2[None, :]"),
     "chunks of other groups": (WHOLE, "tl.where(same, mean[None, :], 0.0)", "mean[None, :]"),
     "padding in one group": (PADDED, "inside = k < D", "inside = k >= 0"),
@@ -515,9 +518,17 @@ MUTANTS: dict[str, tuple[Case, str, str]] = {
 }
 
 
+def _with_statistics(text: str) -> str:
+    """The module with the one of its statistics inside of it."""
+    inner = Path(group_norm_statistics.__file__).read_text().split("import tl, triton\n")[1]
+    line = re.search(r"^from stepfusion.kernels.group_norm_statistics import .*\n", text, re.MULTILINE)
+    assert line is not None
+    return text.replace(line.group(), inner)
+
+
 def _planted(old: str | None, new: str, folder: Path) -> Op:
     """The op of a copy of the module with one text replaced wherever it stands, under an op namespace of its own."""
-    text = Path(group_norm.__file__).read_text()
+    text = _with_statistics(Path(group_norm.__file__).read_text())
     assert old is None or old in text, f"{old!r} does not occur"
     text = text if old is None else text.replace(old, new)
     name = f"mutant_{folder.name}".replace("-", "_").lower()

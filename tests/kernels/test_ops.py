@@ -75,7 +75,7 @@ def test_opcheck_of_the_others(kernel_device: torch.device) -> None:
     t = torch.tensor([0, T - 1], device=kernel_device)
     torch.library.opcheck(ops.q_sample_.default, (x, t, *tables[:2], t, t, None, torch.empty_like(x), x.clone()))
     torch.library.opcheck(ops.q_sample_.default, (x, t, *tables[:2], None, None, x, torch.empty_like(x), None))
-    torch.library.opcheck(ops.q_posterior_mean.default, tuple(_posterior(kernel_device).values())[:5])
+    torch.library.opcheck(ops.q_posterior.default, tuple(_posterior(kernel_device).values()))
     torch.library.opcheck(ops.to_uint8.default, (torch.randn(2, 3, 4, 5, device=kernel_device),))
     torch.library.opcheck(ops.normal_.default, (t, t, t, 0, x.clone()))
 
@@ -434,3 +434,15 @@ def test_why_not_triton(device: str, interpreting: bool, reason: str | None, mon
     monkeypatch.setattr(backend, "HAS_TRITON", True)
     monkeypatch.setattr(backend, "interpreting", lambda: interpreting)
     assert backend.why_not_triton(torch.device(device)) == reason
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (3, 2, 0, 4), (0, 5)], ids=str)
+def test_variances_of_images_without_elements(shape: tuple[int, ...], kernel_device: torch.device) -> None:
+    """They are gathered by the kernel that makes the mean, of which there is nothing here."""
+    x = torch.zeros(shape, device=kernel_device)
+    t = torch.tensor([0, T - 1, T], device=kernel_device)[: len(x)]
+    tables = [torch.arange(T, dtype=torch.float32, device=kernel_device) + offset for offset in range(4)]
+    got = kernels.q_posterior_mean_variance(x, x, t, *tables)
+    wanted = kernels.reference.q_posterior_mean_variance(x, x, t, *tables)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

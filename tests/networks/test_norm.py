@@ -57,14 +57,18 @@ def test_a_fused_network_gives_the_same_output(make: Any, dtype: torch.dtype, to
     fused = prepare_network(network, CPU, dtype, fused=True)
     x, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([900, 3])
     wanted = plain(x, timesteps)
+    fused(x.to(dtype), timesteps)  # joins weights and biases, once
     with Seen() as seen:
         out = fused(x.to(dtype), timesteps)
     assert out.is_contiguous(memory_format=torch.channels_last) or out.shape[1] == 1
     torch.testing.assert_close(out.float(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
     norms = sum(isinstance(module, GroupNormAct) for module in network.modules())
-    assert seen.names.count("group_norm_silu") == norms
+    assert seen.names.count("group_norm_silu") + seen.names.count("add_group_norm_silu") == norms
     assert "native_group_norm" not in seen.names
-    assert seen.names.count("cat") == 2, "the sinusoid and the projections; skips are never joined"
+    assert seen.names.count("cat") == 1, "the sinusoid; neither skips nor projections are joined"
+    assert not {"add", "addmm_out"} & set(seen.names[seen.names.index("convolution") :]), (
+        "nothing has its own addition"
+    )
 
 
 @torch.no_grad()

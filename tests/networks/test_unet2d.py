@@ -6,12 +6,15 @@ import warnings
 
 import pytest
 import torch
-from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import UNet2D, UNet2DConfig, blocks
 from stepfusion.networks.blocks import double_size
+
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 
 TOLERANCE = 1e-5  # float32, max abs; outputs are of order 1
 

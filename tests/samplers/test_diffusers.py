@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 from stepfusion.kernels import coefficients, reference
 from stepfusion.networks import UNet2D, UNet2DConfig
 from stepfusion.samplers import ddim, ddim_inversion, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion_testing.guided_diffusion_formulas import GuidedDiffusion, sections
-from stepfusion_testing.walking import Gaussian, Network, walk
+from stepfusion_testing.walking import Network, stand_in, walk
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 TOLERANCE = 1e-4  # max abs, float32, states of order 1, after up to 100 steps
 SHAPE = (2, 3, 8, 8)
@@ -27,17 +30,6 @@ LINEAR = NoiseSchedule.linear()
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 SAMPLERS = ("eta 0", "eta 0.5", "eta 1", "fixed_small", "fixed_large", "learned_range")
-
-
-def stand_in(schedule: NoiseSchedule, prediction: str, *, learned: bool = False) -> Network:
-    """The ideal network of a Gaussian that reaches beyond the clip, and a wiggle that is not linear."""
-    ideal = Gaussian(torch.from_numpy(schedule.alphas_cumprod.copy()), prediction, 0.5, 0.6)
-
-    def network(x: torch.Tensor, t: int) -> torch.Tensor:
-        out = ideal(x, t) + 0.1 * torch.sin(3 * x + t)
-        return torch.cat([out, torch.cos(5 * x)], dim=1) if learned else out
-
-    return network
 
 
 def in_their_loop(

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 from stepfusion.samplers.schedule import NoiseSchedule
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMScheduler, DDPMScheduler
 
 ROUNDING = 1e-12  # relative, float64: a product of 1000 factors
 

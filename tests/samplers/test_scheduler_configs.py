@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -32,6 +31,10 @@ from stepfusion.samplers.scheduler_keys import (
     REFUSED_SCHEDULERS,
     SCHEDULE_KEYS,
 )
+
+pytest.importorskip("diffusers")
+
+import diffusers
 
 pytestmark = pytest.mark.filterwarnings(  # of diffusers' schedulers, with NumPy 2
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__ must accept:DeprecationWarning"

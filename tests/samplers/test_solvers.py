@@ -7,19 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-)
 
 import stepfusion as sf
 from stepfusion.kernels import COLUMNS
 from stepfusion.samplers.timesteps import karras
 from stepfusion_testing import solvers
 from stepfusion_testing.networks import smooth
-from stepfusion_testing.walking import Gaussian, walk
+from stepfusion_testing.walking import Gaussian, stand_in, walk
+
+pytest.importorskip("diffusers")
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 
 SHAPE = (2, 3, 8, 8)
 LINEAR, COSINE = sf.NoiseSchedule.linear(), sf.NoiseSchedule.cosine(300)
@@ -29,12 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # of diffusers' set_timesteps
 TOLERANCE = 1e-4  # against diffusers, float32 on both sides
-
-
-def stand_in(schedule: sf.NoiseSchedule, prediction: str) -> Any:
-    """The ideal network of a Gaussian that reaches beyond the clip, and a wiggle that is not linear."""
-    ideal = Gaussian(torch.from_numpy(schedule.alphas_cumprod.copy()), prediction, 0.5, 0.6)
-    return lambda x, t: ideal(x, t) + 0.1 * torch.sin(3 * x + t)
 
 
 def data_prediction(schedule: sf.NoiseSchedule, prediction: str, clip: float | None) -> solvers.Predict:

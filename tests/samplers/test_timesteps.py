@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDPMScheduler
 
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.timesteps import SPACINGS, given, largest_offset, spaced
 from stepfusion_testing.guided_diffusion_formulas import sections
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDPMScheduler
 
 T = 1000
 COUNTS = range(1, T + 1)

@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share."""
+"""What the tests of the C++ kernels of networks share: the dtypes and instruction sets in which they run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,37 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepfusion.kernels.cpu import compiler
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 
-needs_kernel = pytest.mark.skipif(why_not_cpu_kernels() is not None, reason=f"C++: {why_not_cpu_kernels()}")
+#: Libraries by name: the dtype of images and weights, and the instruction set.
+VARIANTS = {
+    "float32-AVX2": (torch.float32, "AVX2"),
+    "float32-AVX512": (torch.float32, "AVX512"),
+    "bfloat16": (torch.bfloat16, "AVX512"),
+}
+
+
+def use_variant(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Run the kernels as compiled for one of `VARIANTS`, and return its dtype; skips what the machine cannot run.
+
+    What ``ATEN_CPU_CAPABILITY`` says is of no account: a processor that has the instructions runs them.
+    """
+    dtype, instructions = VARIANTS[name]
+    offered = {"AVX2": torch.cpu._is_avx2_supported, "AVX512": torch.cpu._is_avx512_supported}
+    if not offered[instructions]():
+        pytest.skip(f"this CPU has no {instructions}")
+    monkeypatch.setattr(compiler, "instruction_set", lambda: instructions)
+    reason = why_not_cpu_kernels(dtype)
+    if reason is not None:
+        pytest.skip(f"C++: {reason}")
+    return dtype
+
+
+def needs(dtype: torch.dtype) -> pytest.MarkDecorator:
+    """Skips a test where the kernels for a dtype cannot run."""
+    reason = why_not_cpu_kernels(dtype)
+    return pytest.mark.skipif(reason is not None, reason=f"C++: {reason}")
 
 
 def rms(error: Tensor) -> float:

@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepfusion.execution.cuda_graph import CaptureError
+from stepfusion.execution.cuda_graph import CaptureError, GraphPool
 
 INTERPRETER = threading.RLock()  # Triton's interpreter has global state
-_WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2")
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2")
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -29,7 +29,7 @@ class RecordedGraph(TorchDispatchMode):
         self.replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in _WAITS:
+        if func.overloadpacket.__name__ in WAITS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}\nand a second line")
         with INTERPRETER:
             out = func(*args, **(kwargs or {}))
@@ -51,14 +51,16 @@ class RecordedGraph(TorchDispatchMode):
 
 
 class Captures:
-    """Stands for :func:`stepfusion.lanes.cuda_graph.capture`, and remembers what it captured."""
+    """Stands for :func:`stepfusion.execution.cuda_graph.capture`, and remembers what it captured."""
 
     def __init__(self) -> None:
         self.graphs: list[RecordedGraph] = []
         self.failure: Callable[[], None] = lambda: None  # called before each capture; may raise
         self._lock = threading.Lock()
 
-    def __call__(self, body: Callable[[], None], device: torch.device) -> RecordedGraph:
+    def __call__(
+        self, body: Callable[[], None], device: torch.device, pool: GraphPool | None = None
+    ) -> RecordedGraph:
         self.failure()
         for _ in range(3):
             body()

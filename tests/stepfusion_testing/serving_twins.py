@@ -110,7 +110,9 @@ class Desk:
         )
         self._number = 0
 
-    def ask(self, *, priority: int = 0, progress: Any = None, every: int = 1, **arguments: Any) -> Future[Result]:
+    def ask(
+        self, *, priority: int = 0, progress: Any = None, every: int = 1, pixels: bool = False, **arguments: Any
+    ) -> Future[Result]:
         """Make a request; nothing happens yet."""
         self._number += 1
         request = self.engine.request(**arguments)
@@ -121,6 +123,7 @@ class Desk:
             submitted=time.monotonic(),
             priority=priority,
             progress=progress,
+            pixels=pixels,
         )
         self.backlog.enter(len(job.waiting), job.waiting_steps)
         self.open.add(job)

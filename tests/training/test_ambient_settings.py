@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,40 +15,12 @@ from stepfusion.training.datasets import ImageDataset, load_dataset, merge_class
 from stepfusion.training.export import ExportRecord, export_model
 from stepfusion.training.run import train
 from stepfusion.training.trainer import Trainer
+from stepfusion_testing.ambient import AMBIENT, default_device, default_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(
     steps=3, batch_size=4, microbatch=2, channels=(8,), norm_groups=4, head_dim=8, precision="float32", save_every=2
 )
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-AMBIENT = {
-    "default dtype float64": lambda: default_dtype(torch.float64),
-    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device meta": lambda: default_device("meta"),
-    "device context": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "no gradients": torch.no_grad,
-    "inference mode": torch.inference_mode,
-}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from stepfusion.networks.adm.config import GROUPS, ADMUNetConfig
 from stepfusion.networks.blocks import Attention, Conditioned, Downsample, ResnetBlock, TimeMLP, Upsample, sinusoid
+from stepfusion.networks.fused import Activation, convolve, normalised, projected
 from stepfusion.networks.inputs import check_batch, check_image, check_labels, check_projections, check_timesteps
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
@@ -80,13 +81,13 @@ class ADMUNet(TimeConditioned):
             self.projection_size += resnet.time_emb_proj.out_features
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Predict eps or x0, and the variance where it is learned.
+        """Predict eps or x0, and the variance if it is learned.
 
         Args:
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (levels - 1)``.
             timesteps: int64 [B].
-            class_labels: int64 [B] where the config has classes, else None. Values are not checked here.
+            class_labels: int64 [B] if the config has classes, else None. Values are not checked here.
 
         Returns:
             [B, out_channels, H, W] in the weights' dtype.
@@ -111,27 +112,38 @@ class ADMUNet(TimeConditioned):
         if class_labels is not None and self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
         activated = functional.silu(time)
+        if self.fused:
+            return projected(self, self._resnets, activated)
         return torch.cat([resnet.time_emb_proj(activated) for resnet in self._resnets], dim=1)
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
         check_image(x, self.in_channels, self.conv_out.weight.dtype, 2 ** (len(self.config.channels) - 1))
         check_projections(projections, x, self.projection_size)
-        skips = []
-        for stage in self.input_blocks:
+        first = self.input_blocks[0]
+        if self.defers:
+            last = normalised(self.conv_norm_out, self._blocks(convolve(first[0], x), projections))
+        else:
+            last = self.conv_norm_out(self._blocks(first(x, projections), projections))
+        out: Tensor = self.conv_out(last)
+        return out
+
+    def _blocks(self, x: Activation, projections: Tensor) -> Activation:
+        """Down, and up again."""
+        skips = [x]
+        for stage in self.input_blocks[1:]:
             x = stage(x, projections)
             skips.append(x)
         x = self.middle_block(x, projections)
         for stage in self.output_blocks:
             x = stage(x, projections, skips.pop())
-        out: Tensor = self.conv_out(self.conv_norm_out(x))
-        return out
+        return x
 
 
 class Stage(nn.ModuleList):
     """Layers that run one after the other; the first one also takes what the way down left."""
 
-    def forward(self, x: Tensor, projections: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Activation, projections: Tensor, skip: Activation | None = None) -> Activation:
         """Map x [B, C, H, W], projections [B, P] and skip [B, C2, H, W], if any, to [B, C', H', W']."""
         for layer in self:
             x = layer(x, projections, skip) if isinstance(layer, Conditioned) else layer(x)

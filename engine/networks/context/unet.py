@@ -1,7 +1,7 @@
 """The small context UNet that a short course on diffusion models draws 16x16 sprites with.
 
 State-dict names, sizes and arithmetic are those of the course's public notebooks, so their checkpoints load strictly,
-with one difference: where the first residual block changes the number of channels, the notebooks draw a new random
+with one difference: if the first residual block changes the number of channels, the notebooks draw a new random
 1x1 convolution as its shortcut in every call, which no state dict holds. Here the shortcut is then the output of the
 block's first convolution, as in cloneofsimo/minDiffusion, from which the architecture descends, so that the network
 is a function of its inputs.
@@ -30,7 +30,7 @@ _SIZES = ("in_channels", "features", "context_size", "sample_size", "num_timeste
 class ContextUNet(TimeConditioned):
     """A UNet over small square images that predicts eps, conditioned on a timestep and a context vector.
 
-    The context is a vector of `context_size` entries, all zero where there is none. Label ``k < context_size`` stands
+    The context is a vector of `context_size` entries, all zero if there is none. Label ``k < context_size`` stands
     for the vector with a one at entry k, and label `context_size`, the null label, for no context.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
+from stepfusion.networks.fused import Activation, convolve, normalised, projected
 from stepfusion.networks.inputs import check_batch, check_image, check_projections, check_timesteps
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
@@ -68,7 +69,7 @@ class UNet2D(TimeConditioned):
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (num_levels - 1)``.
             timesteps: int64 [B].
-            class_labels: int64 [B] where the config has classes (float [B, time_embed_dim] with
+            class_labels: int64 [B] if the config has classes (float [B, time_embed_dim] with
                 ``class_embed_type="identity"``), else None. Values are not checked here.
 
         Returns:
@@ -103,13 +104,24 @@ class UNet2D(TimeConditioned):
     def project(self, embedding: Tensor) -> Tensor:
         """Apply every residual block's time projection: embedding [B, D] -> [B, projection_size]."""
         activated = self.act(embedding)
+        if self.fused:
+            return projected(self, self._resnets, activated)
         return torch.cat([resnet.time_emb_proj(activated) for resnet in self._resnets], dim=1)
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
         check_image(x, self.in_channels, self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1))
         check_projections(projections, x, self.projection_size)
-        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        x = 2 * x - 1 if self.config.center_input_sample else x
+        if self.defers:
+            last = normalised(self.conv_norm_out, self._blocks(convolve(self.conv_in, x), projections))
+        else:
+            last = self.conv_norm_out(self._blocks(self.conv_in(x), projections))
+        out: Tensor = self.conv_out(last)
+        return out
+
+    def _blocks(self, x: Activation, projections: Tensor) -> Activation:
+        """Down, and up again."""
         skips = [x]
         for down in self.down_blocks:
             skips += down(skips[-1], projections)
@@ -118,8 +130,7 @@ class UNet2D(TimeConditioned):
             x = self.mid_block(x, projections)
         for up in self.up_blocks:
             x = up(x, skips, projections)
-        out: Tensor = self.conv_out(self.conv_norm_out(x))
-        return out
+        return x
 
     def _make_class_embedding(self) -> nn.Module | None:
         config = self.config

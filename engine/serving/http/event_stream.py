@@ -18,7 +18,7 @@ from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.http.waiting import Ending, wait_unless
 from stepfusion.serving.served_request import Result
 
-_PING_SECONDS = 10.0  # between comments on a stream where nothing else happens, so that no proxy takes it for dead
+_PING_SECONDS = 10.0  # between comments on a stream if nothing else happens, so that no proxy takes it for dead
 
 
 class EventStream(StreamingResponse):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stepfusion.engine import Engine
-from stepfusion.files.images import CHANNELS, Pixels, encode_png, grid
+from stepfusion.files.images import Pixels, encode_png, grid, why_no_picture
 from stepfusion.kernels.to_uint8 import to_uint8_reference
 from stepfusion.serving.http.errors import InvalidRequest
 from stepfusion.serving.http.previews import Preview
@@ -20,12 +20,9 @@ from stepfusion.serving.served_request import Result
 
 
 def check_picture(engine: Engine) -> None:
-    """InvalidRequest if the engine's images have a number of channels that no picture has."""
-    if engine.shape[0] not in CHANNELS:
-        raise InvalidRequest(
-            f"format must be 'npz' for this model, whose images have {engine.shape[0]} channels; "
-            "pictures have 1, 3 or 4"
-        )
+    """InvalidRequest if the engine's images are not written as pictures."""
+    if (reason := why_no_picture(engine.shape[0])) is not None:
+        raise InvalidRequest(f"format must be 'npz' for this model: {reason}")
 
 
 def picture(pixels: Pixels) -> bytes:

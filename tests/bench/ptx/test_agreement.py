@@ -22,7 +22,7 @@ def test_bits_are_compared_with_signs_and_any_nan() -> None:
     for changed in (torch.tensor([1.0, 0.0, math.nan, math.inf]), ONE.nextafter(torch.tensor(0.0)), ONE.nan_to_num()):
         with pytest.raises(Disagreement, match=r"x: \d of 4 differ, first at \[\d\]"):
             same_bits("x", changed, ONE)
-    with pytest.raises(Disagreement, match=r"x: torch\.float64 \[4\] where torch\.float32 \[4\] is right"):
+    with pytest.raises(Disagreement, match=r"x: torch\.float64 \[4\] instead of torch\.float32 \[4\]"):
         same_bits("x", ONE.double(), ONE)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from stepfusion import kernels
 from stepfusion.kernels import cpu_ops, reference
-from stepfusion.kernels.cpu import sampling_library
+from stepfusion.kernels.cpu import compiler, sampling_library
 from stepfusion_testing.twins import (
     StepCase,
     assert_same_bits,
@@ -259,7 +259,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     text = header[: header.index("namespace {")]
     text += "".join(_text(mutant, number) for number, mutant in enumerate(MUTANTS.values()))
     target = tmp_path_factory.mktemp("mutants") / "mutants.so"
-    sampling_library.build(text, [*sampling_library.FLAGS, "-O0"], target)
+    compiler.build(text, [*sampling_library.FLAGS, "-O0"], target)
     return ctypes.CDLL(str(target))
 
 

@@ -1,4 +1,4 @@
-"""Winograd's convolutions: exact algebra in float64, and the bfloat16 kernel against the definition."""
+"""Winograd's convolutions: exact algebra in float64, and the kernels against the definition."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.nn import functional
 from stepfusion.kernels.cpu import library, winograd
 from stepfusion.kernels.cpu.winograd import transform_weight, winograd_conv2d
 from stepfusion.kernels.cpu.winograd_matrices import F2, F4, UP, Scheme, toom_cook
-from stepfusion_testing.cpu_kernels import needs_kernel, rms, thread_counts
+from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion_testing.cpu_kernels import rms, thread_counts
 
 SCHEMES = [F2, F4, UP]
-#: Root-mean-square error, relative to that of PyTorch's bfloat16 convolution: the most that the module states.
+#: In bfloat16, the root-mean-square error relative to that of PyTorch's convolution: the most that the module states.
 LOSS = {"F2": 2.0, "F4": 5.2, "Up": 1.9}
 
 
@@ -45,7 +46,7 @@ def by_algebra(x: Tensor, weight: Tensor, scheme: Scheme, rounded: torch.dtype =
 
 
 def problem(
-    batch: int, inputs: int, outputs: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype, batch: int, inputs: int, outputs: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * inputs + 10 * height + width)
     x = torch.randn(batch, inputs, height, width, generator=generator, dtype=torch.float64)
@@ -56,7 +57,7 @@ def problem(
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 def test_the_algebra_is_exact(scheme: Scheme) -> None:
-    x, weight, _ = problem(2, 3, 5, 8, 14, torch.float64)
+    x, weight, _ = problem(torch.float64, 2, 3, 5, 8, 14)
     expected = definition(x, weight, torch.zeros(5, dtype=torch.float64), scheme)
     torch.testing.assert_close(by_algebra(x, weight, scheme), expected, rtol=0, atol=1e-13)
 
@@ -85,7 +86,6 @@ def test_points_must_differ() -> None:
         toom_cook(2, (0.0, 1.0, 1.0))
 
 
-@needs_kernel
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 @pytest.mark.parametrize(
     "shape",
@@ -101,41 +101,41 @@ def test_points_must_differ() -> None:
     ids=str,
 )
 def test_the_kernel_rounds_little_more_than_a_direct_convolution(
-    scheme: Scheme, shape: tuple[int, int, int, int, int]
+    dtype: torch.dtype, scheme: Scheme, shape: tuple[int, int, int, int, int]
 ) -> None:
-    x, weight, bias = problem(*shape)
+    x, weight, bias = problem(dtype, *shape)
     exact = definition(x.double(), weight.double(), bias.double(), scheme)
-    y = winograd_conv2d(x, transform_weight(weight, scheme), bias.float())
-    direct = definition(x, weight, bias, scheme)
+    y = winograd_conv2d(x, transform_weight(weight, scheme, dtype), bias.float())
     assert y.shape == exact.shape
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    loss = rms(y - exact) / rms(direct - exact)
-    assert loss <= LOSS[scheme.name]
-    rounded = by_algebra(x.double(), weight.double(), scheme, torch.bfloat16) + bias.double()[:, None, None]
-    assert rms(y - rounded) <= 2.0**-9 * rms(rounded), "more than rounding the result explains"
+    if dtype == torch.float32:
+        magnitude = float(definition(x.abs(), weight.abs(), bias.abs(), scheme).max())
+        assert float((y - exact).abs().max()) <= tolerance(dtype, magnitude, ROUNDINGS["winograd_conv2d"])
+    else:
+        assert rms(y - exact) <= LOSS[scheme.name] * rms(definition(x, weight, bias, scheme) - exact)
+        rounded = by_algebra(x.double(), weight.double(), scheme, dtype) + bias.double()[:, None, None]
+        assert rms(y - rounded) <= 2.0**-9 * rms(rounded), "more than rounding the result explains"
 
 
-@needs_kernel
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
-def test_small_whole_numbers_are_exact(scheme: Scheme) -> None:
+def test_small_whole_numbers_are_exact(dtype: torch.dtype, scheme: Scheme) -> None:
     """Where every transformed value has at most 8 bits nothing is rounded; F4's constants are no such numbers."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randint(-2, 3, (2, 32, 6, 10), generator=generator).to(torch.bfloat16)
-    weight = 4.0 * torch.randint(-1, 2, (32, 32, 3, 3), generator=generator).to(torch.bfloat16)
+    x = torch.randint(-2, 3, (2, 32, 6, 10), generator=generator).to(dtype)
+    weight = 4.0 * torch.randint(-1, 2, (32, 32, 3, 3), generator=generator).to(dtype)
     weight[:, 2:] = 0  # the sums stay below 2**8
     bias = torch.arange(32.0)
-    y = winograd_conv2d(x, transform_weight(weight, scheme), bias)
+    y = winograd_conv2d(x, transform_weight(weight, scheme, dtype), bias)
     expected = definition(x.float(), weight.float(), bias, scheme)
     assert torch.equal(y.float(), expected) or (scheme is F4 and rms(y - expected) < 0.02 * rms(expected))
 
 
-@needs_kernel
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
-def test_an_images_bits_depend_on_itself_alone(scheme: Scheme) -> None:
+def test_an_images_bits_depend_on_itself_alone(dtype: torch.dtype, scheme: Scheme) -> None:
     """Neither on its place, nor on its neighbours, nor on the number of threads or the layout of the batch."""
-    x, weight, bias = problem(9, 96, 48, 10, 10)
-    u = transform_weight(weight, scheme)
+    x, weight, bias = problem(dtype, 9, 96, 48, 10, 10)
+    u = transform_weight(weight, scheme, dtype)
     y = winograd_conv2d(x, u, bias.float())
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     assert torch.equal(winograd_conv2d(x[order], u, bias.float()), y[order])
@@ -148,40 +148,37 @@ def test_an_images_bits_depend_on_itself_alone(scheme: Scheme) -> None:
         assert torch.equal(winograd_conv2d(x[:1], u, bias.float()), y[:1])
 
 
-@needs_kernel
-def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = problem(2, 16, 32, 7, 9)
-    whole = torch.full((4, 32, 7, 9), torch.nan, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    expected = winograd_conv2d(x, transform_weight(weight, F4), bias.float())
+def test_every_output_is_written_and_nothing_else(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = problem(dtype, 2, 16, 32, 7, 9)
+    whole = torch.full((4, 32, 7, 9), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    expected = winograd_conv2d(x, transform_weight(weight, F4, dtype), bias.float())
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: whole[1:3] if k.get("memory_format") else empty(*a, **k))
-    library.load()  # before, for it asks for memory too
-    y = winograd._winograd_conv2d(x, transform_weight(weight, F4), bias.float())
+    library.load(dtype)  # before, for it asks for memory too
+    y = winograd._winograd_conv2d(x, transform_weight(weight, F4, dtype), bias.float())
     assert y.data_ptr() == whole[1:3].data_ptr()
     assert torch.equal(y, expected)
     assert whole[0].isnan().all()
     assert whole[3].isnan().all()
 
 
-@needs_kernel
 @pytest.mark.parametrize("shape", [(0, 16, 4, 4), (2, 16, 0, 4)], ids=str)
-def test_nothing_to_do(shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape, dtype=torch.bfloat16)
-    u = transform_weight(torch.randn(32, 16, 3, 3), F4)
+def test_nothing_to_do(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, dtype=dtype)
+    u = transform_weight(torch.randn(32, 16, 3, 3), F4, dtype)
     assert winograd_conv2d(x, u, torch.zeros(32)).shape == (shape[0], 32, *shape[2:])
 
 
-@needs_kernel
-def test_threads_do_not_disturb_each_other() -> None:
+def test_threads_do_not_disturb_each_other(dtype: torch.dtype) -> None:
     """Different problems at once, again and again: buffers are every thread's own."""
     problems = [
-        problem(2, 32, 64, 16, 16),
-        problem(3, 64, 32, 9, 9),
-        problem(1, 128, 16, 8, 8),
-        problem(4, 16, 80, 5, 5),
+        problem(dtype, 2, 32, 64, 16, 16),
+        problem(dtype, 3, 64, 32, 9, 9),
+        problem(dtype, 1, 128, 16, 8, 8),
+        problem(dtype, 4, 16, 80, 5, 5),
     ]
     arguments = [
-        (x, transform_weight(weight, scheme), bias.float())
+        (x, transform_weight(weight, scheme, dtype), bias.float())
         for (x, weight, bias), scheme in zip(problems, (F4, F2, UP, F4), strict=True)
     ]
     expected = [winograd_conv2d(*a) for a in arguments]
@@ -201,28 +198,28 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert wrong == []
 
 
-@needs_kernel
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
-def test_the_op_is_what_torch_library_wants(scheme: Scheme) -> None:
-    x, weight, bias = problem(2, 16, 32, 6, 8)
+def test_the_op_is_what_torch_library_wants(dtype: torch.dtype, scheme: Scheme) -> None:
+    x, weight, bias = problem(dtype, 2, 16, 32, 6, 8)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = (x, transform_weight(weight, scheme), bias.float())
+    arguments = (x, transform_weight(weight, scheme, dtype), bias.float())
     torch.library.opcheck(winograd._winograd_conv2d, arguments, test_utils=tests)
 
 
-@needs_kernel
-def test_what_the_library_cannot_do_is_an_error_not_a_crash() -> None:
+def test_what_the_library_cannot_do_is_an_error_not_a_crash(dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="winograd_conv2d failed: there is no scheme with so many products"):
-        library.call("winograd_conv2d", (None,) * 4, (1, 1, 1, 16, 16, 25, 16))
+        library.call(dtype, "winograd_conv2d", (None,) * 4, (1, 1, 1, 16, 16, 25, 16))
 
 
-def test_the_transformed_weights_have_the_stated_size_and_leave_the_weights_alone() -> None:
-    weight = torch.randn(96, 48, 3, 3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_transformed_weights_have_the_stated_size_and_leave_the_weights_alone(dtype: torch.dtype) -> None:
+    weight = torch.randn(96, 48, 3, 3, dtype=dtype)
     before = weight.clone()
     for scheme, products in ((F2, 16), (F4, 36), (UP, 9)):
-        u = transform_weight(weight, scheme)
-        assert u.shape == (2, products, 24, 48, 2)
-        assert u.dtype == torch.bfloat16
+        u = transform_weight(weight, scheme, dtype)
+        assert u.shape == ((2, products, 24, 48, 2) if dtype == torch.bfloat16 else (2, products, 3, 48, 16))
+        assert u.dtype == dtype
+        assert u.numel() * 9 == weight.numel() * products
     assert torch.equal(weight, before)
 
 
@@ -241,7 +238,7 @@ def test_the_transformed_weights_have_the_stated_size_and_leave_the_weights_alon
 )
 def test_weights_that_do_not_fit_are_named(weight: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        transform_weight(weight, F2)
+        transform_weight(weight, F2, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +253,7 @@ def test_weights_that_do_not_fit_are_named(weight: Tensor, error: type[Exception
             ValueError,
             "weight must be what transform_weight returns",
         ),
-        ({"weight": torch.ones(16, 16, 3, 3)}, TypeError, "weight must be bfloat16"),
+        ({"weight": torch.ones(16, 16, 3, 3).half()}, TypeError, "weight must be float32 or bfloat16, got float16"),
         ({"bias": torch.ones(16).bfloat16()}, TypeError, "bias must be float32, got bfloat16"),
         ({"bias": torch.ones(17)}, ValueError, r"bias must have shape \[16\], got \[17\]"),
     ],
@@ -264,7 +261,7 @@ def test_weights_that_do_not_fit_are_named(weight: Tensor, error: type[Exception
 def test_wrong_arguments_are_named(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
     right = {
         "x": torch.ones(1, 16, 4, 4).bfloat16(),
-        "weight": transform_weight(torch.ones(16, 16, 3, 3), F2),
+        "weight": transform_weight(torch.ones(16, 16, 3, 3), F2, torch.bfloat16),
         "bias": torch.ones(16),
     }
     with pytest.raises(error, match=message):

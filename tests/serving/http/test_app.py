@@ -151,9 +151,10 @@ def test_previews_are_small_and_are_x0() -> None:
         np.testing.assert_array_equal(png, wanted[::3, ::3].numpy())
 
 
-def test_images_that_are_no_pictures_come_as_npz_only() -> None:
-    _, engine = gated_engine((2, 4, 4), num_classes=None, null_label=None, class_names=None)
-    engine = sf.Engine(lambda x, t: 0.1 * x, engine.schedule, shape=(2, 4, 4), device="cpu", batch=2)
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_that_are_no_pictures_come_as_npz_only(channels: int) -> None:
+    schedule = sf.NoiseSchedule.linear(100)
+    engine = sf.Engine(lambda x, t: 0.1 * x, schedule, shape=(channels, 4, 4), device="cpu", batch=2)
     with TestClient(make_app(service := AsyncEngine(engine))) as client:
         until(lambda: service.ready)
         for path in ("/v1/generate", "/v1/stream"):

@@ -1,0 +1,257 @@
+"""The launches of a tick and the bytes that they move, counted without a GPU.
+
+A runner ticks on the meta device, where every operator has shapes and strides and no data. Our own operators run
+their launchers, with Triton told to note launches instead of making them; of PyTorch's operators it is known how many
+kernels they are on CUDA (:data:`_KERNELS`). Counted are the bytes of every tensor that a kernel reads or writes, each
+once.
+
+Commands::
+
+    python -m stepfusion.bench.launches [--json] [--model NAME] [--batch N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stepfusion import kernels
+from stepfusion.bench.models import PUBLISHED, load_model
+from stepfusion.execution.evaluator import Evaluator
+from stepfusion.kernels import backend
+from stepfusion.lanes.runner import Runner, RunnerKey
+from stepfusion.networks import prepare_network
+from stepfusion.samplers.implicit import ddim
+from stepfusion.samplers.schedule import NoiseSchedule
+
+META = torch.device("meta")
+#: What is not bound by memory: these launches are compared by their number alone.
+PRODUCTS = ("convolution", "matrix product", "attention")
+#: Operators that launch another number of kernels than one. A padding fills its result, and copies into it.
+_KERNELS = {"empty": 0, "empty_strided": 0, "empty_like": 0, "new_empty": 0, "constant_pad_nd": 2}
+_MATRIX_PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "addmm_", "baddbmm_")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch. ``kind``: "convolution", "norm", "copy" and so on. ``name``: of the operator, or of our kernel."""
+
+    kind: str
+    name: str
+    bytes: int
+
+
+@dataclass
+class Tick:
+    """The launches of a tick, in their order."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def launches(self) -> int:
+        """How many there are."""
+        return len(self.kernels)
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """Launches and bytes by kind."""
+        count, moved = Counter[str](), Counter[str]()
+        for kernel in self.kernels:
+            count[kernel.kind] += 1
+            moved[kernel.kind] += kernel.bytes
+        return {kind: (count[kind], moved[kind]) for kind in sorted(count, key=lambda kind: -count[kind])}
+
+    def bytes(self, *kinds: str) -> int:
+        """Bytes that launches of these kinds move."""
+        return sum(kernel.bytes for kernel in self.kernels if kernel.kind in kinds)
+
+    @property
+    def bytes_beside_products(self) -> int:
+        """Bytes that everything but convolutions, matrix products and attention moves."""
+        return sum(kernel.bytes for kernel in self.kernels if kernel.kind not in PRODUCTS)
+
+
+class Counting(TorchDispatchMode):
+    """Notes what the operators inside launch on CUDA."""
+
+    def __init__(self, tick: Tick) -> None:
+        super().__init__()
+        self._tick = tick
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stepfusion":
+            with self:
+                return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name != "upsample_nearest2d":  # which the meta device makes of others, and CUDA does not
+            with self:
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **(kwargs or {}))
+        if name in ("convolution", "constant_pad_nd"):  # as on CUDA, and not everywhere on the meta device
+            out = out.contiguous(memory_format=torch.channels_last)
+        if not _is_view(func, args, out):
+            self._note(name, args, kwargs or {}, out)
+        return out
+
+    def _note(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        read, written = _tensors((args, kwargs)), _tensors(out)
+        moved = sum(map(_size, read)) + sum(map(_size, written))
+        if name == "convolution":
+            self._convolution(args, out)
+        elif name in _MATRIX_PRODUCTS:
+            self._matrix_product(name, args, out, moved)
+        elif name in ("index", "embedding", "index_select"):  # of the table, only the rows that are copied
+            self._add("gather", name, sum(map(_size, read[1:])) + 2 * _size(out))
+        else:
+            count = _KERNELS.get(name, 1)
+            for _ in range(count):
+                self._add(_kind(name), name, moved // count)
+
+    def _convolution(self, args: Any, out: Tensor) -> None:
+        """cuDNN's, in NHWC as our weights are: what has another layout is copied, and the bias is added after."""
+        x, weight, bias = args[:3]
+        for tensor in (x, weight):
+            if not tensor.is_contiguous(memory_format=torch.channels_last):
+                self._add("copy", "layout of a convolution", 2 * _size(tensor))
+        self._add("convolution", "convolution", _size(x) + _size(weight) + _size(out))
+        if bias is not None:
+            self._add("bias", "bias of a convolution", 2 * _size(out) + _size(bias))
+
+    def _matrix_product(self, name: str, args: Any, out: Tensor, moved: int) -> None:
+        """cuBLAS adds a bias [N] itself; a matrix is copied to where the result comes, unless it is there."""
+        if name == "addmm" and args[0].ndim == 2:
+            self._add("copy", "matrix of addmm", 2 * _size(out))
+        self._add("matrix product", name, moved)
+
+    def launched(self, kernel: str, tensors: Sequence[Tensor]) -> None:
+        """Note a launch of a kernel of ours."""
+        kind = "norm" if "norm" in kernel else "step" if "step" in kernel else "elementwise"
+        self._add(kind, kernel, sum(map(_size, tensors)))
+
+    def _add(self, kind: str, name: str, moved: int) -> None:
+        self._tick.kernels.append(Kernel(kind, name, moved))
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the one kernel that it is on CUDA, whatever the meta device makes of it."""
+
+    def __init__(self, counting: Counting) -> None:
+        super().__init__()
+        self._counting = counting
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        self._counting._add("attention", "attention", _size(q) + _size(k) + 2 * _size(v))
+        return q.transpose(1, 2).new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _is_view(func: Any, args: Any, out: Any) -> bool:
+    """Whether an operator returns its input with another shape, and moves nothing."""
+    if func.is_view:
+        return True
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    return first is not None and out is first and not func._schema.is_mutable
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _kind(name: str) -> str:
+    if name in ("copy_", "clone", "_to_copy", "cat", "contiguous"):
+        return "copy"
+    return {"upsample_nearest2d": "resize", "constant_pad_nd": "resize", "_softmax": "attention"}.get(
+        name, "elementwise"
+    )
+
+
+@contextmanager
+def counting(tick: Tick) -> Iterator[None]:
+    """Inside, what CUDA would launch for tensors on the meta device is noted in ``tick``."""
+    from triton.runtime import interpreter, jit
+
+    mode = Counting(tick)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        mode.launched(self.fn.__name__, _tensors((args, kwargs)))
+
+    with (
+        mock.patch.object(jit.JITFunction, "run", run),
+        mock.patch.object(interpreter.InterpretedFunction, "run", run),
+        mock.patch.object(backend, "why_not_triton", return_value=None),
+        _Attention(mode),
+        mode,
+    ):
+        yield
+
+
+@torch.no_grad()
+def count_tick(name: str, batch: int, *, network: Callable[[torch.nn.Module], torch.nn.Module] | None = None) -> Tick:
+    """The launches of a tick of ``batch`` lanes of a published UNet in bfloat16, by DDIM and our kernels.
+
+    Args:
+        name: of :data:`stepfusion.bench.models.PUBLISHED`.
+        network: what an engine makes of the network, instead of preparing it for our kernels.
+    """
+    with META:
+        model = load_model(name)
+    prepare = network or (lambda module: prepare_network(module, META, torch.bfloat16, fused=True))
+    evaluator = Evaluator(prepare(model.network), labelled=model.network.num_classes is not None)
+    runner = Runner(evaluator, RunnerKey(batch, model.image_shape, META, torch.bfloat16), kernels)
+    runner.load(ddim(NoiseSchedule.linear(), 50))
+    with counting(Tick()):
+        runner.tick()  # what is done once is done before
+    tick = Tick()
+    with counting(tick):
+        runner.tick()
+    return tick
+
+
+def lines(name: str, batch: int, tick: Tick) -> Iterator[str]:
+    """A table for a terminal."""
+    yield f"{name}, batch {batch}, bfloat16: {tick.launches} launches"
+    for kind, (count, moved) in tick.kinds().items():
+        yield f"  {kind:16} {count:4} launches {moved / 1e6:9.1f} MB"
+    yield f"  {'beside products':16} {'':13} {tick.bytes_beside_products / 1e6:9.1f} MB"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.launches", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--model", choices=PUBLISHED, action="append", help="only this one (repeat for more)")
+    parser.add_argument("--batch", type=int, default=8, help="lanes (default: 8)")
+    options = parser.parse_args(arguments)
+    ticks = {name: count_tick(name, options.batch) for name in options.model or PUBLISHED}
+    if options.json:
+        found = {name: {"launches": tick.launches, "kinds": tick.kinds()} for name, tick in ticks.items()}
+        json.dump(found, sys.stdout)
+        return 0
+    for name, tick in ticks.items():
+        print("\n".join(lines(name, options.batch, tick)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
