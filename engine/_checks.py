@@ -1,10 +1,14 @@
-"""Checks of arguments: one clear sentence that names the argument, what was given and what is accepted."""
+"""Checks of arguments: one clear sentence that names the argument, what was given and what is accepted.
+
+What has a value for each image of a request is kept in little memory however many images there are: millions of them
+mostly have one value for all, consecutive numbers, or a tensor. These are kept as they are.
+"""
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Collection, Sequence
+from numbers import Integral, Real
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -15,7 +19,7 @@ T = TypeVar("T")
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """``value`` as an int in [low, high]; a bool or a float is a TypeError, another size a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     result = int(value)
     if not low <= result <= high:
@@ -25,7 +29,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> float:
     """``value`` as a finite float in [low, high], or in (low, high] with ``open_low``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     result = float(value)
     inside = low < result <= high if open_low else low <= result <= high
@@ -55,9 +59,6 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 # One value for each image
-#
-# A request for millions of images is mostly one value for all, consecutive numbers, or a tensor. These are kept as
-# they are, and what a single image needs is looked up when its lane starts.
 
 
 class Same(Sequence[T], Generic[T]):
@@ -101,7 +102,7 @@ class Packed(Sequence[Any]):
         return tuple(value) if self.values.ndim == 2 else value
 
 
-def each_integer(name: str, value: Any, count: int, low: int, high: int) -> Sequence[int]:
+def integers(name: str, value: Any, count: int, low: int, high: int) -> Sequence[int]:
     """An integer in [low, high] for each of ``count`` images; TypeError or ValueError naming the argument."""
     each = _each(name, value, count, "iu")
 
@@ -112,7 +113,7 @@ def each_integer(name: str, value: Any, count: int, low: int, high: int) -> Sequ
     return _checked(each, check, plain, low, high)
 
 
-def each_number(name: str, value: Any, count: int, low: float, high: float) -> Sequence[float]:
+def numbers(name: str, value: Any, count: int, low: float, high: float) -> Sequence[float]:
     """A finite number in [low, high] for each of ``count`` images; TypeError or ValueError naming the argument."""
     each = _each(name, value, count, "iuf")
     each = Packed(each.values.astype("float64")) if isinstance(each, Packed) else each
@@ -123,7 +124,7 @@ def each_number(name: str, value: Any, count: int, low: float, high: float) -> S
     return _checked(each, check, isinstance(each, Packed), low, high)
 
 
-def each_vector(values: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
+def contexts(values: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
     """A vector for each of ``count`` images, from a tensor [K] for all or [n, K]."""
     if values.ndim == 1:
         return Same(tuple(values.tolist()), count)

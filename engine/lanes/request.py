@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 
 from stepfusion import _checks
+from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
@@ -250,7 +251,7 @@ def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tupl
         if len(table.starts) != 1:
             raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
         _check_table(spec, table)
-        return table if edit is None else edit.shorten(table), _checks.Same(0, count)
+        return table if edit is None else edit.shorten(table), Same(0, count)
     if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
         raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
     if len(table) != count or not table:
@@ -274,14 +275,14 @@ def _lane_starts(
     spec: ModelSpec, count: int, table: StepTable, parts: Sequence[int], options: SamplingOptions
 ) -> tuple[LaneStarts, bool]:
     """How each image starts, and whether some image is guided."""
-    seeds = _checks.each_integer("seed", options.get("seed", 0), count, 0, _LAST_SEED)
+    seeds = integers("seed", options.get("seed", 0), count, 0, _LAST_SEED)
     indices = options.get("indices")
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
         raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
-    places = _checks.each_integer("indices", range(count) if indices is None else indices, count, 0, _LAST_INDEX)
+    places = integers("indices", range(count) if indices is None else indices, count, 0, _LAST_INDEX)
     guidance = options.get("guidance")
-    scales = _checks.each_number("guidance", 1.0 if guidance is None else guidance, count, 0.0, _LARGEST_GUIDANCE)
-    guided = _checks.any_other(scales, 1.0)
+    scales = numbers("guidance", 1.0 if guidance is None else guidance, count, 0.0, _LARGEST_GUIDANCE)
+    guided = any_other(scales, 1.0)
     if guided and spec.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
     conditions = _conditions(spec, options.get("labels"), count)
@@ -323,14 +324,14 @@ def _labels(spec: ModelSpec, labels: Labels, count: int) -> Sequence[int]:
     if spec.num_classes is None:
         if labels is not None:
             raise ValueError("labels were given, and this engine's model takes none")
-        return _checks.Same(0, count)
+        return Same(0, count)
     if labels is None:
         if spec.null_label is None:
             raise ValueError(f"labels are needed: the model has {spec.num_classes} classes and no null label")
-        return _checks.Same(spec.null_label, count)
+        return Same(spec.null_label, count)
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    return _checks.each_integer("labels", labels, count, 0, spec.num_classes - 1)
+    return integers("labels", labels, count, 0, spec.num_classes - 1)
 
 
 def _contexts(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
@@ -342,4 +343,4 @@ def _contexts(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tupl
         )
     if not bool(given.isfinite().all()):
         raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
-    return _checks.each_vector(given, count)
+    return contexts(given, count)

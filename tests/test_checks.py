@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion._checks import Same, any_other, each_integer, each_number, each_vector
+from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.lanes.request import LaneStart
 
 MANY = 3_000_000
@@ -117,7 +117,7 @@ def ways(values: Sequence[int]) -> Iterator[Any]:
 @pytest.mark.parametrize("values", [[], [0], [3, 1, 2], [2, 2, 2, 2]], ids=str)
 def test_every_form_of_integers_is_the_same(values: list[int]) -> None:
     for given in ways(values):
-        column = each_integer("labels", given, len(values), 0, 5)
+        column = integers("labels", given, len(values), 0, 5)
         assert list(column) == values
         assert all(type(value) is int for value in column)
         assert list(column[1:3]) == values[1:3]
@@ -126,39 +126,39 @@ def test_every_form_of_integers_is_the_same(values: list[int]) -> None:
 
 def test_what_is_kept_does_not_change_with_what_was_given() -> None:
     labels, mine = torch.tensor([1, 2]), [1, 2]
-    columns = [each_integer("labels", one, 2, 0, 5) for one in (labels, mine)]
-    given = torch.ones(2, 3)
-    rows = each_vector(given, 2)
+    columns = [integers("labels", given, 2, 0, 5) for given in (labels, mine)]
+    vectors = torch.ones(2, 3)
+    rows = contexts(vectors, 2)
     labels.zero_()
     mine.clear()
-    given.zero_()
+    vectors.zero_()
     assert [list(column) for column in columns] == [[1, 2], [1, 2]]
     assert list(rows) == [(1.0, 1.0, 1.0)] * 2
 
 
 def test_ranges_and_unsigned_seeds() -> None:
-    assert each_integer("indices", range(7, 1, -2), 3, 0, 9) == range(7, 1, -2)
-    assert list(each_integer("indices", range(0), 0, 0, 9)) == []
+    assert integers("indices", range(7, 1, -2), 3, 0, 9) == range(7, 1, -2)
+    assert list(integers("indices", range(0), 0, 0, 9)) == []
     seeds = [0, HIGHEST, 1 << 63]
     for given in (seeds, torch.tensor(seeds, dtype=torch.uint64)):
-        assert list(each_integer("seed", given, 3, 0, HIGHEST)) == seeds
+        assert list(integers("seed", given, 3, 0, HIGHEST)) == seeds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_scales_are_floats(dtype: torch.dtype) -> None:
-    scales = each_number("guidance", torch.tensor([1, 3], dtype=dtype), 2, 0.0, 10.0)
+    scales = numbers("guidance", torch.tensor([1, 3], dtype=dtype), 2, 0.0, 10.0)
     assert list(scales) == [1.0, 3.0]
     assert all(type(scale) is float for scale in scales)
     assert any_other(scales, 1.0)
     assert not any_other(scales[:1], 1.0)
-    assert list(each_number("guidance", [1, 2.5], 2, 0.0, 10.0)) == [1.0, 2.5]
+    assert list(numbers("guidance", [1, 2.5], 2, 0.0, 10.0)) == [1.0, 2.5]
 
 
 @pytest.mark.parametrize("wrong", [-1, 6])
 def test_the_first_that_is_wrong_is_named(wrong: int) -> None:
     for given in ways([0, wrong, 5, wrong * 3]):
         with pytest.raises(ValueError, match=rf"labels must be in \[0, 5\], got {wrong}$"):
-            each_integer("labels", given, 4, 0, 5)
+            integers("labels", given, 4, 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_the_first_that_is_wrong_is_named(wrong: int) -> None:
 )
 def test_wrong_integers(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^labels .*{message}"):
-        each_integer("labels", given, 4, 0, 5)
+        integers("labels", given, 4, 0, 5)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -0.5, 11.0])
 def test_wrong_scales(wrong: float) -> None:
     for given in ([1.0, wrong], torch.tensor([1.0, wrong]), torch.tensor([wrong, 1.0]), wrong):
         with pytest.raises(ValueError, match=rf"guidance must be a finite number in \[0, 10\], got {wrong}"):
-            each_number("guidance", given, 2, 0.0, 10.0)
+            numbers("guidance", given, 2, 0.0, 10.0)
 
 
 def test_one_value_for_all_is_a_sequence() -> None:
