@@ -181,6 +181,7 @@ def test_random_numbers_and_captures_work_after_a_capture_that_fails(schedule: s
     graph, value = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
     with torch.cuda.graph(graph):
         value.add_(1)
+    value.zero_()
     graph.replay()
     assert float(value) == 1
     captured, eager = (engine(schedule, network=network) for network in ("graph", "eager"))
