@@ -140,6 +140,16 @@ class DiffusersCompiled(DiffusersHalf):
         return _compiled(self._unet(case), case, "max-autotune" if case.device.type == "cuda" else None)
 
 
+class DiffusersCompiledFloat(_DiffusersNetwork):
+    """diffusers in float32 on a CPU, compiled whole with frozen weights, without its pipeline."""
+
+    family, dtype = "diffusers", "float32"
+    name, devices, compiles = "diffusers float32 compiled", ("cpu",), True
+
+    def network(self, case: Case) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        return _compiled(case.model.diffusers_network(), case, None)
+
+
 class Eager(_OurNetwork):
     """Our network in diffusers' loop, float32: what the engine adds to it shows against this."""
 
@@ -220,12 +230,13 @@ class OnnxRuntime(_DiffusersNetwork):
 def all_providers(device: torch.device) -> list[Provider]:
     """Everyone who may run on a device, ours first; who is missing a package is among them and says so."""
     if device.type == "cpu":
-        ours = [(mode, dtype) for mode in ("eager", "compile", "openvino") for dtype in ("float32", "bfloat16")]
+        modes = "eager", "cpp", "compile", "openvino"
+        ours = [(mode, dtype) for mode in modes for dtype in ("float32", "bfloat16")]
     else:
         ours = [("eager", "bfloat16"), ("compile", "bfloat16"), ("graph", "bfloat16"), ("compile+graph", "bfloat16")]
     peers: list[Provider] = [Diffusers(), DiffusersHalf(), DiffusersCompiled(), Eager(), EagerHalf(), Inductor()]
     if device.type == "cpu":
-        peers += [OpenVINO("float32"), OpenVINO("bfloat16"), OnnxRuntime()]
+        peers += [DiffusersCompiledFloat(), OpenVINO("float32"), OpenVINO("bfloat16"), OnnxRuntime()]
     return [*(Ours(mode, dtype) for mode, dtype in ours), *peers]
 
 

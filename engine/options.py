@@ -22,7 +22,7 @@ class ExecutionOptions:
         dtype: of the network: "auto", "float32", "bfloat16" or "float16", or PyTorch's own; the state stays float32.
             On a CUDA device "float32" is without TF32, whatever PyTorch's switches say, and "tf32" is with it.
         backend: what runs the sampling step: "auto", "triton", "cpu" (C++) or "reference".
-        network: how the network runs: "auto", "eager", "compile", "graph", "compile+graph" or "openvino".
+        network: how the network runs: "auto", "eager", "cpp", "compile", "graph", "compile+graph" or "openvino".
         batch: the most images at a time; None for the default of the device.
         invariant: keep one batch size for everything, so that an image's bits do not depend on it.
 

@@ -10,9 +10,9 @@ from typing import Any, overload
 import torch
 
 from stepfusion import _checks
+from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
-from stepfusion.lanes.per_image import Same, any_other, contexts, integers, numbers
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
 from stepfusion.samplers.registry import DEFAULT_SAMPLER

@@ -403,7 +403,6 @@ def test_explain_says_what_runs_the_layers(monkeypatch: pytest.MonkeyPatch) -> N
 
     whole = "layers         C++           residual and attention blocks of our networks whole, 3x3"
     assert whole in explain()
-    assert whole in explain(network="cpp")
     assert "layers" not in explain(network="eager")
     assert "layers         PyTorch       the C++ kernels are for float32 and bfloat16" in explain(dtype="float16")
     monkeypatch.setattr(compiler, "instruction_set", lambda: "DEFAULT")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stepfusion as sf
-from stepfusion.lanes.per_image import Same, any_other, contexts, integers, numbers
+from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.lanes.request import LaneStart
 
 MANY = 3_000_000
