@@ -214,6 +214,10 @@ class Runner:
         given = () if self._noise is None else (self._noise,)
         return [*self._lane_buffers(), self._nothing, *given, *self.tables.buffers]
 
+    def reached(self) -> Reached | None:
+        """The end of what was launched so far; None on a device without streams."""
+        return Reached(self.x.device) if self.x.device.type == "cuda" else None
+
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
         single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
@@ -309,7 +313,7 @@ class RunnerPool:
     def give(self, key: RunnerKey, runner: Runner) -> None:
         """Bring a runner back, its lanes in whatever state."""
         runner.park()
-        idle = _Idle(key, runner, Reached(key.device) if key.device.type == "cuda" else None)
+        idle = _Idle(key, runner, runner.reached())
         with self._lock:
             self._idle.append(idle)
             del self._idle[: -self._keep]
