@@ -192,6 +192,15 @@ def test_launches_of_a_tick(name: str, most: int, ticks: dict[str, Tick]) -> Non
     assert kinds["bias"][0] == 1, "the last convolution's"
 
 
+def test_a_condition_costs_five_launches_and_joins_nothing() -> None:
+    """Rows of features, class embeddings, their sum, its activation, and one product for all blocks."""
+    pytest.importorskip("triton")
+    names = [kernel.name for kernel in count_tick("cifar10", 8, guided=True).kernels]
+    first = names[: names.index("layout of a convolution")]
+    assert first == ["index", "embedding", "add", "silu", "addmm"]
+    assert "cat" not in names
+
+
 def test_bytes_beside_products(ticks: dict[str, Tick]) -> None:
     """At most 1.2 times the 140.3 MB that the norms alone moved when biases and residuals were added by others."""
     assert ticks["cifar10"].bytes_beside_products <= 1.2 * 140.3e6
