@@ -235,7 +235,7 @@ class Runner:
         for output in outputs:
             self._check_output(output)
         if guided and not key.separate:
-            outputs = list(outputs[0].chunk(2))
+            outputs = list(outputs[0].contiguous().chunk(2))  # one copy if it is NHWC; the step would make two
         out, out_uncond = outputs if guided else (outputs[0], None)
         self._ops.diffusion_step(
             self.x,

@@ -148,7 +148,9 @@ def _time_bias(block: ResnetBlock) -> Tensor:
 
 
 def folded(module: nn.Module, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """What was made of a module's weights under this name, made now if it was not."""
+    """What was made of a module's weights under this name, or is made now; always now, if gradients may follow."""
+    if torch.is_grad_enabled():
+        return make()
     kept: dict[str, Tensor] = module.__dict__.setdefault("folded", {})
     if name not in kept:
         kept[name] = make().detach()

@@ -143,6 +143,23 @@ def test_hooks_see_tensors() -> None:
 
 
 @pytest.mark.usefixtures("in_eager_pytorch")
+@pytest.mark.parametrize("name", ["defaults", "adm, time added"])
+def test_gradients_are_those_of_pytorchs_operators(name: str) -> None:
+    """Of every weight, those that are joined too."""
+    network = make(name)
+    given = inputs(network, torch.float64)
+    gradients = []
+    for fused in (False, True):
+        prepared = prepare_network(network, CPU, torch.float64, fused=fused, copied=True)
+        with torch.no_grad():
+            prepared(*given)  # keeps what it joins
+        prepared(*given).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in prepared.named_parameters()})
+    for weight, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][weight], wanted, rtol=1e-5, atol=1e-8, msg=weight)
+
+
+@pytest.mark.usefixtures("in_eager_pytorch")
 @torch.no_grad()
 def test_a_replaced_layer_is_called() -> None:
     network = make("defaults")
