@@ -84,17 +84,17 @@ class Tick:
         return sum(kernel.bytes for kernel in self.kernels if kernel.kind not in PRODUCTS)
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what the operators inside launch on CUDA."""
 
     def __init__(self, tick: Tick) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tick = tick
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "stepfusion":
             with self:
-                return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+                return torch._library.custom_ops.OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name != "upsample_nearest2d":  # which the meta device makes of others, and CUDA does not
             with self:
@@ -167,7 +167,7 @@ def _is_view(func: Any, args: Any, out: Any) -> bool:
     if func.is_view:
         return True
     first = args[0] if args and isinstance(args[0], Tensor) else None
-    return first is not None and out is first and not func._schema.is_mutable
+    return first is not None and out is first and not func.overloadpacket.__name__.endswith("_")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
