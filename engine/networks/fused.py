@@ -155,7 +155,11 @@ def folded(module: nn.Module, name: str, make: Callable[[], Tensor]) -> Tensor:
         return make()
     kept: dict[str, Tensor] = module.__dict__.setdefault("folded", {})
     if name not in kept:
-        kept[name] = make().detach()
+        made = make().detach()
+        if made.device.type not in ("cpu", "meta"):
+            # kept once it is done: other threads read it on streams of their own
+            torch.accelerator.current_stream(made.device).synchronize()
+        kept[name] = made
     return kept[name]
 
 

@@ -14,6 +14,7 @@ from stepfusion.bench.launches import PRODUCTS, Tick, count_tick, main
 from stepfusion.kernels import reference
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig, prepare_network
 from stepfusion.networks.blocks import ResnetBlock
+from stepfusion.networks.fused import folded
 
 CPU = torch.device("cpu")
 TWINS = ("group_norm_silu", "add_group_norm_silu", "add_bias", "add_bias_doubled", "add_bias_padded")
@@ -189,6 +190,28 @@ def test_what_is_folded_follows_the_weights_of_another_preparation() -> None:
     plain = prepare_network(changed, CPU, torch.float32, fused=False)
     torch.testing.assert_close(again(*given), plain(*given), rtol=0, atol=1e-5)
     assert torch.equal(fused(*given), before)
+
+
+@torch.no_grad()
+def test_what_is_folded_is_done_before_others_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread reads it on a stream of its own: the stream that makes it is waited for, once."""
+    layer, events = nn.Identity(), []
+
+    class Made(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append(dict(vars(layer).get("folded", {})))
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream())
+    made = torch.ones(2).as_subclass(Made)
+    monkeypatch.setattr(Made, "detach", lambda self: self)
+    for _ in range(2):
+        assert folded(layer, "weight", lambda: made) is made
+    assert events == [{}]
 
 
 # Launches
