@@ -209,6 +209,13 @@ def counting(tick: Tick) -> Iterator[None]:
 _CLASSES = 11  # of a guided network, the last of which stands for none
 
 
+def _with_classes(name: str, network: torch.nn.Module) -> UNet2D:
+    """The same network with classes; ValueError if it is no UNet2D."""
+    if not isinstance(network, UNet2D):
+        raise ValueError(f"guided ticks are counted of a UNet2D, and {name} is a {type(network).__name__}")
+    return UNet2D(replace(network.config, num_class_embeds=_CLASSES))
+
+
 @torch.no_grad()
 def count_tick(
     name: str,
@@ -226,7 +233,7 @@ def count_tick(
     """
     with META:
         model = load_model(name)
-        unet = UNet2D(replace(model.network.config, num_class_embeds=_CLASSES)) if guided else model.network
+        unet = _with_classes(name, model.network) if guided else model.network
     prepare = network or (lambda module: prepare_network(module, META, torch.bfloat16, fused=True))
     evaluator = Evaluator(prepare(unet), labelled=guided)
     null_label = _CLASSES - 1 if guided else None
