@@ -39,7 +39,7 @@ WIDTH = tl.constexpr(_WIDTH)
 STREAM = tl.constexpr(STREAM_STEP)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _place(offs, PIXELS: tl.constexpr, OF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the elements ``offs`` of an image [C, PIXELS] lie in NHWC memory of OF channels; as is, if OF is 0."""
     return offs if OF == 0 else offs % PIXELS * OF + offs // PIXELS
