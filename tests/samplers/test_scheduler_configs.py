@@ -126,7 +126,7 @@ def test_a_missing_key_has_the_default_of_its_scheduler(name: str) -> None:
     for key, value in ours.defaults.items():
         assert theirs[key] == value
     watched = {*NEUTRAL_VALUES, "use_karras_sigmas"} - {"timestep_values"}
-    # A scheduler that reads more in newer releases of diffusers than in the installed one is read as the newer ones do.
+    # A scheduler that reads more in newer releases than in the installed one is read as in the newer ones.
     assert ours.reads - {"timestep_values"} >= watched & theirs.keys()
     if Version(diffusers.__version__) >= Version("0.42"):
         assert ours.reads - {"timestep_values"} == watched & theirs.keys()
