@@ -139,6 +139,7 @@ class BenchModel:
 
     def diffusers_network(self) -> Any:
         """The same weights in diffusers' UNet2DModel, float32, on the CPU. ImportError without diffusers."""
+        assert isinstance(self.network, UNet2D)
         config = {k: v for k, v in self.network.config.to_dict().items() if not k.startswith("_")}
         unet = need("diffusers").UNet2DModel(**config).eval()
         unet.load_state_dict(self.network.state_dict())

@@ -131,8 +131,10 @@ def _add_group_norm(
         )
         parameters = torch.zeros(channels + skip, dtype=dtype)
         bias = torch.zeros(channels + skip).expand(2, channels + skip)
-        added = {"residual": x if residual else None, "skip": other if skip else None, "time": bias}
-        kernels.add_group_norm_silu(x, parameters, parameters, groups, 1e-6, **added)
+        added = x if residual else None, other if skip else None
+        kernels.add_group_norm_silu(
+            x, parameters, parameters, groups, 1e-6, residual=added[0], skip=added[1], time=bias
+        )
 
     words = [f"{size}x{size}", f"{channels}+{skip} channels" if skip else f"{channels} channels", _name(dtype)]
     return Variant(", ".join([*words, *["residual"] * residual, "input"]), launch)

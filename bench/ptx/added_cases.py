@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from stepfusion import kernels
 from stepfusion.bench.ptx.agreement import same_bits, within
 from stepfusion.bench.ptx.executor import NVIDIA, Executor
-from stepfusion.bench.ptx.inputs import BRAIN, DTYPES, HALF, SINGLE, Case, Tensors, unchanged, words
+from stepfusion.bench.ptx.inputs import BRAIN, DTYPES, HALF, SINGLE, Case, unchanged, words
 from stepfusion.bench.ptx.norm_cases import bound
 from stepfusion.kernels import reference
 
@@ -50,7 +51,7 @@ class AddedNorm:
     def check(self, executor: Executor) -> None:
         """The sum equals the reference's, and its norm is float64's within rounding; inputs are left alone."""
         total, size = self.channels + self.skip, (self.height, self.width)
-        given: Tensors = {
+        given: dict[str, Any] = {
             "x": _image((self.batch, self.channels, *size), self.dtype, self.offset),
             "weight": torch.randn(total),
             "bias": torch.randn(total),
@@ -67,7 +68,7 @@ class AddedNorm:
         unchanged(given, before)
         same_bits("sum", joined, reference.add_group_norm_silu(**given, groups=self.groups, eps=1e-6)[1])
         exact = {"x": joined.double(), "weight": given["weight"].double(), "bias": given["bias"].double()}
-        norm = exact | {"groups": self.groups, "eps": 1e-6}
+        norm: dict[str, Any] = {**exact, "groups": self.groups, "eps": 1e-6}
         within("out", out, reference.group_norm_silu(**norm, silu=self.silu), bound(norm, self.dtype))
 
 

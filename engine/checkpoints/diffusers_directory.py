@@ -20,6 +20,7 @@ from stepfusion.checkpoints.pipeline import find_layout, read_scheduler
 from stepfusion.checkpoints.weight_files import find_weights, read_weights
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
+from stepfusion.networks.meta import Unfilled
 
 _UNCOUNTED = {
     "timestep": "class_embed_type is 'timestep', and num_class_embeds does not say how many labels there are",
@@ -76,7 +77,7 @@ def _read_network(path: Path) -> UNet2D | ContextUNet:
     """The network that a config describes, on the meta device."""
     config = read_object(path)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             if config.get("_class_name") == "ContextUNet":
                 return ContextUNet.from_config(config)
             network = UNet2D(UNet2DConfig.from_dict(config))

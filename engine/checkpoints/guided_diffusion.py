@@ -26,6 +26,7 @@ from stepfusion.checkpoints.weights import check_state
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import ADMUNet
 from stepfusion.networks.blocks import Attention
+from stepfusion.networks.meta import Unfilled
 
 _THEIR_NAMES = (
     (re.compile(r"time_embedding\.linear_1"), "time_embed.0"),
@@ -91,7 +92,7 @@ def load_guided_diffusion(
         config, scheduler_config = chosen.network_config(), chosen.scheduler_config()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"flags of {path}: {error}") from None
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         network = ADMUNet(config)
     named = names_of_today(stored, their_shapes(network), path)
     theirs = check_state(named, their_shapes(network), path, "flags")

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from stepfusion import _checks
 from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.commands.threads import add_threads_argument, use_threads
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
 from stepfusion.files.images import CHANNELS
@@ -74,7 +75,8 @@ def execution_options(args: argparse.Namespace) -> ExecutionOptions:
 
 
 def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine that ``args`` describe."""
+    """The engine that ``args`` describe, with as many threads."""
+    use_threads(args)
     return Engine.from_pretrained(args.model, **asdict(execution_options(args)))
 
 
@@ -84,6 +86,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
     add_device_argument(add)
+    add_threads_argument(add)
     add_path_arguments(add)
     add("--quiet", action="store_true", help="no progress bar, no report")
 

@@ -23,6 +23,7 @@ from stepfusion.commands.arguments import (
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
+from stepfusion.commands.threads import add_threads_argument
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, grid, grid_size, save_gif, save_png, why_no_picture
 from stepfusion.lanes.editing import Edit, make_edit
@@ -102,6 +103,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("where and how to run").add_argument
     add_device_argument(add)
+    add_threads_argument(add)
     add_path_arguments(add)
     add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, 256 on a GPU)")
     add(

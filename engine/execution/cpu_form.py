@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -267,11 +267,11 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
     """What `predict` of our networks runs: the shapes that each of its blocks, norms and layers takes, by its name.
 
     In the order of their calls: blocks before what is inside of them. Also, whether layers outside of our networks
-    ran. Found on the meta device.
+    ran. Found with the first image of the batch. (The meta device would do without one, but PyTorch imports its
+    compiler for it, which takes longer.)
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-    memo |= {id(b): b.to("meta") for b in module.buffers()}
-    shadow = copy.deepcopy(module, memo)
+    batch = len(tensors[0])
+    shadow = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
     for layer in shadow.modules():
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
@@ -296,11 +296,12 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
         def record(_: nn.Module, inputs: tuple[object, ...], name: str = name) -> None:
             nonlocal foreign
             if predicting:
-                shapes[name] = tuple(tensor.shape for tensor in inputs if isinstance(tensor, Tensor))
+                given = [tensor.shape for tensor in inputs if isinstance(tensor, Tensor)]
+                shapes[name] = tuple(torch.Size((batch * shape[0], *shape[1:])) for shape in given)
             foreign = foreign or not any(_is_inside(name, root) for root in roots)
 
         layer.register_forward_pre_hook(record)
-    shadow(*(tensor.to("meta") for tensor in tensors))
+    shadow(*(tensor[:1] for tensor in tensors))
     return shapes, foreign
 
 

@@ -287,9 +287,11 @@ def test_any_image_alone_with_invariant() -> None:
 def test_execution_options_are_what_the_command_line_says() -> None:
     given = {"device": "cpu", "dtype": "bfloat16", "backend": "reference", "network": "eager", "batch": 3}
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    args = cli._parser().parse_args(["sample", "model", "--invariant", *arguments])
+    words = ["sample", "model", "--invariant", *arguments]
+    args = cli._parser(words).parse_args(words)
     assert execution_options(args) == ExecutionOptions(**given, invariant=True)
-    args = cli._parser().parse_args(["encode", "model", "a.png"])  # declares neither --batch nor --invariant
+    words = ["encode", "model", "a.png"]
+    args = cli._parser(words).parse_args(words)  # declares neither --batch nor --invariant
     assert execution_options(args) == ExecutionOptions()
 
 
@@ -356,7 +358,9 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
         cli.main([command, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    subparsers = next(action for action in cli._parser()._actions if action.choices and command in action.choices)
+    subparsers = next(
+        action for action in cli._parser([command])._actions if action.choices and command in action.choices
+    )
     for action in subparsers.choices[command]._actions:
         assert action.help, f"{action.dest} has no help"
         assert all(option in text for option in action.option_strings)

@@ -121,7 +121,7 @@ class FakeGraph:
         cuda = self._cuda
         self.stream = cuda.current_stream()
         assert self.stream.cuda_stream != 0, "CUDA graphs must be captured on a non-default stream"
-        assert capture_error_mode == "thread_local"
+        cuda.capture_modes.add(capture_error_mode)
         pool = pool or cuda.graph_pool_handle()
         if pool in cuda.recording:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
@@ -196,6 +196,7 @@ class FakeCuda:
         self.races: list[str] = []
         self.recorded_streams: list[FakeStream] = []
         self.capturable = True
+        self.capture_modes: set[str] = set()
         self.now = self.busy_until = 0.0
         self._uses: dict[int, list[tuple[int, int, str]]] = {}
         self._things: list[object] = []  # kept, so that no other gets the same id
