@@ -12,7 +12,7 @@ from stepfusion.bench.models import PUBLISHED, load_model
 from stepfusion.bench.options import Options, check_names
 from stepfusion.bench.parts import PARTS, measure
 from stepfusion.bench.report import REPORT_FILE, read, replace_part, write
-from stepfusion.bench.rows import End, Record, aligned, rows_of, table, to_line
+from stepfusion.bench.rows import End, Record, aligned, latest, rows_of, table, to_line
 from stepfusion.bench.suite import CPU_FACTOR, LIMITS, run_suite
 from stepfusion.execution.plan import DTYPES, choose_device
 
@@ -80,6 +80,7 @@ def _run_part(args: argparse.Namespace) -> int:
         records.append(record)
         if args.json:
             print(to_line(record), flush=True)
+    records = latest(records)
     if not args.json:
         print(aligned(*table(rows_of(records))))
     if args.out is not None:

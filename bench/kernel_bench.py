@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _SIZES = {
 }
 _ROTATED = {"tiny": 1, "cpu": 64 << 20, "cuda": 256 << 20}  # bytes of all sets together
 _MOST_SETS = 64
+_COMPILE_SECONDS = {"cpu": 180.0, "cuda": 20.0}  # for each operation and size
 
 
 def kernel_rows(
@@ -49,9 +51,12 @@ def kernel_rows(
         DIFFUSERS: why_not("diffusers"),
     }
     absent = {name: f"not timed: {reason}" for name, reason in reasons.items() if reason is not None}
-    for work in itertools.chain(elementwise(device, _SIZES[size]), normalisations(device, size)):
-        torch._dynamo.reset()
-        yield from _rows(work, device, floors, absent, _ROTATED[size], rounds)
+    passes = [frozenset({INDUCTOR}), frozenset()] if INDUCTOR not in absent else [frozenset[str]()]
+    for left_out in passes:  # first those that do not compile; then all, interleaved, whose rows replace the first
+        for work in itertools.chain(elementwise(device, _SIZES[size]), normalisations(device, size)):
+            torch._dynamo.reset()
+            runs = {name: run for name, run in work.runs.items() if name not in left_out}
+            yield from _rows(replace(work, runs=runs), device, floors, absent, _ROTATED[size], rounds)
 
 
 def _why_not_fused(device: torch.device) -> str | None:
@@ -89,7 +94,7 @@ def _rows(
             **common,
             fraction=fraction,
             fraction_of=None if fraction is None else "copy bandwidth",
-            notes="; ".join((*([work.notes[name]] if name in work.notes else []), f"{len(sets)} sets of inputs")),
+            notes="; ".join(filter(None, (work.notes.get(name), f"{len(sets)} sets of inputs", verdict.notes))),
             **verdict.fields(),  # type: ignore[arg-type]
         )
     for name in work.runs:
@@ -102,4 +107,7 @@ def _contender(name: str, run: Run, work: Work, sets: Sequence[Set]) -> Contende
     given = not (work.draws and name in (OURS, CPP, REFERENCE))
     truth = work.runs[REFERENCE](sets[0], given).clone()
     turn = itertools.cycle(sets)
-    return Contender(name, truth, lambda: run(sets[0], given), lambda: run(next(turn), False), work.limit)
+    limit = _COMPILE_SECONDS[sets[0]["x"].device.type] if name == INDUCTOR else None
+    return Contender(
+        name, truth, lambda: run(sets[0], given), lambda: run(next(turn), False), work.limit, limit, len(sets)
+    )

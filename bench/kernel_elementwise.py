@@ -16,13 +16,15 @@ from stepfusion import samplers
 from stepfusion.bench.kernel_work import DIFFUSERS, INDUCTOR, Set, Work, identity, implementations, source
 from stepfusion.bench.measure import Limit
 from stepfusion.bench.optional import need, why_not
+from stepfusion.bench.own_loop import OWN, OwnScheduler
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 from stepfusion.samplers.schedule import NoiseSchedule
 
 _STEPS, _POSITION = 50, 20  # which row of which table is measured
 _LARGEST = 64.0  # of the terms of a step there: coefficients up to 12, states up to 5
 _SCHEDULE = NoiseSchedule.linear(scaled=False)
-_DRAWING = dict.fromkeys((INDUCTOR, DIFFUSERS), "draws torch.randn")  # notes of those who draw by PyTorch's generator
+#: Notes of those who draw by PyTorch's generator.
+_DRAWING = dict.fromkeys((INDUCTOR, DIFFUSERS, OWN), "draws torch.randn")
 
 
 def elementwise(device: torch.device, sizes: Sequence[tuple[int, ...]]) -> Iterator[Work]:
@@ -73,7 +75,15 @@ def _step(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, samp
         x_next: Tensor = compiled(s["x"], s["out"], s["rows"], columns, None if drawn else s["noise"], drawn)[0]
         return x_next
 
-    peer = _DiffusersStep(sampler, eta, int(table.timesteps[_POSITION]), noise)
+    timestep = int(table.timesteps[_POSITION])
+    own = OwnScheduler(sampler, {"variance_type": "fixed_small"})
+    own.set_timesteps(_STEPS)
+
+    def own_step(s: Set, given: bool) -> Tensor:
+        z = None if noise == "noise drawn" and not given else s["noise"]
+        return own.step(s["out"], timestep, s["x"], z, eta=eta).prev_sample
+
+    peer = _DiffusersStep(sampler, eta, timestep, noise)
     return Work(
         f"{sampler} step, {noise}",
         shape,
@@ -86,6 +96,7 @@ def _step(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, samp
             **{name: partial(run, op) for name, op in implementations("diffusion_step", device).items()},
             INDUCTOR: inductor,
             DIFFUSERS: peer.run,
+            **({OWN: own_step} if why_not("diffusers") is not None else {}),
         },
         noise == "noise drawn",
         _DRAWING if noise == "noise drawn" else {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from stepfusion.bench.floors import measure_floors
 from stepfusion.bench.host import tick_cost
 from stepfusion.bench.measure import interleave, one_line
 from stepfusion.bench.models import load_model
-from stepfusion.bench.options import Options
+from stepfusion.bench.options import Options, stages
 from stepfusion.bench.ours import check_runs_as_asked, make_engine
 from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
@@ -34,18 +35,19 @@ def latency_rows(options: Options) -> Iterator[Row]:
     steps = options.steps or (2 if tiny else 50)
     rounds = options.rounds or (2 if tiny else 7 if on_gpu else 3)
     names = options.models or (("tiny",) if tiny else ("cifar10", "fashion-mnist"))
-    for name in names:
-        model = load_model(name)
-        for batch in options.batches or ((1, 2) if tiny else (1, 4, 16) if on_gpu else (1, 4)):
-            with Race(PART, Case(model, device, batch, steps), options.select(), floors) as race:
+    batches = options.batches or ((1, 2) if tiny else (1, 4, 16) if on_gpu else (1, 4))
+    for taking_part in stages(options.select()):
+        for name, batch in product(names, batches):
+            with Race(PART, Case(load_model(name), device, batch, steps), taking_part, floors) as race:
                 yield from race.absent()
                 yield from race.loops(rounds, finish=True)
-    model = load_model(names[0])
-    eager = [provider for provider in options.select() if not provider.compiles]
-    with Race(PART, Case(model, device, 1, steps, "ddpm"), eager, floors) as race:
-        yield from race.loops(rounds, finish=True)
-    for mode, dtype in _TICK_MODES[device.type]:
-        yield from tick_rows(Case(model, device, 1, steps), mode, dtype, rounds)
+        if any(provider.compiles for provider in taking_part):
+            continue  # what follows compiles nothing, and was measured before
+        model = load_model(names[0])
+        with Race(PART, Case(model, device, 1, steps, "ddpm"), taking_part, floors) as race:
+            yield from race.loops(rounds, finish=True)
+        for mode, dtype in _TICK_MODES[device.type]:
+            yield from tick_rows(Case(model, device, 1, steps), mode, dtype, rounds)
 
 
 def tick_rows(case: Case, mode: str, dtype: str, rounds: int) -> Iterator[Row]:

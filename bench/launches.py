@@ -7,7 +7,7 @@ once.
 
 Commands::
 
-    python -m stepfusion.bench.launches [--json] [--model NAME] [--batch N]
+    python -m stepfusion.bench.launches [--json] [--model NAME] [--batch N] [--guided]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,7 @@ from stepfusion.bench.models import PUBLISHED, load_model
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import backend
 from stepfusion.lanes.runner import Runner, RunnerKey
-from stepfusion.networks import prepare_network
+from stepfusion.networks import UNet2D, prepare_network
 from stepfusion.samplers.implicit import ddim
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -84,17 +84,17 @@ class Tick:
         return sum(kernel.bytes for kernel in self.kernels if kernel.kind not in PRODUCTS)
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what the operators inside launch on CUDA."""
 
     def __init__(self, tick: Tick) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tick = tick
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "stepfusion":
             with self:
-                return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+                return torch._library.custom_ops.OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name != "upsample_nearest2d":  # which the meta device makes of others, and CUDA does not
             with self:
@@ -167,7 +167,7 @@ def _is_view(func: Any, args: Any, out: Any) -> bool:
     if func.is_view:
         return True
     first = args[0] if args and isinstance(args[0], Tensor) else None
-    return first is not None and out is first and not func._schema.is_mutable
+    return first is not None and out is first and not func.overloadpacket.__name__.endswith("_")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -206,19 +206,40 @@ def counting(tick: Tick) -> Iterator[None]:
         yield
 
 
+_CLASSES = 11  # of a guided network, the last of which stands for none
+
+
+def _with_classes(name: str, network: torch.nn.Module) -> UNet2D:
+    """The same network with classes; ValueError if it is no UNet2D."""
+    if not isinstance(network, UNet2D):
+        raise ValueError(f"guided ticks are counted of a UNet2D, and {name} is a {type(network).__name__}")
+    return UNet2D(replace(network.config, num_class_embeds=_CLASSES))
+
+
 @torch.no_grad()
-def count_tick(name: str, batch: int, *, network: Callable[[torch.nn.Module], torch.nn.Module] | None = None) -> Tick:
+def count_tick(
+    name: str,
+    batch: int,
+    *,
+    guided: bool = False,
+    network: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+) -> Tick:
     """The launches of a tick of ``batch`` lanes of a published UNet in bfloat16, by DDIM and our kernels.
 
     Args:
         name: of :data:`stepfusion.bench.models.PUBLISHED`.
+        guided: the same network with classes, and guidance.
         network: what an engine makes of the network, instead of preparing it for our kernels.
     """
     with META:
         model = load_model(name)
+        unet = _with_classes(name, model.network) if guided else model.network
     prepare = network or (lambda module: prepare_network(module, META, torch.bfloat16, fused=True))
-    evaluator = Evaluator(prepare(model.network), labelled=model.network.num_classes is not None)
-    runner = Runner(evaluator, RunnerKey(batch, model.image_shape, META, torch.bfloat16), kernels)
+    evaluator = Evaluator(prepare(unet), labelled=guided)
+    null_label = _CLASSES - 1 if guided else None
+    runner = Runner(
+        evaluator, RunnerKey(batch, model.image_shape, META, torch.bfloat16, null_label=null_label), kernels
+    )
     runner.load(ddim(NoiseSchedule.linear(), 50))
     with counting(Tick()):
         runner.tick()  # what is done once is done before
@@ -242,8 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--model", choices=PUBLISHED, action="append", help="only this one (repeat for more)")
     parser.add_argument("--batch", type=int, default=8, help="lanes (default: 8)")
+    parser.add_argument("--guided", action="store_true", help="with classes and guidance")
     options = parser.parse_args(arguments)
-    ticks = {name: count_tick(name, options.batch) for name in options.model or PUBLISHED}
+    ticks = {name: count_tick(name, options.batch, guided=options.guided) for name in options.model or PUBLISHED}
     if options.json:
         found = {name: {"launches": tick.launches, "kinds": tick.kinds()} for name, tick in ticks.items()}
         json.dump(found, sys.stdout)

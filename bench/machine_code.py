@@ -32,6 +32,7 @@ from stepfusion.bench.variants import Variant, variants
 from stepfusion.kernels import backend
 
 _SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<")
+_SCALAR_STORE = re.compile(r"tt\.store .* : !tt\.ptr<")
 _STORE_INT64 = re.compile(r"st\.global\.[bsu]64\s")
 _SCRATCH = re.compile(r"\.private_segment_fixed_size:\s*(\d+)")
 _FMA = re.compile(r"\bfma\.rn")
@@ -46,7 +47,7 @@ class MachineCode:
         shared: bytes of shared memory of a program.
         scratch: bytes of private memory of a thread, for AMD targets; NVIDIA's is ``sass.local``.
         narrow_loads, narrow_stores: accesses to tensor data of fewer than 128 bits. Not counted is the bookkeeping:
-            scalar loads of tables and lanes, stores of int64 flags, and accesses to tensors of less than 16 bytes a
+            scalars of tables and lanes, stores of int64 flags, and accesses to tensors of less than 16 bytes a
             thread (parameters of channels, statistics), each taken for one instruction an element of a thread.
         contractions: ``fma.rn`` in the PTX; more than 0 would let fused and reference differ.
     """
@@ -93,7 +94,9 @@ def _inspect(variant: str, target: str, launch: Launch) -> MachineCode:
         code,
         sass=sass,
         narrow_loads=narrow(sass.loads, len(_SCALAR_LOAD.findall(ttgir)), small["load"]),
-        narrow_stores=narrow(sass.stores, len(_STORE_INT64.findall(ptx)), small["store"]),
+        narrow_stores=narrow(
+            sass.stores, len(_STORE_INT64.findall(ptx)) + len(_SCALAR_STORE.findall(ttgir)), small["store"]
+        ),
         contractions=len(_FMA.findall(ptx)),
     )
 

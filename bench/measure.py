@@ -8,16 +8,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
+
+from stepfusion.bench.budget import OutOfBudget, budget
+from stepfusion.bench.device_time import SHORT, Rotation, between_events, device_seconds
 
 Call = Callable[[], object]
 
 #: One sample lasts at least so long: a shorter call is repeated within it.
 SAMPLE_SECONDS = 2e-3
 _MOST_CALLS = 2000
+NO_ROTATIONS: Mapping[str, Rotation] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -57,24 +62,36 @@ class Limit:
 
 @dataclass(frozen=True)
 class Contender:
-    """One rival: ``check`` makes the output that is compared with ``reference``, ``run`` is what is timed."""
+    """One rival.
+
+    Attributes:
+        check: makes the output that is compared with ``reference``; within ``budget_s`` seconds, for the first call
+            may compile. run: what is timed.
+        rotation: how many calls of ``run`` go once through its inputs, if the host's time may matter: on a CUDA
+            device the device time is then that of replays (:mod:`stepfusion.bench.device_time`).
+    """
 
     name: str
     reference: torch.Tensor
     check: Callable[[], torch.Tensor]
     run: Call
     limit: Limit
+    budget_s: float | None = None
+    rotation: int | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a contender: either an error, or a timing. ``warmup_s`` is its first output's."""
+    """What became of a contender: either an error, or a timing. ``warmup_s`` is its first output's; ``notes`` say how
+    its device time was taken.
+    """
 
     limit: Limit
     difference: Difference | None = None
     timing: Timing | None = None
     warmup_s: float | None = None
     error: str | None = None
+    notes: str | None = None
 
     def fields(self) -> dict[str, float | str | None]:
         """The fields of a :class:`stepfusion.bench.rows.Row` that it fills."""
@@ -88,15 +105,15 @@ class Verdict:
 
 
 def difference(out: torch.Tensor, reference: torch.Tensor) -> Difference:
-    """How far two outputs of one shape are apart. ValueError if the shapes differ."""
+    """How far two outputs of one shape are apart, computed where the first is. ValueError if the shapes differ."""
     if out.shape != reference.shape:
         raise ValueError(f"the output has shape {list(out.shape)}, and the reference {list(reference.shape)}")
     if out.numel() == 0:
         return Difference(0.0, 0.0)
-    apart = out.detach().double().cpu() - reference.detach().double().cpu()
-    if not bool(apart.isfinite().all()):
-        return Difference(math.inf, math.inf)
-    return Difference(float(apart.abs().max()), float(apart.square().mean().sqrt()))
+    apart = out.detach().double() - reference.detach().to(out.device).double()
+    # one copy of two numbers; if anything is NaN, so is the largest
+    largest, rms = torch.stack((apart.abs().max(), apart.square().mean().sqrt())).tolist()
+    return Difference(largest, rms) if math.isfinite(largest) else Difference(math.inf, math.inf)
 
 
 def contest(contenders: Sequence[Contender], device: torch.device, rounds: int) -> dict[str, Verdict]:
@@ -104,36 +121,62 @@ def contest(contenders: Sequence[Contender], device: torch.device, rounds: int) 
 
     One that fails, or whose output is further away than its limit, gets an error and is not timed; the others are.
     """
-    verdicts: dict[str, Verdict] = {}
-    for contender in contenders:
-        try:
-            started = time.perf_counter()
-            out = contender.check()
-            synchronize(device)
-            warmup = time.perf_counter() - started
-            apart = difference(out, contender.reference)
-        except Exception as error:  # whatever a rival raises is its result, and the others go on
-            verdicts[contender.name] = Verdict(contender.limit, error=one_line(error))
-            continue
-        message = None
-        if not contender.limit.holds(apart):
-            message = (
-                f"the output differs from the reference by max {apart.max:.3g}, rms {apart.rms:.3g}, "
-                f"accepted is {contender.limit}; nothing was timed"
-            )
-        verdicts[contender.name] = Verdict(contender.limit, apart, None, warmup, message)
-    accepted = {c.name: c.run for c in contenders if verdicts[c.name].error is None}
-    for name, timing in interleave(accepted, device, rounds).items():
-        before = verdicts[name]
+    verdicts = {contender.name: _compared(contender, device) for contender in contenders}
+    accepted = {c.name: c for c in contenders if verdicts[c.name].error is None}
+    rotations = {
+        name: Rotation(c.run, c.rotation, device)
+        for name, c in accepted.items()
+        if c.rotation is not None and device.type == "cuda"
+    }
+    timings = interleave({name: c.run for name, c in accepted.items()}, device, rounds, rotations)
+    for name, timing in timings.items():
         if isinstance(timing, str):
-            verdicts[name] = Verdict(before.limit, before.difference, None, before.warmup_s, timing)
+            verdicts[name] = replace(verdicts[name], error=timing)
         else:
-            verdicts[name] = Verdict(before.limit, before.difference, timing, before.warmup_s)
+            verdicts[name] = replace(verdicts[name], timing=timing, notes=_how(rotations.get(name)))
     return verdicts
 
 
-def interleave(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Timing | str]:
-    """Time every call once a round, in turn; a call that raises drops out, with one line that says why."""
+def _compared(contender: Contender, device: torch.device) -> Verdict:
+    """The verdict on an output, before anything is timed."""
+    limit = contender.limit
+    try:
+        started = time.perf_counter()
+        with budget(contender.budget_s):
+            out = contender.check()
+            synchronize(device)
+        warmup = time.perf_counter() - started
+        apart = difference(out, contender.reference)
+    except OutOfBudget as error:
+        torch._dynamo.reset()
+        return Verdict(limit, error=one_line(error))
+    except Exception as error:  # whatever a rival raises is its result, and the others go on
+        return Verdict(limit, error=one_line(error))
+    message = None
+    if not limit.holds(apart):
+        message = (
+            f"the output differs from the reference by max {apart.max:.3g}, rms {apart.rms:.3g}, "
+            f"accepted is {limit}; nothing was timed"
+        )
+    return Verdict(limit, apart, None, warmup, message)
+
+
+def _how(rotation: Rotation | None) -> str | None:
+    """How a device time was taken, if not between events around plain calls."""
+    if rotation is None:
+        return None
+    if rotation.why_not is None:
+        return f"device time of a CUDA graph of {rotation.calls} calls"
+    return f"device time of single launches, for they cannot be captured: {rotation.why_not}"
+
+
+def interleave(
+    calls: Mapping[str, Call], device: torch.device, rounds: int, rotations: Mapping[str, Rotation] = NO_ROTATIONS
+) -> dict[str, Timing | str]:
+    """Time every call once a round, in turn; a call that raises drops out, with one line that says why.
+
+    Those with a rotation have their device time from one launch of it in each round.
+    """
     results: dict[str, Timing | str] = {}
     repeats: dict[str, int] = {}
     for name, call in calls.items():
@@ -146,7 +189,7 @@ def interleave(calls: Mapping[str, Call], device: torch.device, rounds: int) -> 
     for _ in range(rounds):
         for name in list(samples):
             try:
-                samples[name].append(_sample(calls[name], repeats[name], device))
+                samples[name].append(_sample(calls[name], repeats[name], device, rotations.get(name)))
             except Exception as error:  # see contest
                 results[name] = one_line(error)
                 del samples[name]
@@ -186,26 +229,24 @@ def _repeats(call: Call, device: torch.device) -> int:
     return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(taken, 1e-9))))
 
 
-def _sample(call: Call, repeats: int, device: torch.device) -> tuple[float, float | None]:
-    """Seconds of one call: wall, and between two events on a CUDA device."""
+def _sample(
+    call: Call, repeats: int, device: torch.device, rotation: Rotation | None = None
+) -> tuple[float, float | None]:
+    """Seconds of one call: wall, host time included, and of a CUDA device."""
+
+    def launch() -> None:
+        for _ in range(repeats):
+            call()
+
     if device.type != "cuda":
         synchronize(device)
         started = time.perf_counter()
-        for _ in range(repeats):
-            call()
+        launch()
         synchronize(device)
         return (time.perf_counter() - started) / repeats, None
-    with torch.cuda.device(device):
-        before, after = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        before.record()
-        for _ in range(repeats):
-            call()
-        after.record()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - started
-        return wall / repeats, before.elapsed_time(after) / 1e3 / repeats
+    wall, on_device = (seconds / repeats for seconds in between_events(launch, device))
+    if rotation is not None:
+        on_device = device_seconds(rotation.launch, device) / rotation.calls
+    elif wall < SHORT:
+        on_device = device_seconds(launch, device) / repeats
+    return wall, on_device

@@ -1,5 +1,5 @@
-"""The networks that benchmarks run: two published UNets with random weights, one of a few thousand parameters for
-rehearsals, and any model directory. What is measured is time, which weights do not change.
+"""The networks that benchmarks run: published UNets with random weights, small ones for rehearsals, and any model
+directory. What is measured is time, which weights do not change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepfusion.bench.optional import need
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.errors import CheckpointError
-from stepfusion.networks import UNet2D, UNet2DConfig
+from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.samplers.table import StepTable
@@ -35,6 +35,20 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "block_out_channels": (128, 128, 256, 256, 512, 512),
         "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    },
+    # Stable Diffusion 1.5's widths, layers and latents, and its heads at the first level; without cross-attention
+    "sd-class": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": (*["AttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["AttnUpBlock2D"] * 3),
+        "attention_head_dim": 40,
+        "norm_eps": 1e-5,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
     },
     "tiny": {
         "sample_size": 8,
@@ -66,7 +80,26 @@ _SCHEDULER = {
     "prediction_type": "epsilon",
     "variance_type": "fixed_large",
 }
-PUBLISHED = tuple(_PUBLISHED)
+#: guided-diffusion's class-conditional models of these sizes.
+_ADM: dict[str, dict[str, Any]] = {
+    "adm-64": {
+        "image_size": 64,
+        "num_channels": 192,
+        "num_res_blocks": 3,
+        "attention_resolutions": (32, 16, 8),
+        "dropout": 0.1,
+    },
+    "adm-256": {"image_size": 256, "num_channels": 256, "attention_resolutions": (32, 16, 8)},
+    "adm-tiny": {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_classes": 4},
+}
+_ADM_COMMON = {
+    "learn_sigma": True,
+    "class_cond": True,
+    "num_head_channels": 64,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+PUBLISHED = (*_PUBLISHED, *_ADM)
 
 
 @dataclass(frozen=True)
@@ -74,7 +107,7 @@ class BenchModel:
     """A network in float32 on the CPU, and the scheduler config of its checkpoint."""
 
     name: str
-    network: UNet2D
+    network: UNet2D | ADMUNet
     scheduler_config: Mapping[str, Any]
     null_label: int | None = None
 
@@ -86,6 +119,11 @@ class BenchModel:
         if height is None or width is None:
             raise ValueError(f"model must say its sample_size, and the config of {self.name} does not")
         return self.network.in_channels, height, width
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether diffusers' UNet2DModel is the same network."""
+        return isinstance(self.network, UNet2D)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -101,6 +139,7 @@ class BenchModel:
 
     def diffusers_network(self) -> Any:
         """The same weights in diffusers' UNet2DModel, float32, on the CPU. ImportError without diffusers."""
+        assert isinstance(self.network, UNet2D)
         config = {k: v for k, v in self.network.config.to_dict().items() if not k.startswith("_")}
         unet = need("diffusers").UNet2DModel(**config).eval()
         unet.load_state_dict(self.network.state_dict())
@@ -135,6 +174,14 @@ def load_model(source: str | os.PathLike[str]) -> BenchModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return BenchModel(str(source), UNet2D(config).eval(), _SCHEDULER)
+    if source in _ADM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = ADMUNet(ADMUNetConfig(**{**_ADM_COMMON, **_ADM[str(source)]}))
+            for parameter in network.parameters():  # some are zero at first, and with them the output
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.02)
+            return BenchModel(str(source), network.eval(), _SCHEDULER)
     loaded = load_pretrained(source)
     if not isinstance(loaded.network, UNet2D):
         raise CheckpointError(f"{loaded.path} is a {type(loaded.network).__name__}; peers can run a UNet2D only")

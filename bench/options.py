@@ -47,6 +47,14 @@ class Options:
         ]
 
 
+def stages(providers: Sequence[Provider]) -> list[list[Provider]]:
+    """Who is measured first, and who next: those that do not compile, so that they have rows whatever a compiler
+    takes; then, if anybody compiles, everyone in one interleaved run, whose rows take the place of the first.
+    """
+    plain = [provider for provider in providers if not provider.compiles]
+    return [plain] if len(plain) == len(providers) else [plain, list(providers)]
+
+
 def check_names(argument: str, given: Sequence[str], accepted: Sequence[str]) -> None:
     """ValueError unless every name given is one of those accepted."""
     for name in given:

@@ -1,4 +1,8 @@
-"""The peers: other networks and runtimes in diffusers' own sampling loop, and the list of everyone who may run."""
+"""The peers: other networks and runtimes in diffusers' own sampling loop, and the list of everyone who may run.
+
+Without diffusers, those whose network is not diffusers' run in a loop of our own (:mod:`stepfusion.bench.own_loop`),
+and their names say so.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from stepfusion.bench.optional import need
+from stepfusion.bench.optional import need, why_not
 from stepfusion.bench.ours import Ours
+from stepfusion.bench.own_loop import OWN, OwnScheduler
 from stepfusion.bench.providers import Built, Case, Provider, TensorOutput
 from stepfusion.execution.openvino_network import openvino_core
 
@@ -21,7 +26,6 @@ from stepfusion.execution.openvino_network import openvino_core
 class _Loop(Provider):
     """A network in diffusers' own loop: scheduler step by step, as its pipelines have it."""
 
-    packages: tuple[str, ...] = ("diffusers",)
     state_dtype = torch.float32
 
     @abstractmethod
@@ -41,12 +45,12 @@ class _Loop(Provider):
         def evaluate(count: int) -> torch.Tensor:
             for _ in range(count):
                 out = network(start, middle)
-            return out.float()
+            return out[:, : start.shape[1]].float()
 
         @torch.no_grad()
         def loop(noise: torch.Tensor | None = None) -> torch.Tensor:
             x = start
-            with _injected(noise):
+            with _injected(scheduler, noise):
                 for i, t in enumerate(timesteps):
                     x = scheduler.step(network(x, on_device[i]), t, x).prev_sample
             return x.float()
@@ -57,7 +61,26 @@ class _Loop(Provider):
         return Built(evaluate, loop, finish)
 
 
-class Diffusers(_Loop):
+class _DiffusersNetwork(_Loop):
+    """One of diffusers' own networks there."""
+
+    packages: tuple[str, ...] = ("diffusers",)
+
+    def why_not(self, case: Case) -> str | None:
+        if not case.model.is_diffusers:
+            return f"diffusers has no network like {case.model.name}"
+        return super().why_not(case)
+
+
+class _OurNetwork(_Loop):
+    """Our network there; or in a loop of our own without diffusers, or if diffusers' cannot take what it returns."""
+
+    def __init__(self) -> None:
+        if why_not("diffusers") is not None:
+            self.name = f"{OWN}, {self.name}"
+
+
+class Diffusers(_DiffusersNetwork):
     """diffusers as shipped: float32, eager; its own pipeline if the model has no labels."""
 
     family, name, dtype = "diffusers", "diffusers float32", "float32"
@@ -82,14 +105,14 @@ class Diffusers(_Loop):
                 return pipeline(case.batch, num_inference_steps=case.steps, output_type="np").images
 
         def loop(noise: torch.Tensor | None = None) -> torch.Tensor:
-            with _injected(noise), mock.patch.object(module, "randn_tensor", return_value=case.start):
+            with _injected(None, noise), mock.patch.object(module, "randn_tensor", return_value=case.start):
                 images = pipeline(case.batch, num_inference_steps=case.steps, output_type="np").images
             return torch.from_numpy(images).permute(0, 3, 1, 2).mul(2).sub(1)
 
         return Built(built.evaluate, loop, finish)
 
 
-class DiffusersHalf(_Loop):
+class DiffusersHalf(_DiffusersNetwork):
     """diffusers in bfloat16 and channels_last, eager."""
 
     family, name, dtype = "diffusers", "diffusers bfloat16 channels_last", "bfloat16"
@@ -117,20 +140,18 @@ class DiffusersCompiled(DiffusersHalf):
         return _compiled(self._unet(case), case, "max-autotune" if case.device.type == "cuda" else None)
 
 
-class DiffusersCompiledFloat(Diffusers):
+class DiffusersCompiledFloat(_DiffusersNetwork):
     """diffusers in float32 on a CPU, compiled whole with frozen weights, without its pipeline."""
 
+    family, dtype = "diffusers", "float32"
     name, devices, compiles = "diffusers float32 compiled", ("cpu",), True
 
     def network(self, case: Case) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         return _compiled(case.model.diffusers_network(), case, None)
 
-    def build(self, case: Case) -> Built:
-        return _Loop.build(self, case)
 
-
-class Eager(_Loop):
-    """Our UNet in diffusers' loop, float32: what the engine adds to it shows against this."""
+class Eager(_OurNetwork):
+    """Our network in diffusers' loop, float32: what the engine adds to it shows against this."""
 
     family, name, dtype = "eager", "eager float32", "float32"
 
@@ -139,8 +160,20 @@ class Eager(_Loop):
         return lambda x, t: unet(x, t.expand(len(x)), *_given(case.labels))
 
 
-class Inductor(_Loop):
-    """Our UNet in diffusers' loop, bfloat16 and channels_last, compiled with Inductor's defaults."""
+class EagerHalf(_OurNetwork):
+    """The same in bfloat16 and channels_last."""
+
+    family, name, dtype = "eager", "eager bfloat16 channels_last", "bfloat16"
+    state_dtype = torch.bfloat16
+
+    def network(self, case: Case) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        unet: Any = copy.deepcopy(case.model.network).to(case.device, torch.bfloat16)
+        unet = unet.to(memory_format=torch.channels_last)
+        return lambda x, t: unet(_channels_last(x), t.expand(len(x)), *_given(case.labels))
+
+
+class Inductor(_OurNetwork):
+    """Our network in diffusers' loop, bfloat16 and channels_last, compiled with Inductor's defaults."""
 
     family, name, dtype = "inductor", "inductor bfloat16", "bfloat16"
     compiles = True
@@ -152,7 +185,7 @@ class Inductor(_Loop):
         return _compiled(_Expanding(unet), case, None)
 
 
-class OpenVINO(_Loop):
+class OpenVINO(_DiffusersNetwork):
     """diffusers' network through ONNX in OpenVINO, with a hint for the precision of its arithmetic."""
 
     family, packages, devices = "openvino", ("diffusers", "openvino", "onnx", "onnxscript"), ("cpu",)
@@ -173,7 +206,7 @@ class OpenVINO(_Loop):
         return lambda x, t: torch.from_numpy(model(list(_arrays(x, t, case.labels)))[0])
 
 
-class OnnxRuntime(_Loop):
+class OnnxRuntime(_DiffusersNetwork):
     """diffusers' network through ONNX in onnxruntime, float32."""
 
     family, name, dtype = "onnxruntime", "onnxruntime float32", "float32"
@@ -201,7 +234,7 @@ def all_providers(device: torch.device) -> list[Provider]:
         ours = [(mode, dtype) for mode in modes for dtype in ("float32", "bfloat16")]
     else:
         ours = [("eager", "bfloat16"), ("compile", "bfloat16"), ("graph", "bfloat16"), ("compile+graph", "bfloat16")]
-    peers: list[Provider] = [Diffusers(), DiffusersHalf(), DiffusersCompiled(), Eager(), Inductor()]
+    peers: list[Provider] = [Diffusers(), DiffusersHalf(), DiffusersCompiled(), Eager(), EagerHalf(), Inductor()]
     if device.type == "cpu":
         peers += [DiffusersCompiledFloat(), OpenVINO("float32"), OpenVINO("bfloat16"), OnnxRuntime()]
     return [*(Ours(mode, dtype) for mode, dtype in ours), *peers]
@@ -241,16 +274,24 @@ def _compiled(
 
 
 def _scheduler(case: Case) -> Any:
-    """diffusers' scheduler for the case's sampler, from the model's config."""
+    """diffusers' scheduler for the case's sampler, from the model's config; ours without diffusers, or for a network
+    that returns its variance, too, which diffusers' DDIM cannot take.
+    """
+    if why_not("diffusers") is not None or not case.model.is_diffusers:
+        return OwnScheduler(case.sampler, case.model.scheduler_config)
     kind = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}[case.sampler]
     return getattr(need("diffusers"), kind).from_config(dict(case.model.scheduler_config))
 
 
 @contextmanager
-def _injected(noise: torch.Tensor | None) -> Iterator[None]:
-    """diffusers' DDPM steps add the given noise, one entry a step, instead of what they would draw."""
+def _injected(scheduler: Any, noise: torch.Tensor | None) -> Iterator[None]:
+    """DDPM's steps add the given noise, one entry a step, instead of what they would draw."""
     if noise is None:
         yield
+        return
+    if isinstance(scheduler, OwnScheduler):
+        with scheduler.given(noise):
+            yield
         return
     left = iter(noise)
     module = need("diffusers.schedulers.scheduling_ddpm")

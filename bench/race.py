@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from stepfusion.bench.budget import OutOfBudget, budget
 from stepfusion.bench.floors import Floors
 from stepfusion.bench.measure import Contender, Limit, contest, one_line
 from stepfusion.bench.ours import Ours
@@ -18,6 +19,8 @@ from stepfusion.bench.peers import Diffusers
 from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.rows import Row
 
+#: For each compilation of a network: most of a part's time on a GPU.
+COMPILE_SECONDS = {"cpu": 600.0, "cuda": 60.0}
 #: Of one evaluation, relative to the largest output. On a GPU PyTorch's float32 convolutions are TF32 by default.
 _EVALUATION = {"float32": {"cpu": 1e-4, "cuda": 1e-2}, "bfloat16": {"cpu": 5e-2, "cuda": 5e-2}}
 #: Of a whole loop's images in [-1, 1], root mean square: single pixels turn at the clip, so a maximum says little.
@@ -66,6 +69,7 @@ class Race:
                 partial(_second, built),
                 partial(built.evaluate, case.evaluations),
                 Limit(scale * self._allowed(_EVALUATION, provider)),
+                self._budget(provider),
             )
             for name, (provider, built) in self._built.items()
         ]
@@ -83,7 +87,8 @@ class Race:
                 return built.loop(case.noise).clamp(-1, 1)
 
             run: Callable[[], object] = built.finish if finish else partial(built.loop, None)
-            contenders.append(Contender(name, reference, check, run, Limit(self._allowed(_LOOP, provider), "rms")))
+            limit = Limit(self._allowed(_LOOP, provider), "rms")
+            contenders.append(Contender(name, reference, check, run, limit, self._budget(provider)))
         op = f"{case.sampler.upper()}-{case.steps} {'to images on the host' if finish else 'loop'}"
         yield from self._rows(op, contenders, case.steps, rounds)
 
@@ -109,10 +114,14 @@ class Race:
         _say(f"{self._part}: building {provider.name} for {self._shape}")
         started = time.perf_counter()
         try:
-            self._built[provider.name] = provider, provider.build(self._case)
+            with budget(self._budget(provider)):
+                self._built[provider.name] = provider, provider.build(self._case)
             self._build_seconds[provider.name] = time.perf_counter() - started
         except Unavailable as error:
             self._absent.append(replace(row, notes=str(error)))
+        except OutOfBudget as error:
+            torch._dynamo.reset()
+            self._absent.append(replace(row, error=one_line(error)))
         except Exception as error:  # whatever a provider raises is its result, and the others go on
             self._absent.append(replace(row, error=one_line(error)))
 
@@ -123,6 +132,10 @@ class Race:
             return self._built[peer.name][1]
         provider: Provider = peer if peer.why_not(self._case) is None else Ours("eager", "float32")
         return provider.build(self._case)
+
+    def _budget(self, provider: Provider) -> float | None:
+        """Seconds for what a provider compiles at a time."""
+        return COMPILE_SECONDS[self._case.device.type] if provider.compiles else None
 
     def _allowed(self, limits: dict[str, dict[str, float]], provider: Provider) -> float:
         return limits[provider.dtype][self._case.device.type]

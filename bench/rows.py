@@ -133,6 +133,23 @@ def rows_of(records: Iterable[Record], part: str | None = None) -> list[Row]:
     return [r for r in records if isinstance(r, Row) and part in (None, r.part)]
 
 
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The records without those rows that were measured again: the last of each provider's on the same work.
+
+    Who compiles is measured late, beside everyone, who were measured before in case it takes too long.
+    """
+    kept: dict[object, Record] = {}
+    for number, record in enumerate(records):
+        if isinstance(record, Row):
+            r = record
+            work = (r.part, r.op, r.provider, r.device, r.model, r.shape, r.dtype, r.batch, r.steps, r.fraction_of)
+            kept.pop(work, None)
+            kept[work] = record
+        else:
+            kept[number] = record
+    return list(kept.values())
+
+
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for the terminal: the first columns to the left, numbers to the right."""
     table = [header, *lines]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from stepfusion.bench.report import read, replace_part, write
-from stepfusion.bench.rows import End, Record, from_line
+from stepfusion.bench.rows import End, Record, from_line, latest
 
 #: Seconds that a part may take on a GPU; together less than ten minutes.
 LIMITS = {
@@ -86,6 +86,7 @@ def run_part(part: str, command: Sequence[str], limit: float) -> list[Record]:
         errors.seek(0)
         said = errors.read()
     seconds = time.monotonic() - started
+    records = latest(records)
     if any(isinstance(record, End) for record in records):
         return records
     if stopped:

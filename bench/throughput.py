@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from stepfusion.bench.floors import measure_floors
 from stepfusion.bench.models import load_model
-from stepfusion.bench.options import Options
+from stepfusion.bench.options import Options, stages
 from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
 from stepfusion.bench.rows import Row
@@ -28,9 +29,9 @@ def throughput_rows(options: Options) -> Iterator[Row]:
     sizes = _BATCHES["tiny" if tiny else device.type]
     steps = options.steps or (2 if tiny else 20 if device.type == "cuda" else 4)
     rounds = options.rounds or (2 if tiny else 3)
-    for name in options.models or tuple(sizes):
+    for taking_part, name in product(stages(options.select()), options.models or tuple(sizes)):
         model = load_model(name)
         for batch in options.batches or sizes.get(name, _DEFAULT_BATCHES):
-            with Race(PART, Case(model, device, batch, steps), options.select(), floors) as race:
+            with Race(PART, Case(model, device, batch, steps), taking_part, floors) as race:
                 yield from race.absent()
                 yield from race.loops(rounds, finish=True)

@@ -119,6 +119,39 @@ def _group_norm(
     return Variant(", ".join(words), launch)
 
 
+def _add_group_norm(
+    dtype: torch.dtype, size: int, channels: int, skip: int = 0, *, residual: bool = True, groups: int = 32
+) -> Variant:
+    """The first norm of a residual block, which adds up its input as well."""
+
+    def launch() -> None:
+        x, other = (
+            torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for c in (channels, skip)
+        )
+        parameters = torch.zeros(channels + skip, dtype=dtype)
+        bias = torch.zeros(channels + skip).expand(2, channels + skip)
+        added = x if residual else None, other if skip else None
+        kernels.add_group_norm_silu(
+            x, parameters, parameters, groups, 1e-6, residual=added[0], skip=added[1], time=bias
+        )
+
+    words = [f"{size}x{size}", f"{channels}+{skip} channels" if skip else f"{channels} channels", _name(dtype)]
+    return Variant(", ".join([*words, *["residual"] * residual, "input"]), launch)
+
+
+def _add_bias(dtype: torch.dtype, size: int, channels: int, resize: str = "") -> Variant:
+    """What a residual block leaves to be added, where a resampling follows."""
+
+    def launch() -> None:
+        x = torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        add = {"": kernels.add_bias, "doubled": kernels.add_bias_doubled, "padded": kernels.add_bias_padded}[resize]
+        add(x, torch.zeros(channels), x)
+
+    words = [f"{size}x{size}", f"{channels} channels", _name(dtype)]
+    return Variant(", ".join([*words, *[resize] * bool(resize)]), launch)
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -144,6 +177,8 @@ def variants() -> list[Variant]:
         _group_norm(brain, 256, 128),
         _group_norm(brain, 128, 256, 128),
         _group_norm(brain, 16, 256, modulated=True),
+        _add_group_norm(brain, 32, 128),
+        _add_bias(brain, 32, 256),
     ]
     return [replace(variant, every_target=True) for variant in everywhere] + [
         step(brain, "given"),
@@ -179,4 +214,9 @@ def variants() -> list[Variant]:
         _group_norm(brain, 4, 256, silu=False),
         _group_norm(brain, 14, 256, 128),
         _group_norm(brain, 256, 500, groups=125),
+        _group_norm(brain, 64, 128, modulated=True),
+        *(_add_group_norm(dtype, 64, 256) for dtype in (half, brain, single)),
+        _add_group_norm(brain, 64, 256, 128),
+        _add_group_norm(brain, 16, 256, 256, residual=False),
+        *(_add_bias(dtype, 32, 128, resize) for dtype in (brain, single) for resize in ("", "doubled", "padded")),
     ]

@@ -27,6 +27,7 @@ from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
+from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
@@ -108,7 +109,7 @@ class Engine:
         self.schedule, self.prediction, self.shape = spec.schedule, spec.prediction, spec.shape
         self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
         self.options = dict(spec.options)
-        self.plan = make_plan(device, dtype, backend, network)
+        self.plan = make_plan(device, dtype, backend, network, ours=isinstance(model, TimeConditioned))
         execution = ExecutionOptions(device, dtype, backend, network, batch, invariant)
         self.invariant = execution.invariant
         self._decode = decoder_on(decode, self.plan.device)

@@ -39,7 +39,13 @@ FLOORS = (
 )
 FLOOR_OF = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = ("__init__", "__main__")  # the package itself gathers the public names of all rooms
-NOT_OURS = {"_forward_hooks", "_forward_pre_hooks", "_replace", "_asdict"}  # of torch.nn.Module and of named tuples
+NOT_OURS = {
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_schema",
+    "_replace",
+    "_asdict",
+}  # of PyTorch, named tuples
 MOST_LINES, MEDIAN_FUNCTION, MOST_METHODS = 400, 10, 19
 MOST_FILES = 14  # of this package that a sample on a CPU passes
 
@@ -149,7 +155,11 @@ def private_reads(source: str) -> list[str]:
         for target in (n.targets if isinstance(n, ast.Assign) else [n.target])
         for t in ast.walk(target)
         if isinstance(t, ast.Attribute)
-    } | own
+    }
+    fields = {  # of dataclasses
+        n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    }
+    defined |= own | fields
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not re.fullmatch(r"_[A-Za-z]\w*", node.attr):

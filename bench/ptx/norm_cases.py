@@ -82,11 +82,11 @@ class Norm:
         with executor.running():
             got = kernels.group_norm_silu(**given)
         exact: dict[str, Any] = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in given.items()}
-        within("out", got, reference.group_norm_silu(**exact), _bound(exact, self.dtype))
+        within("out", got, reference.group_norm_silu(**exact), bound(exact, self.dtype))
         unchanged(given, before)
 
 
-def _bound(given: dict[str, Any], dtype: torch.dtype) -> float:
+def bound(given: dict[str, Any], dtype: torch.dtype) -> float:
     """The tolerance, from the largest term: |h| / sigma of its group, times the gain, and the offsets."""
     h = torch.cat((given["x"], given["skip"]), dim=1) if "skip" in given else given["x"]
     if "time" in given:

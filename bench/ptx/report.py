@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stepfusion.bench.ptx.added_cases import added_cases
 from stepfusion.bench.ptx.agreement import Disagreement
 from stepfusion.bench.ptx.coverage import Coverage, total
 from stepfusion.bench.ptx.executor import NVIDIA, Executor
@@ -81,7 +82,7 @@ class Report:
 
 def every_case() -> list[Case]:
     """The cases of all kernels."""
-    return [*step_cases(), *other_cases(), *norm_cases()]
+    return [*step_cases(), *other_cases(), *norm_cases(), *added_cases()]
 
 
 def run(

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tqdm import TMonitor
@@ -29,7 +29,6 @@ _CAPTURING = threading.Lock()  # one capture at a time in a process
 _SYNCHRONIZING = "called a synchronizing CUDA operation"  # PyTorch's words
 _PYTORCH = str(Path(torch.__file__).parent)
 _MODES = ("__torch_dispatch__", "__torch_function__")  # of those who watch PyTorch's operators
-_Handle = tuple[int, int]
 
 #: Graphs whose capture failed. PyTorch's allocator of pinned memory goes on asking them whether they capture, and
 #: nothing but the end of a capture can tell it not to.
@@ -51,11 +50,11 @@ class GraphPool:
     """Memory for what captured ticks compute on the way, one for all ticks that never run at the same time."""
 
     def __init__(self) -> None:
-        self._handle: _Handle | None = None
+        self._handle: Any = None
 
     @property
-    def handle(self) -> _Handle:
-        """PyTorch's name for it."""
+    def handle(self) -> Any:
+        """PyTorch's name for it, two integers."""
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle

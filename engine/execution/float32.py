@@ -60,7 +60,7 @@ def _count(tf32: bool, change: int) -> None:
 
 def _newer() -> tuple[Any, ...]:
     """What has a setting of the newer kind; the last is changed by the older one for matrix products, too."""
-    backends = torch.backends
+    backends: Any = torch.backends
     return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
 
 

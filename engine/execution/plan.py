@@ -128,15 +128,20 @@ class Plan:
         return [f"{name:<14} {choice.value:<13} {choice.reason}" for name, choice in self.choices().items()]
 
 
-def make_plan(device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str) -> Plan:
+def make_plan(
+    device: str | torch.device, dtype: str | torch.dtype, backend: str, network: str, *, ours: bool = True
+) -> Plan:
     """Decide. ``"auto"`` anywhere leaves the decision to what is found here; anything else is done, or is an error.
+
+    Args:
+        ours: whether the network is one of :mod:`stepfusion.networks`, whose layers the C++ kernels know.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
     """
     where, device_choice = choose_device(device)
     step = _backend(backend, where)
-    runs = _network(network, where, step, dtype)
+    runs = _network(network, where, step, dtype, ours)
     kind, dtype_choice = _dtype(dtype, where, runs)
     return Plan(where, kind, device_choice, dtype_choice, step, runs)
 
@@ -239,7 +244,7 @@ def _backend(backend: str, device: torch.device) -> Choice:
     return Choice("reference", f"auto: {reason}")
 
 
-def _network(network: str, device: torch.device, step: Choice, dtype: str | torch.dtype) -> Choice:
+def _network(network: str, device: torch.device, step: Choice, dtype: str | torch.dtype, ours: bool) -> Choice:
     _checks.choice("network", network, NETWORK_MODES)
     if network in ("cpp", "openvino") and device.type != "cpu":
         raise BackendError(f"network={network!r} cannot run on {device}: it is for CPUs")
@@ -247,7 +252,7 @@ def _network(network: str, device: torch.device, step: Choice, dtype: str | torc
     if network == "auto" and reason is None:
         return Choice("graph", "auto: a tick is captured once, and launched as one CUDA graph")
     if network in ("auto", "cpp") and device.type == "cpu":
-        return _cpu_network(network, dtype)
+        return _cpu_network(network, dtype, ours)
     if network == "auto":
         return Choice("eager", f"auto: {reason}" if device.type == "cuda" else "auto: no compilation to wait for")
     if "graph" in network and reason is not None:
@@ -256,8 +261,10 @@ def _network(network: str, device: torch.device, step: Choice, dtype: str | torc
     return Choice(network, "asked for")
 
 
-def _cpu_network(network: str, dtype: str | torch.dtype) -> Choice:
+def _cpu_network(network: str, dtype: str | torch.dtype, ours: bool) -> Choice:
     """What runs a network on a CPU if it is "auto", or "cpp"."""
+    if network == "auto" and not ours:
+        return Choice("eager", "auto: the C++ kernels know the layers of stepfusion's networks alone")
     name = str(dtype).removeprefix("torch.")
     reason = why_not_cpu_kernels(torch.float32 if name == "auto" else DTYPES.get(name, torch.float64))
     if reason is None:

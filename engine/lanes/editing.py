@@ -48,8 +48,9 @@ class Edit:
         """What is kept, float32 [count, C, H, W] and NaN where the sampler is free; None without a mask."""
         if self.mask is None:
             return None
-        images = self.images(count)
-        return torch.where(self.mask.to(images.device) != 0, math.nan, images)
+        image = self.image.to(torch.float32)
+        known = torch.where(self.mask.to(image.device) != 0, math.nan, image)  # one for all images, or one each
+        return known.expand(count, *known.shape[1:])
 
 
 def make_edit(

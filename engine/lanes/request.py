@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from stepfusion import _checks
+from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
@@ -37,6 +38,29 @@ class LaneStart:
     guidance: float = 1.0
 
 
+class LaneStarts(Sequence[LaneStart]):
+    """How the images of a request start, each made when it is asked for.
+
+    Args:
+        rows: the first row of each part of the table. parts: the part of each image, and so on for each image.
+    """
+
+    def __init__(self, rows: Sequence[int], parts: Sequence[int], *columns: Sequence[Any]) -> None:
+        self._rows, self._parts, self._columns = rows, parts, columns
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, image: int) -> LaneStart: ...
+    @overload
+    def __getitem__(self, image: slice) -> LaneStarts: ...
+    def __getitem__(self, image: int | slice) -> LaneStart | LaneStarts:
+        if isinstance(image, slice):
+            return LaneStarts(self._rows, self._parts[image], *(column[image] for column in self._columns))
+        return LaneStart(self._rows[self._parts[image]], *(column[image] for column in self._columns))
+
+
 @dataclass(frozen=True)
 class Request:
     """Images to make: for each how its lane starts, and the part of ``table`` that it walks.
@@ -48,8 +72,8 @@ class Request:
     """
 
     table: StepTable
-    parts: list[int]
-    lane_starts: list[LaneStart]
+    parts: Sequence[int]
+    lane_starts: Sequence[LaneStart]
     start: torch.Tensor | None
     noise: torch.Tensor | None
     guided: bool
@@ -202,8 +226,8 @@ def _count(spec: ModelSpec, n: int | None, tables: Tables, edit: Edit | None, op
     if n is not None:
         return _checks.integer("n", n, 0, 1 << 31)
     labels = options.get("labels")
-    contexts = _given_contexts(spec, labels)
-    one_for_all = contexts is not None and contexts.ndim == 1
+    given = _given_contexts(spec, labels)
+    one_for_all = given is not None and given.ndim == 1
     image = None if edit is None else edit.image
     for value in (
         tables,
@@ -221,13 +245,13 @@ def _count(spec: ModelSpec, n: int | None, tables: Tables, edit: Edit | None, op
     return 1
 
 
-def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tuple[StepTable, list[int]]:
+def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tuple[StepTable, Sequence[int]]:
     """All tables of a request in one, and each image's part of it; of an edit, only the rows that are walked."""
     if isinstance(table, StepTable):
         if len(table.starts) != 1:
             raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
         _check_table(spec, table)
-        return table if edit is None else edit.shorten(table), [0] * count
+        return table if edit is None else edit.shorten(table), Same(0, count)
     if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
         raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
     if len(table) != count or not table:
@@ -248,31 +272,28 @@ def _check_table(spec: ModelSpec, table: StepTable) -> None:
 
 
 def _lane_starts(
-    spec: ModelSpec, count: int, table: StepTable, parts: list[int], options: SamplingOptions
-) -> tuple[list[LaneStart], bool]:
+    spec: ModelSpec, count: int, table: StepTable, parts: Sequence[int], options: SamplingOptions
+) -> tuple[LaneStarts, bool]:
     """How each image starts, and whether some image is guided."""
-    seeds = [_checks.integer("seed", value, 0, _LAST_SEED) for value in _each("seed", options.get("seed", 0), count)]
+    seeds = integers("seed", options.get("seed", 0), count, 0, _LAST_SEED)
     indices = options.get("indices")
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
         raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
-    numbers = _each("indices", range(count) if indices is None else indices, count)
-    numbers = [_checks.integer("indices", value, 0, _LAST_INDEX) for value in numbers]
+    places = integers("indices", range(count) if indices is None else indices, count, 0, _LAST_INDEX)
     guidance = options.get("guidance")
-    scales = _each("guidance", 1.0 if guidance is None else guidance, count)
-    scales = [_checks.number("guidance", value, 0.0, _LARGEST_GUIDANCE) for value in scales]
-    guided = any(scale != 1.0 for scale in scales)
+    scales = numbers("guidance", 1.0 if guidance is None else guidance, count, 0.0, _LARGEST_GUIDANCE)
+    guided = any_other(scales, 1.0)
     if guided and spec.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
-    identities = zip(seeds, numbers, _conditions(spec, options.get("labels"), count), scales, strict=True)
-    starts = [LaneStart(table.starts[part], *identity) for part, identity in zip(parts, identities, strict=True)]
-    return starts, guided
+    conditions = _conditions(spec, options.get("labels"), count)
+    return LaneStarts(table.starts, parts, seeds, places, conditions, scales), guided
 
 
 def _check_tensors(
     spec: ModelSpec,
     count: int,
     table: StepTable,
-    parts: list[int],
+    parts: Sequence[int],
     start: torch.Tensor | None,
     noise: torch.Tensor | None,
 ) -> None:
@@ -292,45 +313,34 @@ def _given_contexts(spec: ModelSpec, labels: Labels) -> torch.Tensor | None:
     return labels
 
 
-def _conditions(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+def _conditions(spec: ModelSpec, labels: Labels, count: int) -> Sequence[Condition]:
     """One condition for each of ``count`` images; TypeError or ValueError naming the argument."""
-    contexts = _given_contexts(spec, labels)
-    return _labels(spec, labels, count) if contexts is None else _contexts(spec, contexts, count)
+    given = _given_contexts(spec, labels)
+    return _labels(spec, labels, count) if given is None else _contexts(spec, given, count)
 
 
-def _each(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each image: ``value`` for all, or a sequence of ``count`` values."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} must be one value or one for each of the {count} images, got {len(value)}")
-    return list(value)
-
-
-def _labels(spec: ModelSpec, labels: Labels, count: int) -> list[Condition]:
+def _labels(spec: ModelSpec, labels: Labels, count: int) -> Sequence[int]:
     """One label for each image; 0, which nobody reads, for a model without labels."""
     if spec.num_classes is None:
         if labels is not None:
             raise ValueError("labels were given, and this engine's model takes none")
-        return [0] * count
+        return Same(0, count)
     if labels is None:
         if spec.null_label is None:
             raise ValueError(f"labels are needed: the model has {spec.num_classes} classes and no null label")
-        return [spec.null_label] * count
+        return Same(spec.null_label, count)
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    return [_checks.integer("labels", label, 0, spec.num_classes - 1) for label in _each("labels", labels, count)]
+    return integers("labels", labels, count, 0, spec.num_classes - 1)
 
 
-def _contexts(spec: ModelSpec, contexts: torch.Tensor, count: int) -> list[Condition]:
+def _contexts(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
     """One context vector for each image, from floats [K] for all or [n, K]."""
     size = spec.context_size
-    if list(contexts.shape) not in ([size], [count, size]):
+    if list(given.shape) not in ([size], [count, size]):
         raise ValueError(
-            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(contexts.shape)}"
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(given.shape)}"
         )
-    if not bool(contexts.isfinite().all()):
+    if not bool(given.isfinite().all()):
         raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
-    return [tuple(row) for row in contexts.expand(count, -1).tolist()]
+    return contexts(given, count)

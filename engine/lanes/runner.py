@@ -98,12 +98,13 @@ class Runner:
         self.rows = torch.full((lanes,), PARKED, device=device)
         self._seeds = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._indices = torch.zeros_like(self._seeds)
+        # Labels of all lanes, then as many of no condition: both halves of what a guided tick shows the network.
         if key.context_size is None:
-            self._labels = torch.zeros_like(self._seeds)
-            self._nothing = torch.full_like(self._seeds, key.null_label or 0)
+            self._conditions = torch.zeros((2, lanes), dtype=torch.int64, device=device)
+            self._conditions[1] = key.null_label or 0
         else:
-            self._labels = torch.zeros(lanes, key.context_size, device=device, dtype=key.dtype)
-            self._nothing = torch.zeros_like(self._labels)
+            self._conditions = torch.zeros(2, lanes, key.context_size, device=device, dtype=key.dtype)
+        self._labels, self._nothing = self._conditions[0], self._conditions[1]
         self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
         self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
@@ -214,6 +215,10 @@ class Runner:
         given = () if self._noise is None else (self._noise,)
         return [*self._lane_buffers(), self._nothing, *given, *self.tables.buffers]
 
+    def reached(self) -> Reached | None:
+        """The end of what was launched so far; None on a device without streams."""
+        return Reached(self.x.device) if self.x.device.type == "cuda" else None
+
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
         single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
@@ -224,16 +229,17 @@ class Runner:
         """The launches of a tick, which read and write nothing but this runner's buffers."""
         tables, network, key = self.tables, self._evaluator.network, self._key
         guided, labels = key.null_label is not None, self._labels
-        features = tables.features[self.rows]  # parked lanes, row -1, read the last
         if guided and not key.separate:  # both halves of the batch in one call
-            features, labels = torch.cat((features, features)), torch.cat((labels, self._nothing))
+            features, labels = tables.features[self.rows.expand(2, -1)].flatten(0, 1), self._conditions.flatten(0, 1)
+        else:
+            features = tables.features[self.rows]  # parked lanes, row -1, read the last
         outputs = [network(self._x_net, features, labels)]
         if guided and key.separate:
             outputs.append(network(self._x_net, features, self._nothing))
         for output in outputs:
             self._check_output(output)
         if guided and not key.separate:
-            outputs = list(outputs[0].chunk(2))
+            outputs = list(outputs[0].contiguous().chunk(2))  # one copy if it is NHWC; the step would make two
         out, out_uncond = outputs if guided else (outputs[0], None)
         self._ops.diffusion_step(
             self.x,
@@ -309,7 +315,7 @@ class RunnerPool:
     def give(self, key: RunnerKey, runner: Runner) -> None:
         """Bring a runner back, its lanes in whatever state."""
         runner.park()
-        idle = _Idle(key, runner, Reached(key.device) if key.device.type == "cuda" else None)
+        idle = _Idle(key, runner, runner.reached())
         with self._lock:
             self._idle.append(idle)
             del self._idle[: -self._keep]

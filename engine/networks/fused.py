@@ -13,7 +13,7 @@ weights may not change afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stepfusion.networks.norm import GroupNormAct
 
 
+@final
 class Value:
     """``x + residual + bias``: x and residual [B, C, H, W] in channels_last, bias [C].
 
@@ -109,7 +110,8 @@ def attention_block(block: Attention, x: Value) -> Value:
     layers = block.to_q, block.to_k, block.to_v
     weight = folded(block, "weight", lambda: torch.cat([layer.weight for layer in layers]))
     bias = folded(block, "bias", lambda: torch.cat([layer.bias for layer in layers]))
-    attended = attend(*functional.linear(tokens, weight, bias).chunk(3, dim=2), block.heads)
+    q, k, v = functional.linear(tokens, weight, bias).chunk(3, dim=2)
+    attended = attend(q, k, v, block.heads)
     result = block.to_out[0]
     assert isinstance(result, nn.Linear)
     # in place: nobody else reads what a residual block made for this one
@@ -148,10 +150,16 @@ def _time_bias(block: ResnetBlock) -> Tensor:
 
 
 def folded(module: nn.Module, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """What was made of a module's weights under this name, made now if it was not."""
+    """What was made of a module's weights under this name, or is made now; always now, if gradients may follow."""
+    if torch.is_grad_enabled():
+        return make()
     kept: dict[str, Tensor] = module.__dict__.setdefault("folded", {})
     if name not in kept:
-        kept[name] = make().detach()
+        made = make().detach()
+        if made.device.type not in ("cpu", "meta"):
+            # kept once it is done: other threads read it on streams of their own
+            torch.accelerator.current_stream(made.device).synchronize()
+        kept[name] = made
     return kept[name]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,8 +29,10 @@ class TimeConditioned(nn.Module, ABC):
 
     @property
     def defers(self) -> bool:
-        """Whether layers hand on what is still to be added: `fused`, and no hook would see it."""
-        return self.fused and not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+        """Whether layers hand on what is still to be added: `fused`, and neither a hook nor autograd would see it."""
+        if not self.fused or torch.is_grad_enabled():
+            return False
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W], timesteps int64 [B] and labels, if the network takes any, to [B, C', H, W]."""

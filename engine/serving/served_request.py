@@ -81,12 +81,12 @@ class ServedRequest(ActiveRequest):
     left: int = field(init=False)
     started: float | None = None
     since: float = field(init=False)
-    _claimed: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.left = len(self.request)
         self.since = self.submitted
+        self._claimed = threading.Lock()
 
     @property
     def ended(self) -> bool:

@@ -13,6 +13,7 @@ from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
 from stepfusion.bench.peers import all_providers
 from stepfusion.bench.rows import End, Row, parse, rows_of
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 
 NAMES = ", ".join(repr(provider.name) for provider in all_providers(torch.device("cpu")))
 
@@ -76,6 +77,8 @@ def test_compare_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rows = [row for row in rows_of(records) if not row.op.startswith("ceiling")]
     names = {"stepfusion eager float32", "stepfusion eager bfloat16", "diffusers float32"}
     names |= {"diffusers bfloat16 channels_last"}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    names |= {f"stepfusion cpp {name}" for name, dtype in dtypes.items() if why_not_cpu_kernels(dtype) is None}
     for op in ("evaluation", "DDIM-2 loop"):
         assert {row.provider for row in rows if row.op == op} == names
     for row in rows:
@@ -106,12 +109,14 @@ def test_whom_the_options_select() -> None:
         return [p.name for p in Options(torch.device("cpu"), **options).select()]  # type: ignore[arg-type]
 
     everyone = names()
-    assert len(everyone) == len(set(everyone)) == 14
-    assert {f"stepfusion {mode} float32" for mode in ("eager", "compile", "openvino")} < {*everyone}
+    assert len(everyone) == len(set(everyone)) == 18
+    assert {f"stepfusion {mode} float32" for mode in ("eager", "cpp", "compile", "openvino")} < {*everyone}
     assert {"openvino float32", "openvino bfloat16"} < {*everyone}
     assert [name for name in names(families=("openvino",)) if not name.startswith("stepfusion")] == [
         "openvino float32", "openvino bfloat16",
     ]  # fmt: skip
     assert all("compile" not in name for name in names(compiled=False))
     assert names(providers=("inductor bfloat16",), compiled=False) == ["inductor bfloat16"]
-    assert {name.split()[-1] for name in names(dtype="float32")} == {"float32"}
+    chosen = names(dtype="float32")
+    assert chosen
+    assert all("float32" in name.split() for name in chosen)

@@ -16,6 +16,7 @@ from stepfusion.bench.ours import Ours, check_runs_as_asked
 from stepfusion.bench.peers import Diffusers, Eager, OpenVINO, all_providers
 from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.race import Race
+from stepfusion.execution import compiled
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.networks import UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule
@@ -91,6 +92,7 @@ def test_a_compilation_that_was_declined_has_no_time(wrong: str, case: Case, mon
         return lambda *args: tuple(out + 1.0 for out in graph.forward(*args))
 
     monkeypatch.setattr(torch._inductor, "compile", compile_wrongly)
+    monkeypatch.setattr(compiled, "why_not_cpu_form", lambda device, dtype: "Inductor is to compile it")
 
     with Race("compare", case, [Ours("eager", "float32"), Ours("compile", "float32")], FLOORS) as race:
         with pytest.warns(RuntimeWarning, match="the network runs eagerly"):

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from stepfusion.bench.own_loop import OWN
 from stepfusion.bench.parts import PARTS
 from stepfusion.bench.report import read
 from stepfusion.bench.rows import End, Row, rows_of, to_line
@@ -101,9 +103,16 @@ def test_every_part_has_a_limit_and_all_fit_ten_minutes() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_suite_rehearsed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packages", ["all", "required"])
+def test_the_whole_suite_rehearsed(tmp_path: Path, packages: str) -> None:
+    """As on this machine, and as on one that has the required packages and matplotlib alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    if packages == "required":
+        hiding = tmp_path / "hiding"
+        hiding.mkdir()
+        (hiding / "sitecustomize.py").write_text("from stepfusion_testing import absent_packages as _\n")
+        environment["PYTHONPATH"] = os.pathsep.join((str(hiding), str(Path(__file__).resolve().parents[1])))
     folder = tmp_path / "results"
     done = subprocess.run(
         [sys.executable, "-m", "stepfusion.bench.cli", "suite", "--tiny", "--device", "cpu", "--out", str(folder)],
@@ -121,4 +130,8 @@ def test_the_whole_suite_rehearsed(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 16 << 20 for path in folder.iterdir())
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "host: Python of a tick" in text
+    providers = {row.provider for row in rows if row.median_ms is not None}
+    own = {provider for provider in providers if provider.startswith(OWN)}
+    assert bool(own) == (packages == "required" or find_spec("diffusers") is None)
+    assert bool(own) != ("diffusers float32" in providers)
     assert "not measured here" in text

@@ -52,9 +52,10 @@ ENGINES = [
     Case("device: no memory", lambda: engine(device="meta"),
          ValueError, f"device must be 'auto' or one that PyTorch finds here ({DEVICES}), got 'meta'"),
     Case("dtype: float64", lambda: engine(dtype="float64"),
-         ValueError, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'float64'"),
+         ValueError, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', 'tf32', got "
+         "'float64'"),
     Case("dtype: int8", lambda: engine(dtype=torch.int8),
-         ValueError, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'"),
+         ValueError, "dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', 'tf32', got 'int8'"),
     Case("backend: unknown", lambda: engine(backend="cuda"),
          ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'reference', got 'cuda'"),
     Case("network: unknown", lambda: engine(network="fast"),

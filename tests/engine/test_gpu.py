@@ -181,9 +181,10 @@ def test_random_numbers_and_captures_work_after_a_capture_that_fails(schedule: s
     graph, value = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
     with torch.cuda.graph(graph):
         value.add_(1)
+    value.zero_()
     graph.replay()
     assert float(value) == 1
-    captured, eager = (engine(schedule, network=network) for network in ("graph", "eager"))
+    captured, eager = (engine(schedule, network=network, dtype="bfloat16") for network in ("graph", "eager"))
     assert torch.equal(captured.sample(3, steps=4), eager.sample(3, steps=4))
     assert captured.runners.policy is not None
     assert captured.runners.policy.failure is None

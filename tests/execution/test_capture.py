@@ -49,6 +49,7 @@ def test_a_capture_replays_and_leaves_everything_as_it_was(fake: FakeCuda) -> No
     calls = value.clone()
     graph.replay()
     assert torch.equal(value, calls + 1)
+    assert fake.capture_modes == {"thread_local"}, "what other threads do meanwhile does not break it"
     assert fake.is_clean()
     assert gc.isenabled()
     fake.random()

@@ -11,7 +11,7 @@ import torch
 import stepfusion as sf
 from stepfusion.execution.cuda_graph import OrderedGraph, capture
 from stepfusion.execution.evaluator import Evaluator
-from stepfusion.execution.streams import Turns, capture_stream, copy_stream
+from stepfusion.execution.streams import Reached, Turns, capture_stream, copy_stream
 from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool
 from stepfusion.lanes.transfer import HostCopy
 from stepfusion.options import ExecutionOptions
@@ -66,6 +66,9 @@ class LaunchingRunner:
     def tick(self) -> None:
         self._fake.use(self)
 
+    def reached(self) -> Reached:
+        return Reached(CUDA)
+
     park = tick
 
 
@@ -110,6 +113,12 @@ def test_a_runner_has_all_its_tensors_among_its_buffers() -> None:
         held = [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
         assert len(held) >= 4
         assert all(value.untyped_storage().data_ptr() in storages for value in held)
+
+
+def test_a_runner_on_a_cpu_has_no_stream_to_wait_for(fake: FakeCuda) -> None:
+    on_cpu, on_gpu = (SimpleNamespace(x=SimpleNamespace(device=device)) for device in (CPU, CUDA))
+    assert Runner.reached(on_cpu) is None  # type: ignore[arg-type]
+    assert isinstance(Runner.reached(on_gpu), Reached)  # type: ignore[arg-type]
 
 
 def test_weights_are_there_before_another_thread_reads_them(fake: FakeCuda) -> None:

@@ -22,6 +22,7 @@ EXECUTE = ("-m", "stepfusion.bench.machine_code", "--execute", "--json")
 KERNELS = {
     *("diffusion_step_kernel", "q_sample_kernel", "q_posterior_kernel", "normal_kernel", "to_uint8_kernel"),
     *("to_uint8_rgb_kernel", "to_uint8_rgba_kernel", "group_norm_moments_kernel", "group_norm_silu_kernel"),
+    "add_bias_kernel",
 }
 
 

@@ -14,6 +14,7 @@ from stepfusion.bench.launches import PRODUCTS, Tick, count_tick, main
 from stepfusion.kernels import reference
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig, prepare_network
 from stepfusion.networks.blocks import ResnetBlock
+from stepfusion.networks.fused import folded
 
 CPU = torch.device("cpu")
 TWINS = ("group_norm_silu", "add_group_norm_silu", "add_bias", "add_bias_doubled", "add_bias_padded")
@@ -143,6 +144,23 @@ def test_hooks_see_tensors() -> None:
 
 
 @pytest.mark.usefixtures("in_eager_pytorch")
+@pytest.mark.parametrize("name", ["defaults", "adm, time added"])
+def test_gradients_are_those_of_pytorchs_operators(name: str) -> None:
+    """Of every weight, those that are joined too."""
+    network = make(name)
+    given = inputs(network, torch.float64)
+    gradients = []
+    for fused in (False, True):
+        prepared = prepare_network(network, CPU, torch.float64, fused=fused, copied=True)
+        with torch.no_grad():
+            prepared(*given)  # keeps what it joins
+        prepared(*given).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in prepared.named_parameters()})
+    for weight, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][weight], wanted, rtol=1e-5, atol=1e-8, msg=weight)
+
+
+@pytest.mark.usefixtures("in_eager_pytorch")
 @torch.no_grad()
 def test_a_replaced_layer_is_called() -> None:
     network = make("defaults")
@@ -174,6 +192,28 @@ def test_what_is_folded_follows_the_weights_of_another_preparation() -> None:
     assert torch.equal(fused(*given), before)
 
 
+@torch.no_grad()
+def test_what_is_folded_is_done_before_others_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread reads it on a stream of its own: the stream that makes it is waited for, once."""
+    layer, events = nn.Identity(), []
+
+    class Made(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append(dict(vars(layer).get("folded", {})))
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream())
+    made = torch.ones(2).as_subclass(Made)
+    monkeypatch.setattr(Made, "detach", lambda self: self)
+    for _ in range(2):
+        assert folded(layer, "weight", lambda: made) is made
+    assert events == [{}]
+
+
 # Launches
 
 
@@ -190,6 +230,15 @@ def test_launches_of_a_tick(name: str, most: int, ticks: dict[str, Tick]) -> Non
     kinds = ticks[name].kinds()
     assert kinds["convolution"][0] == {"cifar10": 52, "celebahq-256": 76}[name]
     assert kinds["bias"][0] == 1, "the last convolution's"
+
+
+def test_a_condition_costs_five_launches_and_joins_nothing() -> None:
+    """Rows of features, class embeddings, their sum, its activation, and one product for all blocks."""
+    pytest.importorskip("triton")
+    names = [kernel.name for kernel in count_tick("cifar10", 8, guided=True).kernels]
+    first = names[: names.index("layout of a convolution")]
+    assert first == ["index", "embedding", "add", "silu", "addmm"]
+    assert "cat" not in names
 
 
 def test_bytes_beside_products(ticks: dict[str, Tick]) -> None:

@@ -30,6 +30,7 @@ _INVALIDATED = "CUDA error: operation failed due to a previous error during capt
 _SYNCHRONIZES = "called a synchronizing CUDA operation\nException raised from warn_or_error_on_sync"
 
 Clock = Counter[int]
+REPLAY = 20e-6  # seconds in which the host launches a graph
 
 
 class FakeStream:
@@ -53,14 +54,20 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A point in the work of a stream."""
+    """A point in the work of a stream, and the second at which it was reached."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
         self.clock: Clock | None = None
+        self.reached = 0.0
 
     def record(self, stream: FakeStream | None = None) -> None:
         self.clock = self._cuda.clock((stream or self._cuda.current_stream()).cuda_stream)
+        self.reached = max(self._cuda.now, self._cuda.busy_until)
+
+    def elapsed_time(self, after: FakeEvent) -> float:
+        """Milliseconds."""
+        return 1e3 * (after.reached - self.reached)
 
     def query(self) -> bool:
         return True
@@ -103,6 +110,7 @@ class FakeGraph:
         self.stream: FakeStream | None = None
         self.ended = False
         self.replays = 0
+        self.seconds = 0.0  # of its kernels
 
     def capture_begin(
         self,
@@ -113,7 +121,7 @@ class FakeGraph:
         cuda = self._cuda
         self.stream = cuda.current_stream()
         assert self.stream.cuda_stream != 0, "CUDA graphs must be captured on a non-default stream"
-        assert capture_error_mode == "thread_local"
+        cuda.capture_modes.add(capture_error_mode)
         pool = pool or cuda.graph_pool_handle()
         if pool in cuda.recording:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
@@ -143,6 +151,7 @@ class FakeGraph:
         assert self.ended
         self.replays += 1
         self._cuda.use(self.pool_handle)
+        self._cuda.launch(self.seconds, REPLAY)
         self.recorded.replay()
 
     def reset(self) -> None:
@@ -173,6 +182,7 @@ class FakeCuda:
     Attributes:
         graphs: that were captured to their end. recording: memory pools that the allocator takes from.
         pools: how many hold each. generator_captures: whether the default generator is in a capture.
+        now, busy_until: seconds of the host, and at which the device has done what it was given (:meth:`launch`).
         modes: every mode of synchronizing that was set. races: pairs of launches without an order.
     """
 
@@ -186,6 +196,8 @@ class FakeCuda:
         self.races: list[str] = []
         self.recorded_streams: list[FakeStream] = []
         self.capturable = True
+        self.capture_modes: set[str] = set()
+        self.now = self.busy_until = 0.0
         self._uses: dict[int, list[tuple[int, int, str]]] = {}
         self._things: list[object] = []  # kept, so that no other gets the same id
         self._clocks: dict[int, Clock] = {}
@@ -262,6 +274,23 @@ class FakeCuda:
         if self.generator_captures and not self.is_current_stream_capturing():
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
+    def launch(self, seconds: float, host: float) -> None:
+        """A kernel that takes so long, and whose launch takes the host so long; in a capture, a node of the graph."""
+        graph = self.capturing.get(self.current_stream().cuda_stream)
+        if graph is not None:
+            graph.seconds += seconds
+            return
+        self.now += host
+        self.busy_until = max(self.busy_until, self.now) + seconds
+
+    def synchronize(self, device: object = None) -> None:
+        """Wait for the device."""
+        self.now = max(self.now, self.busy_until)
+
+    def sleep(self, cycles: int) -> None:
+        """Keep the device busy; of 1 GHz, the slowest there is."""
+        self.busy_until = max(self.busy_until, self.now) + cycles / 1e9
+
     def synchronizes(self) -> None:
         """An operation that waits for the device."""
         graph = self.capturing.get(self.current_stream().cuda_stream)
@@ -317,7 +346,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Put a fake device in the place of `torch.cuda`, and forget the streams of other tests."""
     from stepfusion.execution import cuda_graph, streams
 
-    fake = FakeCuda()
+    fake, empty = FakeCuda(), torch.empty
+
+    def empty_here(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        where = None if device is None or torch.device(device).type == "cuda" else device
+        made: torch.Tensor = empty(*size, device=where, **options)
+        return made
+
+    monkeypatch.setattr(torch, "empty", empty_here)
     for name, value in {
         "Stream": fake.make_stream,
         "Event": fake.make_event,
@@ -330,7 +366,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "set_sync_debug_mode": fake.set_sync_debug_mode,
         "get_sync_debug_mode": fake.get_sync_debug_mode,
         "is_current_stream_capturing": fake.is_current_stream_capturing,
-        "synchronize": lambda device=None: None,
+        "synchronize": fake.synchronize,
+        "_sleep": fake.sleep,
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

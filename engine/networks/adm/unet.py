@@ -120,11 +120,11 @@ class ADMUNet(TimeConditioned):
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
         check_image(x, self.in_channels, self.conv_out.weight.dtype, 2 ** (len(self.config.channels) - 1))
         check_projections(projections, x, self.projection_size)
-        first = self.input_blocks[0]
-        if self.defers:
-            last = normalised(self.conv_norm_out, self._blocks(convolve(first[0], x), projections))
+        conv = self.get_submodule("input_blocks.0.0")
+        if self.defers and isinstance(conv, nn.Conv2d):
+            last = normalised(self.conv_norm_out, self._blocks(convolve(conv, x), projections))
         else:
-            last = self.conv_norm_out(self._blocks(first(x, projections), projections))
+            last = self.conv_norm_out(self._blocks(self.input_blocks[0](x, projections), projections))
         out: Tensor = self.conv_out(last)
         return out
 

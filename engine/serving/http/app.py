@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.errors import EngineClosed, EngineDead
@@ -36,6 +37,7 @@ from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, St
 from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
 from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 
+_GENERATE, _STREAM = "/v1/generate", "/v1/stream"
 T = TypeVar("T")
 AnyRequest = TypeVar("AnyRequest", bound=GenerateRequest)
 
@@ -63,8 +65,8 @@ def make_app(
         ValueError: ``allowed_hosts`` has what is no host.
 
     Returns:
-        an ASGI 3 application. Its ``state.service`` is ``service``. Its ``state.end_requests``, called in the event
-        loop, ends all requests under way with status 503 or an error event: a server calls it if it is to stop and
+        an ASGI 3 application. Its ``state.service`` is ``service``. Its ``state.end_requests``, called from any
+        thread, ends all requests under way with status 503 or an error event: a server calls it if it is to stop and
         waits for them no longer.
     """
     if limits is None:
@@ -72,8 +74,8 @@ def make_app(
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     handlers = _Handlers(service, limits, name)
     routes = [
-        Route("/v1/generate", handlers.generate, methods=["POST"]),
-        Route("/v1/stream", handlers.stream, methods=["POST"]),
+        Route(_GENERATE, handlers.generate, methods=["POST"]),
+        Route(_STREAM, handlers.stream, methods=["POST"]),
         Route("/v1/model", handlers.model),
         Route("/healthz", handlers.healthz),
         Route("/readyz", handlers.readyz),
@@ -83,7 +85,7 @@ def make_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(HostCheck, own=host, allowed=allowed_hosts)],
+        middleware=[Middleware(HostCheck, own=host, allowed=allowed_hosts, on_refusal=handlers.refused_host)],
         lifespan=handlers.lifespan,
         exception_handlers=EXCEPTION_HANDLERS,
     )
@@ -176,6 +178,11 @@ class _Handlers:
         except (HTTPException, InvalidRequest):
             self._service.count_rejected("invalid")
             raise
+
+    def refused_host(self, scope: Scope) -> None:
+        """Count a request for images that named a host of others."""
+        if scope["method"] == "POST" and scope["path"] in (_GENERATE, _STREAM):
+            self._service.count_rejected("invalid")
 
     # The model and the state of the engine
 

@@ -11,8 +11,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stepfusion.serving.http.errors import error_response
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if not self.has_request:  # of several requests that were sent at once, the next one has begun
             self._keeper.waits(self)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP/1.1, in the form of every other error, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else a response is half sent
+            response = error_response(400, "the request is not valid HTTP/1.1", {"Connection": "close"})
+            head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

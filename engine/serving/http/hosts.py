@@ -7,7 +7,7 @@ name of its own resolve to 127.0.0.1 (DNS rebinding). Such requests name the pag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -38,10 +38,17 @@ class HostCheck:
     Args:
         own: what this server is called, for instance in the URL that it announces.
         allowed: names and addresses; ``*.example.org`` stands for every name that ends so, and ``*`` for all.
+        on_refusal: is called with the scope of each request that is refused.
     """
 
-    def __init__(self, app: ASGIApp, own: str | None = None, allowed: Sequence[str] | None = None) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        own: str | None = None,
+        allowed: Sequence[str] | None = None,
+        on_refusal: Callable[[Scope], object] = lambda scope: None,
+    ) -> None:
+        self._app, self._on_refusal = app, on_refusal
         self._own = None if own is None else _plain(own)
         self._allowed = None if allowed is None else check_hosts(allowed)
 
@@ -51,6 +58,7 @@ class HostCheck:
             arrived_at = (scope.get("server") or ("",))[0]
             strange = [host for host in named if not self._is_accepted(host, arrived_at)]
             if strange:
+                self._on_refusal(scope)
                 await _refusal(strange[0])(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 
 from stepfusion.serving.http.model_app import ModelApp
-from stepfusion.serving.http.stopping import stopping
+from stepfusion.serving.http.stopping import stopping, when_gone
 
 if TYPE_CHECKING:
     from ray import serve
 
 _NAME = "stepfusion"
 _ONGOING = 1024  # requests at a replica, of which its own queue refuses what is too much
+_LAST_WORDS_SECONDS = 5.0  # for the responses of requests that were ended, before Ray kills a replica
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,21 @@ class Replicas:
 
 
 def deployment(model: ModelApp, replicas: Replicas, drain: float) -> serve.Application:
-    """What ``serve.run`` runs. A replica loads the model when it starts."""
+    """What ``serve.run`` runs. A replica loads the model when it starts.
+
+    Ray tells a replica nothing before it kills it, and a client of a replica that is killed gets a plain 500. So a
+    replica looks whether its application is still wanted, and ends its own requests after ``drain`` seconds.
+    """
     from ray import serve
 
+    def is_wanted() -> bool:
+        application = serve.status().applications.get(_NAME)
+        return application is not None and application.status != "DELETING"
+
     def build() -> Starlette:
-        return model.make()
+        app = model.make()
+        when_gone(is_wanted, drain, app.state.end_requests)
+        return app
 
     @serve.ingress(build)
     class Model:
@@ -50,7 +61,7 @@ def deployment(model: ModelApp, replicas: Replicas, drain: float) -> serve.Appli
         num_replicas=replicas.number,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=_ONGOING,
-        graceful_shutdown_timeout_s=drain,
+        graceful_shutdown_timeout_s=drain + _LAST_WORDS_SECONDS,
     )(Model)
     application: serve.Application = deployed.bind()
     return application

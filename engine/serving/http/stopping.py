@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -12,8 +13,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+logger = logging.getLogger("stepfusion.serving")
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PARENT_SECONDS = 0.5  # between two looks at who the parent is
+_WANTED_SECONDS = 0.5  # between two looks at whether something is still wanted
 
 
 @contextmanager
@@ -46,6 +50,30 @@ def terminate_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="stepfusion-parent", daemon=True).start()
+
+
+def when_gone(is_wanted: Callable[[], bool], drain: float, end: Callable[[], object]) -> None:
+    """Call ``end``, in a thread, ``drain`` seconds after ``is_wanted`` no longer says what it once said: True.
+
+    If it raises, because whoever knows is not to be reached, that says nothing.
+    """
+
+    def looks_wanted() -> bool | None:
+        try:
+            return is_wanted()
+        except Exception as error:
+            logger.debug("whether this is still wanted cannot be known now", exc_info=error)
+            return None
+
+    def watch() -> None:
+        was_wanted = False
+        while (wanted := looks_wanted()) is not False or not was_wanted:
+            was_wanted |= bool(wanted)
+            time.sleep(_WANTED_SECONDS)
+        time.sleep(drain)
+        end()
+
+    threading.Thread(target=watch, name="stepfusion-wanted", daemon=True).start()
 
 
 def exit_at_once(status: int) -> NoReturn:

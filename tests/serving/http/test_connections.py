@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -211,3 +212,47 @@ def test_a_server_with_few_file_descriptors_outlives_a_flood(tmp_path: Path) -> 
             assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK")
         server.process.terminate()
         assert server.process.wait(30) == 0
+
+
+# What is no HTTP
+
+MALFORMED = [
+    b"NONSENSE\r\n\r\n",
+    b"GET / HTTP/9.9 x\r\n\r\n",
+    b"GET  /two spaces HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",  # without a host
+    b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)) + b"\r\n\r\n",  # TLS
+    b"A" * 40_000,
+    HEALTH + b"NONSENSE\r\n\r\n",
+    post("/v1/generate", {"steps": 1})[:-5] + b"\xff" * 9 + b"NONSENSE\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", MALFORMED, ids=range(len(MALFORMED)))
+def test_what_is_no_http_is_refused_as_json(site: Site, sent: bytes) -> None:
+    with closing(site.connect()) as connection:
+        connection.sendall(sent)
+        received = read_to_end(connection)
+    head, _, body = received[received.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request")
+    assert b"content-type: application/json" in head.lower()
+    assert b"connection: close" in head.lower()
+    assert isinstance(json.loads(body)["error"], str)
+    with closing(site.connect()) as connection:
+        connection.sendall(LAST)
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 "), "and the others are served"
+
+
+def test_nonsense_in_a_body_whose_request_was_answered_before(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing can be said any more: the connection is closed."""
+    head = (
+        "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n"
+    )
+    with closing(site.connect()) as connection:
+        connection.sendall(f"{head}\r\n".encode())
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 415 ")
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        assert read_to_end(connection) == b""
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -117,6 +117,20 @@ def test_what_asks_for_no_images_is_not_counted(site: Site) -> None:
     assert site.counts() == {}
 
 
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/stream"])
+def test_a_request_for_images_that_names_a_strange_host_is_counted(path: str) -> None:
+    _, engine = gated_engine()
+    with TestClient(make_app(service := AsyncEngine(engine), allowed_hosts=["testserver"])) as client:
+        until(lambda: service.ready)
+        strange = {"Host": "evil.example"}
+        assert client.post(path, json={"steps": 2}, headers=strange).status_code == 421
+        assert rejected(service, "invalid") == 1
+        assert client.get("/v1/model", headers=strange).status_code == 421
+        assert client.get(path, headers=strange).status_code == 421
+        assert client.post(path, json={"steps": 2}).status_code == 200
+        assert rejected(service, "invalid") == 1, "the others asked for no images, or were answered"
+
+
 def test_a_client_that_leaves_is_not_refused(site: Site) -> None:
     async def ask() -> None:
         gone = asyncio.Event()

@@ -120,6 +120,16 @@ def test_it_ends_with_its_parent(model: Path) -> None:
         until(lambda: refused(server), 30)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closed descriptors as a shell has them")
+def test_it_serves_with_its_stderr_closed(model: Path) -> None:
+    with served(str(model), *LOCAL, under=("sh", "-c", 'exec "$@" 2>&-', "sh")) as server:
+        ready(server)
+        assert generate(server, n=1, steps=2, labels=0).status_code == 200
+        assert generate(server, n=0).status_code == 400
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+
+
 STOPPING = str(stopping.__file__)  # run as a script it needs nothing of the package, and starts at once
 
 
