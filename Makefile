@@ -35,11 +35,12 @@ soak: $(VENV)/.dev  ## the tests that take minutes
 # for exceptions; PyTorch's allocations then have guards, and what a kernel reads or writes beside a tensor ends the run.
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-sanitize: $(VENV)/.dev  ## the C++ sampling kernels' tests under the address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.dev  ## the C++ kernels' tests under the address and undefined-behaviour sanitizers
 	@STEPFUSION_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -n 0 --benchmark-disable -k "not triton and not NEON" $(PYTEST_ARGS) \
-		tests/kernels/cpu/test_sampling.py tests/kernels/test_equivalence.py
+		tests/kernels/cpu/test_sampling.py tests/kernels/test_equivalence.py \
+		$(addprefix tests/kernels/cpu/test_,group_norm.py winograd.py convolution.py resnet.py attention.py)
 
 # Packages that stay out of .venv, for they ask for PyTorch's CUDA build and for a web stack: without what they depend
 # on, in a folder of their own. Where they cannot be installed their tests are skipped. Torch-tensorrt's own libraries

@@ -39,6 +39,7 @@ from stepfusion.bench.image_classifier import (
     train_classifier,
 )
 from stepfusion.engine import Engine
+from stepfusion.execution.plan import NETWORK_MODES
 from stepfusion.files.atomic import atomic_write
 from stepfusion.samplers.registry import SAMPLERS
 from stepfusion.samplers.table import StepTable
@@ -184,10 +185,11 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     classifier = load_classifier(args.classifier)
     train, test = load_dataset(args.data), load_dataset(args.data, "test")
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, batch=64)
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, network=args.network, batch=64)
     table = engine.table(args.sampler, args.steps)
     row = {
         "sampler": f"{table.name}, {len(table)} steps",
+        "network": engine.plan.network.value,
         "network_dtype": args.dtype,
         "classifier_test_accuracy": test_accuracy(classifier, test),
         **evaluate(
@@ -231,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: %(default)s)")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
+    command.add_argument("--network", choices=NETWORK_MODES, default="auto", help="(default: %(default)s)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
     command.add_argument("--guidance", type=_guidance, default=1.5, help="judged setting (default: %(default)s)")
     command.add_argument("--other-guidance", type=_guidance, default=None, help="reported beside: a number, or none")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ GPU_FILES = ("tests/engine/test_gpu.py", "tests/kernels/test_gpu.py", "tests/exp
 
 def collect(*arguments: str) -> tuple[int, str]:
     """The exit status of collecting tests in another process, and what it said."""
-    plugins = ["-p", "pytest_benchmark.plugin", "-p", "stepfusion_testing.absent_packages", "-p", "no:cacheprovider"]
+    plugins = ["-p", "pytest_benchmark.plugin", "-p", "stepfusion_testing.without_packages", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [
             sys.executable,
@@ -71,3 +72,7 @@ def test_every_extra_is_hidden() -> None:
     }
     wanted = {imported.get(name, name.replace("-", "_")) for name in names - kept}
     assert wanted <= ABSENT, wanted - ABSENT
+
+
+def test_this_process_hides_nothing() -> None:
+    assert sys.meta_path.count(PathFinder) == 1

@@ -13,9 +13,11 @@ import torch
 
 import stepfusion
 from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.execution.compiled import why_not_cpu_form
 from stepfusion.execution.plan import make_plan
 from stepfusion.execution.selftest import Check, self_test, self_test_in_interpreter
-from stepfusion.kernels.backend import HAS_TRITON, why_not_triton
+from stepfusion.kernels.backend import HAS_TRITON, BackendError, why_not_triton
+from stepfusion.kernels.cpu import library
 from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
@@ -37,6 +39,7 @@ def run_env(args: argparse.Namespace) -> int:
     if reason is not None and HAS_TRITON:
         checks.append(self_test_in_interpreter())
     fused = _why_not_fused(plan.device) or "the fused kernels run here"
+    networks = _why_no_network_kernels(plan.device) or "the C++ kernels of networks run here"
     if args.json:
         report = {
             "versions": versions,
@@ -44,6 +47,7 @@ def run_env(args: argparse.Namespace) -> int:
             "devices": _devices(),
             "plan": {name: {"value": one.value, "reason": one.reason} for name, one in plan.choices().items()},
             "fused": fused,
+            "network_kernels": networks,
             "models": bundled_models(),
             "self_test": [_as_json(check) for check in checks],
         }
@@ -54,7 +58,8 @@ def run_env(args: argparse.Namespace) -> int:
         print("\n".join(f"{'device':<14} {name}" for name in _devices()))
         print(f"{'models':<14} {', '.join(bundled_models()) or 'none'}\n")
         print("\n".join(plan.lines()))
-        print(f"{'fused kernels':<14} {fused}\n")
+        print(f"{'fused kernels':<14} {fused}")
+        print(f"{'C++ networks':<14} {networks}\n")
         print("\n".join(_line(check) for check in checks))
     failed = [check.name for check in checks if not check.passed]
     if failed:
@@ -64,6 +69,17 @@ def run_env(args: argparse.Namespace) -> int:
 
 def _why_not_fused(device: torch.device) -> str | None:
     return why_not_sampling_kernels() if device.type == "cpu" else why_not_triton(device)
+
+
+def _why_no_network_kernels(device: torch.device) -> str | None:
+    """The reason why the C++ kernels of networks cannot run; compiles them if this machine has not yet."""
+    reason = why_not_cpu_form(device, torch.float32)
+    if reason is None:
+        try:
+            library.load(torch.float32)
+        except BackendError as error:
+            return str(error)
+    return reason
 
 
 def _as_json(check: Check) -> dict[str, object]:

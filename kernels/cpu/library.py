@@ -100,12 +100,17 @@ def load(dtype: torch.dtype) -> Any:
 def _outcome(dtype: torch.dtype, instructions: str) -> tuple[Any, str | None]:
     """The library, or the reason why there is none. Asked once, for a compiler that fails would fail again."""
     name = str(dtype).removeprefix("torch.")
-    capability = f"-DCPU_CAPABILITY={instructions}", f"-DCPU_CAPABILITY_{instructions}"  # as PyTorch's headers ask
-    bfloat16 = ("-mavx512bf16",) if dtype == torch.bfloat16 else ()
     try:
-        return compiler.load(name, source(dtype), [*_FLAGS, *capability, *_VECTORS[instructions], *bfloat16]), None
+        return compiler.load(name, source(dtype), flags(dtype, instructions)), None
     except compiler.CompilerError as error:
         return None, str(error)
+
+
+def flags(dtype: torch.dtype, instructions: str) -> list[str]:
+    """The compiler's flags for a dtype and an instruction set."""
+    capability = f"-DCPU_CAPABILITY={instructions}", f"-DCPU_CAPABILITY_{instructions}"  # as PyTorch's headers ask
+    bfloat16 = ["-mavx512bf16"] if dtype == torch.bfloat16 else []
+    return [*_FLAGS, *capability, *_VECTORS[instructions], *bfloat16]
 
 
 def source(dtype: torch.dtype) -> str:

@@ -111,7 +111,7 @@ def test_the_whole_suite_rehearsed(tmp_path: Path, packages: str) -> None:
     if packages == "required":
         hiding = tmp_path / "hiding"
         hiding.mkdir()
-        (hiding / "sitecustomize.py").write_text("from stepfusion_testing import absent_packages as _\n")
+        (hiding / "sitecustomize.py").write_text("from stepfusion_testing import without_packages as _\n")
         environment["PYTHONPATH"] = os.pathsep.join((str(hiding), str(Path(__file__).resolve().parents[1])))
     folder = tmp_path / "results"
     done = subprocess.run(

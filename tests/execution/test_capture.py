@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tqdm import TMonitor
 
 import stepfusion as sf
 from stepfusion.execution import cuda_graph
@@ -20,6 +21,13 @@ CPU = torch.device("cpu")  # where the operators of the fake device run
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers that other tests used leave threads behind."""
+    before, alive = {*threading.enumerate()} - {threading.current_thread()}, threading.enumerate
+    monkeypatch.setattr(threading, "enumerate", lambda: [thread for thread in alive() if thread not in before])
 
 
 @pytest.fixture
@@ -181,6 +189,18 @@ def test_other_threads_may_wait_while_a_thread_captures(fake: FakeCuda) -> None:
         capture(fake.synchronizes, CPU)
     assert not fake.modes
     assert fake.is_clean()
+
+
+def test_a_progress_bar_is_no_thread_that_waits(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bars(TMonitor):
+        """The thread of tqdm, which is not started here."""
+
+        def __init__(self) -> None:
+            threading.Thread.__init__(self)
+
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), Bars()])
+    capture(lambda: None, CPU)
+    assert fake.modes == [2, 0]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

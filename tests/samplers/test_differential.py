@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -24,6 +23,10 @@ from stepfusion.samplers.registry import make_table
 from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.samplers.table import StepTable
 from stepfusion_testing.walking import Network, stand_in, walk
+
+pytest.importorskip("diffusers")
+
+import diffusers
 
 pytestmark = pytest.mark.filterwarnings(  # of diffusers' schedulers, with NumPy 2
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__ must accept:DeprecationWarning"

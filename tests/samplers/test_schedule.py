@@ -136,7 +136,7 @@ def test_the_first_step_ends_at_x0() -> None:
     assert schedule.posterior_mean_coef1[0] == pytest.approx(1, abs=1e-11)
     assert schedule.posterior_mean_coef2[0] == 0
     assert schedule.posterior_log_variance_clipped[0] == schedule.posterior_log_variance_clipped[1]
-    assert NoiseSchedule([0.3]).posterior_log_variance_clipped[0] == math.log(0.3)
+    assert NoiseSchedule([0.3]).posterior_log_variance_clipped[0] == pytest.approx(math.log(0.3), rel=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 import stepfusion as sf
 from stepfusion.errors import CheckpointError
@@ -49,6 +50,8 @@ def signatures() -> dict[str, dict[str, Any]]:
     for file in sorted(folder.rglob("scheduling_*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef) and "ConfigMixin" in map(ast.unparse, node.bases):
+                if node.name.startswith("Flax"):  # until diffusers 0.35, beside each a scheduler of the same config
+                    continue
                 makers = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
                 arguments = makers[0].args
                 names = [argument.arg for argument in arguments.args][1:]
@@ -123,7 +126,10 @@ def test_a_missing_key_has_the_default_of_its_scheduler(name: str) -> None:
     for key, value in ours.defaults.items():
         assert theirs[key] == value
     watched = {*NEUTRAL_VALUES, "use_karras_sigmas"} - {"timestep_values"}
-    assert ours.reads - {"timestep_values"} == watched & theirs.keys()
+    # A scheduler that reads more in newer releases than in the installed one is read as in the newer ones.
+    assert ours.reads - {"timestep_values"} >= watched & theirs.keys()
+    if Version(diffusers.__version__) >= Version("0.42"):
+        assert ours.reads - {"timestep_values"} == watched & theirs.keys()
     bare, full = {"_class_name": name}, {"_class_name": name, **theirs}
     if name in READ:
         assert read(bare)[0] == read(full)[0]
@@ -181,6 +187,8 @@ def test_saved_by_any_loaded_into_another(into: str, monkeypatch: pytest.MonkeyP
         except (ValueError, NotImplementedError):
             continue  # diffusers does not load this pair
         loaded = json.loads(theirs.to_json_string())
+        newer = READ[into].reads - SIGNATURES[into].keys()  # keys that the installed release of B does not read
+        loaded = {key: value for key, value in loaded.items() if key not in newer}
         if (refused := _named(into, loaded)) is not None:
             with pytest.raises(CheckpointError, match=rf"^scheduler config: {refused} must be"):
                 read(loaded)

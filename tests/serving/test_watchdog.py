@@ -47,16 +47,25 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_LAST_ROUND_SECONDS", 0.2)
 
 
-def hanging(gate: Gate, **arguments: Any) -> tuple[AsyncEngine, list[Future[Result]]]:
-    """A service that has worked and whose thread hangs in a tick, and its requests: in lanes and in the inbox."""
-    service = AsyncEngine(small_engine(gate), **arguments).start()
+def hanging(gate: Gate, hang_after: float | None = None) -> tuple[AsyncEngine, list[Future[Result]]]:
+    """A service that has worked and whose thread hangs in a tick, and its requests: in lanes and in the inbox.
+
+    ``hang_after`` holds from this tick on: the ones before may take as long as a busy machine makes them.
+    """
+    service = AsyncEngine(small_engine(gate), hang_after=None).start()
     service.submit(n=8, steps=1, labels=0).result(30)
     until(lambda: service.registry is None or gauges(service)["lanes"] == 16)
     gate.shut()
     futures = [service.submit(n=8, steps=900, labels=0)]
     gate.wait_for_call()
     futures += [service.submit(n=n, steps=900, labels=0, guidance=g) for n, g in ((8, None), (1, 2.0))]
+    be_patient(service, hang_after)
     return service, futures
+
+
+def be_patient(service: AsyncEngine, seconds: float | None) -> None:
+    """Let rounds take so long from now on."""
+    service._worker._watchdog._patience = Patience(seconds)
 
 
 def until(condition: Callable[[], bool], seconds: float = 25.0) -> None:
@@ -87,14 +96,13 @@ def is_over(service: AsyncEngine, state: str) -> bool:
 class TestDeadlines:
     def test_they_are_kept_while_the_thread_hangs(self, gate: Gate) -> None:
         service, others = hanging(gate)
-        late = [service.submit(n=n, steps=3, labels=0, deadline=0.2) for n in (1, 8)]
+        late = [service.submit(n=n, steps=1, labels=0, deadline=1.0) for n in (1, 8)]
         for future, n in zip(late, (1, 8), strict=True):
             with pytest.raises(DeadlineExceeded, match=f"the deadline passed when 0 of {n} images were done"):
                 future.result(25)
         assert not any(future.done() for future in others), "the gate is still shut"
         gate.open()
-        assert all(bool(future.result(60).images.isfinite().all()) for future in others[:1])
-        assert all(future.cancel() for future in others[1:])
+        assert all(bool(future.result(100).images.isfinite().all()) for future in others)
         wait_until_idle(service)
         assert leaks(service) == {}
         assert service.close()
@@ -220,6 +228,7 @@ class TestHangs:
         gate.open()
         starting.join(25)
         assert service.ready
+        be_patient(service, None)
         assert service.close()
 
     def test_idle_time_does_not_count(self, gate: Gate) -> None:

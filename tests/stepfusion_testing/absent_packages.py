@@ -1,4 +1,4 @@
-"""A plugin of pytest that hides every package which a GPU machine need not have.
+"""The packages that a GPU machine need not have, and how a process does without them.
 
 What remains is what the package itself requires, pytest with pytest-benchmark, and matplotlib.
 """
@@ -60,6 +60,3 @@ def hide() -> None:
     sys.meta_path[sys.meta_path.index(PathFinder)] = Without
     for name in [name for name in sys.modules if name.partition(".")[0] in ABSENT]:
         del sys.modules[name]
-
-
-hide()
