@@ -42,7 +42,10 @@ STREAM = tl.constexpr(STREAM_STEP)
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(offs, PIXELS: tl.constexpr, OF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the elements ``offs`` of an image [C, PIXELS] lie in NHWC memory of OF channels; as is, if OF is 0."""
-    return offs if OF == 0 else offs % PIXELS * OF + offs // PIXELS
+    place = offs.to(tl.uint32)  # whose divisions need no care for negative numbers
+    if OF != 0:
+        place = place % PIXELS * OF + place // PIXELS
+    return place
 
 
 # B must stay a tensor for a batch of one too, and neither size may recompile.
