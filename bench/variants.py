@@ -19,6 +19,9 @@ class Variant:
     every_target: bool = False
 
 
+_OF_THE_NETWORK = ("out_uncond", "x_net")
+
+
 def _int64(lanes: int) -> torch.Tensor:
     return torch.zeros(lanes, dtype=torch.int64)
 
@@ -39,6 +42,7 @@ def step(
     copies: int = 1,
     x0: bool = False,
     known: bool = False,
+    nhwc: bool = False,
 ) -> Variant:
     """A launch of the table walker, in place and with flags, as the engine makes it."""
 
@@ -55,11 +59,15 @@ def step(
             extra["x0"] = torch.zeros_like(x)
         if known:
             extra["known"] = torch.zeros_like(x)
+        if nhwc:
+            extra |= {n: t.to(memory_format=torch.channels_last) for n, t in extra.items() if n in _OF_THE_NETWORK}
+            out = out.to(memory_format=torch.channels_last)
         table, timesteps = torch.zeros(50, len(kernels.COLUMNS)), _int64(50)
         kernels.diffusion_step(x, out, _int64(lanes), table, timesteps, x_next=x, flags=_int64(lanes), **extra)
 
     words = [_shape(shape), _name(dtype), f"noise {noise}"]
-    words += [word for word, on in (("learned", learned), ("guided", guidance), ("x0", x0), ("known", known)) if on]
+    options = {"learned": learned, "guided": guidance, "x0": x0, "known": known, "nhwc": nhwc}
+    words += [word for word, on in options.items() if on]
     return Variant(", ".join([*words, f"{copies} copies"]), launch)
 
 
@@ -193,6 +201,8 @@ def variants() -> list[Variant]:
         step(brain, "none", copies=0),
         step(single, "none", copies=0, x0=True),
         step(brain, "none", x0=True),
+        step(brain, "drawn", shape=(2, 3, 64, 64), nhwc=True),
+        step(brain, "none", shape=(2, 3, 64, 64), nhwc=True),
         step(brain, "drawn", known=True),
         step(brain, "given", known=True),
         step(single, "drawn", x0=True, known=True),

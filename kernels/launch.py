@@ -116,6 +116,11 @@ def check_output(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())} for shape {list(x.shape)}")
 
 
+def is_nhwc(x: torch.Tensor) -> bool:
+    """Whether the memory of images [B, C, H, W] is in channels_last order, and that is another than C order."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def check_source(
     noise: torch.Tensor | None, seeds: torch.Tensor | None, indices: torch.Tensor | None, x: torch.Tensor
 ) -> None:

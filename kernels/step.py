@@ -23,6 +23,8 @@ Kernels are compiled without FMA contraction, so that the fused step and the ref
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from stepfusion.kernels import launch
@@ -35,6 +37,12 @@ _OPTIONAL = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_next", "x
 _WIDTH = len(COLUMNS)
 WIDTH = tl.constexpr(_WIDTH)
 STREAM = tl.constexpr(STREAM_STEP)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(offs, PIXELS: tl.constexpr, OF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the elements ``offs`` of an image [C, PIXELS] lie in NHWC memory of OF channels; as is, if OF is 0."""
+    return offs if OF == 0 else offs % PIXELS * OF + offs // PIXELS
 
 
 # B must stay a tensor for a batch of one too, and neither size may recompile.
@@ -61,6 +69,9 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     FILL: tl.constexpr,  # next is fresh memory: parked lanes are copied to it
     LEARNED: tl.constexpr,
     COPIES: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,  # of out and uncond if these are NHWC, else 0
+    NET_CHANNELS: tl.constexpr,  # of net if it is NHWC, else 0
+    PIXELS: tl.constexpr,  # H W if either is NHWC, else 0
     EVEN: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,9 +101,10 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     x0_x = tl.where(threshold == 0.0, x0_x, float("nan"))
 
     x = tl.load(x_ptr + start + offs, mask=mask)
-    out = tl.load(out_ptr + out_start + offs, mask=mask).to(tl.float32)
+    out_offs = _place(offs, PIXELS, OUT_CHANNELS)
+    out = tl.load(out_ptr + out_start + out_offs, mask=mask).to(tl.float32)
     if uncond_ptr is not None:
-        uncond = tl.load(uncond_ptr + out_start + offs, mask=mask).to(tl.float32)
+        uncond = tl.load(uncond_ptr + out_start + out_offs, mask=mask).to(tl.float32)
         guidance = tl.load(guidance_ptr + lane).to(tl.float32)
         out = tl.where(guidance == 1.0, out, uncond + guidance * (out - uncond))
 
@@ -119,7 +131,8 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
             if LEARNED:
                 half_log_min = tl.load(coefficient_ptr + 7)
                 half_log_span = tl.load(coefficient_ptr + 8)
-                v = tl.load(out_ptr + out_start + E + offs, mask=mask).to(tl.float32)
+                v_ptr = out_ptr + out_start + (OUT_CHANNELS // 2 if OUT_CHANNELS else E)
+                v = tl.load(v_ptr + out_offs, mask=mask).to(tl.float32)
                 std = sigma * tl.exp(half_log_min + (v * 0.5 + 0.5) * half_log_span)
             x_next += std * z
         if known_ptr is not None:  # read here: a block of registers less while noise is made
@@ -132,8 +145,9 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
         copy = x_next.to(net_ptr.dtype.element_ty)
+        net_offs = _place(offs, PIXELS, NET_CHANNELS)
         for i in tl.static_range(COPIES):
-            tl.store(net_ptr + i * B.to(tl.int64) * E + start + offs, copy, mask=mask)
+            tl.store(net_ptr + i * B.to(tl.int64) * E + start + net_offs, copy, mask=mask)
     if x0_ptr is not None:
         tl.store(x0_ptr + start + offs, x0, mask=mask)
     if flag_ptr is not None:
@@ -168,11 +182,15 @@ def _diffusion_step(
     if x.numel() == 0:
         return
     shape = launch.geometry(lanes, elements, out.dtype, x.dtype if x_net is None else x_net.dtype)
+    out_nhwc = launch.is_nhwc(out) and (out_uncond is None or launch.is_nhwc(out_uncond))
+    net_nhwc = x_net is not None and launch.is_nhwc(x_net)
+    if not out_nhwc:
+        out, out_uncond = out.contiguous(), launch.contiguous(out_uncond)
     with launch.on(x.device):
         diffusion_step_kernel[shape.grid](
             x.contiguous(),
-            out.contiguous(),
-            launch.contiguous(out_uncond),
+            out,
+            out_uncond,
             None if noise is None else noise.to(torch.float32).contiguous(),
             x_next,
             x_net,
@@ -191,6 +209,9 @@ def _diffusion_step(
             FILL=fill,
             LEARNED=out.numel() != x.numel(),
             COPIES=0 if x_net is None else len(x_net) // lanes,
+            OUT_CHANNELS=out.shape[1] if out_nhwc else 0,
+            NET_CHANNELS=x.shape[1] if net_nhwc else 0,
+            PIXELS=math.prod(x.shape[2:]) if out_nhwc or net_nhwc else 0,
             EVEN=shape.even,
             VEC=shape.vec,
             BLOCK=shape.block,
@@ -227,7 +248,8 @@ def diffusion_step(
     Args:
         x: float32 [B, ...], the state of B lanes.
         out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels
-            [B, 2 C, ...] for a network that learned its variance (its second half is v).
+            [B, 2 C, ...] for a network that learned its variance (its second half is v). Read as it lies if it is
+            contiguous or channels_last.
         rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone. coefficients: float32 [R,
         14], the columns :data:`stepfusion.kernels.COLUMNS`. timesteps: int64 [R], the training timestep that keys a
         row's noise. seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or noise: [B, ...] like x,
@@ -236,7 +258,8 @@ def diffusion_step(
         out_uncond) (Ho & Salimans 2022); exactly out
             where it is 1.
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
-        x_net: [B, ...] or [2 B, ...] in the network's dtype, receives the next state once or twice.
+        x_net: [B, ...] or [2 B, ...] in the network's dtype, contiguous or channels_last, receives the next state
+            once or twice.
         x0: float32 like x, receives the predicted (clipped) x0. If a row has next_prev != 0 it holds the x0 of the
             lane's row before, and is read first; without this buffer every row in use must have next_prev = 0: the
             term is left out.

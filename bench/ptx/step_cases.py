@@ -68,7 +68,9 @@ class Step:
     Attributes:
         shape: of one image. dtype: of the network. noise: "none", "given" or "drawn". table: of :data:`_TABLES`.
         learned, guided, x0, known, flags: arguments that are there. copies: of the next state for the network.
-        own: the step makes x_next itself. rows: of the lanes. shift: elements by which all tensors are shifted.
+        own: the step makes x_next itself.
+        nhwc: what the network takes and returns is channels_last. rows: of the lanes. shift: elements by which all
+        tensors are shifted.
         strides: inputs are not contiguous. planted: a value in one lane of the network's output.
     """
 
@@ -83,13 +85,16 @@ class Step:
     flags: bool = True
     copies: int = 1
     own: bool = False
+    nhwc: bool = False
     rows: tuple[int, ...] = _ROWS
     shift: int = 0
     strides: bool = False
     planted: float | None = None
 
     def __str__(self) -> str:
-        options = [name for name in ("learned", "guided", "x0", "known", "own", "strides") if getattr(self, name)]
+        options = [
+            name for name in ("learned", "guided", "x0", "known", "own", "nhwc", "strides") if getattr(self, name)
+        ]
         more = ["no flags"] * (not self.flags) + [f"{self.copies} copies"] * (self.copies != 1)
         rows = "" if self.rows == _ROWS else f"rows {','.join(map(str, self.rows))}"
         shift = f"shifted {self.shift}" if self.shift else ""
@@ -116,6 +121,9 @@ class Step:
         given |= self._options(batch, given["out"])
         if self.planted is not None:
             plant(given["out"], 0, self.planted)
+        if self.nhwc:
+            images = ("out", "out_uncond", "x_net")
+            given |= {n: given[n].to(memory_format=torch.channels_last) for n in images if n in given}
         if self.strides:
             given |= {name: strided(given[name]) for name in given.keys() - {*_BUFFERS, "timesteps"}}
         return {n: shifted(t, 1 if n in _PER_LANE else self.shift) if self.shift else t for n, t in given.items()}
@@ -211,6 +219,8 @@ def _quick() -> list[tuple[Step, tuple[str, ...]]]:
         (Step((1, 1, 1), BRAIN, "given", copies=0, rows=(4,)), hopper),
         (Step((1, 1, 1), BRAIN, "given", copies=0, rows=(kernels.PARKED,)), hopper),
         (Step(CIFAR, SINGLE, "none", "ddim", known=True), hopper),
+        (Step((3, 9, 7), BRAIN, "drawn", "learned", learned=True, guided=True, copies=2, nhwc=True), NVIDIA),
+        (Step(CIFAR, HALF, "drawn", nhwc=True, rows=(3, kernels.PARKED, 9)), hopper),
         (Step((3, 5, 5), BRAIN, "drawn", "no clip", planted=-math.inf, shift=2), hopper),
     ]
 
@@ -235,6 +245,8 @@ def _every() -> Iterator[Step]:
             yield replace(everything, shape=CIFAR, table="stochastic ddim", rows=_ROWS)
             yield replace(plain, shape=(1, 33, 31), copies=0, flags=False)
             yield replace(plain, shape=(1, 33, 31), copies=0, own=True)
+            yield replace(plain, shape=(3, 40, 36), nhwc=True)
+            yield replace(plain, shape=(4, 9, 7), nhwc=True, guided=True, copies=2)
         yield from _options_of(dtype)
 
 

@@ -92,6 +92,8 @@ class Runner:
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
         self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
+        if ops is kernels and evaluator.hoisted:  # our networks are NHWC on a GPU, and the fused step is either
+            self._x_net = self._x_net.to(memory_format=torch.channels_last)
         self._known = torch.full_like(self.x, math.nan) if key.known else None
         self._noise: Tensor | None = None
         # Everything below is data of a lane and stays at its address: a captured tick reads it by address.
@@ -239,7 +241,7 @@ class Runner:
         for output in outputs:
             self._check_output(output)
         if guided and not key.separate:
-            outputs = list(outputs[0].contiguous().chunk(2))  # one copy if it is NHWC; the step would make two
+            outputs = list(outputs[0].chunk(2))
         out, out_uncond = outputs if guided else (outputs[0], None)
         self._ops.diffusion_step(
             self.x,

@@ -83,7 +83,8 @@ def diffusion_step(
     """
     given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
     check_arguments(x, out, rows, coefficients, timesteps, *given)
-    if sampling.left_to_the_reference(x, out, coefficients, noise, out_uncond, x_net, known):
+    laid_out = x_net is None or x_net.is_contiguous()
+    if not laid_out or sampling.left_to_the_reference(x, out, coefficients, noise, out_uncond, x_net, known):
         return diffusion_step_reference(
             x,
             out,

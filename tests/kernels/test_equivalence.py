@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import stepfusion as sf
 from stepfusion import kernels
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.kernels import philox, posterior, reference
@@ -391,6 +392,37 @@ def test_timesteps_outside_the_schedule_give_nan(fused: Fused) -> None:
         assert step(x, out, t, t_prev, abar).isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (4, 5, 7), (1, 4, 4), (3, 40, 36)], ids=str)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_network_in_nhwc_memory_takes_and_gives_the_same_bits(
+    shape: tuple[int, ...], copies: int, fused: Fused
+) -> None:
+    """Also where it returns its variance, guided; what is drawn is keyed by the element's place in C order."""
+    table, lanes = sf.ddpm(sf.NoiseSchedule.linear(100), 5), 3
+    channels, *size = shape
+    numbers = torch.arange(lanes, device=fused.device)
+    given = {
+        "x": torch.randn(lanes, *shape, device=fused.device),
+        "out": torch.randn(lanes, 2 * channels, *size, device=fused.device).half(),
+        "rows": torch.tensor([0, -1, 4], device=fused.device),
+        "coefficients": torch.from_numpy(table.coefficients.copy()).float().to(fused.device),
+        "timesteps": torch.from_numpy(table.timesteps.copy()).to(fused.device),
+        "seeds": numbers,
+        "indices": numbers,
+        "out_uncond": torch.randn(lanes, 2 * channels, *size, device=fused.device).half(),
+        "guidance": torch.tensor([1.0, 2.0, 3.0], device=fused.device),
+    }
+    results = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        net = torch.zeros(copies * lanes, *shape, device=fused.device).half().to(memory_format=memory)
+        laid_out = {name: given[name].to(memory_format=memory) for name in ("out", "out_uncond")}
+        results.append((fused.ops.diffusion_step(**given | laid_out, x_net=net), net))
+        assert net.is_contiguous(memory_format=memory)
+    for name, ours, theirs in zip(("x_next", "x_net"), *results, strict=True):
+        assert_same_bits(name, ours, theirs)
+    assert results[0][1].any()
+
+
 # The forward process and its posterior
 
 
@@ -608,6 +640,9 @@ def test_step_beyond_two_to_the_31_elements(device: torch.device, tmp_path: Path
         FILL=False,
         LEARNED=False,
         COPIES=2,
+        OUT_CHANNELS=0,
+        NET_CHANNELS=0,
+        PIXELS=0,
         EVEN=True,
         VEC=8,
         BLOCK=BLOCK,

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import stepfusion as sf
 from stepfusion import kernels
 from stepfusion.bench.launches import PRODUCTS, Tick, count_tick, main
 from stepfusion.kernels import reference
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig, prepare_network
 from stepfusion.networks.blocks import ResnetBlock
 from stepfusion.networks.fused import folded
+from stepfusion_testing.networks import tiny_unet
 
 CPU = torch.device("cpu")
 TWINS = ("group_norm_silu", "add_group_norm_silu", "add_bias", "add_bias_doubled", "add_bias_padded")
@@ -214,6 +216,29 @@ def test_what_is_folded_is_done_before_others_see_it(monkeypatch: pytest.MonkeyP
     assert events == [{}]
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_an_engine_makes_the_same_images(guidance: float | None) -> None:
+    """The whole tick by our kernels, the state in C order and the network in NHWC memory."""
+    network = tiny_unet(classes=None if guidance is None else 4, channels=3)
+    options: dict[str, Any] = {"device": "cpu", "shape": (3, 8, 8), "batch": 4}
+    options |= {} if guidance is None else {"num_classes": 4, "null_label": 3}
+    asked = {} if guidance is None else {"labels": [0, 1, 2], "guidance": guidance}
+    schedule = sf.NoiseSchedule.linear()
+    table = sf.ddim(schedule, 3, eta=1.0)
+    images = [
+        sf.Engine(network, schedule, backend=backend, network="eager", **options).sample(
+            3, table, progress=False, **asked
+        )
+        for backend in ("triton", "reference")
+    ]
+    # an error of 1e-5 of the network, as guidance and the first row's x0 / eps enlarge it
+    enlarged = float(schedule.alphas_cumprod[table.timesteps[0]] ** -0.5) * (
+        1 if guidance is None else 1 + 2 * guidance
+    )
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5 * enlarged)
+
+
 # Launches
 
 
@@ -224,7 +249,7 @@ def ticks() -> dict[str, Tick]:
     return {"cifar10": count_tick("cifar10", 8), "celebahq-256": count_tick("celebahq-256", 1)}
 
 
-@pytest.mark.parametrize(("name", "most"), [("cifar10", 150), ("celebahq-256", 246)])
+@pytest.mark.parametrize(("name", "most"), [("cifar10", 146), ("celebahq-256", 244)])
 def test_launches_of_a_tick(name: str, most: int, ticks: dict[str, Tick]) -> None:
     assert ticks[name].launches <= most
     kinds = ticks[name].kinds()
@@ -236,9 +261,10 @@ def test_a_condition_costs_five_launches_and_joins_nothing() -> None:
     """Rows of features, class embeddings, their sum, its activation, and one product for all blocks."""
     pytest.importorskip("triton")
     names = [kernel.name for kernel in count_tick("cifar10", 8, guided=True).kernels]
-    first = names[: names.index("layout of a convolution")]
+    first = names[: names.index("convolution")]
     assert first == ["index", "embedding", "add", "silu", "addmm"]
-    assert "cat" not in names
+    assert len(names) <= 150
+    assert not {"cat", "clone", "layout of a convolution"} & set(names), "the step reads and writes NHWC"
 
 
 def test_bytes_beside_products(ticks: dict[str, Tick]) -> None:
