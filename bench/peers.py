@@ -269,7 +269,8 @@ def _compiled(
 
     freezing: Any = config.patch(freezing=True) if on_cpu else nullcontext()
     with freezing, torch.no_grad():
-        network(case.start.to(torch.bfloat16), torch.tensor(case.timestep, device=case.device))
+        dtype = next(whole.parameters()).dtype
+        network(case.start.to(dtype), torch.tensor(case.timestep, device=case.device))
     return network
 
 

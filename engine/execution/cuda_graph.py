@@ -119,8 +119,8 @@ def _no_waiting() -> Iterator[None]:
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        _set_sync_debug_mode("error")
         yield
     except RuntimeError as error:
         if _SYNCHRONIZING not in str(error):
@@ -129,7 +129,13 @@ def _no_waiting() -> Iterator[None]:
             f"the network waits for the device, which a CUDA graph cannot hold ({_place(error)})"
         ) from error
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: str | int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says once that the mode is a prototype, after it has set it
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _alone() -> bool:

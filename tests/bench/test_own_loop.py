@@ -79,6 +79,20 @@ def test_with_diffusers_the_names_are_as_they_were() -> None:
     assert Eager().name == "eager float32"
 
 
+def test_whoever_compiles_compiles_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that changes nothing stands for Inductor: whatever the first call is given must fit the weights."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    case = Case(load_model("tiny"), CPU, 2, 2)
+    truth = Eager().build(case).evaluate(1)
+    built = [p for p in all_providers(CPU) if p.compiles and p.family in ("diffusers", "inductor")]
+    assert {provider.dtype for provider in built} == {"float32", "bfloat16"}
+    for provider in built:
+        allowed = 1e-4 if provider.dtype == "float32" else 0.1
+        torch.testing.assert_close(provider.build(case).evaluate(1), truth, rtol=0, atol=allowed)
+    case.folder.cleanup()
+
+
 @pytest.mark.usefixtures("without_diffusers")
 def test_without_diffusers_the_steps_have_a_baseline() -> None:
     steps = [work for work in elementwise(CPU, ((2, 3, 4, 4),)) if "step" in work.op]

@@ -12,7 +12,10 @@ import torch
 import stepfusion as sf
 from stepfusion_testing.networks import tiny_unet
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

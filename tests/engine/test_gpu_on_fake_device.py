@@ -108,6 +108,7 @@ def gpu_tests(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings(
     "ignore:(invalid value|divide by zero|overflow):RuntimeWarning"  # the interpreter is NumPy
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")  # as theirs
 @pytest.mark.parametrize(("name", "arguments"), RUN, ids=lambda value: value if isinstance(value, str) else None)
 def test_on_a_fake_device(
     name: str, arguments: dict[str, Any], gpu_tests: ModuleType, fake: FakeCuda, request: pytest.FixtureRequest

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,6 +241,8 @@ class FakeCuda:
     def set_sync_debug_mode(self, mode: str | int) -> None:
         self.mode = _MODES[mode] if isinstance(mode, str) else mode
         self.modes.append(self.mode)
+        if len(self.modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
         if self._waits is not None:
             self._waits.__exit__(None, None, None)
             self._waits = None
