@@ -153,7 +153,7 @@ class CompiledNetwork:
                 expected: Tensor = self._module(*tensors)
                 if self.failure is not None:
                     self._trusted[signature] = self._module
-                elif not bool(expected.isfinite().all()):
+                elif expected.numel() and not bool(_finite_lanes(expected).any()):
                     return expected  # nothing to check against, until another call
                 elif not self._faster_form_is_trusted(signature, tensors, expected) and self._options is not None:
                     self.failure = self._try("torch.compile", self._compiled, signature, tensors, expected)
@@ -238,9 +238,16 @@ class CompiledNetwork:
 
 
 def describe_difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
-    """How two outputs differ by more than ``tolerance`` times the largest expected absolute value; None if not."""
+    """How two outputs differ by more than ``tolerance`` times the largest expected absolute value; None if not.
+
+    Images that are not finite are not compared: they must not decide how the others beside them are computed.
+    """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"the compiled network returned {_checks.describe(actual)}, the eager one {_checks.describe(expected)}"
+    if expected.numel() == 0:
+        return None
+    sound = _finite_lanes(expected)
+    actual, expected = actual[sound], expected[sound]
     if expected.numel() == 0:
         return None
     scale = expected.abs().max().item()
@@ -248,6 +255,11 @@ def describe_difference(actual: Tensor, expected: Tensor, tolerance: float) -> s
     if difference <= tolerance * scale:  # never true of a NaN
         return None
     return f"the compiled network differs by {difference:.3g} where the largest output is {scale:.3g}"
+
+
+def _finite_lanes(out: Tensor) -> Tensor:
+    """Which images of an output [B, ...] are finite, bool [B]."""
+    return out.reshape(len(out), -1).isfinite().all(1)
 
 
 def _signature(tensors: Sequence[Tensor]) -> _Signature:

@@ -125,6 +125,19 @@ def test_the_form_of_guided_diffusions_network(resblock_updown: bool) -> None:
 
 
 @torch.no_grad()
+def test_an_image_that_is_not_finite_does_not_decide_how_the_others_are_computed() -> None:
+    """Neither in the first call, which compares the form with the eager network, nor later."""
+    network = cpp_network(unet(), DTYPE)
+    x, timesteps = inputs(3)
+    broken = x.clone()
+    broken[1] = torch.nan
+    first, second, sound = network(broken, timesteps), network(broken, timesteps), network(x, timesteps)
+    for out in (first, second):
+        assert torch.equal(out[[0, 2]], sound[[0, 2]])
+        assert not out[1].isfinite().any()
+
+
+@torch.no_grad()
 def test_the_scheme_follows_the_size_of_the_image() -> None:
     forms = CpuForms(unet())
     small, large = forms(inputs()), forms(inputs(1, 32))
