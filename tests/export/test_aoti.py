@@ -34,6 +34,7 @@ def make(**arguments: object) -> sf.Engine:
 # The bundled model's tick
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("sampler", "steps", "eta", "guidance"), [("ddim", 10, 0.0, 1.0), ("ddim", 10, 1.0, 2.0), ("ddpm", 6, None, 1.0)]
 )
@@ -50,6 +51,7 @@ def test_the_tick_gives_the_engines_images(
     torch.testing.assert_close(images, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.soak
 def test_the_compiled_noise_is_the_kernels_bit_for_bit() -> None:
     initial_noise = load_initial_noise(read_bundle(bundled_tick()), CPU)
     for n in (1, 2, 5, 64):
@@ -58,6 +60,7 @@ def test_the_compiled_noise_is_the_kernels_bit_for_bit() -> None:
         assert torch.equal(initial_noise(seeds, indices), expected)
 
 
+@pytest.mark.soak
 def test_the_compiled_tick_draws_the_kernels_noise_bit_for_bit() -> None:
     """A row whose only coefficient is sigma = 1 returns z itself."""
     engine, tick = bundled_engine(), load_aoti(read_bundle(bundled_tick()), CPU)
@@ -70,6 +73,7 @@ def test_the_compiled_tick_draws_the_kernels_noise_bit_for_bit() -> None:
     assert torch.equal(z, expected)
 
 
+@pytest.mark.soak
 def test_the_bundle_says_what_it_is() -> None:
     bundle = read_bundle(bundled_tick())
     assert (bundle.manifest.format, bundle.manifest.kind, bundle.manifest.device) == ("aoti", "tick", "cpu")
@@ -156,6 +160,7 @@ def test_an_archive_without_a_program_is_an_error_in_a_line(tmp_path: Path) -> N
         load_aoti(bundle, "cpu")
 
 
+@pytest.mark.soak
 def test_a_damaged_tick_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     for file in bundled_tick().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -35,7 +35,10 @@ def why_not_built() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
+pytestmark = [
+    pytest.mark.soak,  # Inductor compiles the bundled model's tick for most of a minute
+    pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built())),
+]
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ def test_a_consumer_gets_the_engines_images(sampler: str, steps: int, guidance: 
     assert (other - expected).abs().max() > 0.1  # what another seed gives
 
 
+@pytest.mark.soak
 def test_the_bundled_model_gives_the_engines_pixels(tmp_path: Path) -> None:
     engine = sf.Engine.from_pretrained(
         "fashion-mnist", device="cpu", dtype="float32", backend="reference", network="eager"

@@ -67,7 +67,7 @@ def test_the_bundled_model_gives_the_engines_images(tmp_path: Path) -> None:
     torch.testing.assert_close(images, engine.sample(2, steps=50, **how), rtol=0, atol=LOOP)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_unets_give_the_engines_images(name: str, tmp_path: Path) -> None:
     engine = published(name)

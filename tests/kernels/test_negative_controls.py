@@ -60,7 +60,11 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     "variance for std": (PLAIN, "x_next += std * z", "x_next += std * std * z"),
     "log variance for log std": (LEARNED, "tl.exp(half_log_min +", "tl.exp(2 * half_log_min +"),
     "v not moved to [0, 1]": (LEARNED, "tl.exp(half_log_min + (v * 0.5 + 0.5) *", "tl.exp(half_log_min + v *"),
-    "out for v": (LEARNED, "out_ptr + out_start + E + offs", "out_ptr + out_start + offs"),
+    "out for v": (
+        LEARNED,
+        "(OUT_CHANNELS // 2 if OUT_CHANNELS else E)",
+        "(OUT_CHANNELS // 2 if OUT_CHANNELS else 0)",
+    ),
     "guidance from the wrong end": (GUIDED, "out, uncond + guidance *", "out, out + guidance *"),
     "no history": (HISTORY, "x_next += next_prev * tl.load(x0_ptr", "x_next += 0.0 * tl.load(x0_ptr"),
     "history of the same row": (

@@ -205,7 +205,7 @@ def test_statistics_of_ten_million_draws() -> None:
 
 
 def test_statistics_notice_too_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(philox, "_ROUNDS", 2)
+    monkeypatch.setattr(philox.numbers, "ROUNDS", 2)
     assert "neighbours" in _faults(lanes=10, elements=40_000)
 
 
