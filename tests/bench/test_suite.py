@@ -102,8 +102,8 @@ def test_every_part_has_a_limit_and_all_fit_ten_minutes() -> None:
     assert sum(LIMITS.values()) < 600
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("packages", ["all", pytest.param("required", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("packages", ["all", "required"])
 def test_the_whole_suite_rehearsed(tmp_path: Path, packages: str) -> None:
     """As on this machine, and as on one that has the required packages and matplotlib alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}

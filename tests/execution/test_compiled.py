@@ -389,7 +389,7 @@ def test_the_next_process_reuses_what_this_one_compiled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_the_next_process_reuses_the_cpp_kernels(dtype: str, tmp_path: Path) -> None:
     reason = why_not_cpu_kernels(getattr(torch, dtype))
     if reason is not None:

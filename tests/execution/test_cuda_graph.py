@@ -100,8 +100,8 @@ def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures:
     network = tiny_unet()
     captured, eager = both(schedule, network, shape=None, null_label=3)
     plain = sf.Engine(network, schedule, device="cpu", backend="reference", null_label=3)
-    arguments: dict[str, Any] = {"n": 2, "labels": [0, 2], "guidance": 1.5}
-    for steps in (2, 3):
+    arguments: dict[str, Any] = {"n": 1, "labels": [2], "guidance": 1.5}
+    for steps in (1, 2):
         images = captured.sample(steps=steps, **arguments)
         assert torch.equal(images, eager.sample(steps=steps, **arguments))
         torch.testing.assert_close(images, plain.sample(steps=steps, **arguments), rtol=0, atol=1e-4)

@@ -125,6 +125,7 @@ def test_the_command_writes_a_tick(tmp_path: Path) -> None:
     torch.testing.assert_close(images, engine.sample(2, table, seed=1, labels=labels), rtol=0, atol=LOOP)
 
 
+@pytest.mark.soak
 def test_half_networks_keep_a_float32_state(tmp_path: Path) -> None:
     engine = make(dtype="float16")
     export_onnx(engine, tmp_path / "half", kind="tick", batch=Batch.fixed(2), table=engine.table(steps=4))

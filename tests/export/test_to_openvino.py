@@ -22,7 +22,7 @@ pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino.*")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_it_gives_the_engines_images(dtype: str, tmp_path: Path) -> None:
     engine = cpu_engine(tiny_unet(), dtype=dtype)
     export_openvino(engine, tmp_path / "bundle", table=engine.table(steps=5))

@@ -217,7 +217,7 @@ def test_what_is_folded_is_done_before_others_see_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("guidance", [pytest.param(None, marks=pytest.mark.soak), 2.0])
 def test_an_engine_makes_the_same_images(guidance: float | None) -> None:
     """The whole tick by our kernels, the state in C order and the network in NHWC memory."""
     network = tiny_unet(classes=None if guidance is None else 4, channels=3)

@@ -149,7 +149,7 @@ def growth(service: AsyncEngine, requests: int) -> int:
     return blocks[1] - blocks[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_is_flat_over_10000_requests() -> None:
     service = AsyncEngine(small_engine()).start()
     assert growth(service, 10_000) < 2_000

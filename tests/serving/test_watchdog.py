@@ -376,7 +376,10 @@ while service.status.quiet_seconds < 0.2:
 """
 
 
-@pytest.mark.parametrize("hang", ["threading.Event().wait()", "import ctypes; ctypes.CDLL(None).pause()"])
+@pytest.mark.parametrize(
+    "hang",
+    ["import ctypes; ctypes.CDLL(None).pause()", pytest.param("threading.Event().wait()", marks=pytest.mark.soak)],
+)
 def test_the_interpreter_exits_while_the_thread_hangs(hang: str) -> None:
     """In Python code, and in a library."""
     command = [sys.executable, "-P", "-c", HANGS.format(hang=hang)]
