@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 3
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # Keeps the repository root off sys.path: our folder `kernels` would shadow a library of that name.
