@@ -1,4 +1,4 @@
-"""DDIM and DDPM in plain PyTorch, as one writes them without diffusers: the loop of baselines where it is missing."""
+"""DDIM and DDPM in plain PyTorch, as one writes them without diffusers: the loop of baselines if it is missing."""
 
 from __future__ import annotations
 

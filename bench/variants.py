@@ -149,7 +149,7 @@ def _add_group_norm(
 
 
 def _add_bias(dtype: torch.dtype, size: int, channels: int, resize: str = "") -> Variant:
-    """What a residual block leaves to be added, where a resampling follows."""
+    """What a residual block leaves to be added, if a resampling follows."""
 
     def launch() -> None:
         x = torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)

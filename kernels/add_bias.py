@@ -1,6 +1,6 @@
 """What a convolution or a block leaves to be added, if no norm comes next: in one pass, resampled if wanted.
 
-    h       = x + residual + bias                                         residual and bias where given
+    h       = x + residual + bias                                         residual and bias if given
     doubled = every pixel of h in a square of 2 x 2                       nearest neighbour
     padded  = h with a row of zeros below and a column of zeros on the right
 

@@ -1,6 +1,6 @@
 """GroupNorm and SiLU of a sum that is returned as well: what a layer left to be added is added by the norm after it.
 
-    h   = concat(x + residual, skip) + time                               residual, skip and time where given
+    h   = concat(x + residual, skip) + time                               residual, skip and time if given
     out = silu(norm(h))                                                   as in :mod:`stepfusion.kernels.group_norm`
 
 A bias of a convolution and the residual of a block cost launches of their own in eager PyTorch, which read and write

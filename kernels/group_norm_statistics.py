@@ -1,7 +1,7 @@
 """What the GroupNorm kernels count and sum: places of programs, tiles, means and squared deviations.
 
 Statistics are a mean and the sum of squared deviations from it (M2), by two passes over registers, united as in Chan,
-Golub & LeVeque 1979: a sum of squares would cancel where the mean is large. Their unit is a *chunk*, up to 16 bytes
+Golub & LeVeque 1979: a sum of squares would cancel if the mean is large. Their unit is a *chunk*, up to 16 bytes
 of neighbouring channels that lie in one group and in one thread.
 """
 

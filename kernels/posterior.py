@@ -92,17 +92,11 @@ def _q_posterior(
 
 @_q_posterior.register_fake
 def _q_posterior_fake(
-    x_start: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    coef1: torch.Tensor,
-    coef2: torch.Tensor,
-    variances: torch.Tensor,
-    log_variances: torch.Tensor,
+    x_start: torch.Tensor, _: torch.Tensor, t: torch.Tensor, *tables: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mean = torch.empty_like(x_start, memory_format=torch.contiguous_format)
-    variance = torch.empty(len(t), dtype=variances.dtype, device=t.device)
-    return mean, variance, torch.empty(len(t), dtype=log_variances.dtype, device=t.device)
+    variance, log_variance = (torch.empty(len(t), dtype=table.dtype, device=t.device) for table in tables[2:])
+    return mean, variance, log_variance
 
 
 def q_posterior_mean_variance(

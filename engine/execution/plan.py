@@ -18,16 +18,12 @@ from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import (
     BackendError,
     backend_from_environment,
-    interpreting,
     require_triton,
     why_not_triton,
 )
+from stepfusion.kernels.cpu.compiler import instruction_set
 from stepfusion.kernels.cpu.library import onednn_limit, why_not_cpu_kernels
-from stepfusion.kernels.cpu.sampling_library import (
-    instruction_set,
-    require_sampling_kernels,
-    why_not_sampling_kernels,
-)
+from stepfusion.kernels.cpu.sampling_library import require_sampling_kernels, why_not_sampling_kernels
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "openvino")
@@ -237,8 +233,6 @@ def _backend(backend: str, device: torch.device) -> Choice:
             return Choice("cpu", f"auto: the fused kernels in C++ ({instruction_set()}), with the reference's bits")
         return Choice("reference", f"auto: the fused kernels in C++ cannot run: {reason}")
     reason = why_not_triton(device)
-    if reason is None and interpreting():
-        reason = "Triton's interpreter is for tests, and slower than PyTorch"
     if reason is None:
         return Choice("triton", "auto: Triton drives this device")
     return Choice("reference", f"auto: {reason}")

@@ -1,6 +1,6 @@
 """The C++ kernels of networks: a library for each dtype and instruction set, compiled when it is first used.
 
-Float32 runs from AVX2 up, bfloat16 where a processor multiplies matrices of it (AVX512-BF16). The sources are the
+Float32 runs from AVX2 up, bfloat16 if the processor multiplies matrices of it (AVX512-BF16). The sources are the
 same: what differs is in one header for each dtype.
 """
 
@@ -40,7 +40,7 @@ _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx51
 def why_not_cpu_kernels(dtype: torch.dtype) -> str | None:
     """The reason why the C++ kernels for this dtype cannot run on this machine's CPU; None if they can.
 
-    Compiles nothing: where a compiler is found it may still fail.
+    Compiles nothing: a compiler that is found may still fail.
     """
     if dtype not in DTYPES:
         return f"the C++ kernels are for {' and '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
@@ -149,7 +149,7 @@ def check_contiguous(**tensors: Tensor | None) -> None:
 
 
 def like(x: Tensor, *_: object) -> Tensor:
-    """Room for the images that an operator makes of x, where they have its shape."""
+    """Room for the images that an operator makes of x, if they have its shape."""
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.cpu import compiler
-from stepfusion.kernels.cpu.compiler import instruction_set as instruction_set
 
 #: The codes of element types in C++; plus 4 if the channels of a pixel lie together (channels_last).
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -40,7 +39,7 @@ def why_not_sampling_kernels() -> str | None:
 
     The first call on a machine compiles them, which takes a few seconds, and says so on stderr.
     """
-    return _outcome(instruction_set())[1]
+    return _outcome(compiler.instruction_set())[1]
 
 
 def require_sampling_kernels(device: torch.device) -> None:
@@ -55,7 +54,7 @@ def load() -> Any:
     Raises:
         BackendError: it cannot be compiled or loaded here.
     """
-    library, reason = _outcome(instruction_set())
+    library, reason = _outcome(compiler.instruction_set())
     if reason is not None:
         raise BackendError(f"the C++ sampling kernels cannot run: {reason}; use backend='reference'")
     return library

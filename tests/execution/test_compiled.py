@@ -131,7 +131,7 @@ def test_the_options_are_those_of_the_device(traced_only: list[dict[str, Any]]) 
     compile_network(Small().eval(), CPU, torch.float32)(*inputs(1))
     assert traced_only == [known_options(compiled.CPU_OPTIONS)]
     for options in (compiled.CPU_OPTIONS, compiled.CUDA_OPTIONS):
-        # all of them, but for the one that PyTorch 2.11 has not
+        # all of them, except for the one that PyTorch 2.11 does not have
         assert set(options) - set(torch._inductor.list_options()) <= {"loop_reindexing_after_fusion"}
     assert compiled.CUDA_OPTIONS["triton.cudagraphs"] is False
 

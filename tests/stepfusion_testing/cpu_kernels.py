@@ -19,16 +19,21 @@ VARIANTS = {
 }
 
 
-def use_variant(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Run the kernels as compiled for one of `VARIANTS`, and return its dtype; skips what the machine cannot run.
+def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the C++ kernels for an instruction set; skips if the processor does not have it.
 
     What ``ATEN_CPU_CAPABILITY`` says is of no account: a processor that has the instructions runs them.
     """
-    dtype, instructions = VARIANTS[name]
     offered = {"AVX2": torch.cpu._is_avx2_supported, "AVX512": torch.cpu._is_avx512_supported}
-    if not offered[instructions]():
-        pytest.skip(f"this CPU has no {instructions}")
-    monkeypatch.setattr(compiler, "instruction_set", lambda: instructions)
+    if name in offered and not offered[name]():
+        pytest.skip(f"this CPU has no {name}")
+    monkeypatch.setattr(compiler, "instruction_set", lambda: name)
+
+
+def use_variant(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Run the kernels as compiled for one of `VARIANTS`, and return its dtype; skips what the machine cannot run."""
+    dtype, instructions = VARIANTS[name]
+    use_instruction_set(instructions, monkeypatch)
     reason = why_not_cpu_kernels(dtype)
     if reason is not None:
         pytest.skip(f"C++: {reason}")
@@ -36,7 +41,7 @@ def use_variant(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
 
 
 def needs(dtype: torch.dtype) -> pytest.MarkDecorator:
-    """Skips a test where the kernels for a dtype cannot run."""
+    """Skips a test if the kernels for a dtype cannot run."""
     reason = why_not_cpu_kernels(dtype)
     return pytest.mark.skipif(reason is not None, reason=f"C++: {reason}")
 

@@ -12,6 +12,7 @@ from stepfusion import kernels
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.cpu import sampling_library
 from stepfusion_testing.aarch64 import emulated
+from stepfusion_testing.cpu_kernels import use_instruction_set
 
 INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
 _FUNCTION = sampling_library.function.__wrapped__  # without its cache, which knows one instruction set
@@ -38,16 +39,13 @@ def choose(name: str, request: pytest.FixtureRequest) -> Fused:
     if name == "NEON":
         monkeypatch.setattr(sampling_library, "call", emulated(request.getfixturevalue("aarch64_program")))
     else:
-        use_instruction_set(name, monkeypatch)
+        use_sampling_kernels(name, monkeypatch)
     return Fused(cpu_ops, torch.device("cpu"))
 
 
-def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the C++ sampling kernels as compiled for an instruction set; skips where the processor has none such."""
-    offered = {"AVX2": torch.cpu._is_avx2_supported, "AVX512": torch.cpu._is_avx512_supported}
-    if name in offered and not offered[name]():
-        pytest.skip(f"this CPU has no {name}")
-    monkeypatch.setattr(sampling_library, "instruction_set", lambda: name)
+def use_sampling_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the C++ sampling kernels as compiled for an instruction set; skips if the processor does not have it."""
+    use_instruction_set(name, monkeypatch)
     monkeypatch.setattr(sampling_library, "function", _FUNCTION)
     reason = sampling_library.why_not_sampling_kernels()
     if reason is not None:

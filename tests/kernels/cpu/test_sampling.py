@@ -14,7 +14,7 @@ from stepfusion import kernels
 from stepfusion.kernels import BackendError, cpu_ops, reference
 from stepfusion.kernels.cpu import sampling_library
 from stepfusion_testing.cpu_kernels import thread_counts
-from stepfusion_testing.fused import INSTRUCTION_SETS, use_instruction_set
+from stepfusion_testing.fused import INSTRUCTION_SETS, use_sampling_kernels
 from stepfusion_testing.twins import StepCase, assert_same_bits, assert_step_equivalent, outputs
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_instruction_sets_give_the_same_bits_in_the_step(case: StepCase, monkeyp
     given = case.arguments(CPU)
     expected = outputs(cpu_ops.diffusion_step, given)
     for name in INSTRUCTION_SETS:
-        use_instruction_set(name, monkeypatch)
+        use_sampling_kernels(name, monkeypatch)
         for output, tensor in outputs(cpu_ops.diffusion_step, given).items():
             assert_same_bits(output, tensor, expected[output])
 
@@ -97,7 +97,7 @@ def test_instruction_sets_give_the_same_bits(name: str, dtype: torch.dtype, monk
     arguments = _calls(dtype=dtype)[name]
     expected = getattr(cpu_ops, name)(**arguments)
     for instructions in INSTRUCTION_SETS:
-        use_instruction_set(instructions, monkeypatch)
+        use_sampling_kernels(instructions, monkeypatch)
         _same(name, getattr(cpu_ops, name)(**arguments), expected)
 
 
