@@ -76,6 +76,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def inductor_cache() -> Iterator[None]:
+    """For tests that call ``torch.compile`` themselves: Inductor's cache as networks have it.
+
+    Inductor's own is one for all instruction sets, and what a process without their limits left there gives wrong
+    results in a process that has them.
+    """
+    from stepfusion.execution.cache import compiler_cache
+
+    with compiler_cache():
+        yield
+
+
+@pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     """Lets engines on a CPU capture their ticks, with Triton's interpreter for the step."""
     import stepfusion as sf

@@ -13,7 +13,7 @@ from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
 from stepfusion.bench.peers import all_providers
 from stepfusion.bench.rows import End, Row, parse, rows_of
-from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion_testing.cpu_kernels import cpp_contenders
 
 NAMES = ", ".join(repr(provider.name) for provider in all_providers(torch.device("cpu")))
 
@@ -76,12 +76,13 @@ def test_compare_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     records = parse(capsys.readouterr().out)
     rows = [row for row in rows_of(records) if not row.op.startswith("ceiling")]
     names = {"stepfusion eager float32", "stepfusion eager bfloat16", "diffusers float32"}
-    names |= {"diffusers bfloat16 channels_last"}
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    names |= {f"stepfusion cpp {name}" for name, dtype in dtypes.items() if why_not_cpu_kernels(dtype) is None}
+    names |= {"diffusers bfloat16 channels_last"} | cpp_contenders(absent=False)
+    absent = [row for row in rows if row.op == "build"]
+    assert {row.provider for row in absent} == cpp_contenders(absent=True)
+    assert all(row.error is None and row.notes for row in absent)
     for op in ("evaluation", "DDIM-2 loop"):
         assert {row.provider for row in rows if row.op == op} == names
-    for row in rows:
+    for row in [row for row in rows if row not in absent]:
         assert row.error is None
         assert row.median_ms is not None
         assert row.max_difference is not None

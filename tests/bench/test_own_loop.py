@@ -14,6 +14,7 @@ from stepfusion.bench.peers import Eager, EagerHalf, Inductor, all_providers
 from stepfusion.bench.providers import Case
 from stepfusion.bench.race import Race
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2DConfig
+from stepfusion_testing.cpu_kernels import cpp_contenders
 
 CPU = torch.device("cpu")
 FLOORS = Floors((), 1e9, {"float32": 1e12, "bfloat16": 1e12})
@@ -69,7 +70,7 @@ def test_without_diffusers_the_baselines_run_in_the_own_loop(sampler: str) -> No
     with Race("compare", case, [p for p in all_providers(CPU) if not p.compiles], FLOORS) as race:
         absent = {row.provider for row in race.absent()}
         rows = {row.provider: row for row in race.loops(1)}
-    assert absent == {"diffusers float32", "diffusers bfloat16 channels_last"}
+    assert absent == {"diffusers float32", "diffusers bfloat16 channels_last"} | cpp_contenders(absent=True)
     assert f"{OWN}, eager float32" in rows
     assert all(row.error is None and row.median_ms is not None for row in rows.values())
 

@@ -18,6 +18,7 @@ from stepfusion.bench.providers import Built, Case, Provider, Unavailable
 from stepfusion.bench.race import Race
 from stepfusion.execution import compiled
 from stepfusion.execution.cuda_graph import CapturePolicy
+from stepfusion.kernels.cpu.library import onednn_limit
 from stepfusion.networks import UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -188,8 +189,12 @@ def test_the_exported_network_is_the_same_network() -> None:
     case = Case(load_model("fashion-mnist"), CPU, 2, 2)
     runtimes = [p for p in all_providers(CPU) if p.family in ("openvino", "onnxruntime") and p.dtype == "float32"]
     here = [provider for provider in runtimes if provider.why_not(case) is None]
+    if (
+        onednn_limit() is not None
+    ):  # oneDNN inside of OpenVINO obeys it, and OpenVINO does not: the process would crash
+        here = [provider for provider in here if provider.family != "openvino"]
     if not here:
-        pytest.skip("neither OpenVINO nor onnxruntime is installed with onnx and onnxscript")
+        pytest.skip("neither OpenVINO nor onnxruntime can run here with onnx and onnxscript")
     truth = Diffusers().build(case).evaluate(1)
     for provider in here:
         torch.testing.assert_close(provider.build(case).evaluate(1), truth, rtol=0, atol=1e-4)

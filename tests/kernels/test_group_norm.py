@@ -380,6 +380,7 @@ def test_compiles_as_one_graph(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_cache")
 def test_compiles_with_inductor_between_convolutions(device: torch.device) -> None:
     given = SMALL.arguments(device)
     convolution = torch.nn.Conv2d(24, 16, 3, padding=1).to(device).to(memory_format=torch.channels_last)

@@ -119,6 +119,7 @@ def test_compiles_as_one_graph(name: str, kernel_device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_cache")
 def test_compiles_with_inductor(kernel_device: torch.device) -> None:
     """Buffers that the op writes in place stay the caller's."""
     given = StepCase((3, 4, 5), torch.float32, "drawn", copies=2, rows=(1, 2)).arguments(kernel_device)

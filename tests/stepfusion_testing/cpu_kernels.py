@@ -46,6 +46,16 @@ def needs(dtype: torch.dtype) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=f"C++: {reason}")
 
 
+def cpp_contenders(*, absent: bool) -> set[str]:
+    """The names of the benchmarks' contenders that run a network by C++: those that run here, or that are absent."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {
+        f"stepfusion cpp {name}"
+        for name, dtype in dtypes.items()
+        if (why_not_cpu_kernels(dtype) is not None) is absent
+    }
+
+
 def rms(error: Tensor) -> float:
     """The root of the mean square."""
     return float(error.double().pow(2).mean().sqrt())
