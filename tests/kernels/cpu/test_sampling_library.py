@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stepfusion.kernels import BackendError, cpu_ops, reference
-from stepfusion.kernels.cpu import sampling_library
+from stepfusion.kernels.cpu import compiler, sampling_library
 from stepfusion_testing.twins import assert_same_bits
 
 LINE = "stepfusion: compiling the C++ sampling kernels, once on this machine\n"
@@ -78,7 +78,7 @@ def test_other_flags_and_other_instructions_are_other_libraries(
     assert load() is None
     monkeypatch.setenv("STEPFUSION_CXXFLAGS", "-O0 -DOTHER")
     assert load() is None
-    monkeypatch.setattr(sampling_library, "instruction_set", lambda: "DEFAULT")
+    monkeypatch.setattr(compiler, "instruction_set", lambda: "DEFAULT")
     assert load() is None
     others = 1 + (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
     assert capfd.readouterr().err == LINE * (1 + others)
