@@ -70,6 +70,7 @@ def dpmpp_2m(
     if lower_order_final or abar_prev[-1] == 1:
         history[-1] = 0.0
     columns = algebra.dpmpp_2m(abar, abar_prev, history, prediction=prediction)
+    columns["keep_x0"] = np.append(history[1:] != 0, False).astype(np.float64)  # only what the next row reads
     columns |= bounds
     return StepTable.from_columns("dpm-solver++ 2m", prediction, schedule, visits, ending_known(columns))
 
