@@ -29,7 +29,7 @@ from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.options import ExecutionOptions, SamplingOptions
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
 
 
@@ -38,12 +38,15 @@ class Engine:
 
     Args:
         model: any callable ``model(x, timesteps)`` or ``model(x, timesteps, labels)`` that returns what
-            ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]. A
+            ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]; on a path that
+            is not discrete, timesteps are what the path tells (``path.told``), float32 [B]. A
             ``torch.nn.Module`` is copied as it is now, in eval mode, on the engine's device, in its dtype: what is
             changed afterwards in the module or its weights does not change this engine. In a training loop, make an
             engine for each preview.
-        schedule: the noise schedule it was trained with.
-        prediction: "epsilon", "sample" or "v_prediction".
+        schedule: the noise schedule it was trained with, or another path: a :class:`stepfusion.SigmaPath` or
+            :class:`stepfusion.FlowPath`.
+        prediction: "epsilon", "sample" or "v_prediction"; on other paths one of its ``predictions``. By default the
+            first of them.
         shape: of one image, (C, H, W); by default the model's ``in_channels`` and ``sample_size``.
         num_classes: how many labels the model takes; by default the model's ``num_classes``, None for a model without
             labels.
@@ -77,9 +80,9 @@ class Engine:
     def __init__(
         self,
         model: Network,
-        schedule: NoiseSchedule,
+        schedule: Path,
         *,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         shape: Sequence[int] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
@@ -118,7 +121,8 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products)
+        told = torch.int64 if spec.schedule.discrete else torch.float32
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, told)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)
@@ -175,11 +179,12 @@ class Engine:
 
     # What it does
 
-    def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
+    def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
 
-        The checkpoint's options hold if none are given, its clip only for samplers that clip by default. ``steps`` is
-        50 by default, and all timesteps for "ddpm".
+        The checkpoint's options hold if none are given, its clip only for samplers that clip by default. The sampler
+        is "ddim" by default, "heun" on a :class:`stepfusion.SigmaPath` and "euler" on a
+        :class:`stepfusion.FlowPath`; ``steps`` is 50 by default, 18 for "heun", and all timesteps for "ddpm".
         """
         return self.spec.table(sampler, steps, **options)
 

@@ -173,10 +173,12 @@ class Runner:
         if start is None:
             shape = self._key.shape
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
+            start = _scaled(start, [s.start_scale for s in starts])
         where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
         # Between ticks x_net holds what the network is shown next; for a new image the step has not written it yet.
-        self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
+        shown = _scaled(self.x[where], [s.in_scale for s in starts])
+        self._x_net.view(-1, *self.x.shape)[:, where] = shown.to(self._x_net.dtype)
         if self._known is not None:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
@@ -338,6 +340,14 @@ class RunnerPool:
                 if self._idle[position].key == key:
                     return self._idle.pop(position)
         return None
+
+
+def _scaled(images: Tensor, scales: Sequence[float]) -> Tensor:
+    """Each image [k, ...] times its scale; themselves if all scales are 1, as they are on a discrete schedule."""
+    if all(scale == 1.0 for scale in scales):
+        return images
+    each = upload(torch.tensor(scales, dtype=images.dtype), images.device)
+    return images * each.view(-1, *[1] * (images.ndim - 1))
 
 
 def as_int64(seed: int) -> int:

@@ -93,10 +93,10 @@ class Runners:
         if request.image is None:
             return request
         device, table = self.plan.device, request.table
-        numbers = [[int(table.timesteps[s.row]), as_int64(s.seed), s.index] for s in request.lane_starts]
+        numbers = [[s.row, as_int64(s.seed), s.index] for s in request.lane_starts]
         values = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous()
-        timesteps, seeds, indices = upload(values, device)
-        start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
+        rows, seeds, indices = upload(values, device)
+        start = noised(request.image.to(device), rows, seeds, indices, table, self.plan.ops)
         return replace(request, image=None, start=start)
 
     @plain_torch(gradients=False)
@@ -126,7 +126,7 @@ class Runners:
             known=request.known is not None,
             whole_image=request.table.whole_image,
             # room for the longest table at once: growing would throw captured ticks away
-            capacity=0 if self.policy is None else spec.schedule.num_timesteps,
+            capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
         )
 

@@ -10,6 +10,7 @@ from stepfusion.samplers.ancestral import ddpm
 from stepfusion.samplers.dpm_solver import dpmpp_2m, timesteps_in_bound
 from stepfusion.samplers.euler import euler_ancestral
 from stepfusion.samplers.implicit import ddim, ddim_inversion
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.timesteps import largest_offset
@@ -30,14 +31,18 @@ SAMPLERS_WITH_ETA: dict[str, float] = {
 }
 #: The samplers that start from noise: what commands and servers offer.
 OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
-DEFAULT_SAMPLER = "ddim"
 DEFAULT_STEPS = 50
 
 
+def default_sampler(schedule: Path) -> str:
+    """The sampler of a path if none is asked for."""
+    return "ddim"
+
+
 def make_table(
-    schedule: NoiseSchedule,
+    schedule: Path,
     prediction: str,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
     steps: int | None = None,
     *,
     defaults: Mapping[str, Any],
@@ -53,9 +58,10 @@ def make_table(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    sampler = default_sampler(schedule) if sampler is None else sampler
     make = SAMPLERS[_checks.choice("sampler", sampler, SAMPLERS)]
     if steps is None and "timesteps" not in options and sampler != "ddpm":
-        steps = min(DEFAULT_STEPS, schedule.num_timesteps)
+        steps = min(DEFAULT_STEPS, schedule.max_steps)
     accepted = make.__kwdefaults__ or {}
     unknown = [name for name in options if name not in accepted]
     if unknown:

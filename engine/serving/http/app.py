@@ -70,7 +70,7 @@ def make_app(
         waits for them no longer.
     """
     if limits is None:
-        limits = Limits(steps=service.engine.schedule.num_timesteps)
+        limits = Limits(steps=service.engine.schedule.max_steps)
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     handlers = _Handlers(service, limits, name)
     routes = [

@@ -25,7 +25,7 @@ def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
         "samplers": list(OFFERED),
         "eta": SAMPLERS_WITH_ETA,
         "spacings": list(ALL_SPACINGS),
-        "timesteps": engine.schedule.num_timesteps,
+        "timesteps": engine.schedule.max_steps,
         "prediction": engine.prediction,
         "invariant": engine.invariant,
         "device": str(engine.plan.device),
