@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from stepfusion import _checks
-from stepfusion.samplers.registry import check_options, make_table
 from stepfusion.samplers.path import Path
+from stepfusion.samplers.registry import check_options, make_table
 from stepfusion.samplers.table import StepTable
 
 #: The fields of a spec that are arguments of :class:`stepfusion.Engine`, beside the schedule.

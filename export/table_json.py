@@ -11,8 +11,21 @@ from stepfusion.errors import ExportError
 from stepfusion.export.manifest import MAX_JSON_BYTES, Text, to_json
 from stepfusion.files.json_files import FileModel, read_typed
 from stepfusion.kernels import COLUMNS
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.path import Path as GaussianPath
+from stepfusion.samplers.row_levels import RowLevels
 from stepfusion.samplers.table import StepTable
+
+_ARRAYS = ("signal", "noise", "told", "in_scale")
+
+
+class _LevelsEntries(FileModel):
+    """The fields of :class:`stepfusion.samplers.row_levels.RowLevels`."""
+
+    signal: list[float]
+    noise: list[float]
+    told: list[float]
+    in_scale: list[float]
+    start_scales: list[float]
 
 
 class _TableFile(FileModel):
@@ -26,6 +39,7 @@ class _TableFile(FileModel):
     timesteps: list[int]
     next_row: list[int]
     coefficients: list[list[float | None]]
+    levels: _LevelsEntries | None = None
 
 
 def table_to_json(table: StepTable) -> bytes:
@@ -41,12 +55,25 @@ def table_to_json(table: StepTable) -> bytes:
             "timesteps": table.timesteps.tolist(),
             "next_row": table.next_row.tolist(),
             "coefficients": rows,
+            **({} if table.levels is None else {"levels": _levels_to_json(table.levels)}),
         }
     )
 
 
-def read_table(path: Path, schedule: NoiseSchedule) -> StepTable:
-    """The table in a file of a bundle, made for a schedule; ExportError names the file and what is wrong with it."""
+def _levels_to_json(levels: RowLevels) -> dict[str, list[float]]:
+    arrays = {name: getattr(levels, name).tolist() for name in _ARRAYS}
+    return {**arrays, "start_scales": list(levels.start_scales)}
+
+
+def _levels(given: _LevelsEntries | None) -> RowLevels | None:
+    if given is None:
+        return None
+    arrays = [np.array(getattr(given, name), dtype=np.float64) for name in _ARRAYS]
+    return RowLevels(*arrays, tuple(given.start_scales))
+
+
+def read_table(path: Path, schedule: GaussianPath) -> StepTable:
+    """The table in a file of a bundle, made for a path; ExportError names the file and what is wrong with it."""
     given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
         if given.columns != list(COLUMNS):
@@ -60,6 +87,7 @@ def read_table(path: Path, schedule: NoiseSchedule) -> StepTable:
             np.array(given.next_row, dtype=np.int64),
             tuple(given.starts),
             given.learned_variance,
+            _levels(given.levels),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise ExportError(f"{path} cannot be used: {error}") from None

@@ -103,9 +103,9 @@ def noised(
     table: StepTable,
     ops: ModuleType,
 ) -> torch.Tensor:
-    """Images float32 [n, C, H, W] at the levels where rows of a table start, each with the noise of its seed and index.
+    """Images float32 [n, C, H, W] where rows of a table start, with the noise of their seeds and indices.
 
-    rows, seeds and indices are int64 [n]. The noise is that of q_sample at the rows' ``timesteps``.
+    Rows, seeds and indices are int64 [n]. The noise is that of q_sample at the rows' ``timesteps``.
     """
     device = images.device
     pairs = (torch.from_numpy(column.copy()).to(device, torch.float32) for column in table.pairs())

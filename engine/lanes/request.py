@@ -115,14 +115,15 @@ class Request:
 class Event:
     """One step of some images, seen by :meth:`stepfusion.Engine.stream` and by callbacks.
 
-    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from.
+    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from (on
+    a path that is not discrete, what the network was told there).
     ``images`` are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the
     predictions it used, float32.
     """
 
     step: int
     steps: int
-    timestep: int
+    timestep: int | float
     images: tuple[int, ...]
     x: torch.Tensor
     x0: torch.Tensor
@@ -162,7 +163,7 @@ class ActiveRequest:
         row = flag - (self.first or 0)
         error = NonFiniteError(
             f"image {request.first + image} (seed {start.seed}, index {start.index}) became non-finite at step "
-            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
+            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.told[row]:g})"
         )
         error.image = request.first + image
         return error

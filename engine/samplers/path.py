@@ -1,7 +1,7 @@
 """Gaussian paths from data to noise: x = signal * x0 + noise * eps at every level.
 
-Every sampler here joins two such levels, whatever the path. A *level* is named by one number of its path: the training
-timestep of a :class:`stepfusion.samplers.schedule.NoiseSchedule`, sigma of a :class:`SigmaPath`, t of a
+Every sampler here joins two such levels, whatever the path. A *level* is named by one number of its path: the
+training timestep of a :class:`stepfusion.samplers.schedule.NoiseSchedule`, sigma of a :class:`SigmaPath`, t of a
 :class:`FlowPath`.
 """
 
@@ -97,8 +97,9 @@ class SigmaPath(Path):
         told_scale: networks are told ``told_scale * log(sigma)``: 1/4 in EDM (c_noise), 250 in consistency models.
 
     Predictions: "edm" is the raw output of a preconditioned network (Karras et al. 2022, table 1), x0 = c_skip x +
-    c_out out, which was shown c_in x; "v_prediction" the same with -c_out; "consistency" has the c_skip and c_out that
-    are 1 and 0 at sigma_min (Song et al. 2023, appendix C); "sample" and "epsilon" are of networks that see x itself.
+    c_out out, which was shown c_in x; "v_prediction" the same with -c_out; "consistency" has the c_skip and c_out
+    that are 1 and 0 at sigma_min (Song et al. 2023, appendix C); "sample" and "epsilon" are of networks that see x
+    itself.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -163,7 +164,7 @@ class SigmaPath(Path):
 
     def to_json(self) -> dict[str, Any]:
         names = ("sigma_min", "sigma_max", "sigma_data", "rho", "told_scale")
-        return {"path": "sigma", **{name: getattr(self, name) for name in names}}
+        return {"kind": "sigma", **{name: getattr(self, name) for name in names}}
 
     def __repr__(self) -> str:
         return f"SigmaPath({self.sigma_min:g} to {self.sigma_max:g}, sigma_data {self.sigma_data:g})"
@@ -226,7 +227,7 @@ class FlowPath(Path):
         return 1 / (1 - t), -t / (1 - t)
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": "flow", "shift": self.shift, "told_scale": self.told_scale}
+        return {"kind": "flow", "shift": self.shift, "told_scale": self.told_scale}
 
     def __repr__(self) -> str:
         return f"FlowPath(shift {self.shift:g})"

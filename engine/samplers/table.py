@@ -294,7 +294,7 @@ class StepTable:
 class DeviceTable:
     """A :class:`StepTable` on a device.
 
-    coefficients float32 [R, 14]; timesteps, next_row int64 [R]; told, int64 or float32 [R], is what the network is told.
+    coefficients float32 [R, 14]; timesteps, next_row int64 [R]; told int64 or float32 [R], what the network is told.
     """
 
     coefficients: torch.Tensor
