@@ -8,10 +8,13 @@ from stepfusion.samplers.grid import Grid
 from stepfusion.samplers.rows import STATE, Sum, combine
 
 
-def data_step(grid: Grid, i: int, order: int, eta: float = 0.0, solver_type: str = "midpoint") -> Sum:
+def data_step(
+    grid: Grid, i: int, order: int, eta: float = 0.0, solver_type: str = "midpoint", *, bend_factor: float = 2.0
+) -> Sum:
     """The state after step i as a sum of the state before it and of x0 at steps i, i - 1, i - 2.
 
-    The equations stand in :func:`stepfusion.dpmpp_2m_sde` (order 2) and :func:`stepfusion.dpmpp_3m`.
+    The equations stand in :func:`stepfusion.dpmpp_2m_sde` (order 2) and :func:`stepfusion.dpmpp_3m`, with
+    ``bend_factor`` for the 2 of the latter.
     """
     lam = grid.half_log_snr
     h = float(lam[i + 1] - lam[i])
@@ -26,7 +29,7 @@ def data_step(grid: Grid, i: int, order: int, eta: float = 0.0, solver_type: str
         return combine((1.0, first), (signal * half, d0))
     before, earlier = float(lam[i] - lam[i - 1]), float(lam[i - 1] - lam[i - 2])
     bend = combine((1.0, d0), (-1.0, _difference(i - 1, h / earlier)))
-    third = (math.expm1(-k) + k) / k**2 - 0.5
+    third = bend_factor * ((math.expm1(-k) + k) / k**2 - 0.5)
     both = before + earlier
     slope = math.expm1(-k) / k + 1
     return combine((1.0, first), (signal * slope, d0), (signal * (slope * before - third * h) / both, bend))

@@ -151,6 +151,7 @@ def dpmpp_3m(
     *,
     eta: float = 0.0,
     lower_order_final: bool | None = None,
+    compat: str | None = None,
     **grid: Unpack[GridOptions],
 ) -> StepTable:
     """DPM-Solver++(3M), a multistep solver of third order (Lu et al. 2022; k-diffusion's ``dpmpp_3m_sde``).
@@ -158,22 +159,27 @@ def dpmpp_3m(
     With r0 = h_1 / h, r1 = h_2 / h of the two steps before, D0 = x0, d0 = (x0 - x0_1) / r0, d1 = (x0_1 - x0_2) / r1,
     D1 = d0 + r0 / (r0 + r1) (d0 - d1), D2 = (d0 - d1) / (r0 + r1):
 
-        x' = s' / s x - a' (e^-h - 1) D0 + a' ((e^-h - 1) / h + 1) D1 - a' ((e^-h - 1 + h) / h^2 - 1/2) D2
+        x' = s' / s x - a' (e^-h - 1) D0 + a' ((e^-h - 1) / h + 1) D1 - 2 a' ((e^-h - 1 + h) / h^2 - 1/2) D2
 
-    Its first rows are of first and second order, and so are its last ones with fewer than 15 steps.
+    The 2 is not in the authors' code nor in others that follow it; without it D2, half of the second derivative, has
+    half its weight, and the solver is of second order. Its first rows are of first and second order, and so are its last ones with fewer than 15 steps.
 
     Args:
         eta: above 0, the SDE's form with so much noise, as in :func:`stepfusion.dpmpp_2m_sde`.
         lower_order_final: make the last two rows of second and of first order; by default with fewer than 15 steps.
+        compat: "diffusers" leaves the 2 out; without noise alone.
         Others: :class:`stepfusion.samplers.grid.GridOptions`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     eta = _checks.number("eta", eta, 0.0, 1.0)
+    if compat not in (None, "diffusers") or (compat and eta):
+        raise ValueError(f"compat must be None, or 'diffusers' with eta = 0, got {compat!r} and eta = {eta:g}")
     found = make_grid(path, steps, grid, bounded=True)
     name = "dpm-solver++ 3m" + (f" sde, eta {eta:g}" if eta else "")
-    return _multistep(name, found, 3, eta, "heun", lower_order_final, second="midpoint" if eta == 0 else "heun")
+    solver_type = "heun" if eta else "midpoint"
+    return _multistep(name, found, 3, eta, solver_type, lower_order_final, bend_factor=1.0 if compat else 2.0)
 
 
 def _multistep(
@@ -184,7 +190,7 @@ def _multistep(
     solver_type: str,
     lower_order_final: bool | None,
     *,
-    second: str | None = None,
+    bend_factor: float = 2.0,
 ) -> StepTable:
     if lower_order_final is None:
         lower_order_final = len(grid) < 15
@@ -192,8 +198,8 @@ def _multistep(
     orders = step_orders(grid, order, lower_order_final)
     writer = RowWriter()
     for i, this_order in enumerate(orders):
-        kind = second if second is not None and this_order == 2 else solver_type
-        writer.add(data_step(grid, i, this_order, eta, kind), sigma=noise_of_step(grid, i, eta))
+        reached = data_step(grid, i, this_order, eta, solver_type, bend_factor=bend_factor)
+        writer.add(reached, sigma=noise_of_step(grid, i, eta))
     return grid.table(name, writer.columns())
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stepfusion import _checks
 from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.kernels.coefficients import DEFAULTS
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.row_levels import RowLevels
 
@@ -230,13 +231,20 @@ class StepTable:
     ) -> StepTable:
         """One sampler's table; columns that are not given are 0, but ``net_scale`` follows from ``levels``."""
         rows = len(timesteps)
-        zero = np.zeros(rows)
-        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
-            np.float64
-        )
         next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
+        if levels is not None:
+            columns = {**columns, "net_scale": levels.net_scale(next_row)}
+        given = [np.broadcast_to(columns.get(c, np.float64(DEFAULTS.get(c, 0.0))), rows) for c in COLUMNS]
+        coefficients = np.stack(given, axis=1).astype(np.float64)
         return cls(
-            name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
+            name,
+            prediction,
+            schedule,
+            coefficients,
+            timesteps.copy(),
+            next_row,
+            learned_variance=learned_variance,
+            levels=levels,
         )
 
     @classmethod
