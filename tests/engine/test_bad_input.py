@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("bad_input_workspace")
 ENGINES = [
     Case("model: not callable", lambda: sf.Engine(None, LINEAR), TypeError, "model must be callable, got NoneType"),
     Case("schedule: text", lambda: sf.Engine(network, "linear"),
-         TypeError, "schedule must be a NoiseSchedule, got str"),
+         TypeError, "schedule must be a NoiseSchedule or another path, got str"),
     Case("shape: missing", lambda: sf.Engine(network, LINEAR),
          ValueError, "shape is needed, e.g. (3, 32, 32): the model has no in_channels and sample_size"),
     Case("shape: negative", lambda: engine(shape=(1, -4, 4)), ValueError, "shape must be in [1, 1048576], got -4"),

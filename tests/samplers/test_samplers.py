@@ -305,7 +305,7 @@ def test_single_steps_equal_rows(sampler: str, prediction: str, clip: float | No
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ddim([0.1], 5), TypeError, "schedule must be a NoiseSchedule, got list"),
+        (lambda: ddim([0.1], 5), TypeError, "schedule must be a NoiseSchedule or another path, got list"),
         (lambda: ddim(LINEAR, 5, eta=1.5), ValueError, "eta must be a finite number in [0, 1], got 1.5"),
         (lambda: ddim(LINEAR, 5, eta="0"), TypeError, "eta must be a number, got '0'"),
         (lambda: ddim(LINEAR, 5, prediction="eps"), ValueError,

@@ -358,7 +358,10 @@ def test_a_table_says_whether_it_needs_whole_images(column: str, whole: bool) ->
         (lambda: sf.ddpm(LINEAR, 5, sample_max_value=0.5), r"sample_max_value must be a finite number in \[1, inf\]"),
         (lambda: karras(LINEAR.alphas_cumprod, 5, rho=0), r"rho must be a finite number in \(0, inf\], got 0"),
         (lambda: karras(LINEAR.alphas_cumprod, 1001), r"steps must be in \[1, 1000\], got 1001"),
-        (lambda: sf.dpmpp_2m(LINEAR, 5, spacing="even"), "spacing must be one of 'leading', .*'karras', got 'even'"),
+        (
+            lambda: sf.dpmpp_2m(LINEAR, 5, spacing="even"),
+            "spacing must be one of 'leading', .*'karras', .*'beta', got 'even'",
+        ),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:
