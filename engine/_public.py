@@ -24,8 +24,14 @@ from stepfusion.samplers import (
     ddim,
     ddim_inversion,
     ddpm,
+    dpmpp_1s,
     dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_3m,
+    euler,
     euler_ancestral,
+    heun,
 )
+from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable

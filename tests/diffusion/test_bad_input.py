@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("bad_input_workspace")
 # fmt: off
 DIFFUSIONS = [
     Case("diffusion schedule: text", lambda: sf.GaussianDiffusion("linear"),
-         TypeError, "schedule must be a NoiseSchedule or another path, got str"),
+         TypeError, "schedule must be a NoiseSchedule, got str"),
     Case("diffusion variance: unknown", lambda: sf.GaussianDiffusion(LINEAR, variance="small"),
          ValueError, "variance must be one of 'fixed_small', 'fixed_large', 'learned', 'learned_range', got 'small'"),
     Case("diffusion clip: negative", lambda: sf.GaussianDiffusion(LINEAR, clip=-1),

@@ -76,18 +76,24 @@ def edm_solution(x: Tensor) -> Tensor:
     return MEAN + (x - MEAN) * STD / math.sqrt(STD**2 + SIGMA.sigma_max**2)
 
 
+def errors(engine: sf.Engine, x: Tensor, want: Tensor) -> list[float]:
+    """The largest errors of Heun's method with 40 and 80 steps."""
+    return [float((engine.sample(start=x, sampler="heun", steps=n) - want).abs().max()) for n in (40, 80)]
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 3), (7, 11), (3, 8, 8)], ids=str)
-def test_heun_reaches_the_solution_of_edms_path(shape: tuple[int, ...]) -> None:
-    engine = edm_engine(shape)
+def test_heun_goes_to_the_solution_of_edms_path_with_second_order(shape: tuple[int, ...]) -> None:
     x = 80 * torch.randn((3, *shape), generator=torch.Generator().manual_seed(0))
-    images = engine.sample(start=x, steps=40, seed=1)
-    torch.testing.assert_close(images, edm_solution(x), rtol=0, atol=2e-3)
+    coarse, fine = errors(edm_engine(shape), x, edm_solution(x))
+    assert fine < 6e-3
+    assert 3.5 < coarse / fine < 5
 
 
-def test_flow_reaches_the_solution_of_its_path() -> None:
+def test_heun_goes_to_the_solution_of_flows_path_with_second_order() -> None:
     x = torch.randn((3, 2, 5, 3), generator=torch.Generator().manual_seed(0))
-    images = flow_engine().sample(start=x, sampler="heun", steps=40)
-    torch.testing.assert_close(images, MEAN + x * STD, rtol=0, atol=2e-3)
+    coarse, fine = errors(flow_engine(), x, MEAN + x * STD)
+    assert fine < 1e-3
+    assert 3.5 < coarse / fine < 5
 
 
 def test_the_defaults_are_edms() -> None:
@@ -132,7 +138,7 @@ def test_an_image_is_itself_whatever_its_batch() -> None:
     for image, table in enumerate(tables):
         alone = {name: values[image] for name, values in options.items()}
         index = [0, 9, 3, 2][image]
-        assert_same_bits(engine.sample(1, table, indices=[index], **alone)[0], together[image])  # type: ignore[arg-type]
+        assert_same_bits(table.name, engine.sample(1, table, indices=[index], **alone)[0], together[image])  # type: ignore[arg-type]
 
 
 def test_events_say_what_the_network_was_told() -> None:
@@ -148,7 +154,8 @@ def test_editing_keeps_what_the_mask_keeps() -> None:
     mask = (torch.rand(1, 1, 5, 3) > 0.5).float()
     for sampler in ("euler", "heun"):
         edited = engine.sample(image=image, mask=mask, strength=0.7, sampler=sampler, steps=8, seed=2)
-        assert_same_bits(edited * (1 - mask), image * (1 - mask))
+        kept = (mask == 0).expand_as(image)
+        assert_same_bits(sampler, edited[kept], image[kept])
         assert (edited != image)[:, :, mask[0, 0] == 1].all()
 
 
