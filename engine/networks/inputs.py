@@ -32,6 +32,15 @@ def check_image(x: Tensor, channels: int, dtype: torch.dtype, factor: int) -> No
         raise ValueError(f"x is {_checks.describe(x)}; accepted are height and width that are multiples of {factor}")
 
 
+def check_sequence(x: Tensor, channels: int, dtype: torch.dtype, factor: int) -> None:
+    """ValueError unless x is [B, channels, L] of this dtype, L a multiple of `factor`."""
+    if x.ndim != 3 or x.shape[1] != channels or x.dtype != dtype:
+        accepted = f"{str(dtype).removeprefix('torch.')} [B, {channels}, L]"
+        raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
+    if x.shape[2] % factor:
+        raise ValueError(f"x is {_checks.describe(x)}; accepted are lengths that are multiples of {factor}")
+
+
 def check_projections(projections: Tensor, x: Tensor, size: int) -> None:
     """ValueError unless projections are [B, size], as x [B, C, H, W] has B."""
     if list(projections.shape) != [x.shape[0], size]:
