@@ -9,7 +9,7 @@ from typing import Any
 
 from stepfusion.checkpoints.diffusers_directory import Pretrained, load_pretrained
 from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel, load_guided_diffusion
-from stepfusion.networks import ADMUNet, ContextUNet, UNet2D
+from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, SongUNet, UNet2D
 
 
 def load_model(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionModel:
@@ -28,6 +28,6 @@ def network_config(network: object) -> Mapping[str, Any]:
         return network.config.to_dict()
     if isinstance(network, ContextUNet):
         return network.to_config()
-    if isinstance(network, ADMUNet):
-        return {"_class_name": "ADMUNet", **asdict(network.config)}
+    if isinstance(network, ADMUNet | SongUNet | DhariwalUNet):
+        return {"_class_name": type(network).__name__, **asdict(network.config)}
     return {"_class_name": type(network).__name__}
