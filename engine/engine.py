@@ -183,8 +183,8 @@ class Engine:
         """A sampler's table for this engine's schedule and prediction type.
 
         The checkpoint's options hold if none are given, its clip only for samplers that clip by default. The sampler
-        is "ddim" by default, "heun" on a :class:`stepfusion.SigmaPath` and "euler" on a
-        :class:`stepfusion.FlowPath`; ``steps`` is 50 by default, 18 for "heun", and all timesteps for "ddpm".
+        is "ddim" by default, on other paths "heun" or "euler"; ``steps`` is 50 by default, 18 for "heun", and all
+        timesteps for "ddpm".
         """
         return self.spec.table(sampler, steps, **options)
 
