@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stepfusion import _checks
 from stepfusion.kernels import COLUMNS, PARKED
-from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.kernels.coefficients import DEFAULTS, HISTORY, PREDICTIONS, WHOLE_IMAGE
 from stepfusion.samplers.schedule import NoiseSchedule
 
 
@@ -21,7 +21,7 @@ from stepfusion.samplers.schedule import NoiseSchedule
 class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
-    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
+    ``coefficients`` float64 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
     the network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the
     first row of each of the samplers in it, whose rows stand one after the other. Made by
     :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`, :func:`stepfusion.dpmpp_2m`,
@@ -127,14 +127,15 @@ class StepTable:
         return bool((self.column("sigma") != 0).any())
 
     @cached_property
-    def history(self) -> bool:
-        """True if some row uses the x0 of the row before it, as multistep solvers do."""
-        return bool((self.column("next_prev") != 0).any())
+    def history(self) -> int:
+        """How much of what earlier rows kept some row uses, 0 to 3 entries: the history that a lane must have."""
+        used = [age for age, name in enumerate(HISTORY, 1) if (self.column(name) != 0).any()]
+        return max(used, default=0)
 
     @cached_property
-    def thresholds(self) -> bool:
-        """True if some row has dynamic thresholding."""
-        return bool((self.column("threshold") != 0).any())
+    def whole_image(self) -> bool:
+        """True if some row needs all elements of an image at once: dynamic thresholding, rescaled guidance."""
+        return any(bool((self.column(name) != 0).any()) for name in WHOLE_IMAGE)
 
     @cached_property
     def edits(self) -> bool:
@@ -144,7 +145,8 @@ class StepTable:
     def last(self, steps: int) -> StepTable:
         """The last ``steps`` rows, for a start from an image noised to the level where the first of them starts.
 
-        What that row would take from the x0 before it, it takes from its own x0: a first-order step.
+        What that row would take from the rows before it, it takes from its own x0: a first-order step. What a row
+        after it would take from those, it takes from the oldest entry of its history that is there.
         """
         if len(self.starts) != 1:
             raise ValueError(f"last needs a table of one sampler, got one of {len(self.starts)}")
@@ -152,9 +154,7 @@ class StepTable:
         if steps == len(self):
             return self
         coefficients = self.coefficients[-steps:].copy()
-        next_x0, next_prev = COLUMNS.index("next_x0"), COLUMNS.index("next_prev")
-        coefficients[0, next_x0] += coefficients[0, next_prev]
-        coefficients[0, next_prev] = 0.0
+        _forget(coefficients)
         following = self.next_row[-steps:]
         following = np.where(following == PARKED, PARKED, following - (len(self) - steps))
         name = f"{self.name}, last {steps} of {len(self)}"
@@ -179,12 +179,10 @@ class StepTable:
         *,
         learned_variance: bool = False,
     ) -> StepTable:
-        """One sampler's table; columns that are not given are 0."""
+        """One sampler's table; columns that are not given are 0, and net_scale 1."""
         rows = len(timesteps)
-        zero = np.zeros(rows)
-        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
-            np.float64
-        )
+        given = [np.broadcast_to(columns.get(c, np.float64(DEFAULTS.get(c, 0.0))), rows) for c in COLUMNS]
+        coefficients = np.stack(given, axis=1).astype(np.float64)
         next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
         return cls(
             name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
@@ -237,9 +235,21 @@ class StepTable:
         return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
 
 
+def _forget(coefficients: NDArray[np.float64]) -> None:
+    """Let rows [R, 21] start without a history, in place."""
+    sources = [COLUMNS.index(name) for name in ("next_x0", *HISTORY)]
+    keep = [COLUMNS.index(name) for name in ("keep_x", "keep_x0")]
+    kept = 0
+    for row in coefficients:
+        missing = sources[kept + 1 :]
+        row[sources[kept]] += row[missing].sum()
+        row[missing] = 0.0
+        kept = min(kept + bool(row[keep].any()), len(HISTORY))
+
+
 @dataclass(frozen=True)
 class DeviceTable:
-    """A :class:`StepTable` on a device: coefficients float32 [R, 14], timesteps int64 [R], next_row int64 [R]."""
+    """A :class:`StepTable` on a device: coefficients float32 [R, 21], timesteps int64 [R], next_row int64 [R]."""
 
     coefficients: torch.Tensor
     timesteps: torch.Tensor
