@@ -2,8 +2,8 @@
 
     out    = uncond + guidance * (out - uncond)                   if guidance is given and not 1, and unguided is 0
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out
-             + next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out +
+             next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
     sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               if the network returns v as well
     x_next = known_x * known + known_sigma * z                                     if a part of the image is known
     h      = (keep_x * x + keep_x0 * x0, h[0], h[1])                               if keep_x or keep_x0 is not 0
