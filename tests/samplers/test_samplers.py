@@ -263,9 +263,9 @@ def test_coefficients_that_are_not_finite_are_refused(column: str, value: float)
 
 
 def test_ragged_tables_are_refused() -> None:
-    message = "a table of 2 rows must have coefficients [2, 14] and next_row [2], got [3, 14] and [2]"
+    message = "a table of 2 rows must have coefficients [2, 21] and next_row [2], got [3, 21] and [2]"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        StepTable("mine", "epsilon", LINEAR, np.zeros((3, 14)), np.array([5, 0]), np.array([1, -1]))
+        StepTable("mine", "epsilon", LINEAR, np.zeros((3, len(COLUMNS))), np.array([5, 0]), np.array([1, -1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
