@@ -98,7 +98,8 @@ def make_table(
     """The table of a sampler for a schedule and a prediction type.
 
     Args:
-        steps: 50 by default, but 18 for "heun", all timesteps for "ddpm", and 2 or 4 for samplers of distilled networks.
+        steps: 50 by default, but 18 for "heun", all timesteps for "ddpm", and 2 or 4 for samplers of distilled
+            networks.
         defaults: options of the model, used if ``options`` does not give them, the sampler takes them, and the
             caller's own options leave a place for them. Its clip is used only for samplers that clip by default.
 
