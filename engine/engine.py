@@ -387,7 +387,7 @@ class Engine:
         uncaptured = None if runners.policy is None else runners.policy.failure
         lines = [
             *self.plan.lines(),
-            *explain.threshold_lines(self.plan),
+            *explain.whole_image_lines(self.plan),
             *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
             *explain.failure_lines(uncaptured, self.evaluator.declined),
             explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant),

@@ -11,10 +11,13 @@ from stepfusion.errors import ExportError
 from stepfusion.export.manifest import MAX_JSON_BYTES, Text, to_json
 from stepfusion.files.json_files import FileModel, read_typed
 from stepfusion.kernels import COLUMNS
+from stepfusion.kernels.coefficients import DEFAULTS
 from stepfusion.samplers.path import Path as GaussianPath
 from stepfusion.samplers.row_levels import RowLevels
 from stepfusion.samplers.table import StepTable
 
+#: How many columns files of earlier versions have, the first ones of today's.
+_EARLIER = 14
 _ARRAYS = ("signal", "noise", "told", "in_scale")
 
 
@@ -76,13 +79,13 @@ def read_table(path: Path, schedule: GaussianPath) -> StepTable:
     """The table in a file of a bundle, made for a path; ExportError names the file and what is wrong with it."""
     given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
-        if given.columns != list(COLUMNS):
+        if given.columns not in (list(COLUMNS), list(COLUMNS[:_EARLIER])):
             raise ValueError(f"columns are {given.columns[:20]}; accepted are {list(COLUMNS)}")
         return StepTable(
             given.name,
             given.prediction,
             schedule,
-            _coefficients(given.coefficients),
+            _coefficients(given.coefficients, len(given.columns)),
             np.array(given.timesteps, dtype=np.int64),
             np.array(given.next_row, dtype=np.int64),
             tuple(given.starts),
@@ -93,10 +96,14 @@ def read_table(path: Path, schedule: GaussianPath) -> StepTable:
         raise ExportError(f"{path} cannot be used: {error}") from None
 
 
-def _coefficients(rows: list[list[float | None]]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """The rows as an array [R, columns]; ValueError if one has another length."""
+def _coefficients(rows: list[list[float | None]], columns: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The rows as an array [R, 21]; ValueError if one has not so many ``columns``. What is not there is as it was."""
     for number, row in enumerate(rows):
-        if len(row) != len(COLUMNS):
-            raise ValueError(f"row {number} of coefficients must have {len(COLUMNS)} entries, got {len(row)}")
+        if len(row) != columns:
+            raise ValueError(f"row {number} of coefficients must have {columns} entries, got {len(row)}")
     values = [[math.inf if value is None else value for value in row] for row in rows]
-    return np.array(values, dtype=np.float64).reshape(-1, len(COLUMNS))
+    coefficients = np.tile([DEFAULTS.get(name, 0.0) for name in COLUMNS], (len(rows), 1))
+    coefficients[:, :columns] = np.array(values, dtype=np.float64).reshape(-1, columns)
+    if columns == _EARLIER and (coefficients[:, COLUMNS.index("next_prev")] != 0).any():
+        coefficients[:, COLUMNS.index("keep_x0")] = 1.0  # every row kept its x0
+    return coefficients

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stepfusion.kernels import COLUMNS, launch, philox
 from stepfusion.kernels import philox_numbers as numbers
+from stepfusion.kernels.coefficients import HISTORY, WHOLE_IMAGE
 
 _WORD = 1 << 32
 _MASK = _WORD - 1
@@ -64,7 +65,7 @@ class Tick(nn.Module):
         Args:
             x: float32 [B, C, H, W], the states.
             row: int64 [B], each lane's row of the table; -1 leaves the lane alone.
-            coefficients: float32 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`.
+            coefficients: float32 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`.
             timesteps: int64 [R], what the network is told and what keys a row's noise.
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
@@ -79,6 +80,8 @@ class Tick(nn.Module):
         safe = row.clamp(0, rows - 1)
         columns = torch.where(inside, coefficients[safe], math.nan)
         t = timesteps[safe]
+        if guidance is not None:
+            guidance = torch.where(columns[:, COLUMNS.index("unguided")] == 0, guidance, 1.0)
         out = self._evaluate(x.to(self.dtype), t, labels, guidance)
         z = normal(seed, index, t, tuple(x.shape[1:]), philox.STREAM_STEP)
         return torch.where(launch.per_lane(row >= 0, x), step(x, out, columns, z), x)
@@ -120,13 +123,16 @@ def step(x: Tensor, out: Tensor, columns: Tensor, z: Tensor) -> Tensor:
 
     Args:
         x, z: float32 [B, C, H, W]. out: the same, or [B, 2 C, H, W] with learned variance.
-        columns: float32 [B, 14], each lane's row of the table. A row that uses the x0 before it, or a quantile of its
-            own, gives NaN: a tick has neither.
+        columns: float32 [B, 21], each lane's row of the table. A row that uses a history, a quantile of its x0 or
+            rescaled guidance gives NaN, and so does one that scales what the network is shown: a tick has none.
     """
     c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns.unbind(1), strict=True)}
     sigma, clip = c["sigma"], c["clip"]
     eps = out[:, : x.shape[1]]
-    x0_x = torch.where((c["next_prev"] == 0) & (c["threshold"] == 0), c["x0_x"], math.nan)
+    runs = c["net_scale"] == 1
+    for name in (*HISTORY, *WHOLE_IMAGE):
+        runs = runs & (c[name] == 0)
+    x0_x = torch.where(runs, c["x0_x"], math.nan)
     x0 = torch.minimum(torch.maximum(x0_x * x + c["x0_out"] * eps, -clip), clip)
     result = c["next_x0"] * x0 + c["next_x"] * x + c["next_out"] * eps
     std = sigma

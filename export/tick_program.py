@@ -52,8 +52,10 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
         )
     if table.history:
         raise ExportError(f"a tick keeps nothing but x from row to row, and {table!r} needs the x0 before as well")
-    if table.thresholds:
-        raise ExportError(f"a tick has no dynamic thresholding, and {table!r} asks for it")
+    if table.whole_image:
+        raise ExportError(f"a tick has no dynamic thresholding and no rescaled guidance, and {table!r} asks for it")
+    if (table.column("net_scale") != 1).any():
+        raise ExportError(f"a tick shows the network x as it is, and {table!r} scales it")
     if guided and engine.null_label is None:
         raise ExportError("a guided tick needs a null label, and the model has none")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.plan import REFERENCE_ONLY, Plan
 
 
 def line(name: str, value: str, reason: str) -> str:
@@ -10,11 +10,12 @@ def line(name: str, value: str, reason: str) -> str:
     return f"{name:<14} {value:<13} {reason}"
 
 
-def threshold_lines(plan: Plan) -> list[str]:
-    """What happens to dynamic thresholding if the step is fused."""
+def whole_image_lines(plan: Plan) -> list[str]:
+    """What happens to dynamic thresholding and to rescaled guidance if the step is fused."""
     if plan.backend.value == "reference":
         return []
-    return [line("threshold", "refused" if plan.backend.asked else "reference", WHY_NOT_THRESHOLD)]
+    value = "refused" if plan.backend.asked else "reference"
+    return [line(name, value, why) for name, (_, why) in REFERENCE_ONLY.items()]
 
 
 def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:

@@ -31,7 +31,7 @@ class _Place:
 class DeviceTables:
     """Room for the rows of tables: what a tick reads of them.
 
-    ``coefficients`` float32 [R, 14], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
+    ``coefficients`` float32 [R, 21], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
     The last row is no table's: parked lanes, whose row is -1, read it.
 
     Args:

@@ -12,7 +12,7 @@ from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
-from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.plan import REFERENCE_ONLY, Plan
 from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
@@ -81,8 +81,10 @@ class Runners:
             check_process()
         request = make_request(self.spec, n, table, options)
         backend = self.plan.backend
-        if request.table.thresholds and backend.value != "reference" and backend.asked:
-            raise BackendError(f"backend={backend.value!r} cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
+        if request.table.whole_image and backend.value != "reference" and backend.asked:
+            asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
+            what, why_not = next(asked)
+            raise BackendError(f"backend={backend.value!r} cannot run {what}: {why_not}")
         return request
 
     @plain_torch(gradients=False)
@@ -122,17 +124,17 @@ class Runners:
             learned_variance=request.table.learned_variance,
             history=request.table.history,
             known=request.known is not None,
-            threshold=request.table.thresholds,
+            whole_image=request.table.whole_image,
             # room for the longest table at once: growing would throw captured ticks away
             capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
         )
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
-        """A new runner; dynamic thresholding runs on the reference path."""
+        """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""
         if self._weights is not None:
             self._weights.wait()
-        ops = reference if key.threshold else self._ops
+        ops = reference if key.whole_image else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
     def shrink(self, lanes: int) -> None:

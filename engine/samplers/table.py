@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stepfusion import _checks
 from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.kernels.coefficients import DEFAULTS, HISTORY, WHOLE_IMAGE
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.row_levels import RowLevels
 
@@ -24,7 +25,7 @@ class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
     ``schedule`` is the path: a :class:`stepfusion.NoiseSchedule`, :class:`stepfusion.SigmaPath` or
-    :class:`stepfusion.FlowPath`. ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`;
+    :class:`stepfusion.FlowPath`. ``coefficients`` float64 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`;
     ``timesteps`` int64 [R], what keys the noise, and on a discrete schedule what the network is told; ``next_row``
     int64 [R], the row after each, or -1; ``starts``, the first row of each of the samplers in it, whose rows stand
     one after the other; ``levels``, where the rows start on a path that is not discrete, else None. Made by
@@ -149,14 +150,15 @@ class StepTable:
         return bool((self.column("sigma") != 0).any())
 
     @cached_property
-    def history(self) -> bool:
-        """True if some row uses the x0 of the row before it, as multistep solvers do."""
-        return bool((self.column("next_prev") != 0).any())
+    def history(self) -> int:
+        """How much of what earlier rows kept some row uses, 0 to 3 entries: the history that a lane must have."""
+        used = [age for age, name in enumerate(HISTORY, 1) if (self.column(name) != 0).any()]
+        return max(used, default=0)
 
     @cached_property
-    def thresholds(self) -> bool:
-        """True if some row has dynamic thresholding."""
-        return bool((self.column("threshold") != 0).any())
+    def whole_image(self) -> bool:
+        """True if some row needs all elements of an image at once: dynamic thresholding, rescaled guidance."""
+        return any(bool((self.column(name) != 0).any()) for name in WHOLE_IMAGE)
 
     @cached_property
     def edits(self) -> bool:
@@ -186,7 +188,8 @@ class StepTable:
     def last(self, steps: int) -> StepTable:
         """The last ``steps`` rows, for a start from an image noised to the level where the first of them starts.
 
-        What that row would take from the x0 before it, it takes from its own x0: a first-order step.
+        What that row would take from the rows before it, it takes from its own x0: a first-order step. What a row
+        after it would take from those, it takes from the oldest entry of its history that is there.
         """
         if len(self.starts) != 1:
             raise ValueError(f"last needs a table of one sampler, got one of {len(self.starts)}")
@@ -194,9 +197,7 @@ class StepTable:
         if steps == len(self):
             return self
         coefficients = self.coefficients[-steps:].copy()
-        next_x0, next_prev = COLUMNS.index("next_x0"), COLUMNS.index("next_prev")
-        coefficients[0, next_x0] += coefficients[0, next_prev]
-        coefficients[0, next_prev] = 0.0
+        _forget(coefficients)
         following = self.next_row[-steps:]
         following = np.where(following == PARKED, PARKED, following - (len(self) - steps))
         name = f"{self.name}, last {steps} of {len(self)}"
@@ -230,13 +231,20 @@ class StepTable:
     ) -> StepTable:
         """One sampler's table; columns that are not given are 0, but ``net_scale`` follows from ``levels``."""
         rows = len(timesteps)
-        zero = np.zeros(rows)
-        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
-            np.float64
-        )
         next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
+        if levels is not None:
+            columns = {**columns, "net_scale": levels.net_scale(next_row)}
+        given = [np.broadcast_to(columns.get(c, np.float64(DEFAULTS.get(c, 0.0))), rows) for c in COLUMNS]
+        coefficients = np.stack(given, axis=1).astype(np.float64)
         return cls(
-            name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
+            name,
+            prediction,
+            schedule,
+            coefficients,
+            timesteps.copy(),
+            next_row,
+            learned_variance=learned_variance,
+            levels=levels,
         )
 
     @classmethod
@@ -290,11 +298,34 @@ class StepTable:
         return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
 
 
+def _forget(coefficients: NDArray[np.float64]) -> None:
+    """Let rows [R, 21] start without a history, in place.
+
+    What rows take from entries that are not there they take from the oldest one that is, and the first rows from what
+    they keep themselves, keep_x * x + keep_x0 * x0; a row that keeps nothing there has the weights of the next one.
+    """
+    older = [COLUMNS.index(name) for name in HISTORY]
+    of_x, of_x0 = COLUMNS.index("next_x"), COLUMNS.index("next_x0")
+    keep = coefficients[:, [COLUMNS.index("keep_x"), COLUMNS.index("keep_x0")]]
+    keeps = keep.any(axis=1)
+    kept = 0
+    for i, row in enumerate(coefficients):
+        missing = older[kept:]
+        weight = row[missing].sum()
+        row[missing] = 0.0
+        if kept:
+            row[older[kept - 1]] += weight
+        elif weight:
+            own = keep[i:][keeps[i:]]
+            row[of_x], row[of_x0] = (row[[of_x, of_x0]] + weight * (own[0] if len(own) else (0.0, 1.0))).tolist()
+        kept = min(kept + bool(keeps[i]), len(HISTORY))
+
+
 @dataclass(frozen=True)
 class DeviceTable:
     """A :class:`StepTable` on a device.
 
-    coefficients float32 [R, 14]; timesteps, next_row int64 [R]; told int64 or float32 [R], what the network is told.
+    coefficients float32 [R, 21]; timesteps, next_row int64 [R]; told int64 or float32 [R], what the network is told.
     """
 
     coefficients: torch.Tensor
