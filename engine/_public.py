@@ -1,7 +1,5 @@
 """The public names of :mod:`stepfusion`, all of which are imported when the first of them is asked for."""
 
-# ruff: noqa: F401 (they are imported for those who ask the package for them)
-
 from __future__ import annotations
 
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
@@ -29,3 +27,27 @@ from stepfusion.samplers import (
 )
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+
+__all__ = [
+    "BackendError",
+    "BulkError",
+    "CheckpointError",
+    "Engine",
+    "Event",
+    "ExportError",
+    "GaussianDiffusion",
+    "NoiseSchedule",
+    "NonFiniteError",
+    "SamplingCancelled",
+    "StepTable",
+    "bits_per_dimension",
+    "ddim",
+    "ddim_inversion",
+    "ddpm",
+    "dpmpp_2m",
+    "euler_ancestral",
+    "load_guided_diffusion",
+    "load_pretrained",
+    "save_pretrained",
+    "slerp",
+]
