@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
+from stepfusion.checkpoints.edm import load_edm
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -76,6 +77,7 @@ __all__ = [
     "heun",
     "ipndm",
     "lcm",
+    "load_edm",
     "load_guided_diffusion",
     "load_pretrained",
     "plms",
