@@ -25,6 +25,7 @@ from stepfusion.checkpoints.weight_files import WeightFile, opened
 from stepfusion.checkpoints.weights import Stored, check_state
 from stepfusion.errors import CheckpointError
 from stepfusion.files.strict_model import StrictModel
+from stepfusion.model_spec import ModelSpec
 from stepfusion.networks import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig
 from stepfusion.networks.edm.resampling import filter_of
 from stepfusion.networks.meta import Unfilled
@@ -94,6 +95,10 @@ class EDMModel(LoadedModel):
             "sigma_data": self.sigma_data,
             "prediction_type": "epsilon",
         }
+
+    def spec_with(self, **known: Any) -> ModelSpec:
+        """The spec: sampled by Heun's method unless a caller has other options, as the authors do."""
+        return super().spec_with(**{"options": {"sampler": "heun"}, **known})
 
 
 def load_edm(source: str | os.PathLike[str], **known: Any) -> EDMModel:
