@@ -12,9 +12,8 @@ import torch
 from tqdm import tqdm
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import Pretrained
-from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
 from stepfusion.checkpoints.load import load_model
+from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.errors import SamplingCancelled
 from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
@@ -130,19 +129,17 @@ class Engine:
 
     @classmethod
     @plain_torch(gradients=False)
-    def from_pretrained(
-        cls, source: str | os.PathLike[str] | Pretrained | GuidedDiffusionModel, **arguments: Any
-    ) -> Self:
-        """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, or what
-        :func:`stepfusion.load_guided_diffusion` or :func:`stepfusion.load_pretrained` returned.
+    def from_pretrained(cls, source: str | os.PathLike[str] | LoadedModel, **arguments: Any) -> Self:
+        """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, a
+        ``.safetensors`` file of EDM, or what :func:`stepfusion.load_pretrained` and its likes returned.
 
         ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
-        file beside it.
+        file beside it, where a ``.safetensors`` file has its ``sigma_data``.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        if isinstance(source, Pretrained | GuidedDiffusionModel):
+        if isinstance(source, LoadedModel):
             loaded = source
         else:
             loaded = load_model(source)
@@ -183,8 +180,8 @@ class Engine:
         """A sampler's table for this engine's schedule and prediction type.
 
         The checkpoint's options hold if none are given, its clip only for samplers that clip by default. The sampler
-        is "ddim" by default, "heun" on a :class:`stepfusion.SigmaPath` and "euler" on a
-        :class:`stepfusion.FlowPath`; ``steps`` is 50 by default, 18 for "heun", and all timesteps for "ddpm".
+        is "ddim" by default, on other paths "heun" or "euler"; ``steps`` is 50 by default, 18 for "heun", and all
+        timesteps for "ddpm".
         """
         return self.spec.table(sampler, steps, **options)
 

@@ -71,8 +71,8 @@ def _levels_to_json(levels: RowLevels) -> dict[str, list[float]]:
 def _levels(given: _LevelsEntries | None) -> RowLevels | None:
     if given is None:
         return None
-    arrays = [np.array(getattr(given, name), dtype=np.float64) for name in _ARRAYS]
-    return RowLevels(*arrays, tuple(given.start_scales))
+    signal, noise, told, in_scale = (np.array(getattr(given, name), dtype=np.float64) for name in _ARRAYS)
+    return RowLevels(signal, noise, told, in_scale, tuple(given.start_scales))
 
 
 def read_table(path: Path, schedule: GaussianPath) -> StepTable:

@@ -2,8 +2,8 @@
 
     out    = uncond + guidance * (out - uncond)                   if guidance is given and not 1, and unguided is 0
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out
-             + next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out +
+             next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
     sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               if the network returns v as well
     x_next = known_x * known + known_sigma * z                                     if a part of the image is known
     h      = (keep_x * x + keep_x0 * x0, h[0], h[1])                               if keep_x or keep_x0 is not 0
@@ -109,6 +109,8 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
     next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
     sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
+    if net_ptr is not None:
+        net_scale = tl.load(coefficient_ptr + 14, mask=inside, other=0.0)
     # these take the whole image: NaN, and no wrong one
     threshold = tl.load(coefficient_ptr + 12, mask=inside, other=0.0)
     rescale = tl.load(coefficient_ptr + 20, mask=inside, other=0.0)
@@ -178,7 +180,6 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
-        net_scale = tl.load(coefficient_ptr + 14, mask=inside, other=0.0)
         copy = (net_scale * x_next).to(net_ptr.dtype.element_ty)
         net_offs = _place(offs, PIXELS, NET_CHANNELS)
         for i in tl.static_range(COPIES):

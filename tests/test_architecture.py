@@ -38,7 +38,7 @@ FLOORS = (
     ("kernels",),
 )
 FLOOR_OF = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TOP = ("__init__", "__main__")  # the package itself gathers the public names of all rooms
+TOP = ("__init__", "__main__", "_public")  # the package itself gathers the public names of all rooms
 NOT_OURS = {
     "_forward_hooks",
     "_forward_pre_hooks",

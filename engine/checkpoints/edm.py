@@ -20,13 +20,17 @@ from torch import Tensor
 
 from stepfusion.checkpoints.edm_architecture import read_architecture, without_prefix
 from stepfusion.checkpoints.json_file import read_object
+from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.checkpoints.weight_files import WeightFile, opened
 from stepfusion.checkpoints.weights import Stored, check_state
 from stepfusion.errors import CheckpointError
 from stepfusion.files.strict_model import StrictModel
+from stepfusion.model_spec import ModelSpec
 from stepfusion.networks import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig
 from stepfusion.networks.edm.resampling import filter_of
 from stepfusion.networks.meta import Unfilled
+
+_SIGMA_MIN, _SIGMA_MAX = 0.002, 80.0  # between which EDM samples (Karras et al. 2022, table 1)
 
 
 class EDMDescription(StrictModel):
@@ -61,7 +65,7 @@ class EDMDescription(StrictModel):
 
 
 @dataclass(frozen=True)
-class EDMModel:
+class EDMModel(LoadedModel):
     """What a file of EDM's weights holds.
 
     Attributes:
@@ -70,6 +74,7 @@ class EDMModel:
         sigma_min, sigma_max: noise levels that the network may be asked for; 0 and infinity if nothing bounds them.
         null_label: the label that means "no label"; None for a network without labels.
         path: the file.
+        class_names: None: these files name no classes.
     """
 
     network: SongUNet | DhariwalUNet
@@ -78,6 +83,22 @@ class EDMModel:
     sigma_max: float
     null_label: int | None
     path: Path
+    class_names: None = None
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:  # type: ignore[override]
+        """EDM's own schedule within the levels that the network may be asked for."""
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "sigma_min": max(self.sigma_min, _SIGMA_MIN),
+            "sigma_max": min(self.sigma_max, _SIGMA_MAX),
+            "sigma_data": self.sigma_data,
+            "prediction_type": "epsilon",
+        }
+
+    def spec_with(self, **known: Any) -> ModelSpec:
+        """The spec: sampled by Heun's method unless a caller has other options, as the authors do."""
+        return super().spec_with(**{"options": {"sampler": "heun"}, **known})
 
 
 def load_edm(source: str | os.PathLike[str], **known: Any) -> EDMModel:

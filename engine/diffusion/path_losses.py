@@ -70,7 +70,7 @@ def edm_loss(
         TypeError, ValueError: naming the argument.
     """
     _check_path(path, SigmaPath)
-    p_mean, p_std = _checks.number("p_mean", p_mean), _checks.number("p_std", p_std, 0.0)
+    p_mean, p_std = checked_log_normal(p_mean, p_std)
     u, noise = _drawn(x_start, noise, sigma is None, seed, step)
     sigma = log_normal(u, p_mean, p_std) if sigma is None else sigma
     levels = _levels("sigma", sigma, x_start, lambda v: (v > 0) & (v < np.inf), "a finite number above 0")
@@ -123,6 +123,15 @@ def flow_loss(
     return _squared_errors(network, path, levels, x_start, noise, labels, path.pair(levels), (-ones, ones))
 
 
+def checked_log_normal(p_mean: float, p_std: float) -> tuple[float, float]:
+    """The mean and the standard deviation of log sigma, if every sigma that is drawn is a number above 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    return _checks.number("p_mean", p_mean, -100.0, 100.0), _checks.number("p_std", p_std, 0.0, 10.0)
+
+
 def drawn_times(path: FlowPath, u: Tensor, times: str, logit_mean: float, logit_std: float) -> Tensor:
     """The quantiles ``u``, float64 [B] in [0, 1), of the times that :func:`flow_loss` draws: float64 [B]."""
     t = u if times == "uniform" else logit_normal(u, logit_mean, logit_std)
@@ -148,7 +157,7 @@ def _squared_errors(
     out = network(x, told) if labels is None else network(x, told, labels)
     out = getattr(out, "sample", out)  # as diffusers' models return it
     launch.check_like("the network's output", out, tuple(x.shape), x.device, (*launch.FLOATS, torch.float64))
-    errors = (out.to(dtype) - _mixed(target, x0, eps)).square()
+    errors: Tensor = (out.to(dtype) - _mixed(target, x0, eps)).square()
     return errors.reshape(len(x), math.prod(x.shape[1:])).mean(1)
 
 

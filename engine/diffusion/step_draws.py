@@ -38,4 +38,5 @@ def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
 
 def _normal(u: Tensor) -> Tensor:
     """The quantiles of N(0, 1), finite at 0 too."""
-    return torch.special.ndtri(u.clamp(_LEAST, 1 - _LEAST))
+    normal: Tensor = torch.special.ndtri(u.clamp(_LEAST, 1 - _LEAST))
+    return normal

@@ -1,20 +1,35 @@
 """Samplers as tables of rows: paths, the levels they visit, and the functions that make a table."""
 
+from stepfusion.samplers.adams import deis, ipndm, plms
 from stepfusion.samplers.ancestral import ddpm
 from stepfusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from stepfusion.samplers.euler import dpmpp_1s, euler, euler_ancestral
+from stepfusion.samplers.few_step import consistency, lcm, tcd
+from stepfusion.samplers.flow_sde import flow_sde
 from stepfusion.samplers.heun import heun
 from stepfusion.samplers.implicit import ddim, ddim_inversion
+from stepfusion.samplers.singlestep import dpmpp_2s, dpmpp_3s
+from stepfusion.samplers.unipc import unipc
 
 __all__ = [
+    "consistency",
     "ddim",
     "ddim_inversion",
     "ddpm",
+    "deis",
     "dpmpp_1s",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_2s",
     "dpmpp_3m",
+    "dpmpp_3s",
     "euler",
     "euler_ancestral",
+    "flow_sde",
     "heun",
+    "ipndm",
+    "lcm",
+    "plms",
+    "tcd",
+    "unipc",
 ]

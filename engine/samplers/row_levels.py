@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,6 +44,11 @@ class RowLevels:
         if not all(type(scale) is float and 0 <= scale < np.inf for scale in self.start_scales):
             raise ValueError(f"start_scales must be finite and not negative, got {self.start_scales}")
 
+    @property
+    def arrays(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """The four arrays, in their order."""
+        return self.signal, self.noise, self.told, self.in_scale
+
     @classmethod
     def at(cls, path: Path, prediction: str, levels: Floats, start_scale: float | None = None) -> RowLevels:
         """Rows that start at ``levels`` [R] of a path; by default the path says how noisy the first one starts."""
@@ -59,12 +64,12 @@ class RowLevels:
 
     def last(self, rows: int) -> RowLevels:
         """Those of the last ``rows`` rows, for a start from an image noised to the first of them."""
-        arrays = [getattr(self, field.name)[-rows:].copy() for field in fields(self)[:-1]]
-        return RowLevels(*arrays, (float(arrays[1][0]),))
+        signal, noise, told, in_scale = (array[-rows:].copy() for array in self.arrays)
+        return RowLevels(signal, noise, told, in_scale, (float(noise[0]),))
 
     @classmethod
     def concatenate(cls, parts: Sequence[RowLevels]) -> RowLevels:
         """The rows of several tables, one after the other."""
-        names = [field.name for field in fields(cls)[:-1]]
-        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        return cls(*arrays, tuple(scale for part in parts for scale in part.start_scales))
+        joined = [np.concatenate(arrays) for arrays in zip(*(part.arrays for part in parts), strict=True)]
+        signal, noise, told, in_scale = joined
+        return cls(signal, noise, told, in_scale, tuple(scale for part in parts for scale in part.start_scales))

@@ -300,20 +300,26 @@ class StepTable:
 
 
 def _forget(coefficients: NDArray[np.float64]) -> None:
-    """Let rows [R, 21] start without a history, in place."""
-    history = [COLUMNS.index(name) for name in HISTORY]
-    own = [COLUMNS.index(name) for name in ("next_x", "next_x0")]
-    keep = [COLUMNS.index(name) for name in ("keep_x", "keep_x0")]
+    """Let rows [R, 21] start without a history, in place.
+
+    What rows take from entries that are not there they take from the oldest one that is, and the first rows from what
+    they keep themselves, keep_x * x + keep_x0 * x0; a row that keeps nothing there has the weights of the next one.
+    """
+    older = [COLUMNS.index(name) for name in HISTORY]
+    of_x, of_x0 = COLUMNS.index("next_x"), COLUMNS.index("next_x0")
+    keep = coefficients[:, [COLUMNS.index("keep_x"), COLUMNS.index("keep_x0")]]
+    keeps = keep.any(axis=1)
     kept = 0
-    for row in coefficients:
-        missing = history[kept:]
+    for i, row in enumerate(coefficients):
+        missing = older[kept:]
         weight = row[missing].sum()
-        if kept:
-            row[history[kept - 1]] += weight
-        else:
-            row[own] += weight * (row[keep] if row[keep].any() else np.array([0.0, 1.0]))
         row[missing] = 0.0
-        kept = min(kept + bool(row[keep].any()), len(HISTORY))
+        if kept:
+            row[older[kept - 1]] += weight
+        elif weight:
+            own = keep[i:][keeps[i:]]
+            row[of_x], row[of_x0] = (row[[of_x, of_x0]] + weight * (own[0] if len(own) else (0.0, 1.0))).tolist()
+        kept = min(kept + bool(keeps[i]), len(HISTORY))
 
 
 @dataclass(frozen=True)

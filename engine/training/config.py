@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
-from stepfusion.diffusion.path_losses import TIMES
+from stepfusion.diffusion.path_losses import TIMES, checked_log_normal
 from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
 from stepfusion.samplers.path import Path
 from stepfusion.training.datasets import ImageDataset
@@ -153,10 +153,9 @@ class TrainConfig:
             raise ValueError(f"prediction must be one of {words} with schedule {schedule!r}, got {self.prediction!r}")
         _checks.number("sigma_data", self.sigma_data, 0, open_low=True)
         _checks.choice("times", self.times, TIMES)
-        for name in ("p_mean", "logit_mean"):
-            _checks.number(name, getattr(self, name))
-        for name in ("p_std", "logit_std"):
-            _checks.number(name, getattr(self, name), 0)
+        checked_log_normal(self.p_mean, self.p_std)
+        _checks.number("logit_mean", self.logit_mean)
+        _checks.number("logit_std", self.logit_std, 0)
         self._check_unread()
 
     def _check_unread(self) -> None:

@@ -270,6 +270,15 @@ def test_a_path_shifts_the_times_that_are_drawn() -> None:
     torch.testing.assert_close(shifted / 1000, 3 * t / (1 + 2 * t), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"p_mean": 100.0, "p_std": 10.0}, {"p_mean": -100.0, "p_std": 10.0}, {"p_std": 0.0}], ids=str
+)
+def test_extreme_distributions_are_drawn_from_too(options: dict[str, float]) -> None:
+    shown, told = drawn("edm", **options)
+    assert shown.isfinite().all()
+    assert told.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["edm", "flow"])
 def test_draws_are_a_function_of_seed_and_step(name: str) -> None:
     first, again = drawn(name, seed=3, step=7), drawn(name, seed=3, step=7)
@@ -353,7 +362,7 @@ def never(x: Tensor, told: Tensor) -> Tensor:
         ),
         (lambda: edm_loss(never, EDM, X, sigma=S / 0, noise=X), ValueError, "for each image, got inf"),
         (lambda: edm_loss(never, EDM, X, sigma=S * math.nan, noise=X), ValueError, "for each image, got nan"),
-        (lambda: edm_loss(never, EDM, X, p_std=-1, step=0), ValueError, "p_std must be a finite number in [0, inf]"),
+        (lambda: edm_loss(never, EDM, X, p_std=-1, step=0), ValueError, "p_std must be a finite number in [0, 10]"),
         (lambda: edm_loss(never, EDM, X, p_mean=math.nan, step=0), ValueError, "p_mean must be a finite number in"),
         (
             lambda: flow_loss(never, FLOW, X, t=S + 0.1, noise=X),

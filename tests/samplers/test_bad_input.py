@@ -95,7 +95,9 @@ TABLES = [
     Case("steps and timesteps", lambda: sf.ddim(LINEAR, 4, timesteps=[5]),
          ValueError, "steps and timesteps exclude each other, got both"),
     Case("spacing: unknown", lambda: sf.ddim(LINEAR, 4, spacing="even"),
-         ValueError, "spacing must be one of 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'lambda', 'beta', got 'even'"),
+         ValueError,
+         "spacing must be one of 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'lambda', 'beta', "
+         "got 'even'"),
     Case("prediction: unknown", lambda: sf.ddim(LINEAR, 4, prediction="eps"),
          ValueError, "prediction must be one of 'epsilon', 'sample', 'v_prediction', got 'eps'"),
     Case("clip: 0", lambda: sf.ddim(LINEAR, 4, clip=0),
