@@ -173,7 +173,7 @@ def compare_tick(
     Raises:
         ExportError: ``what`` computes something else.
     """
-    form = {"guided": guided, "history": table.history}
+    form: dict[str, Any] = {"guided": guided, "history": table.history}
     reference, start, dtype = tick_module(engine, **form), InitialNoise(engine.shape), engine.plan.dtype
     inputs, _ = tick_specs(engine, batch, **form)
     largest = noise = 0.0

@@ -60,7 +60,10 @@ def test_a_captured_tick_gives_the_same_bits(schedule: sf.NoiseSchedule, dtype: 
 def test_a_captured_tick_walks_any_path(schedule: sf.NoiseSchedule, path: str) -> None:
     """Heun, multistep, first-order and stochastic lanes in one graph, each as it is alone and without a graph."""
     on = {"schedule": schedule, "sigma": sf.SigmaPath(), "flow": sf.FlowPath()}[path]
-    captured, eager = (engine(on, network=network, invariant=True, batch=4) for network in ("graph", "eager"))  # type: ignore[arg-type]
+    captured, eager = (
+        engine(on, network=network, dtype="float32", invariant=True, batch=4)  # type: ignore[arg-type]
+        for network in ("graph", "eager")
+    )
     samplers = [("ddim", 5), ("heun", 4), ("dpmpp_3m", 8), ("euler_ancestral", 3)]
     tables = [captured.table(sampler, steps) for sampler, steps in samplers]
     mixed = captured.sample(4, tables, seed=3, labels=1, guidance=2.0)

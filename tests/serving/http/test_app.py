@@ -188,9 +188,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
     (
         {"sampler": "ddpm", "steps": 5, "eta": 0.5},
-        "eta is an option of sampler ddim and euler_ancestral, got sampler ddpm",
+        "flow_sde, got sampler ddpm",
     ),
-    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral, got sampler dpmpp_2m"),
+    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral"),
     ({"sampler": "euler_ancestral", "eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     ({"eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     (
