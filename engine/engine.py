@@ -22,6 +22,7 @@ from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
 from stepfusion.lanes.interpolation import slerp
+from stepfusion.lanes.inversion import climbing_table
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
@@ -282,8 +283,6 @@ class Engine:
     ) -> torch.Tensor:
         """DDIM inversion: images to the noise that :meth:`sample` with the same timesteps turns back into them.
 
-        On a discrete schedule alone.
-
         Args:
             x: float [n, C, H, W] in [-1, 1].
             table: a :func:`stepfusion.ddim_inversion`; without one, ``steps`` makes it.
@@ -295,17 +294,8 @@ class Engine:
         Raises:
             TypeError, ValueError: naming the argument, or the path if it is not discrete.
         """
-        if not self.schedule.discrete:
-            raise ValueError(
-                f"encode and reconstruct climb the timesteps of a discrete schedule, and this engine's path is "
-                f"{self.schedule!r}, which has none"
-            )
         check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
-        if table is not None and steps is not None:
-            raise ValueError("table and steps exclude each other, got both")
-        table = self.table("ddim_inversion", steps) if table is None else table
-        if isinstance(table, StepTable) and table.timesteps[0] > table.timesteps[-1]:
-            raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
+        table = climbing_table(self.spec, table, steps)
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
     def reconstruct(
@@ -351,8 +341,7 @@ class Engine:
         takes both ends back, as :meth:`reconstruct` does.
 
         Args:
-            a, b: float [C, H, W], noises, which on a :class:`stepfusion.SigmaPath` have the deviation of its largest
-                level; or seeds in [0, 2**64), for the noise that their image 0 starts from.
+            a, b: float [C, H, W], states to start from; or seeds in [0, 2**64), for that of their image 0.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
             table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
 
@@ -361,8 +350,7 @@ class Engine:
         """
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
-        scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
-        start = slerp(self.runners.first_state("a", a, scale), self.runners.first_state("b", b, scale), weights)
+        start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
 
     @plain_torch(gradients=False)

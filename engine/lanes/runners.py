@@ -24,6 +24,7 @@ from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
+from stepfusion.samplers.table import StepTable
 
 _IDLE = 4  # runners kept for the next requests
 
@@ -100,10 +101,10 @@ class Runners:
         return replace(request, image=None, start=start)
 
     @plain_torch(gradients=False)
-    def first_state(self, name: str, value: int | torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def first_state(self, name: str, value: int | torch.Tensor, table: Tables | None = None) -> torch.Tensor:
         """A state [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's.
 
-        ``scale`` is the standard deviation of the noise that a sampler starts from.
+        A ``table`` of one sampler says how noisy that is: on a path where it is not standard normal.
         """
         device = self.plan.device
         if isinstance(value, torch.Tensor):
@@ -112,6 +113,7 @@ class Runners:
         seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
         zero = torch.zeros_like(seed)
         noise: torch.Tensor = self._ops.normal(seed, zero, zero, self.spec.shape, STREAM_INITIAL)[0]
+        scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
         return noise if scale == 1.0 else scale * noise
 
     def key(self, request: Request, lanes: int) -> RunnerKey:
