@@ -54,7 +54,7 @@ def read_table(path: Path, schedule: NoiseSchedule) -> StepTable:
     given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
         if given.columns not in (list(COLUMNS), list(COLUMNS[:_EARLIER])):
-            raise ValueError(f"columns are {given.columns[:20]}; accepted are {list(COLUMNS)}")
+            raise ValueError(f"columns are {given.columns[:4]}; accepted are {list(COLUMNS)}, or the first {_EARLIER}")
         return StepTable(
             given.name,
             given.prediction,
