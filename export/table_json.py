@@ -54,7 +54,8 @@ def read_table(path: Path, schedule: NoiseSchedule) -> StepTable:
     given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
         if given.columns not in (list(COLUMNS), list(COLUMNS[:_EARLIER])):
-            raise ValueError(f"columns are {given.columns[:4]}; accepted are {list(COLUMNS)}, or the first {_EARLIER}")
+            accepted = f"{list(COLUMNS)}, or the first {_EARLIER}"
+            raise ValueError(f"columns are {given.columns[:4]}; accepted are {accepted}")
         return StepTable(
             given.name,
             given.prediction,
