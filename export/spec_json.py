@@ -16,7 +16,7 @@ from stepfusion.files.json_files import FileModel
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.path_json import PathEntries, ScheduleEntries, path_from_json, path_to_json
-from stepfusion.samplers.registry import SAMPLERS, make_table, options_of
+from stepfusion.samplers.registry import SAMPLERS, check_options, make_table, options_of
 from stepfusion.samplers.schedule import NoiseSchedule
 
 _Scalar: TypeAlias = bool | int | float | str | None
@@ -93,6 +93,9 @@ def batch_from_json(model: Mapping[str, Any]) -> Batch | None:
 
 def _check_option(path: Path, name: str, value: object) -> None:
     """Raise what a sampler says of an option's value, if all samplers that take the option refuse it."""
+    if name == "sampler":
+        check_options({name: value})
+        return
     schedule, faults = NoiseSchedule.linear() if path.discrete else path, list[Exception]()
     for sampler in SAMPLERS:
         if name in options_of(sampler):

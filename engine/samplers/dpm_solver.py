@@ -162,7 +162,8 @@ def dpmpp_3m(
         x' = s' / s x - a' (e^-h - 1) D0 + a' ((e^-h - 1) / h + 1) D1 - 2 a' ((e^-h - 1 + h) / h^2 - 1/2) D2
 
     The 2 is not in the authors' code nor in others that follow it; without it D2, half of the second derivative, has
-    half its weight, and the solver is of second order. Its first rows are of first and second order, and so are its last ones with fewer than 15 steps.
+    half its weight, and the solver is of second order. Its first rows are of first and second order, and so are its
+    last ones with fewer than 15 steps.
 
     Args:
         eta: above 0, the SDE's form with so much noise, as in :func:`stepfusion.dpmpp_2m_sde`.

@@ -33,8 +33,8 @@ def consistency(
 
     Args:
         train_levels: on a sigma path N steps visit 0, K // N, 2 (K // N), ... of the K levels of Karras et al. 2022,
-            equation 5, on which the network was trained, unless ``levels`` or ``spacing`` say otherwise (Song et al.'s
-            code; diffusers' CMStochasticIterativeScheduler).
+            equation 5, on which the network was trained, unless ``levels`` or ``spacing`` say otherwise (Song et
+            al.'s code; diffusers' CMStochasticIterativeScheduler).
         s_noise: the standard deviation of the noise that is added.
         Others: :class:`stepfusion.samplers.grid.GridOptions`.
 
@@ -99,7 +99,8 @@ def tcd(
 ) -> StepTable:
     """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4; diffusers' TCDScheduler).
 
-    It takes 4 steps by default. A row goes to the level s = (1 - eta) t' below the next one, and from there back up to t' by noise:
+    It takes 4 steps by default. A row goes to the level s = (1 - eta) t' below the next one, and from there back up
+    to t' by noise:
 
         x' = signal' x0 + signal' / signal_s noise_s eps + sqrt(noise'^2 - (signal' / signal_s)^2 noise_s^2) z
 

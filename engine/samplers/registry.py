@@ -71,6 +71,8 @@ OFFERED = tuple(name for name in SAMPLERS if name != "ddim_inversion")
 DEFAULT_STEPS = 50
 #: Of samplers that need fewer.
 _DEFAULT_STEPS = {"heun": 18, "consistency": 2, "lcm": 4, "tcd": 4}
+#: Samplers of networks that were trained for few steps, and perhaps with a clip.
+_DISTILLED = ("consistency", "lcm", "tcd")
 #: Samplers whose steps on a schedule are "leading" if nothing else is asked for; those of others are "trailing".
 _LEADING = ("ddim", "ddpm", "ddim_inversion")
 #: Samplers that take a model's "lambda_min_clipped", and have a bound by default.
@@ -98,14 +100,17 @@ def make_table(
     """The table of a sampler for a schedule and a prediction type.
 
     Args:
-        steps: 50 by default, but 18 for "heun", all timesteps for "ddpm", and 2 or 4 for samplers of distilled networks.
+        steps: 50 by default, but 18 for "heun", all timesteps for "ddpm", and 2 or 4 for samplers of distilled
+            networks.
         defaults: options of the model, used if ``options`` does not give them, the sampler takes them, and the
-            caller's own options leave a place for them. Its clip is used only for samplers that clip by default.
+            caller's own options leave a place for them. Its clip is used only for samplers that clip by default, and
+            for those of distilled networks. Its "sampler" is taken if none is asked for.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    sampler = default_sampler(schedule) if sampler is None else sampler
+    if sampler is None:
+        sampler = defaults.get("sampler") or default_sampler(schedule)
     make = SAMPLERS[_checks.choice("sampler", sampler, SAMPLERS)]
     if not isinstance(schedule, _ONLY_ON.get(sampler, Path)):
         accepted_here = ", ".join(map(repr, samplers_of(schedule)))
@@ -117,7 +122,7 @@ def make_table(
     if unknown:
         raise TypeError(f"sampler {sampler!r} takes no option {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
     chosen = {name: value for name, value in defaults.items() if name in accepted and name not in options}
-    if accepted.get("clip") is None:
+    if accepted.get("clip") is None and sampler not in _DISTILLED:
         chosen.pop("clip", None)
     if sampler not in _BOUNDED:
         chosen.pop("lambda_min_clipped", None)
@@ -168,8 +173,10 @@ def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(options, Mapping):
         raise TypeError(f"options must be a dict, got {type(options).__name__}")
-    known = sorted({name for sampler in SAMPLERS for name in options_of(sampler)})
+    known = sorted({"sampler"} | {name for sampler in SAMPLERS for name in options_of(sampler)})
     for name in options:
         if name not in known:
             raise ValueError(f"options must be options of the samplers ({', '.join(known)}), got {name!r}")
+    if "sampler" in options:
+        _checks.choice("sampler", options["sampler"], SAMPLERS)
     return dict(options)

@@ -20,8 +20,8 @@ def dpmpp_2s(
 ) -> StepTable:
     """DPM-Solver++(2S), a single-step solver of second order (Lu et al. 2022, algorithm 1).
 
-    Two rows go together from s over r to t. With h = lambda_t - lambda_s, r0 = (lambda_r - lambda_s) / h and x0_s, x0_r
-    at the two evaluations:
+    Two rows go together from s over r to t. With h = lambda_t - lambda_s, r0 = (lambda_r - lambda_s) / h and x0_s,
+    x0_r at the two evaluations:
 
         x_r = first-order step from x_s
         x_t = noise_t / noise_s x_s - signal_t (e^-h - 1) (x0_s + (x0_r - x0_s) / (2 r0))
@@ -51,7 +51,8 @@ def dpmpp_3s(
         x_t = noise_t / noise_s x_s - signal_t (e^-h - 1) x0_s + signal_t ((e^-h - 1) / h + 1) D1
               - signal_t ((e^-h - 1 + h) / h^2 - 1/2) D2
 
-    which is diffusers' ``solver_type="heun"``.
+    and x_r as in :func:`stepfusion.dpmpp_2s`, with (e^-h - 1) / h + 1 in place of -(e^-h - 1) / 2. That is diffusers'
+    ``solver_type="heun"``.
     """
     return _singlestep(path, steps, 3, lower_order_final, grid)
 
@@ -64,7 +65,7 @@ def _singlestep(
     orders = _orders(grid, order, lower_order_final)
     writer = RowWriter()
     for i, this_order in enumerate(orders):
-        reached = _STEPS[this_order](grid, i)
+        reached = _STEPS[this_order](grid, i, order)
         goes_on = i + 1 < len(orders) and orders[i + 1] > 1
         writer.add(reached, then=reached if goes_on else None)
     return grid.table(f"dpm-solver++ {order}s", writer.columns())
@@ -79,19 +80,21 @@ def _orders(grid: Grid, order: int, lower_order_final: bool) -> list[int]:
     return orders
 
 
-def _first(grid: Grid, i: int) -> Sum:
+def _first(grid: Grid, i: int, order: int) -> Sum:
+    del order
     return first_order(grid, i, i + 1)
 
 
-def _second(grid: Grid, i: int) -> Sum:
+def _second(grid: Grid, i: int, order: int) -> Sum:
     lam, start = grid.half_log_snr, i - 1
     h = float(lam[i + 1] - lam[start])
     slope = _slope(start, i, h / float(lam[i] - lam[start]))
-    weight = -float(grid.signal[i + 1]) * math.expm1(-h) / 2
-    return combine((1.0, first_order(grid, start, i + 1)), (weight, slope))
+    weight = -math.expm1(-h) / 2 if order == 2 else math.expm1(-h) / h + 1
+    return combine((1.0, first_order(grid, start, i + 1)), (float(grid.signal[i + 1]) * weight, slope))
 
 
-def _third(grid: Grid, i: int) -> Sum:
+def _third(grid: Grid, i: int, order: int) -> Sum:
+    del order
     lam, start = grid.half_log_snr, i - 2
     signal, h = float(grid.signal[i + 1]), float(lam[i + 1] - lam[start])
     r1, r0 = float(lam[i - 1] - lam[start]) / h, float(lam[i] - lam[start]) / h

@@ -19,6 +19,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
+Network = Callable[[torch.Tensor, int], torch.Tensor]
 TOLERANCE = 1e-4  # max abs, float32 on both sides, of images of order 1
 LINEAR = sf.NoiseSchedule.linear()
 STEPS = 20
@@ -50,17 +51,27 @@ def eps_at(x: torch.Tensor, t: int) -> torch.Tensor:
     return (x - signal * denoised(x, signal, noise)) / noise
 
 
+def x0_at(x: torch.Tensor, t: int) -> torch.Tensor:
+    """The network of x0, which a first level of almost no signal does not divide by that."""
+    return denoised(x, float(LINEAR.sqrt_alphas_cumprod[t]), float(LINEAR.sqrt_one_minus_alphas_cumprod[t]))
+
+
 def their_loop(
-    scheduler: Any, x: torch.Tensor, step: Callable[[int, torch.Tensor], dict[str, Any]] = lambda i, x: {}
+    scheduler: Any,
+    x: torch.Tensor,
+    step: Callable[[int, torch.Tensor], dict[str, Any]] = lambda i, x: {},
+    network: Network = eps_at,
 ) -> torch.Tensor:
     """A loop of a scheduler whose states are variance preserving."""
     for i, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(eps_at(x, int(t)), t, x, **step(i, x)).prev_sample
+        x = scheduler.step(network(x, int(t)), t, x, **step(i, x)).prev_sample
     return x
 
 
 # On training timesteps
 
+#: These end at the level of timestep 0: diffusers' bh1 and its UniPC of eps give NaN where a step ends without noise.
+ENDING = {"final_sigmas_type": "sigma_min"}
 MULTISTEP: dict[str, tuple[str, dict[str, Any], Callable[..., sf.StepTable], dict[str, Any]]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, sf.dpmpp_2m, {}),
     "dpmpp_2m heun": ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, sf.dpmpp_2m, {"solver_type": "heun"}),
@@ -69,10 +80,10 @@ MULTISTEP: dict[str, tuple[str, dict[str, Any], Callable[..., sf.StepTable], dic
     "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}, sf.dpmpp_2s, {}),
     "dpmpp_3s": ("DPMSolverSinglestepScheduler", {"solver_order": 3, "solver_type": "heun"}, sf.dpmpp_3s, {}),
     "unipc": ("UniPCMultistepScheduler", {}, sf.unipc, {}),
-    "unipc bh1": ("UniPCMultistepScheduler", {"solver_type": "bh1"}, sf.unipc, {"variant": "bh1"}),
+    "unipc bh1": ("UniPCMultistepScheduler", {"solver_type": "bh1", **ENDING}, sf.unipc, {"variant": "bh1"}),
     "unipc 3": ("UniPCMultistepScheduler", {"solver_order": 3}, sf.unipc, {"order": 3}),
     "unipc 1": ("UniPCMultistepScheduler", {"solver_order": 1}, sf.unipc, {"order": 1}),
-    "unipc eps": ("UniPCMultistepScheduler", {"predict_x0": False}, sf.unipc, {"predict_x0": False}),
+    "unipc eps": ("UniPCMultistepScheduler", {"predict_x0": False, **ENDING}, sf.unipc, {"predict_x0": False}),
     "deis 2": ("DEISMultistepScheduler", {"solver_order": 2}, sf.deis, {"order": 2}),
     "deis 3": ("DEISMultistepScheduler", {"solver_order": 3}, sf.deis, {"order": 3}),
 }
@@ -84,8 +95,8 @@ def test_multistep_loops_equal_diffusers(name: str, steps: int) -> None:
     kind, config, make, options = MULTISTEP[name]
     theirs = getattr(diffusers, kind)(**config)
     theirs.set_timesteps(steps)
-    # DEIS ends at the level of timestep 0, the others at an image.
-    ends = {"final_alpha_cumprod": float(LINEAR.alphas_cumprod[0])} if kind.startswith("DEIS") else {}
+    at_the_first_level = kind.startswith("DEIS") or config.keys() >= ENDING.keys()  # of DEIS there is no other form
+    ends = {"final_alpha_cumprod": float(LINEAR.alphas_cumprod[0])} if at_the_first_level else {}
     table = make(LINEAR, timesteps=theirs.timesteps.tolist(), **options, **ends)
     assert len(table) == len(theirs.timesteps)
     x = start()
@@ -153,12 +164,14 @@ def test_heun_equals_diffusers(spacing: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_lcm_equals_diffusers(clip: float | None, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    theirs = diffusers.LCMScheduler(clip_sample=clip is not None, clip_sample_range=clip, **config)
+    theirs = diffusers.LCMScheduler(
+        clip_sample=clip is not None, clip_sample_range=clip, prediction_type="sample", **config
+    )
     theirs.set_timesteps(steps)
-    table = sf.lcm(LINEAR, steps, clip=clip)
+    table = sf.lcm(LINEAR, steps, clip=clip, prediction="sample")
     assert table.timesteps.tolist() == theirs.timesteps.tolist()
     x, noise = start(), noise_of(steps)
-    want = _with_noise(theirs, "lcm", x, noise, monkeypatch)
+    want = _with_noise(theirs, "lcm", x, noise, monkeypatch, x0_at)
     torch.testing.assert_close(ours(table, x, noise), want, rtol=0, atol=TOLERANCE)
 
 
@@ -172,18 +185,24 @@ def test_tcd_equals_diffusers(eta: float, steps: int, monkeypatch: pytest.Monkey
     assert table.timesteps.tolist() == theirs.timesteps.tolist()
     assert table.stochastic == (eta > 0 and steps > 1)
     x, noise = start(), noise_of(steps)
-    want = _with_noise(theirs, "tcd", x, noise, monkeypatch, eta=eta)
+    want = _with_noise(theirs, "tcd", x, noise, monkeypatch, eps_at, eta=eta)
     torch.testing.assert_close(ours(table, x, noise), want, rtol=0, atol=TOLERANCE)
 
 
 def _with_noise(
-    theirs: Any, module: str, x: torch.Tensor, noise: torch.Tensor, patch: pytest.MonkeyPatch, **step: Any
+    theirs: Any,
+    module: str,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    patch: pytest.MonkeyPatch,
+    network: Network,
+    **step: Any,
 ) -> torch.Tensor:
     def prepare(i: int, x: torch.Tensor) -> dict[str, Any]:
         patch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *_, **__: noise[i])
         return step
 
-    return their_loop(theirs, x, prepare)
+    return their_loop(theirs, x, prepare, network)
 
 
 # On EDM's path
@@ -308,8 +327,8 @@ def test_consistency_equals_stochastic_flow_matching(monkeypatch: pytest.MonkeyP
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     theirs.set_timesteps(STEPS, sigmas=np.linspace(1.0, 1 / STEPS, STEPS))
     x, noise = start(), noise_of(STEPS)
-    drawn = iter(noise)
-    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: next(drawn))
+    drawn, name = iter(noise), "diffusers.schedulers.scheduling_flow_match_euler_discrete.randn_tensor"
+    monkeypatch.setattr(name, lambda *_, **__: next(drawn))
     want = flow_loop(theirs, x, theirs.sigmas)
     table = sf.consistency(sf.FlowPath(3.0), STEPS)
     torch.testing.assert_close(ours(table, x, noise), want, rtol=0, atol=TOLERANCE)

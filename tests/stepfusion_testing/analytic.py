@@ -72,3 +72,28 @@ def states(
         x = following
         found.append(x)
     return found
+
+
+def moments(table: sf.StepTable, columns: dict[str, Floats], mean: float, std: float) -> tuple[float, float]:
+    """Mean and standard deviation of what rows with these columns make of their noise, with the exact network.
+
+    Every state is a constant and weights of the initial noise and of each row's, [2 + R]: the network is affine.
+    """
+    signal, level_noise = table.pairs()
+    rows = len(table)
+    x = np.zeros(2 + rows)
+    x[1] = table.start_scales[0]
+    history = [np.zeros(2 + rows)] * 3
+    for i in range(rows):
+        at_zero = float(gaussian(np.zeros(1), signal[i], level_noise[i], mean=mean, std=std)[0])
+        slope = float(gaussian(np.ones(1), signal[i], level_noise[i], mean=mean, std=std)[0]) - at_zero
+        x0 = slope * x
+        x0[0] += at_zero
+        c = {name: float(column[i]) for name, column in columns.items()}
+        following = c["next_x0"] * x0 + c["next_x"] * x
+        following = following + sum(c[name] * entry for name, entry in zip(HISTORY, history, strict=True))
+        following[2 + i] += c["sigma"]
+        if c["keep_x"] or c["keep_x0"]:
+            history = [c["keep_x"] * x + c["keep_x0"] * x0, *history[:2]]
+        x = following
+    return float(x[0]), float(np.sqrt((x[1:] ** 2).sum()))
