@@ -59,12 +59,13 @@ class RowLevels:
 
     def last(self, rows: int) -> RowLevels:
         """Those of the last ``rows`` rows, for a start from an image noised to the first of them."""
-        arrays = [getattr(self, field.name)[-rows:].copy() for field in fields(self)[:-1]]
-        return RowLevels(*arrays, (float(arrays[1][0]),))
+        signal, noise, told, in_scale = (getattr(self, field.name)[-rows:].copy() for field in fields(self)[:-1])
+        return RowLevels(signal, noise, told, in_scale, (float(noise[0]),))
 
     @classmethod
     def concatenate(cls, parts: Sequence[RowLevels]) -> RowLevels:
         """The rows of several tables, one after the other."""
         names = [field.name for field in fields(cls)[:-1]]
-        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        return cls(*arrays, tuple(scale for part in parts for scale in part.start_scales))
+        signal, noise, told, in_scale = (np.concatenate([getattr(part, n) for part in parts]) for n in names)
+        scales = tuple(scale for part in parts for scale in part.start_scales)
+        return cls(signal, noise, told, in_scale, scales)

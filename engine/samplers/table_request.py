@@ -13,7 +13,7 @@ from stepfusion.samplers.table import StepTable
 class MakesTables(Protocol):
     """A model that makes its samplers' tables: a :class:`stepfusion.model_spec.ModelSpec` or an engine."""
 
-    def table(self, sampler: str = ..., steps: int | None = ..., **options: Any) -> StepTable:
+    def table(self, sampler: str | None = ..., steps: int | None = ..., **options: Any) -> StepTable:
         """:func:`stepfusion.samplers.registry.make_table` for this model's schedule and prediction type."""
         ...
 
