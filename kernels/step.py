@@ -109,6 +109,8 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
     next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
     sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
+    if net_ptr is not None:
+        net_scale = tl.load(coefficient_ptr + 14, mask=inside, other=0.0)
     # these take the whole image: NaN, and no wrong one
     threshold = tl.load(coefficient_ptr + 12, mask=inside, other=0.0)
     rescale = tl.load(coefficient_ptr + 20, mask=inside, other=0.0)
@@ -178,7 +180,6 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
-        net_scale = tl.load(coefficient_ptr + 14, mask=inside, other=0.0)
         copy = (net_scale * x_next).to(net_ptr.dtype.element_ty)
         net_offs = _place(offs, PIXELS, NET_CHANNELS)
         for i in tl.static_range(COPIES):
