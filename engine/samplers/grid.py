@@ -169,8 +169,8 @@ def make_grid(path: Path, steps: int | None, given: Mapping[str, Any], *, bounde
     """
     options = complete_options(given)
     if isinstance(path, NoiseSchedule):
-        visits, abar = schedule_levels(path, steps, options, "trailing", bounded=bounded)
-        abar = np.append(abar, final_level(path, options["final_alpha_cumprod"], abar.dtype))
+        visits, visited = schedule_levels(path, steps, options, "trailing", bounded=bounded)
+        abar = np.append(visited, final_level(path, options["final_alpha_cumprod"], visited.dtype)).astype(np.float64)
         return Grid(path, prediction_of(path, options), visits, abar**0.5, (1 - abar) ** 0.5, options)
     if not isinstance(path, Path):
         raise TypeError(f"schedule must be a NoiseSchedule or another path, got {type(path).__name__}")
@@ -231,7 +231,7 @@ def _levels(path: Path, steps: int | None, options: GridOptions) -> Floats:
     bound = options["lambda_min_clipped"]
     if options["levels"] is not None:
         for name in ("spacing", "rho", "lambda_min_clipped"):
-            if options[name] is not None:  # type: ignore[literal-required]
+            if options[name] is not None:
                 raise ValueError(f"{name} and levels exclude each other, got both")
         if steps is not None:
             raise ValueError("steps and levels exclude each other, got both")

@@ -9,19 +9,19 @@ from stepfusion import _checks
 from stepfusion.samplers.adams import deis, ipndm, plms
 from stepfusion.samplers.ancestral import ddpm
 from stepfusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
-from stepfusion.samplers.euler import dpmpp_1s, euler, euler_ancestral
+from stepfusion.samplers.euler_method import dpmpp_1s, euler, euler_ancestral
 from stepfusion.samplers.few_step import consistency, lcm, tcd
-from stepfusion.samplers.flow_sde import flow_sde
 from stepfusion.samplers.grid import GRID_DEFAULTS
-from stepfusion.samplers.heun import heun
+from stepfusion.samplers.heun_method import heun
 from stepfusion.samplers.implicit import ddim, ddim_inversion
 from stepfusion.samplers.lambda_bound import timesteps_in_bound
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
+from stepfusion.samplers.predictor_corrector import unipc
+from stepfusion.samplers.reverse_sde import flow_sde
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.singlestep import dpmpp_2s, dpmpp_3s
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.timesteps import BY_LEVEL, largest_offset
-from stepfusion.samplers.unipc import unipc
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddim": ddim,
@@ -131,7 +131,7 @@ def make_table(
     spacing = "leading" if sampler in _LEADING else "trailing"
     _give_way(chosen, options, spacing)
     options = {**chosen, "prediction": prediction, **options}
-    if "steps_offset" in chosen:
+    if "steps_offset" in chosen and isinstance(schedule, NoiseSchedule):
         options["steps_offset"] = min(chosen["steps_offset"], _room_for_offset(schedule, steps, options, sampler))
     return make(schedule, steps, **options)
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from stepfusion.samplers.churn import Churn, churned_levels
-from stepfusion.samplers.euler import first_order
+from stepfusion.samplers.euler_method import first_order
 from stepfusion.samplers.grid import Grid, GridOptions, make_grid
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
