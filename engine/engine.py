@@ -282,6 +282,8 @@ class Engine:
     ) -> torch.Tensor:
         """DDIM inversion: images to the noise that :meth:`sample` with the same timesteps turns back into them.
 
+        On a discrete schedule alone.
+
         Args:
             x: float [n, C, H, W] in [-1, 1].
             table: a :func:`stepfusion.ddim_inversion`; without one, ``steps`` makes it.
@@ -289,7 +291,15 @@ class Engine:
 
         Returns:
             float32 [n, C, H, W].
+
+        Raises:
+            TypeError, ValueError: naming the argument, or the path if it is not discrete.
         """
+        if not self.schedule.discrete:
+            raise ValueError(
+                f"encode and reconstruct climb the timesteps of a discrete schedule, and this engine's path is "
+                f"{self.schedule!r}, which has none"
+            )
         check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
         if table is not None and steps is not None:
             raise ValueError("table and steps exclude each other, got both")
@@ -341,16 +351,18 @@ class Engine:
         takes both ends back, as :meth:`reconstruct` does.
 
         Args:
-            a, b: float [C, H, W], noises; or seeds in [0, 2**64), for the noise that their image 0 starts from.
+            a, b: float [C, H, W], noises, which on a :class:`stepfusion.SigmaPath` have the deviation of its largest
+                level; or seeds in [0, 2**64), for the noise that their image 0 starts from.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
             table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
 
         Returns:
             float32 [k, C, H, W], one image for each weight.
         """
-        start = slerp(self.runners.initial_noise("a", a), self.runners.initial_noise("b", b), weights)
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
+        scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
+        start = slerp(self.runners.first_state("a", a, scale), self.runners.first_state("b", b, scale), weights)
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
 
     @plain_torch(gradients=False)
@@ -384,6 +396,7 @@ class Engine:
         uncaptured = None if runners.policy is None else runners.policy.failure
         lines = [
             *self.plan.lines(),
+            explain.path_line(self.schedule, self.prediction),
             *explain.whole_image_lines(self.plan),
             *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
             *explain.failure_lines(uncaptured, self.evaluator.declined),

@@ -33,8 +33,19 @@ def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = N
 def add_sampler_arguments(add: Callable[..., object]) -> None:
     """Declare the sampler, its steps, their places and noise, which :func:`table_request` reads."""
     takers = " and ".join(f"{name} (default: {eta:g})" for name, eta in SAMPLERS_WITH_ETA.items())
-    add("--sampler", choices=OFFERED, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--sampler",
+        choices=OFFERED,
+        help="of those that the path of the model has (default: what the model says, or heun for EDM, euler for flow "
+        "matching, else ddim)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="K",
+        help="how many steps (default: 50; 18 for heun, 2 or 4 for samplers of distilled models, and for ddpm all "
+        "timesteps of the model)",
+    )
     add(
         "--timesteps",
         metavar="SECTIONS",

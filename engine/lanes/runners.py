@@ -100,8 +100,11 @@ class Runners:
         return replace(request, image=None, start=start)
 
     @plain_torch(gradients=False)
-    def initial_noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
-        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's."""
+    def first_state(self, name: str, value: int | torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """A state [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's.
+
+        ``scale`` is the standard deviation of the noise that a sampler starts from.
+        """
         device = self.plan.device
         if isinstance(value, torch.Tensor):
             check_images(name, value, self.spec.shape)
@@ -109,7 +112,7 @@ class Runners:
         seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
         zero = torch.zeros_like(seed)
         noise: torch.Tensor = self._ops.normal(seed, zero, zero, self.spec.shape, STREAM_INITIAL)[0]
-        return noise
+        return noise if scale == 1.0 else scale * noise
 
     def key(self, request: Request, lanes: int) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""

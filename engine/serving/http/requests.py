@@ -41,7 +41,7 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
-    sampler: str = Field("ddim", description="the name of a sampler")
+    sampler: str | None = Field(None, description="the name of a sampler; the model says which by default")
     steps: int | None = Field(None, ge=1, description="an integer of at least 1")
     eta: float | None = Field(None, description="a finite number")
     spacing: str | None = Field(
