@@ -22,6 +22,7 @@ from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
 from stepfusion.lanes.interpolation import slerp
+from stepfusion.lanes.inversion import climbing_table
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
@@ -280,9 +281,7 @@ class Engine:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
-        """DDIM inversion: images to the noise that :meth:`sample` with the same timesteps turns back into them.
-
-        On a discrete schedule alone.
+        """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
 
         Args:
             x: float [n, C, H, W] in [-1, 1].
@@ -295,17 +294,7 @@ class Engine:
         Raises:
             TypeError, ValueError: naming the argument, or the path if it is not discrete.
         """
-        if not self.schedule.discrete:
-            raise ValueError(
-                f"encode and reconstruct climb the timesteps of a discrete schedule, and this engine's path is "
-                f"{self.schedule!r}, which has none"
-            )
-        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
-        if table is not None and steps is not None:
-            raise ValueError("table and steps exclude each other, got both")
-        table = self.table("ddim_inversion", steps) if table is None else table
-        if isinstance(table, StepTable) and table.timesteps[0] > table.timesteps[-1]:
-            raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
+        table = climbing_table(self.spec, x, table, steps)
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
     def reconstruct(
