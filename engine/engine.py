@@ -121,8 +121,7 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        told = torch.int64 if spec.schedule.discrete else torch.float32
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, told)
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, spec.told_dtype)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)

@@ -74,7 +74,7 @@ def export_program(engine: Engine, batch: Batch = DYNAMIC) -> ExportedProgram:
 
 
 def trace(
-    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...] | None, what: str
+    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None, what: str
 ) -> ExportedProgram:
     """A module as a program, for the dynamic dimensions ``shapes`` of its inputs.
 
