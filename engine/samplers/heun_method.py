@@ -43,7 +43,7 @@ def heun(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    found = make_grid(path, steps, grid)
+    found = make_grid(path, steps, grid, bounded="any")  # y is x divided by the signal
     churn = churned_levels(found, s_churn, s_min, s_max, s_noise)
     corrected = np.isfinite(churn.noise[:-1] / found.scale[:-1]) & (found.noise[1:] > 0)
     # Rows in pairs, predictor and corrector, of which the correctors of steps that have none are left out.

@@ -75,8 +75,10 @@ _DEFAULT_STEPS = {"heun": 18, "consistency": 2, "lcm": 4, "tcd": 4}
 _DISTILLED = ("consistency", "lcm", "tcd")
 #: Samplers whose steps on a schedule are "leading" if nothing else is asked for; those of others are "trailing".
 _LEADING = ("ddim", "ddpm", "ddim_inversion")
+#: Samplers that divide x by the signal, and so have a bound whatever the network returns.
+_DIVIDING = ("ipndm", "plms", "heun")
 #: Samplers that take a model's "lambda_min_clipped", and have a bound by default.
-_BOUNDED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis")
+_BOUNDED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis", *_DIVIDING)
 #: Samplers that take a model's "final_alpha_cumprod".
 _ENDING = (*_BOUNDED, "ddim", "ddim_inversion", "plms")
 
@@ -162,6 +164,8 @@ def _room_for_offset(schedule: NoiseSchedule, steps: int | None, options: Mappin
     bound, prediction = options.get("lambda_min_clipped"), options["prediction"]
     if sampler not in _BOUNDED:
         prediction = "sample"
+    elif sampler in _DIVIDING:
+        prediction = "epsilon"
     total = timesteps_in_bound(schedule, steps, None, prediction, bound) or schedule.num_timesteps
     steps = total if steps is None else steps
     return largest_offset(total, steps) if isinstance(steps, int) and 1 <= steps <= total else 0
