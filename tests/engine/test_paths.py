@@ -80,13 +80,13 @@ def edm_solution(x: Tensor) -> Tensor:
 def test_heun_reaches_the_solution_of_edms_path(shape: tuple[int, ...]) -> None:
     engine = edm_engine(shape)
     x = 80 * torch.randn((3, *shape), generator=torch.Generator().manual_seed(0))
-    images = engine.sample(start=x, steps=40, seed=1)
+    images = engine.sample(start=x, steps=120, seed=1)
     torch.testing.assert_close(images, edm_solution(x), rtol=0, atol=2e-3)
 
 
 def test_flow_reaches_the_solution_of_its_path() -> None:
     x = torch.randn((3, 2, 5, 3), generator=torch.Generator().manual_seed(0))
-    images = flow_engine().sample(start=x, sampler="heun", steps=40)
+    images = flow_engine().sample(start=x, sampler="heun", steps=60)
     torch.testing.assert_close(images, MEAN + x * STD, rtol=0, atol=2e-3)
 
 
@@ -132,7 +132,7 @@ def test_an_image_is_itself_whatever_its_batch() -> None:
     for image, table in enumerate(tables):
         alone = {name: values[image] for name, values in options.items()}
         index = [0, 9, 3, 2][image]
-        assert_same_bits(engine.sample(1, table, indices=[index], **alone)[0], together[image])  # type: ignore[arg-type]
+        assert_same_bits(table.name, engine.sample(1, table, indices=[index], **alone)[0], together[image])  # type: ignore[arg-type]
 
 
 def test_events_say_what_the_network_was_told() -> None:
@@ -148,7 +148,7 @@ def test_editing_keeps_what_the_mask_keeps() -> None:
     mask = (torch.rand(1, 1, 5, 3) > 0.5).float()
     for sampler in ("euler", "heun"):
         edited = engine.sample(image=image, mask=mask, strength=0.7, sampler=sampler, steps=8, seed=2)
-        assert_same_bits(edited * (1 - mask), image * (1 - mask))
+        assert torch.equal(edited * (1 - mask), image * (1 - mask))
         assert (edited != image)[:, :, mask[0, 0] == 1].all()
 
 
