@@ -45,7 +45,7 @@ def heun(
     """
     found = make_grid(path, steps, grid, bounded="any")  # y is x divided by the signal
     churn = churned_levels(found, s_churn, s_min, s_max, s_noise)
-    corrected = np.isfinite(churn.noise[:-1] / found.scale[:-1]) & (found.noise[1:] > 0)
+    corrected = (found.scale[:-1] > 0) & (found.noise[1:] > 0)
     # Rows in pairs, predictor and corrector, of which the correctors of steps that have none are left out.
     chosen = np.stack([np.ones(len(found), dtype=bool), corrected], axis=1).reshape(-1)
     columns = {name: value[chosen] for name, value in _columns(found, churn, corrected).items()}

@@ -317,8 +317,9 @@ def _forget(coefficients: NDArray[np.float64]) -> None:
         if kept:
             row[older[kept - 1]] += weight
         elif weight:
-            own = keep[i:][keeps[i:]]
-            row[of_x], row[of_x0] = (row[[of_x, of_x0]] + weight * (own[0] if len(own) else (0.0, 1.0))).tolist()
+            own = [*keep[i:][keeps[i:]], (0.0, 1.0)][0]
+            row[of_x] += weight * own[0]
+            row[of_x0] += weight * own[1]
         kept = min(kept + bool(keeps[i]), len(HISTORY))
 
 
