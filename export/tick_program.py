@@ -91,7 +91,7 @@ def tick_program(engine: Engine, batch: Batch, *, guided: bool = False, history:
     example = tick_example(engine, batch.examples()[0], guided=guided, history=history)
     inputs, _ = tick_specs(engine, batch, guided=guided, history=history)
     rows = {0: Dim("rows", min=1, max=_MOST_ROWS)}
-    shapes: list[Any] = [rows if spec.shape[0] == "rows" else _lanes(batch) for spec in inputs]
+    shapes = [rows if spec.shape[0] == "rows" else _lanes(batch) for spec in inputs]
     further = len(further_inputs(engine, guided=guided, history=history))
     named = len(shapes) - further
     module = tick_module(engine, guided=guided, history=history)
@@ -173,25 +173,18 @@ def compare_tick(
     Raises:
         ExportError: ``what`` computes something else.
     """
-    history = table.history
-    reference = tick_module(engine, guided=guided, history=history)
-    start, dtype = InitialNoise(engine.shape), engine.plan.dtype
-    inputs, _ = tick_specs(engine, batch, guided=guided, history=history)
+    form: dict[str, Any] = {"guided": guided, "history": table.history}
+    reference, start, dtype = tick_module(engine, **form), InitialNoise(engine.shape), engine.plan.dtype
+    inputs, _ = tick_specs(engine, batch, **form)
     largest = noise = 0.0
     for size in sorted(set(batch.examples())):
-        example = tick_example(engine, size, guided=guided, history=history)
+        example = tick_example(engine, size, **form)
         for actual, wanted in zip(outputs_of(tick(*example)), outputs_of(reference(*example)), strict=True):
             largest = max(largest, check_close(actual, wanted, f"{what} tick", size, dtype))
         lanes = example[4], example[5]
         noise = max(noise, check_close(initial_noise(*lanes), start(*lanes), f"{what} initial noise", size))
     rows = range(min(table.steps(), max(2, _LOOP_EVALUATIONS // batch.low)))
-    given = dict(
-        zip(
-            (spec.name for spec in inputs),
-            tick_example(engine, batch.low, guided=guided, history=history),
-            strict=True,
-        )
-    )
+    given = dict(zip((spec.name for spec in inputs), tick_example(engine, batch.low, **form), strict=True))
     lanes = given["seed"], given["index"]
     expected = walk(reference, inputs, table, rows, table.start_scales[0] * start(*lanes), given)
     found = walk(tick, inputs, table, rows, table.start_scales[0] * initial_noise(*lanes), given)

@@ -7,6 +7,7 @@ from typing import Any
 import stepfusion
 from stepfusion.engine import Engine
 from stepfusion.samplers.registry import SAMPLERS_WITH_ETA, default_sampler, samplers_of
+from stepfusion.samplers.spacing import spacings_of
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.limits import Limits
@@ -26,7 +27,7 @@ def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
         "samplers": list(samplers),
         "default_sampler": engine.options.get("sampler", default_sampler(engine.schedule)),
         "eta": {sampler: eta for sampler, eta in SAMPLERS_WITH_ETA.items() if sampler in samplers},
-        "spacings": list(ALL_SPACINGS),
+        "spacings": list(ALL_SPACINGS if engine.schedule.discrete else spacings_of(engine.schedule)),
         "path": engine.schedule.name,
         "timesteps": engine.schedule.max_steps,
         "prediction": engine.prediction,
