@@ -25,7 +25,6 @@ from torch import Tensor
 from stepfusion.bench.image_classifier import load_classifier, read_images, to_unit_range
 from stepfusion.bench.plots import png
 from stepfusion.bench.quality import as_stored, balanced_labels, engine_draw, frechet_distance
-from stepfusion.commands.streams import tell
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
 from stepfusion.samplers.registry import samplers_of
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     for quality in measure(engine, args.evaluations, args.images, distance_to, args.workers):
         found.append(quality)
-        tell(json.dumps(asdict(quality)))
+        print(json.dumps(asdict(quality)), flush=True)
     lines = "".join(json.dumps(asdict(quality)) + "\n" for quality in found)
     atomic_write(args.out / "samplers.jsonl", lines.encode())
     measures = ("distance",) if distance_to is None else ("distance", "frechet")
