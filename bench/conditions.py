@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ _PACKAGES = (
     "matplotlib",
     "mlcommons-loadgen",
 )
+_LIMITS = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"
 
 
 def conditions(part: str, device: torch.device) -> Conditions:
@@ -52,10 +54,11 @@ def conditions(part: str, device: torch.device) -> Conditions:
 
 
 def _processor() -> str:
-    """The processor's name and what PyTorch uses of it."""
+    """The processor's name, what PyTorch uses of it, and the limits that were set to its use."""
     capability = torch.backends.cpu.get_cpu_capability()
     half = [name for name in ("amx_bf16", "avx512_bf16") if name in _flags()]
-    return ", ".join((_cpu_field("model name") or platform.machine(), capability, *half))
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
+    return ", ".join((_cpu_field("model name") or platform.machine(), capability, *half, *limits))
 
 
 def _flags() -> set[str]:

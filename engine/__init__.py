@@ -10,25 +10,34 @@ Every sampler is a table; one fused kernel walks it. Start with :class:`Engine`:
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepfusion import kernels, networks, serving
-    from stepfusion.checkpoints.diffusers_directory import load_pretrained
-    from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
-    from stepfusion.checkpoints.save_directory import save_pretrained
-    from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
-    from stepfusion.diffusion.likelihood import bits_per_dimension
-    from stepfusion.engine import Engine
-    from stepfusion.errors import (
+    from stepfusion._public import (
         BackendError,
         BulkError,
         CheckpointError,
+        Engine,
+        Event,
         ExportError,
+        GaussianDiffusion,
+        NoiseSchedule,
         NonFiniteError,
         SamplingCancelled,
+        StepTable,
+        bits_per_dimension,
+        ddim,
+        ddim_inversion,
+        ddpm,
+        dpmpp_2m,
+        euler_ancestral,
+        load_guided_diffusion,
+        load_pretrained,
+        save_pretrained,
+        slerp,
     )
+<<<<<<< HEAD
     from stepfusion.lanes.interpolation import slerp
     from stepfusion.lanes.request import Event
     from stepfusion.samplers import (
@@ -56,6 +65,8 @@ if TYPE_CHECKING:
     from stepfusion.samplers.path import FlowPath, SigmaPath
     from stepfusion.samplers.schedule import NoiseSchedule
     from stepfusion.samplers.table import StepTable
+=======
+>>>>>>> main
 
 __version__ = "0.1.0"
 
@@ -103,6 +114,7 @@ __all__ = [
     "unipc",
 ]
 
+<<<<<<< HEAD
 _HOMES = {
     "load_pretrained": "stepfusion.checkpoints.diffusers_directory",
     "load_guided_diffusion": "stepfusion.checkpoints.guided_diffusion",
@@ -144,25 +156,28 @@ _HOMES = {
     "StepTable": "stepfusion.samplers.table",
 }
 
+=======
+>>>>>>> main
 
 if not TYPE_CHECKING:  # a type checker is to see the names above, and no others
 
     def __getattr__(name: str) -> Any:
-        """A public name, or a module of this package, imported when it is first asked for.
+        """A public name, imported when it is first asked for.
 
         So the command line can choose how threads wait before PyTorch starts them, and answers ``--help`` at once.
         """
-        if name in _HOMES:
-            value = getattr(importlib.import_module(_HOMES[name]), name)
-        elif name.startswith("__"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "kernels":
+            import stepfusion.kernels as value
+        elif name == "networks":
+            import stepfusion.networks as value
+        elif name == "serving":
+            import stepfusion.serving as value
+        elif name in __all__:
+            import stepfusion._public as public
+
+            value = getattr(public, name)
         else:
-            try:
-                value = importlib.import_module(f"{__name__}.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"{__name__}.{name}":
-                    raise
-                raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
         return value
 

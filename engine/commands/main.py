@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why;
 
 Command = Callable[[argparse.Namespace], int]
 Declare = Callable[[argparse.ArgumentParser], None]
+Loaded = tuple[Declare, Command]  # what declares a command's arguments, and what runs it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,13 +82,12 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stepfusion {stepfusion.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (home, text) in _COMMANDS.items():
+    for name, (load, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in given:
-            module = importlib.import_module(home)
-            declare: Declare = getattr(module, f"add_{name}_arguments")
+            declare, run = load()
             declare(command)
-            command.set_defaults(command=getattr(module, f"run_{name}"))
+            command.set_defaults(command=run)
     return parser
 
 
@@ -99,19 +98,88 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-#: The module and the help of each command.
-_COMMANDS = {
-    "sample": ("stepfusion.commands.sample", "make images with a model"),
-    "generate": ("stepfusion.commands.generate", "make many images as shards, resumable at any moment"),
-    "env": ("stepfusion.commands.env", "versions, devices, which path runs here and why, and a self-test"),
-    "train": ("stepfusion.commands.train", "train a small model on a folder of images"),
-    "show": ("stepfusion.commands.show", "draw a figure: of a schedule, of steps, of noise, of contexts"),
-    "encode": ("stepfusion.commands.invert", "pictures to the noise that they come from"),
-    "reconstruct": ("stepfusion.commands.invert", "pictures to their noise and back"),
-    "interpolate": ("stepfusion.commands.invert", "images between two noises, or pictures"),
-    "serve": ("stepfusion.commands.serve", "put a model behind HTTP, with a form to try it"),
-    "export": ("stepfusion.commands.export", "write a network, or a whole step, for another runtime"),
-    "bench": ("stepfusion.bench.cli", "measure speed, beside peers"),
+# Each command is imported when it is asked for.
+
+
+def _sample() -> Loaded:
+    from stepfusion.commands.sample import add_sample_arguments, run_sample
+
+    return add_sample_arguments, run_sample
+
+
+def _generate() -> Loaded:
+    from stepfusion.commands.generate import add_generate_arguments, run_generate
+
+    return add_generate_arguments, run_generate
+
+
+def _env() -> Loaded:
+    from stepfusion.commands.env import add_env_arguments, run_env
+
+    return add_env_arguments, run_env
+
+
+def _train() -> Loaded:
+    from stepfusion.commands.train import add_train_arguments, run_train
+
+    return add_train_arguments, run_train
+
+
+def _show() -> Loaded:
+    from stepfusion.commands.show import add_show_arguments, run_show
+
+    return add_show_arguments, run_show
+
+
+def _encode() -> Loaded:
+    from stepfusion.commands.invert import add_encode_arguments, run_encode
+
+    return add_encode_arguments, run_encode
+
+
+def _reconstruct() -> Loaded:
+    from stepfusion.commands.invert import add_reconstruct_arguments, run_reconstruct
+
+    return add_reconstruct_arguments, run_reconstruct
+
+
+def _interpolate() -> Loaded:
+    from stepfusion.commands.invert import add_interpolate_arguments, run_interpolate
+
+    return add_interpolate_arguments, run_interpolate
+
+
+def _serve() -> Loaded:
+    from stepfusion.commands.serve import add_serve_arguments, run_serve
+
+    return add_serve_arguments, run_serve
+
+
+def _export() -> Loaded:
+    from stepfusion.commands.export import add_export_arguments, run_export
+
+    return add_export_arguments, run_export
+
+
+def _bench() -> Loaded:
+    from stepfusion.bench.cli import add_bench_arguments, run_bench
+
+    return add_bench_arguments, run_bench
+
+
+#: What loads each command, and its help.
+_COMMANDS: dict[str, tuple[Callable[[], Loaded], str]] = {
+    "sample": (_sample, "make images with a model"),
+    "generate": (_generate, "make many images as shards, resumable at any moment"),
+    "env": (_env, "versions, devices, which path runs here and why, and a self-test"),
+    "train": (_train, "train a small model on a folder of images"),
+    "show": (_show, "draw a figure: of a schedule, of steps, of noise, of contexts"),
+    "encode": (_encode, "pictures to the noise that they come from"),
+    "reconstruct": (_reconstruct, "pictures to their noise and back"),
+    "interpolate": (_interpolate, "images between two noises, or pictures"),
+    "serve": (_serve, "put a model behind HTTP, with a form to try it"),
+    "export": (_export, "write a network, or a whole step, for another runtime"),
+    "bench": (_bench, "measure speed, beside peers"),
 }
 
 

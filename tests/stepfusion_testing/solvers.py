@@ -72,7 +72,7 @@ def edm_sampler(
     sigma_max: float = 80.0,
     corrects: bool = True,
 ) -> Floats:
-    """Karras et al. 2022, algorithm 2, line by line; x is t_0 times the initial noise. Euler's if nothing corrects."""
+    """Karras et al. 2022, algorithm 2, line by line; x is t_0 times the initial noise. Euler's if none corrects."""
     s_churn, s_min, s_max, s_noise = churn
     t = np.array([*karras_levels(sigma_min, sigma_max, steps), 0.0])
     for i in range(steps):
