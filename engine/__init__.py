@@ -21,26 +21,14 @@ if TYPE_CHECKING:
         Engine,
         Event,
         ExportError,
+        FlowPath,
         GaussianDiffusion,
         NoiseSchedule,
         NonFiniteError,
         SamplingCancelled,
+        SigmaPath,
         StepTable,
         bits_per_dimension,
-        ddim,
-        ddim_inversion,
-        ddpm,
-        dpmpp_2m,
-        euler_ancestral,
-        load_guided_diffusion,
-        load_pretrained,
-        save_pretrained,
-        slerp,
-    )
-<<<<<<< HEAD
-    from stepfusion.lanes.interpolation import slerp
-    from stepfusion.lanes.request import Event
-    from stepfusion.samplers import (
         consistency,
         ddim,
         ddim_inversion,
@@ -58,15 +46,14 @@ if TYPE_CHECKING:
         heun,
         ipndm,
         lcm,
+        load_guided_diffusion,
+        load_pretrained,
         plms,
+        save_pretrained,
+        slerp,
         tcd,
         unipc,
     )
-    from stepfusion.samplers.path import FlowPath, SigmaPath
-    from stepfusion.samplers.schedule import NoiseSchedule
-    from stepfusion.samplers.table import StepTable
-=======
->>>>>>> main
 
 __version__ = "0.1.0"
 
@@ -114,50 +101,6 @@ __all__ = [
     "unipc",
 ]
 
-<<<<<<< HEAD
-_HOMES = {
-    "load_pretrained": "stepfusion.checkpoints.diffusers_directory",
-    "load_guided_diffusion": "stepfusion.checkpoints.guided_diffusion",
-    "save_pretrained": "stepfusion.checkpoints.save_directory",
-    "GaussianDiffusion": "stepfusion.diffusion.gaussian_diffusion",
-    "bits_per_dimension": "stepfusion.diffusion.likelihood",
-    "Engine": "stepfusion.engine",
-    "BackendError": "stepfusion.errors",
-    "BulkError": "stepfusion.errors",
-    "CheckpointError": "stepfusion.errors",
-    "ExportError": "stepfusion.errors",
-    "NonFiniteError": "stepfusion.errors",
-    "SamplingCancelled": "stepfusion.errors",
-    "slerp": "stepfusion.lanes.interpolation",
-    "Event": "stepfusion.lanes.request",
-    "ddim": "stepfusion.samplers",
-    "ddim_inversion": "stepfusion.samplers",
-    "ddpm": "stepfusion.samplers",
-    "dpmpp_2m": "stepfusion.samplers",
-    "euler_ancestral": "stepfusion.samplers",
-    "consistency": "stepfusion.samplers",
-    "deis": "stepfusion.samplers",
-    "dpmpp_1s": "stepfusion.samplers",
-    "dpmpp_2m_sde": "stepfusion.samplers",
-    "dpmpp_2s": "stepfusion.samplers",
-    "dpmpp_3m": "stepfusion.samplers",
-    "dpmpp_3s": "stepfusion.samplers",
-    "euler": "stepfusion.samplers",
-    "flow_sde": "stepfusion.samplers",
-    "heun": "stepfusion.samplers",
-    "ipndm": "stepfusion.samplers",
-    "lcm": "stepfusion.samplers",
-    "plms": "stepfusion.samplers",
-    "tcd": "stepfusion.samplers",
-    "unipc": "stepfusion.samplers",
-    "FlowPath": "stepfusion.samplers.path",
-    "SigmaPath": "stepfusion.samplers.path",
-    "NoiseSchedule": "stepfusion.samplers.schedule",
-    "StepTable": "stepfusion.samplers.table",
-}
-
-=======
->>>>>>> main
 
 if not TYPE_CHECKING:  # a type checker is to see the names above, and no others
 
