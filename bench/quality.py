@@ -143,7 +143,7 @@ def as_stored(x: Tensor) -> Tensor:
     return to_unit_range(((x.clamp(-1, 1) + 1) * 127.5).round())
 
 
-def _engine_draw(engine: Engine, table: StepTable, workers: int) -> Draw:
+def engine_draw(engine: Engine, table: StepTable, workers: int) -> Draw:
     """Sample an engine, a batch at a time, in `workers` threads; their number changes no image."""
     batch_size = engine.batch
 
@@ -194,7 +194,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         "network_dtype": args.dtype,
         "classifier_test_accuracy": test_accuracy(classifier, test),
         **evaluate(
-            _engine_draw(engine, table, args.workers),
+            engine_draw(engine, table, args.workers),
             train,
             test,
             classifier,

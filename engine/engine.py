@@ -121,8 +121,7 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        told = torch.int64 if spec.schedule.discrete else torch.float32
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, told)
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, spec.told_dtype)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)
@@ -281,7 +280,7 @@ class Engine:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
-        """DDIM inversion: images to the noise that :meth:`sample` with the same timesteps turns back into them.
+        """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
 
         Args:
             x: float [n, C, H, W] in [-1, 1].
@@ -294,8 +293,7 @@ class Engine:
         Raises:
             TypeError, ValueError: naming the argument, or the path if it is not discrete.
         """
-        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
-        table = climbing_table(self.spec, table, steps)
+        table = climbing_table(self.spec, x, table, steps)
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
     def reconstruct(

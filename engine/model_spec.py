@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
+
 from stepfusion import _checks
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.registry import check_options, make_table
@@ -85,6 +87,11 @@ class ModelSpec:
             context_size=getattr(network, "context_size", None),
             **known,
         )
+
+    @property
+    def told_dtype(self) -> torch.dtype:
+        """Of what the network is told of a level: int64 for timesteps, float32 on paths that are not discrete."""
+        return torch.int64 if self.schedule.discrete else torch.float32
 
     def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this model: :func:`stepfusion.samplers.registry.make_table`."""

@@ -80,7 +80,8 @@ def read_table(path: Path, schedule: GaussianPath) -> StepTable:
     given = read_typed(path, _TableFile, ExportError, MAX_JSON_BYTES)
     try:
         if given.columns not in (list(COLUMNS), list(COLUMNS[:_EARLIER])):
-            raise ValueError(f"columns are {given.columns[:20]}; accepted are {list(COLUMNS)}")
+            accepted = f"{list(COLUMNS)}, or the first {_EARLIER}"
+            raise ValueError(f"columns are {given.columns[:4]}; accepted are {accepted}")
         return StepTable(
             given.name,
             given.prediction,

@@ -30,12 +30,18 @@ def group_norm_silu_reference(
     if time is not None:
         h = h + time.to(compute)[:, :, None, None]
     h = h.contiguous()  # aten sums squares of channels_last tensors on a CPU, which cancels if the mean is large
-    y = torch.nn.functional.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
+    y = _group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift.to(compute)[:, :, None, None], y, 1 + scale.to(compute)[:, :, None, None])
     if silu:
         y = torch.nn.functional.silu(y)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    if 0 in x.shape[2:]:  # PyTorch 2.14 refuses images without pixels; their gradients are zeros, as before
+        return x * weight[:, None, None] + bias[:, None, None]
+    return torch.nn.functional.group_norm(x, groups, weight, bias, eps)
 
 
 def add_group_norm_silu_reference(

@@ -50,6 +50,18 @@ def extreme(*, largest: bool, keep_nan: bool) -> Function:
     return pick
 
 
+def sign_apart(pick: Function) -> Function:
+    """``pick`` with the modifiers xorsign and abs: of the absolute values, with the sign of the operands' product."""
+
+    def picked(a: Array, b: Array) -> Array:
+        a, b = np.asarray(a, "f4"), np.asarray(b, "f4")
+        result = pick(np.abs(a), np.abs(b))
+        signed = np.where(np.signbit(a) != np.signbit(b), -result, result)
+        return np.where(np.isnan(result), result, signed)
+
+    return picked
+
+
 def flush(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign."""
     return np.where(np.abs(x) < _LEAST_NORMAL, np.copysign(np.float32(0), x), x)

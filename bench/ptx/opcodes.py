@@ -83,12 +83,13 @@ _PAIRED = _SUMS | {f"{name}.rn": operation for name, operation in _SUMS.items()}
 
 
 def _extremes() -> dict[str, Operation]:
-    """max and min of two float32, and of three; with .NaN, or without."""
+    """max and min of two float32, and of three; with .NaN, or without; of two, with .xorsign.abs as well."""
     found = {}
     for name in ("max", "min"):
         for mode in ("", ".NaN"):
             pick = a.extreme(largest=name == "max", keep_nan=mode == ".NaN")
             found[f"{name}{mode}"] = Operation("tt", pick)
+            found[f"{name}{mode}.xorsign.abs"] = Operation("tt", a.sign_apart(pick))
             found[f"{name}{mode} of 3"] = Operation("ttt", lambda x, y, z, pick=pick: pick(pick(x, y), z))
     return found
 

@@ -159,7 +159,8 @@ class _Reader:
             raise Fault(f"cannot read {statement!r}")
         args = tuple(self._operand(part) for part in _COMMA.split(match[4])) if match[4] else ()
         guard = self._name(match[2]) if match[2] else ""
-        self._program.code.append(Instruction(match[3], args, guard, match[1] == "!", self._where, statement))
+        op = match[3].replace(".shared::cta", ".shared")  # two spellings of the block's own shared memory
+        self._program.code.append(Instruction(op, args, guard, match[1] == "!", self._where, statement))
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()

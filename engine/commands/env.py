@@ -20,7 +20,7 @@ from stepfusion.kernels.backend import HAS_TRITON, BackendError, why_not_triton
 from stepfusion.kernels.cpu import library
 from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
+_PACKAGES = ("triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
 
 
 def add_env_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run_env(args: argparse.Namespace) -> int:
     """Print what is here; returns 0, or 1 if the self-test found a difference that rounding does not explain."""
     plan = make_plan(args.device, "auto", "auto", "auto")
     versions = {"stepfusion": stepfusion.__version__, "python": platform.python_version()}
-    versions |= {name: _version(name) for name in _PACKAGES}
+    versions |= {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
     checks = self_test(plan.device)
     reason = why_not_triton(plan.device)
     if reason is not None and HAS_TRITON:

@@ -51,7 +51,7 @@ def deis(
         TypeError, ValueError: naming the argument.
     """
     order = _checks.integer("order", order, 1, 4)
-    found = make_grid(path, steps, grid, bounded=True)
+    found = make_grid(path, steps, grid, bounded="epsilon")
     if lower_order_final is None:
         lower_order_final = len(found) < 15
     orders = step_orders(found, order, _checks.boolean("lower_order_final", lower_order_final))
@@ -84,7 +84,7 @@ def ipndm(path: Path, steps: int | None = None, *, order: int = 4, **grid: Unpac
         TypeError, ValueError: naming the argument.
     """
     order = _checks.integer("order", order, 1, 4)
-    found = make_grid(path, steps, grid)
+    found = make_grid(path, steps, grid, bounded="any")  # y is x divided by the signal
     first = 0 if found.scale[0] > 0 else 1  # a derivative by an infinite u says nothing of the next one
     writer = RowWriter()
     for i in range(len(found)):
@@ -109,7 +109,7 @@ def plms(path: Path, steps: int | None = None, *, order: int = 4, **grid: Unpack
         TypeError, ValueError: naming the argument.
     """
     order = _checks.integer("order", order, 2, 4)
-    found = make_grid(path, steps, grid)
+    found = make_grid(path, steps, grid, bounded="any")  # y is x divided by the signal
     if found.scale[0] == 0:
         raise ValueError(f"plms cannot start at the level {found.levels[0]}, which has no signal: use ipndm")
     writer = RowWriter()

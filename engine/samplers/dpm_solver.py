@@ -87,7 +87,7 @@ def dpmpp_2m(
     given |= {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
     if isinstance(schedule, NoiseSchedule) and solver_type == "midpoint":
         return _on_schedule(schedule, steps, lower_order_final, complete_options(given))
-    grid = make_grid(schedule, steps, given, bounded=True)
+    grid = make_grid(schedule, steps, given, bounded="epsilon")
     return _multistep("dpm-solver++ 2m", grid, 2, 0.0, solver_type, lower_order_final)
 
 
@@ -96,7 +96,7 @@ def _on_schedule(
 ) -> StepTable:
     """:func:`dpmpp_2m` by alphas_cumprod."""
     prediction = prediction_of(schedule, options)
-    visits, abar = schedule_levels(schedule, steps, options, "trailing", bounded=True)
+    visits, abar = schedule_levels(schedule, steps, options, "trailing", bounded="epsilon")
     bounds = row_options(options, visits)
     if lower_order_final is None:
         lower_order_final = len(visits) < 15
@@ -142,7 +142,7 @@ def dpmpp_2m_sde(
     """
     _checks.choice("solver_type", solver_type, SOLVER_TYPES)
     eta = _checks.number("eta", eta, 0.0, 1.0)
-    found = make_grid(path, steps, grid, bounded=True)
+    found = make_grid(path, steps, grid, bounded="epsilon")
     return _multistep(f"dpm-solver++ 2m sde, eta {eta:g}", found, 2, eta, solver_type, lower_order_final)
 
 
@@ -178,7 +178,7 @@ def dpmpp_3m(
     eta = _checks.number("eta", eta, 0.0, 1.0)
     if compat not in (None, "diffusers") or (compat and eta):
         raise ValueError(f"compat must be None, or 'diffusers' with eta = 0, got {compat!r} and eta = {eta:g}")
-    found = make_grid(path, steps, grid, bounded=True)
+    found = make_grid(path, steps, grid, bounded="epsilon")
     name = "dpm-solver++ 3m" + (f" sde, eta {eta:g}" if eta else "")
     solver_type = "heun" if eta else "midpoint"
     return _multistep(name, found, 3, eta, solver_type, lower_order_final, bend_factor=1.0 if compat else 2.0)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,9 @@ class GridOptions(TypedDict, total=False):
     guidance_interval: Sequence[float] | None
     guidance_rescale: float
 
+
+#: Of which networks a sampler bounds the noisiest level by default: none, those that return epsilon, or any.
+Bound = Literal["epsilon", "any"] | None
 
 #: What the options of :class:`GridOptions` are if they are not given.
 GRID_DEFAULTS: Mapping[str, Any] = {
@@ -156,7 +159,7 @@ def row_options(options: GridOptions, levels: NDArray[Any]) -> dict[str, Any]:
     return bounds | guidance_columns(levels, options["guidance_interval"], options["guidance_rescale"])
 
 
-def make_grid(path: Path, steps: int | None, given: Mapping[str, Any], *, bounded: bool = False) -> Grid:
+def make_grid(path: Path, steps: int | None, given: Mapping[str, Any], *, bounded: Bound = None) -> Grid:
     """The grid of ``steps``, or of a list of levels, with options of :class:`GridOptions`.
 
     Timesteps are spaced as "trailing" if no spacing is asked for.
@@ -169,8 +172,8 @@ def make_grid(path: Path, steps: int | None, given: Mapping[str, Any], *, bounde
     """
     options = complete_options(given)
     if isinstance(path, NoiseSchedule):
-        visits, abar = schedule_levels(path, steps, options, "trailing", bounded=bounded)
-        abar = np.append(abar, final_level(path, options["final_alpha_cumprod"], abar.dtype))
+        visits, visited = schedule_levels(path, steps, options, "trailing", bounded=bounded)
+        abar = np.append(visited, final_level(path, options["final_alpha_cumprod"], visited.dtype)).astype(np.float64)
         return Grid(path, prediction_of(path, options), visits, abar**0.5, (1 - abar) ** 0.5, options)
     if not isinstance(path, Path):
         raise TypeError(f"schedule must be a NoiseSchedule or another path, got {type(path).__name__}")
@@ -196,22 +199,30 @@ def schedule_levels(
     spacing: str,
     *,
     compat: str | None = None,
-    bounded: bool = False,
+    bounded: Bound = None,
 ) -> tuple[Visits, NDArray[np.floating[Any]]]:
     """The timesteps to visit, decreasing, and abar at each, in float32 with ``compat="diffusers"``.
 
     Args:
         spacing: if ``options`` have none.
-        bounded: the noisiest level is bounded by default, as in :func:`stepfusion.dpmpp_2m`.
+        bounded: by default the noisiest level is bounded, as in :func:`stepfusion.dpmpp_2m`: if the network returns
+            epsilon, or with "any" whatever it returns; None for no bound.
     """
     check_schedule(path)
     _refuse(options, ("levels", "final_level"), "a path whose levels are real numbers", path)
     prediction, bound = prediction_of(path, options), options["lambda_min_clipped"]
-    total = timesteps_in_bound(path, steps, options["timesteps"], prediction if bounded else "sample", bound)
+    total = timesteps_in_bound(path, steps, options["timesteps"], _bounded_as(prediction, bounded), bound)
     if options["spacing"] is not None:
         spacing = options["spacing"]
     given = options["timesteps"], spacing, options["steps_offset"], prediction, compat
     return levels_to_visit(path, steps, *given, total=total, rho=options["rho"])
+
+
+def _bounded_as(prediction: str, bounded: Bound) -> str:
+    """A prediction that is bounded as this one is to be."""
+    if bounded is None:
+        return "sample"
+    return "epsilon" if bounded == "any" else prediction
 
 
 def _of_path(path: Path, steps: int | None, options: GridOptions) -> Grid:
@@ -231,7 +242,7 @@ def _levels(path: Path, steps: int | None, options: GridOptions) -> Floats:
     bound = options["lambda_min_clipped"]
     if options["levels"] is not None:
         for name in ("spacing", "rho", "lambda_min_clipped"):
-            if options[name] is not None:  # type: ignore[literal-required]
+            if options[name] is not None:
                 raise ValueError(f"{name} and levels exclude each other, got both")
         if steps is not None:
             raise ValueError("steps and levels exclude each other, got both")

@@ -59,6 +59,8 @@ def path_from_json(entries: Mapping[str, Any]) -> Path:
     """
     given = entries.get("path")
     if given is None:
+        if not isinstance(entries["schedule"], Mapping):
+            raise TypeError(f"schedule must be an object, got {entries['schedule']!r}")
         schedule = ScheduleEntries.of(entries["schedule"])
         return NoiseSchedule(schedule.betas, name=schedule.name)
     if entries.get("schedule") is not None:

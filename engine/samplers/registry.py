@@ -9,19 +9,19 @@ from stepfusion import _checks
 from stepfusion.samplers.adams import deis, ipndm, plms
 from stepfusion.samplers.ancestral import ddpm
 from stepfusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
-from stepfusion.samplers.euler import dpmpp_1s, euler, euler_ancestral
+from stepfusion.samplers.euler_method import dpmpp_1s, euler, euler_ancestral
 from stepfusion.samplers.few_step import consistency, lcm, tcd
-from stepfusion.samplers.flow_sde import flow_sde
 from stepfusion.samplers.grid import GRID_DEFAULTS
-from stepfusion.samplers.heun import heun
+from stepfusion.samplers.heun_method import heun
 from stepfusion.samplers.implicit import ddim, ddim_inversion
 from stepfusion.samplers.lambda_bound import timesteps_in_bound
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
+from stepfusion.samplers.predictor_corrector import unipc
+from stepfusion.samplers.reverse_sde import flow_sde
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.singlestep import dpmpp_2s, dpmpp_3s
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.timesteps import BY_LEVEL, largest_offset
-from stepfusion.samplers.unipc import unipc
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddim": ddim,
@@ -75,8 +75,10 @@ _DEFAULT_STEPS = {"heun": 18, "consistency": 2, "lcm": 4, "tcd": 4}
 _DISTILLED = ("consistency", "lcm", "tcd")
 #: Samplers whose steps on a schedule are "leading" if nothing else is asked for; those of others are "trailing".
 _LEADING = ("ddim", "ddpm", "ddim_inversion")
+#: Samplers that divide x by the signal, and so have a bound whatever the network returns.
+_DIVIDING = ("ipndm", "plms", "heun")
 #: Samplers that take a model's "lambda_min_clipped", and have a bound by default.
-_BOUNDED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis")
+_BOUNDED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis", *_DIVIDING)
 #: Samplers that take a model's "final_alpha_cumprod".
 _ENDING = (*_BOUNDED, "ddim", "ddim_inversion", "plms")
 
@@ -131,7 +133,7 @@ def make_table(
     spacing = "leading" if sampler in _LEADING else "trailing"
     _give_way(chosen, options, spacing)
     options = {**chosen, "prediction": prediction, **options}
-    if "steps_offset" in chosen:
+    if "steps_offset" in chosen and isinstance(schedule, NoiseSchedule):
         options["steps_offset"] = min(chosen["steps_offset"], _room_for_offset(schedule, steps, options, sampler))
     return make(schedule, steps, **options)
 
@@ -162,6 +164,8 @@ def _room_for_offset(schedule: NoiseSchedule, steps: int | None, options: Mappin
     bound, prediction = options.get("lambda_min_clipped"), options["prediction"]
     if sampler not in _BOUNDED:
         prediction = "sample"
+    elif sampler in _DIVIDING:
+        prediction = "epsilon"
     total = timesteps_in_bound(schedule, steps, None, prediction, bound) or schedule.num_timesteps
     steps = total if steps is None else steps
     return largest_offset(total, steps) if isinstance(steps, int) and 1 <= steps <= total else 0

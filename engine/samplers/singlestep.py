@@ -61,7 +61,7 @@ def _singlestep(
     path: Path, steps: int | None, order: int, lower_order_final: bool, options: GridOptions
 ) -> StepTable:
     lower_order_final = _checks.boolean("lower_order_final", lower_order_final)
-    grid = make_grid(path, steps, options, bounded=True)
+    grid = make_grid(path, steps, options, bounded="epsilon")
     orders = _orders(grid, order, lower_order_final)
     writer = RowWriter()
     for i, this_order in enumerate(orders):

@@ -308,7 +308,7 @@ def _forget(coefficients: NDArray[np.float64]) -> None:
     older = [COLUMNS.index(name) for name in HISTORY]
     of_x, of_x0 = COLUMNS.index("next_x"), COLUMNS.index("next_x0")
     keep = coefficients[:, [COLUMNS.index("keep_x"), COLUMNS.index("keep_x0")]]
-    keeps = keep.any(axis=1)
+    keeps: NDArray[np.bool_] = np.asarray(keep.any(axis=1))
     kept = 0
     for i, row in enumerate(coefficients):
         missing = older[kept:]
@@ -317,8 +317,9 @@ def _forget(coefficients: NDArray[np.float64]) -> None:
         if kept:
             row[older[kept - 1]] += weight
         elif weight:
-            own = keep[i:][keeps[i:]]
-            row[[of_x, of_x0]] += weight * (own[0] if len(own) else np.array([0.0, 1.0]))
+            own = [*keep[i:][keeps[i:]], (0.0, 1.0)][0]
+            row[of_x] += weight * own[0]
+            row[of_x0] += weight * own[1]
         kept = min(kept + bool(keeps[i]), len(HISTORY))
 
 

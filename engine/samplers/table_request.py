@@ -37,7 +37,7 @@ class TableRequest:
         ``mark`` stands before every name, "--" in a command.
         """
         if self.eta is not None and self.sampler not in (None, *SAMPLERS_WITH_ETA):
-            accepted = " and ".join(SAMPLERS_WITH_ETA)
+            accepted = " and ".join([", ".join([*SAMPLERS_WITH_ETA][:-1]), [*SAMPLERS_WITH_ETA][-1]])
             raise ValueError(f"{mark}eta is an option of {mark}sampler {accepted}, got {mark}sampler {self.sampler}")
         for name in ("steps", "spacing"):
             if self.timesteps is not None and getattr(self, name) is not None:

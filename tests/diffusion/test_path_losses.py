@@ -320,6 +320,23 @@ def test_a_network_may_return_what_diffusers_models_do() -> None:
     assert torch.equal(wrapped, edm_loss(network, EDM, x0, sigma=SIGMA, noise=eps))
 
 
+@pytest.mark.parametrize("loss", [edm_loss, flow_loss])
+@pytest.mark.parametrize("given", [True, False])
+def test_all_that_a_network_sees_is_on_the_device_of_the_images(loss: Callable[..., Tensor], given: bool) -> None:
+    """Levels stay on the CPU, where they are looked at."""
+    x0 = torch.empty(4, 2, 3, device="meta")
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor, told: Tensor) -> Tensor:
+        seen.extend((x, told))
+        return x
+
+    levels = {"sigma" if loss is edm_loss else "t": torch.full((4,), 0.5)}
+    arguments = {**levels, "noise": torch.empty_like(x0)} if given else {"step": 0}
+    losses = loss(watched, EDM if loss is edm_loss else FLOW, x0, **arguments)
+    assert [x.device.type for x in (*seen, losses)] == ["meta"] * 3
+
+
 X, S = torch.zeros(2, 1, 4), torch.ones(2)
 
 

@@ -79,9 +79,12 @@ def test_every_missing_barrier_is_found(name: str, found: dict[str, dict[str, An
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [name for name in MUTANTS if "clamp" not in name])
 def test_tritons_interpreter_does_not_see_the_mutant(name: str, tmp_path: Path) -> None:
-    """Why the PTX is executed: there, a masked load without ``other`` is 0, and a clamp keeps NaN."""
+    """Why the PTX is executed: there, a masked load without ``other`` is 0, and nothing flushes a subnormal number.
+
+    Before Triton 3.8 the interpreter did not see a clamp without NaN either.
+    """
     mutant = MUTANTS[name]
     given = mutant.call.arguments()
     changed = getattr(planted(tmp_path, mutant.file, mutant.old, mutant.new), mutant.function)

@@ -14,7 +14,11 @@ from stepfusion.kernels import launch, reference
 from stepfusion.kernels.coefficients import DEFAULTS
 from stepfusion.kernels.tolerance import tolerance
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's forward mode
+# PyTorch's forward mode itself calls torch.jit.script: which category its warning has depends on the version.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*torch.jit.script.*:{category}")
+    for category in ("DeprecationWarning", "FutureWarning")
+]
 
 Arguments = dict[str, Any]
 

@@ -35,8 +35,8 @@ MORE = {
     "noise drawn, x0, known": 75,
 }
 # the same of the norm, 32 elements a thread: alone; with a skip input or modulated, or statistics and result at once;
-# with a residual, and the input written as well
-NORM_LIMITS = {"group_norm_moments_kernel": (10, 14, 23), "group_norm_silu_kernel": (18, 26, 26)}
+# with a residual, and the input written as well. Triton 3.8 makes up to 9 % more of them than 3.7
+NORM_LIMITS = {"group_norm_moments_kernel": (10.5, 14, 23.5), "group_norm_silu_kernel": (18, 26, 26)}
 ADD_BIAS = 16  # of what adds bias and residual elsewhere, 16 elements a thread
 
 ODD_CHANNELS = "500 channels"

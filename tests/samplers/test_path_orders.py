@@ -239,6 +239,21 @@ def test_edms_stochastic_sampler(settings: tuple[float, float, float, float]) ->
     assert len(set(table.timesteps[table.column("sigma") != 0].tolist())) == (table.column("sigma") != 0).sum()
 
 
+def test_churn_of_eulers_method() -> None:
+    """Algorithm 2 without its corrector; diffusers' EDMEulerScheduler asks the network before it adds the noise."""
+    settings, steps, path = (40.0, 0.05, 50.0, 1.003), 18, sf.SigmaPath()
+    table = sf.euler(path, steps, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+    rng = np.random.default_rng(0)
+    initial, noise = rng.standard_normal(X.shape), rng.standard_normal((steps, *X.shape))
+
+    def denoise(x: Floats, sigma: float) -> Floats:
+        return mixture(x, 1.0, sigma)
+
+    want = solvers.edm_sampler(denoise, 80.0 * initial, noise, steps=steps, churn=settings, corrects=False)
+    drawn = np.append(noise[1:], noise[:1], axis=0)  # the row before a step adds its noise; the first has none at 80
+    np.testing.assert_allclose(walk_columns(table, mixture, 80.0 * initial, drawn), want, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("column", ["next_x0", "next_prev", "next_x", "keep_x0"])
 def test_a_broken_coefficient_is_seen(column: str) -> None:
     """The control of the tests above: one weight that is off by 1 % moves the image by more than they allow."""

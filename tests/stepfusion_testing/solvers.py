@@ -70,8 +70,9 @@ def edm_sampler(
     churn: tuple[float, float, float, float] = (0.0, 0.0, np.inf, 1.0),
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
+    corrects: bool = True,
 ) -> Floats:
-    """Karras et al. 2022, algorithm 2, line by line; x is t_0 times the initial noise."""
+    """Karras et al. 2022, algorithm 2, line by line; x is t_0 times the initial noise. Euler's if none corrects."""
     s_churn, s_min, s_max, s_noise = churn
     t = np.array([*karras_levels(sigma_min, sigma_max, steps), 0.0])
     for i in range(steps):
@@ -81,7 +82,7 @@ def edm_sampler(
         x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * eps
         d = (x_hat - denoise(x_hat, float(t_hat))) / t_hat
         x = x_hat + (t[i + 1] - t_hat) * d
-        if t[i + 1] != 0:
+        if corrects and t[i + 1] != 0:
             d_prime = (x - denoise(x, float(t[i + 1]))) / t[i + 1]
             x = x_hat + (t[i + 1] - t_hat) * (d / 2 + d_prime / 2)
     return x

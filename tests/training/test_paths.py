@@ -316,6 +316,20 @@ def test_an_engine_walks_the_path_that_was_trained(dataset: ImageDataset, name: 
     assert (other - x).abs().max() > 1e-2  # the labels, and so the weights, are heeded
 
 
+@each_config
+def test_an_export_says_its_path(dataset: ImageDataset, tmp_path: Path, config: TrainConfig) -> None:
+    trainer = train(replace(config, steps=1), dataset, tmp_path)
+    export_model(trainer, tmp_path / "model", ExportRecord(tmp_path))
+    engine = sf.Engine.from_pretrained(tmp_path / "model", device="cpu", dtype="float32", network="eager")
+    assert (engine.schedule, engine.prediction) == (config.make_schedule(), config.schedule)
+    assert (engine.num_classes, engine.null_label) == (11, 10)
+    images = engine.sample(2, steps=3, labels=[1, 2], guidance=1.5, seed=4)
+    network = trainer.ema_network().half().float()  # as it is stored
+    given: dict[str, Any] = {"device": "cpu", "dtype": "float32", "network": "eager", "null_label": 10}
+    told = sf.Engine(network, config.make_schedule(), prediction=config.schedule, **given)
+    assert torch.equal(told.sample(2, engine.table(steps=3), labels=[1, 2], guidance=1.5, seed=4), images)
+
+
 @pytest.mark.parametrize("schedule", ["edm", "flow"])
 def test_the_command_trains_resumes_and_exports(
     schedule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

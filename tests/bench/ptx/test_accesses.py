@@ -130,6 +130,13 @@ def test_shared_memory_in_every_order(order: str) -> None:
     assert np.array_equal(run(EXCHANGE, threads=64, options=in_order(order))[:, 0], 63 - np.arange(64))
 
 
+def test_the_space_of_a_block_has_two_spellings_and_that_of_a_cluster_is_refused() -> None:
+    spelt = EXCHANGE.replace(".shared", ".shared::cta")
+    assert np.array_equal(run(spelt, threads=64), run(EXCHANGE, threads=64))
+    with pytest.raises(Fault, match="unknown form"):
+        run(EXCHANGE.replace(".shared", ".shared::cluster"), threads=64)
+
+
 def test_shared_vectors_and_symbols() -> None:
     body = (
         "mov.u32 %r9, global_smem; shl.b32 %r5, %r1, 3; add.s32 %r5, %r5, %r9; st.shared.v2.b32 [%r5], {%r1, %r2};"

@@ -124,6 +124,14 @@ EXTREMES = [
     ("max.NaN.f32", 1.0, -INF, 1.0),
     ("min.NaN.f32", 1.0, -INF, -INF),
     ("max.f32", -1.5, -2.5, -1.5),
+    ("min.xorsign.abs.f32", -1.5, 1.0, -1.0),
+    ("min.xorsign.abs.f32", -0.5, -1.0, 0.5),
+    ("min.NaN.xorsign.abs.f32", -INF, 1.0, -1.0),
+    ("min.NaN.xorsign.abs.f32", -0.0, 1.0, -0.0),
+    ("max.xorsign.abs.f32", 1.5, -2.5, -2.5),
+    ("max.NaN.xorsign.abs.f32", -1.5, -0.0, 1.5),
+    ("min.xorsign.abs.f32", NAN, -2.0, -2.0),
+    ("max.xorsign.abs.f32", -2.0, -NAN, 2.0),
 ]
 
 
@@ -138,6 +146,8 @@ def test_a_nan_wins_only_where_the_opcode_says_so(op: str) -> None:
         assert (compute(f"{op}.NaN.f32 D, A, B", a, b) == CANONICAL).all()
         assert (compute(f"{op}.f32 D, A, B", a, b, kind="f4") == 1).all()
     assert (compute(f"{op}.f32 D, A, B", NAN, NAN) == CANONICAL).all()
+    assert (compute(f"{op}.NaN.xorsign.abs.f32 D, A, B", F4(-1), NAN) == CANONICAL).all()
+    assert (compute(f"{op}.xorsign.abs.f32 D, A, B", NAN, -NAN) == CANONICAL).all()
 
 
 @pytest.mark.parametrize(("op", "right"), [("max", np.maximum), ("min", np.minimum)])

@@ -184,13 +184,19 @@ WRONG: list[tuple[Any, str]] = [
     ({"sampler": "ddpm"}, "steps is too large: 100 steps"),
     ({"n": 8, "steps": 40}, "n * steps is too large: 320 evaluations"),
     ({"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]}, "n * steps is too large: 320 evaluations"),
+    ({"sampler": "midpoint"}, "sampler must be one of 'ddim'"),
     ({"sampler": "flow_sde"}, "sampler must be one of 'ddim'"),
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
     (
         {"sampler": "ddpm", "steps": 5, "eta": 0.5},
-        "flow_sde, got sampler ddpm",
+        "eta is an option of sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd and flow_sde, "
+        "got sampler ddpm",
     ),
-    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral"),
+    (
+        {"sampler": "dpmpp_2m", "eta": 0},
+        "eta is an option of sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd and flow_sde, "
+        "got sampler dpmpp_2m",
+    ),
     ({"sampler": "euler_ancestral", "eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     ({"eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     (

@@ -55,7 +55,7 @@ def unipc(
     _checks.choice("variant", variant, VARIANTS)
     predict_x0 = _checks.boolean("predict_x0", predict_x0)
     lower_order_final = _checks.boolean("lower_order_final", lower_order_final)
-    found = make_grid(path, steps, grid, bounded=True)
+    found = make_grid(path, steps, grid, bounded="epsilon")
     if not predict_x0 and found.signal[0] == 0:
         raise ValueError("predict_x0 must be True where the first level has no signal, got False")
     name = f"unipc {order}, {variant}" + ("" if predict_x0 else ", eps")

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from stepfusion.samplers.churn import Churn, churned_levels
-from stepfusion.samplers.euler import first_order
+from stepfusion.samplers.euler_method import first_order
 from stepfusion.samplers.grid import Grid, GridOptions, make_grid
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
@@ -43,9 +43,9 @@ def heun(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    found = make_grid(path, steps, grid)
+    found = make_grid(path, steps, grid, bounded="any")  # y is x divided by the signal
     churn = churned_levels(found, s_churn, s_min, s_max, s_noise)
-    corrected = np.isfinite(churn.noise[:-1] / found.scale[:-1]) & (found.noise[1:] > 0)
+    corrected = (found.scale[:-1] > 0) & (found.noise[1:] > 0)
     # Rows in pairs, predictor and corrector, of which the correctors of steps that have none are left out.
     chosen = np.stack([np.ones(len(found), dtype=bool), corrected], axis=1).reshape(-1)
     columns = {name: value[chosen] for name, value in _columns(found, churn, corrected).items()}
