@@ -27,9 +27,7 @@ _EXAMPLE_ROWS = 8
 _EXAMPLES = ("euler_ancestral", "dpmpp_2m_sde")
 _EXAMPLE_SEED = 0x0123456789ABCDEF
 _LOOP_EVALUATIONS = 50  # of one image, in the loop that checks an export
-_LOOP_DRIFT = (
-    1e-3  # float32, after that loop; on a path that is not discrete, of the largest element if that is above 1
-)
+_LOOP_DRIFT = 1e-3  # float32, after that loop; of the largest element on a path that is not discrete
 
 
 def check_kind(engine: Engine, kind: str, table: StepTable | None, guided: bool) -> None:

@@ -60,6 +60,15 @@ def test_the_best_of_each_column_is_marked() -> None:
     assert as_markdown(found, "distance") == "| sampler | 8 |\n| --- | --- |\n| `a` | 0.5 |\n| `b` | **0.25** |\n"
 
 
+def test_the_page_of_samplers_has_the_committed_figures() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "bench" / "results" / "samplers" / "samplers.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [Quality(**json.loads(line)) for line in lines]
+    assert as_markdown(found, "distance") in (root / "docs" / "samplers.md").read_text(encoding="utf-8")
+    at = {(q.sampler, q.allowed): q.distance for q in found}
+    assert at["unipc", 15] < at["ddim", 30]  # type: ignore[operator]
+
+
 def test_the_command_writes_lines_a_table_and_a_picture(
     tmp_path: Path, engine: sf.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
