@@ -94,7 +94,9 @@ def _entries(
     noise = torch.randn(steps, *start.shape, generator=torch.Generator().manual_seed(1)).to(device)
     sampler = "DDPM" if table.stochastic else "DDIM"
     op = f"{sampler}-{steps}"
-    notebook = Notebook(network.to(device), table.schedule, table.timesteps.tolist(), ancestral=table.stochastic)
+    schedule = table.schedule
+    assert isinstance(schedule, NoiseSchedule)
+    notebook = Notebook(network.to(device), schedule, table.timesteps.tolist(), ancestral=table.stochastic)
     truth = notebook.sample(start, labels, noise)
     scale = float(truth.square().mean().sqrt())
 

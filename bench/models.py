@@ -128,7 +128,7 @@ class BenchModel:
     @property
     def schedule(self) -> NoiseSchedule:
         """Of the scheduler config."""
-        return read_config(self.scheduler_config)[0]
+        return NoiseSchedule.from_config(self.scheduler_config)
 
     def labels(self, batch: int) -> torch.Tensor | None:
         """One label an image, all classes in turn, int64 [B]; None for a model without classes."""

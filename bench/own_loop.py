@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.scheduler_config import read_config
 
 #: What stands before the names of those who run in it.
@@ -38,11 +39,11 @@ class OwnScheduler:
     """
 
     def __init__(self, sampler: str, config: Mapping[str, Any]) -> None:
-        schedule, prediction, _ = read_config(config)
+        prediction = read_config(config)[1]
         if prediction != "epsilon":
             raise ValueError(f"the own loop needs a network that predicts epsilon, and it predicts {prediction}")
         self._ancestral = sampler == "ddpm"
-        self._alpha_bar = schedule.alphas_cumprod
+        self._alpha_bar = NoiseSchedule.from_config(config).alphas_cumprod
         self._clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
         self._large = config.get("variance_type", "fixed_small") == "fixed_large"
         self._stride = 1

@@ -80,7 +80,7 @@ def roofline(rows: Sequence[Row]) -> bytes | None:
         axes.set_title("Fused operations, largest size of each, under the measured ceilings")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
-    return _png(paint, (10, 5.5))
+    return png(paint, (10, 5.5))
 
 
 def against_batch(rows: Sequence[Row], part: str) -> bytes | None:
@@ -134,7 +134,7 @@ def against_batch(rows: Sequence[Row], part: str) -> bytes | None:
             title_fontsize=8,
         )
 
-    return _png(paint, (4.2 * len(models) + 3.8, 4.5))
+    return png(paint, (4.2 * len(models) + 3.8, 4.5))
 
 
 def tick_split(rows: Sequence[Row]) -> bytes | None:
@@ -163,10 +163,10 @@ def tick_split(rows: Sequence[Row]) -> bytes | None:
         axes.set_title(f"Where a tick's time goes, {ticks[0].model} {ticks[0].shape}")
         figure.legend(loc="outside right upper", fontsize=8)
 
-    return _png(paint, (8.5, 1.6 + 0.8 * len(names)))
+    return png(paint, (8.5, 1.6 + 0.8 * len(names)))
 
 
-def _png(paint: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+def png(paint: Callable[[Any], None], size: tuple[float, float]) -> bytes:
     """Draw off screen, with a canvas of its own: nothing global of matplotlib is touched."""
     matplotlib = need("matplotlib")
     figure_module, backend = need("matplotlib.figure"), need("matplotlib.backends.backend_agg")

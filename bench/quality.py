@@ -41,7 +41,7 @@ from stepfusion.bench.image_classifier import (
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import NETWORK_MODES
 from stepfusion.files.atomic import atomic_write
-from stepfusion.samplers.registry import SAMPLERS
+from stepfusion.samplers.registry import OFFERED
 from stepfusion.samplers.table import StepTable
 from stepfusion.training.datasets import ImageDataset, load_dataset
 
@@ -143,7 +143,7 @@ def as_stored(x: Tensor) -> Tensor:
     return to_unit_range(((x.clamp(-1, 1) + 1) * 127.5).round())
 
 
-def _engine_draw(engine: Engine, table: StepTable, workers: int) -> Draw:
+def engine_draw(engine: Engine, table: StepTable, workers: int) -> Draw:
     """Sample an engine, a batch at a time, in `workers` threads; their number changes no image."""
     batch_size = engine.batch
 
@@ -183,17 +183,18 @@ def _run_train_classifier(args: argparse.Namespace) -> int:
 def _run_evaluate(args: argparse.Namespace) -> int:
     started = time.monotonic()
     torch.set_num_threads(1)
-    classifier = load_classifier(args.classifier)
-    train, test = load_dataset(args.data), load_dataset(args.data, "test")
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, network=args.network, batch=64)
     table = engine.table(args.sampler, args.steps)
+    classifier = load_classifier(args.classifier)
+    train, test = load_dataset(args.data), load_dataset(args.data, "test")
     row = {
-        "sampler": f"{table.name}, {len(table)} steps",
+        "sampler": table.name,
+        "evaluations": len(table),
         "network": engine.plan.network.value,
         "network_dtype": args.dtype,
         "classifier_test_accuracy": test_accuracy(classifier, test),
         **evaluate(
-            _engine_draw(engine, table, args.workers),
+            engine_draw(engine, table, args.workers),
             train,
             test,
             classifier,
@@ -230,8 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--data", type=Path, required=True, help="directory of idx files")
     command.add_argument("--classifier", type=Path, default=CLASSIFIER_DIRECTORY)
     command.add_argument("--json", type=Path, help="where the numbers go")
-    command.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: %(default)s)")
-    command.add_argument("--steps", type=int, default=50)
+    command.add_argument("--sampler", choices=OFFERED, help="(default: that of the model's path, ddim or another)")
+    command.add_argument("--steps", type=int, help="(default: the sampler's, 50 for ddim)")
     command.add_argument("--dtype", default="float32", help="of the network's arithmetic (default: %(default)s)")
     command.add_argument("--network", choices=NETWORK_MODES, default="auto", help="(default: %(default)s)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")

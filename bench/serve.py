@@ -193,7 +193,7 @@ def _compare(name: str, engine: Engine, traffic: Sequence[Arrival]) -> Iterator[
 
 def _tick_seconds(engine: Engine) -> float:
     """Of a tick with every lane full, the first ones left out."""
-    table = engine.table("ddim", min(4, engine.schedule.num_timesteps))
+    table = engine.table("ddim", min(4, engine.schedule.max_steps))
     taken = []
     for _ in range(3):
         started = time.perf_counter()

@@ -41,6 +41,7 @@ def step(
     guidance: bool = False,
     copies: int = 1,
     x0: bool = False,
+    history: int = 0,
     known: bool = False,
     nhwc: bool = False,
 ) -> Variant:
@@ -57,6 +58,8 @@ def step(
             extra["x_net"] = torch.zeros((copies * lanes, *shape[1:]), dtype=dtype)
         if x0:
             extra["x0"] = torch.zeros_like(x)
+        if history:
+            extra["history"] = torch.zeros((history, *shape))
         if known:
             extra["known"] = torch.zeros_like(x)
         if nhwc:
@@ -66,7 +69,8 @@ def step(
         kernels.diffusion_step(x, out, _int64(lanes), table, timesteps, x_next=x, flags=_int64(lanes), **extra)
 
     words = [_shape(shape), _name(dtype), f"noise {noise}"]
-    options = {"learned": learned, "guided": guidance, "x0": x0, "known": known, "nhwc": nhwc}
+    options = {"learned": learned, "guided": guidance, "x0": x0, f"history {history}": history > 0, "known": known}
+    options["nhwc"] = nhwc
     words += [word for word, on in options.items() if on]
     return Variant(", ".join([*words, f"{copies} copies"]), launch)
 
@@ -196,16 +200,20 @@ def variants() -> list[Variant]:
         step(brain, "drawn", shape=cifar),
         step(brain, "drawn", shape=(1, 3, 64, 64)),
         step(half, "none", shape=(1, 1, 1, 1)),
-        step(brain, "given", learned=True, guidance=True, copies=2, x0=True),
+        step(brain, "given", learned=True, guidance=True, copies=2, x0=True, history=1),
         step(brain, "drawn", guidance=True, copies=2),
         step(brain, "none", copies=0),
         step(single, "none", copies=0, x0=True),
         step(brain, "none", x0=True),
+        *(step(dtype, noise, history=depth) for dtype in (brain, single) for noise in noises for depth in (1, 2, 3)),
+        step(brain, "drawn", shape=ragged, history=3),
+        step(brain, "drawn", shape=(2, 3, 64, 64), history=2, nhwc=True),
         step(brain, "drawn", shape=(2, 3, 64, 64), nhwc=True),
         step(brain, "none", shape=(2, 3, 64, 64), nhwc=True),
         step(brain, "drawn", known=True),
         step(brain, "given", known=True),
         step(single, "drawn", x0=True, known=True),
+        step(single, "drawn", x0=True, history=3, known=True),
         _forward(brain, "given"),
         *(_forward(dtype, noise) for dtype in (half, single) for noise in noises[1:]),
         _forward(brain, "drawn", fashion),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
+from stepfusion.checkpoints.edm import load_edm
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.save_directory import save_pretrained
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -19,12 +20,28 @@ from stepfusion.errors import (
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.request import Event
 from stepfusion.samplers import (
+    consistency,
     ddim,
     ddim_inversion,
     ddpm,
+    deis,
+    dpmpp_1s,
     dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_3m,
+    dpmpp_3s,
+    euler,
     euler_ancestral,
+    flow_sde,
+    heun,
+    ipndm,
+    lcm,
+    plms,
+    tcd,
+    unipc,
 )
+from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
@@ -35,19 +52,37 @@ __all__ = [
     "Engine",
     "Event",
     "ExportError",
+    "FlowPath",
     "GaussianDiffusion",
     "NoiseSchedule",
     "NonFiniteError",
     "SamplingCancelled",
+    "SigmaPath",
     "StepTable",
     "bits_per_dimension",
+    "consistency",
     "ddim",
     "ddim_inversion",
     "ddpm",
+    "deis",
+    "dpmpp_1s",
     "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_3s",
+    "euler",
     "euler_ancestral",
+    "flow_sde",
+    "heun",
+    "ipndm",
+    "lcm",
+    "load_edm",
     "load_guided_diffusion",
     "load_pretrained",
+    "plms",
     "save_pretrained",
     "slerp",
+    "tcd",
+    "unipc",
 ]

@@ -12,9 +12,8 @@ import torch
 from tqdm import tqdm
 
 from stepfusion import _checks
-from stepfusion.checkpoints.diffusers_directory import Pretrained
-from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
 from stepfusion.checkpoints.load import load_model
+from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.errors import SamplingCancelled
 from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
@@ -23,13 +22,14 @@ from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
 from stepfusion.lanes.interpolation import slerp
+from stepfusion.lanes.inversion import climbing_table
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.options import ExecutionOptions, SamplingOptions
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
 
 
@@ -38,12 +38,15 @@ class Engine:
 
     Args:
         model: any callable ``model(x, timesteps)`` or ``model(x, timesteps, labels)`` that returns what
-            ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]. A
+            ``prediction`` says: x [B, C, H, W] in the engine's dtype, timesteps and labels int64 [B]; on a path that
+            is not discrete, timesteps are what the path tells (``path.told``), float32 [B]. A
             ``torch.nn.Module`` is copied as it is now, in eval mode, on the engine's device, in its dtype: what is
             changed afterwards in the module or its weights does not change this engine. In a training loop, make an
             engine for each preview.
-        schedule: the noise schedule it was trained with.
-        prediction: "epsilon", "sample" or "v_prediction".
+        schedule: the noise schedule it was trained with, or another path: a :class:`stepfusion.SigmaPath` or
+            :class:`stepfusion.FlowPath`.
+        prediction: "epsilon", "sample" or "v_prediction"; on other paths one of its ``predictions``. By default the
+            first of them.
         shape: of one image, (C, H, W); by default the model's ``in_channels`` and ``sample_size``.
         num_classes: how many labels the model takes; by default the model's ``num_classes``, None for a model without
             labels.
@@ -77,9 +80,9 @@ class Engine:
     def __init__(
         self,
         model: Network,
-        schedule: NoiseSchedule,
+        schedule: Path,
         *,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         shape: Sequence[int] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
@@ -118,7 +121,7 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products)
+        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, spec.told_dtype)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         self.runners = Runners(spec, self.plan, self.evaluator, execution)
@@ -126,19 +129,17 @@ class Engine:
 
     @classmethod
     @plain_torch(gradients=False)
-    def from_pretrained(
-        cls, source: str | os.PathLike[str] | Pretrained | GuidedDiffusionModel, **arguments: Any
-    ) -> Self:
-        """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, or what
-        :func:`stepfusion.load_guided_diffusion` or :func:`stepfusion.load_pretrained` returned.
+    def from_pretrained(cls, source: str | os.PathLike[str] | LoadedModel, **arguments: Any) -> Self:
+        """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, a
+        ``.safetensors`` file of EDM, or what :func:`stepfusion.load_pretrained` and its likes returned.
 
         ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
-        file beside it.
+        file beside it, where a ``.safetensors`` file has its ``sigma_data``.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        if isinstance(source, Pretrained | GuidedDiffusionModel):
+        if isinstance(source, LoadedModel):
             loaded = source
         else:
             loaded = load_model(source)
@@ -175,11 +176,12 @@ class Engine:
 
     # What it does
 
-    def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
+    def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
 
-        The checkpoint's options hold if none are given, its clip only for samplers that clip by default. ``steps`` is
-        50 by default, and all timesteps for "ddpm".
+        The checkpoint's options hold if none are given, its clip only for samplers that clip by default. The sampler
+        is "ddim" by default, on other paths "heun" or "euler"; ``steps`` is 50 by default, 18 for "heun", and all
+        timesteps for "ddpm".
         """
         return self.spec.table(sampler, steps, **options)
 
@@ -278,7 +280,7 @@ class Engine:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
-        """DDIM inversion: images to the noise that :meth:`sample` with the same timesteps turns back into them.
+        """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
 
         Args:
             x: float [n, C, H, W] in [-1, 1].
@@ -287,13 +289,11 @@ class Engine:
 
         Returns:
             float32 [n, C, H, W].
+
+        Raises:
+            TypeError, ValueError: naming the argument, or the path if it is not discrete.
         """
-        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
-        if table is not None and steps is not None:
-            raise ValueError("table and steps exclude each other, got both")
-        table = self.table("ddim_inversion", steps) if table is None else table
-        if isinstance(table, StepTable) and table.timesteps[0] > table.timesteps[-1]:
-            raise ValueError(f"encode needs a table that climbs, as ddim_inversion makes it, got {table!r}")
+        table = climbing_table(self.spec, x, table, steps)
         return self.sample(table=table, start=x, labels=labels, progress=progress)
 
     def reconstruct(
@@ -339,16 +339,16 @@ class Engine:
         takes both ends back, as :meth:`reconstruct` does.
 
         Args:
-            a, b: float [C, H, W], noises; or seeds in [0, 2**64), for the noise that their image 0 starts from.
+            a, b: float [C, H, W], states to start from; or seeds in [0, 2**64), for that of their image 0.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
             table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
 
         Returns:
             float32 [k, C, H, W], one image for each weight.
         """
-        start = slerp(self.runners.initial_noise("a", a), self.runners.initial_noise("b", b), weights)
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
+        start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
         return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
 
     @plain_torch(gradients=False)
@@ -382,7 +382,8 @@ class Engine:
         uncaptured = None if runners.policy is None else runners.policy.failure
         lines = [
             *self.plan.lines(),
-            *explain.threshold_lines(self.plan),
+            explain.path_line(self.schedule, self.prediction),
+            *explain.whole_image_lines(self.plan),
             *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
             *explain.failure_lines(uncaptured, self.evaluator.declined),
             explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant),

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
+
 from stepfusion import _checks
-from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.registry import check_options, make_table
-from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
 #: The fields of a spec that are arguments of :class:`stepfusion.Engine`, beside the schedule.
@@ -23,8 +24,8 @@ class ModelSpec:
     """What an engine, a request and an export must know of a model beside its weights.
 
     Attributes:
-        schedule: the noise schedule that the model was trained with.
-        prediction: what the network returns: "epsilon", "sample" or "v_prediction".
+        schedule: the noise schedule that the model was trained with, or another path.
+        prediction: what the network returns, one of the path's ``predictions``.
         shape: of one image, (C, H, W).
         num_classes: how many labels the network takes; None for a network without labels.
         null_label: the label that stands for none, which guidance needs; None if there is none.
@@ -36,7 +37,7 @@ class ModelSpec:
         TypeError, ValueError: naming the field.
     """
 
-    schedule: NoiseSchedule
+    schedule: Path
     prediction: str
     shape: tuple[int, ...]
     num_classes: int | None = None
@@ -47,7 +48,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
-        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        _checks.choice("prediction", self.prediction, self.schedule.predictions)
         checked = {
             "shape": _check_shape(self.shape),
             "num_classes": None
@@ -64,8 +65,9 @@ class ModelSpec:
     def of_network(
         cls,
         network: object,
-        schedule: NoiseSchedule,
+        schedule: Path,
         *,
+        prediction: str | None = None,
         shape: Sequence[int] | None = None,
         num_classes: int | None = None,
         **known: Any,
@@ -79,13 +81,19 @@ class ModelSpec:
         _check_schedule(schedule)
         return cls(
             schedule=schedule,
+            prediction=schedule.predictions[0] if prediction is None else prediction,
             shape=_shape_of(network) if shape is None else shape,  # type: ignore[arg-type]
             num_classes=getattr(network, "num_classes", None) if num_classes is None else num_classes,
             context_size=getattr(network, "context_size", None),
             **known,
         )
 
-    def table(self, sampler: str = "ddim", steps: int | None = None, **options: Any) -> StepTable:
+    @property
+    def told_dtype(self) -> torch.dtype:
+        """Of what the network is told of a level: int64 for timesteps, float32 on paths that are not discrete."""
+        return torch.int64 if self.schedule.discrete else torch.float32
+
+    def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this model: :func:`stepfusion.samplers.registry.make_table`."""
         return make_table(self.schedule, self.prediction, sampler, steps, defaults=self.options, **options)
 
@@ -110,8 +118,8 @@ class ModelSpec:
 
 
 def _check_schedule(schedule: object) -> None:
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    if not isinstance(schedule, Path):
+        raise TypeError(f"schedule must be a NoiseSchedule or another path, got {type(schedule).__name__}")
 
 
 def _shape_of(network: object) -> tuple[int, ...]:

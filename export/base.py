@@ -26,7 +26,7 @@ from stepfusion.export.program import (
     output_specs,
     plain_network,
 )
-from stepfusion.export.runtimes import Runtime
+from stepfusion.export.runtimes import Runtime, TickRuntime
 from stepfusion.export.spec_json import model_to_json
 from stepfusion.export.tick_program import (
     check_kind,
@@ -130,7 +130,7 @@ class TickExport:
     initial_noise: ExportedProgram
     manifest: Manifest
 
-    def compare(self, tick: Runtime, initial_noise: Runtime, what: str) -> str:
+    def compare(self, tick: TickRuntime, initial_noise: Runtime, what: str) -> str:
         """:func:`stepfusion.export.tick_program.compare_tick` with the artefacts, loaded."""
         with self.engine.plan.products():
             return compare_tick(self.engine, self.batch, self.table, tick, initial_noise, what, guided=self.guided)
@@ -178,8 +178,9 @@ def export_tick(
 ) -> Bundle:
     """Write a bundle with the engine's tick and its initial noise, as :func:`export_network` does with a network."""
     check_out(out)
-    manifest = _manifest(engine, batch, target, "tick", tick_specs(engine, batch, guided=guided))
-    program = tick_program(engine, batch, guided=guided)
+    tensors = tick_specs(engine, batch, guided=guided, history=table.history)
+    manifest = _manifest(engine, batch, target, "tick", tensors)
+    program = tick_program(engine, batch, guided=guided, history=table.history)
     export = TickExport(engine, batch, table, guided, program, initial_noise_program(engine, batch), manifest)
     return write_bundle(out, manifest, lambda folder: build(export, folder), table=table)
 

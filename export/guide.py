@@ -82,9 +82,9 @@ feed = {{
     "index": index,
 {condition}}}
 (x,) = initial_noise.run(None, {{"seed": seed, "index": index}})
-row = table["starts"][0]
+{scaled}row = table["starts"][0]
 while row >= 0:
-    (x,) = tick.run(None, {{"x": x, "row": numpy.full_like(index, row), **feed}})
+    {run_to} = tick.run(None, {{"x": x, "row": numpy.full_like(index, row), **feed}})
     row = table["next_row"][row]  # x: float32 {image}, in the end images in [-1, 1]
 ```""",
     "aoti": """\
@@ -92,8 +92,8 @@ while row >= 0:
 import torch
 
 tick, initial_noise = (torch._inductor.aoti_load_package(name) for name in ("model.pt2", "initial_noise.pt2"))
-x = initial_noise(seed, index)  # int64 [B] each, on {device}: seeds, and the images' numbers
-x = tick({names})  # for row 0, then `next_row` of `table.json`, until that is -1
+x = initial_noise(seed, index)  # int64 [B] each, on {device}: seeds, and the images' numbers{start_scale}
+{returned} = tick({names})  # for row 0, then `next_row` of `table.json`, until that is -1
 ```
 
 From C++: `torch::inductor::AOTIModelPackageLoader("model.pt2")`, from LibTorch's
@@ -102,6 +102,9 @@ From C++: `torch::inductor::AOTIModelPackageLoader("model.pt2")`, from LibTorch'
 _CONDITION = {
     "labels": '    "labels": numpy.zeros_like(index),\n',
     "guidance": '    "guidance": numpy.full(len(index), 1.0, numpy.float32),  # 1: none\n',
+    "told": '    "told": numpy.array(table["levels"]["told"], numpy.float32),\n',
+    "in_scale": '    "in_scale": numpy.array(table["levels"]["in_scale"], numpy.float32),\n',
+    "history": '    "history": numpy.zeros((len(index), SIZES), numpy.float32),  # what rows keep for later ones\n',
 }
 
 _TICK = """\
@@ -109,27 +112,19 @@ _TICK = """\
 from stepfusion.export import load_tick
 
 loaded = load_tick("DIR")
-x = loaded.initial_noise(seed, index)
-x = loaded.tick({names})
+x = loaded.sample(seed, index{given})  # every row of the table
+x = loaded.start(seed, index)
+{returned} = loaded.tick({names})  # one row
 ```"""
+_SCALED = 'x *= numpy.float32(table["levels"]["start_scales"][0])\n'
 
 
 def guide(manifest: Manifest, table: StepTable | None, notes: str | None = None) -> str:
     """The page of a bundle, in Markdown; ``notes`` is what its export has to say."""
     rows = [_row("input", spec) for spec in manifest.inputs] + [_row("output", spec) for spec in manifest.outputs]
-    names = [spec.name for spec in manifest.inputs]
     pages = _RUN if manifest.kind == "network" else _RUN_TICK
-    image = list(manifest.inputs[0].shape)
-    low, _, high = manifest.model.get("batch") or (1, 4, 4)
-    run = pages.get(manifest.format, f"See the documentation of the format {manifest.format}.").format(
-        names=", ".join(names),
-        lanes=min(max(4, low), high),
-        image=str(image).replace("'", ""),
-        condition="".join(_CONDITION.get(name, "") for name in names),
-        feed=", ".join(f'"{name}": {name}' for name in names),
-        device=manifest.device,
-        openvino_type={"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(manifest.dtype, "f32"),
-    )
+    words = _words(manifest)
+    run = pages.get(manifest.format, f"See the documentation of the format {manifest.format}.").format(**words)
     parts = [
         f"# A {manifest.kind} as {manifest.format}",
         f"Written by stepfusion; a {manifest.dtype} network for {_device(manifest.device)}, images of "
@@ -141,22 +136,64 @@ def guide(manifest: Manifest, table: StepTable | None, notes: str | None = None)
         "Back in stepfusion, which verifies every hash in `manifest.json` first:",
         '```python\nimport stepfusion as sf\n\nengine = sf.Engine.from_exported("DIR")\n```'
         if manifest.kind == "network"
-        else _TICK.format(names=", ".join(names)),
+        else _TICK.format(**words),
     ]
     if table is not None:
-        parts += [
-            "## The sampler",
-            f"`table.json` holds the {len(table)} rows of {table.name}, in float64: `coefficients` by `columns`, "
-            "`timesteps` (what the network is told), and `next_row` (-1: done). A clip of `null` is none. With x the "
-            "state, out the network's output and z standard normal noise, a row computes\n\n"
-            "    x0 = clamp(x0_x * x + x0_out * out, -clip, clip)\n"
-            "    x  = next_x0 * x0 + next_x * x + next_out * out + sigma * z",
-        ]
+        parts += ["## The sampler", _sampler(table)]
     if notes:
         parts += ["## What was checked", notes]
     made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     parts.append(f"Made with {made}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _words(manifest: Manifest) -> dict[str, object]:
+    """What the pages leave open."""
+    names = [spec.name for spec in manifest.inputs]
+    low, _, high = manifest.model.get("batch") or (1, 4, 4)
+    kept = "history" in names
+    sizes = next((", ".join(map(str, spec.shape[1:])) for spec in manifest.inputs if spec.name == "history"), "")
+    given = [f", {name}={name}" for name in ("labels", "guidance") if name in names]
+    return {
+        "names": ", ".join(names),
+        "lanes": min(max(4, low), high),
+        "image": str(list(manifest.inputs[0].shape)).replace("'", ""),
+        "condition": "".join(_CONDITION.get(name, "") for name in names).replace("SIZES", sizes),
+        "feed": ", ".join(f'"{name}": {name}' for name in names),
+        "device": manifest.device,
+        "openvino_type": {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(manifest.dtype, "f32"),
+        "scaled": _SCALED if "told" in names else "",
+        "start_scale": "; times `start_scales[0]` of `table.json`" if "told" in names else "",
+        "returned": "x, history" if kept else "x",
+        "run_to": 'x, feed["history"]' if kept else "(x,)",
+        "given": "".join(given),
+    }
+
+
+def _sampler(table: StepTable) -> str:
+    """What ``table.json`` holds, and what a row of it computes."""
+    told = "what the network is told" if table.levels is None else "what keys the noise"
+    levels = (
+        ""
+        if table.levels is None
+        else "`levels` holds what the network is told at each row (`told`), what x is multiplied with before the "
+        "network sees it (`in_scale`), and the standard deviation of the noise that the sampler starts from "
+        "(`start_scales`). "
+    )
+    x, history = "next_x0 * x0 + next_x * x + next_out * out", ""
+    if table.history:
+        x += " + next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2]"
+        history = (
+            "\n    h  = (keep_x * x + keep_x0 * x0, h[0], h[1])  unless keep_x and keep_x0 are 0, of x before the row"
+            f"\n\nwith h the history, of which the tick keeps {table.history}."
+        )
+    return (
+        f"`table.json` holds the {len(table)} rows of {table.name}, in float64: `coefficients` by `columns`, "
+        f"`timesteps` ({told}), and `next_row` (-1: done). {levels}A clip of `null` is none. With x the "
+        "state, out the network's output and z standard normal noise, a row computes\n\n"
+        "    x0 = clamp(x0_x * x + x0_out * out, -clip, clip)\n"
+        f"    x  = {x} + sigma * z{history}"
+    )
 
 
 def _row(role: str, spec: Tensorspec) -> str:

@@ -18,7 +18,9 @@ from stepfusion.export.bundle import Bundle, read_bundle
 from stepfusion.export.environment import check_runs_here, require
 from stepfusion.export.formats import FORMATS
 from stepfusion.export.manifest import ANY_DEVICE, Manifest
-from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork
+from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork, TickRuntime
+from stepfusion.export.tick_loop import walk
+from stepfusion.samplers.table import StepTable
 
 Loader = Callable[[Bundle, torch.device], Runtime]
 _Loads = TypeVar("_Loads")
@@ -50,7 +52,10 @@ class ExportedNetwork:
         self._batch = bundle.batch or Batch(1, 1, 1 << 16)
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Map x [B, C, H, W], timesteps int64 [B] and labels int64 [B], if it takes any, to [B, C', H, W]."""
+        """Map x [B, C, H, W], timesteps [B] and labels int64 [B], if it takes any, to [B, C', H, W].
+
+        Timesteps are int64; on a path that is not discrete they are what the path tells, float32.
+        """
         inputs = (x, timesteps) if labels is None else (x, timesteps, labels)
         most = self._batch.high
         parts = [tuple(value[i : i + most] for value in inputs) for i in range(0, len(x), most)]
@@ -88,15 +93,54 @@ class ExportedTick:
     """One step of a sampler, exported: what a consumer without stepfusion runs, for trying it from Python.
 
     Attributes:
-        tick: the inputs that the manifest lists -> x float32 [B, C, H, W]
-            (:meth:`stepfusion.export.tick.Tick.forward`).
-        initial_noise: (seed, index), int64 [B] each -> the state that an image starts from.
+        tick: the inputs that the manifest lists -> what it returns (:meth:`stepfusion.export.tick.Tick.forward`).
+        initial_noise: (seed, index), int64 [B] each -> standard normal noise, float32 [B, C, H, W].
         bundle: where it comes from, with the table.
     """
 
-    tick: Runtime
+    tick: TickRuntime
     initial_noise: Runtime
     bundle: Bundle
+
+    def start(self, seed: Tensor, index: Tensor, part: int = 0) -> Tensor:
+        """The states that images start from with sampler ``part`` of the bundle's table, float32 [B, C, H, W]."""
+        return self._table.start_scales[part] * self.initial_noise(seed, index)
+
+    def sample(
+        self,
+        seed: Tensor,
+        index: Tensor,
+        *,
+        labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+        part: int = 0,
+    ) -> Tensor:
+        """Images by sampler ``part`` of the bundle's table: every row of it, from :meth:`start` on.
+
+        Args:
+            seed, index: int64 [B]. labels: int64 [B]. guidance: float32 [B].
+
+        Returns:
+            float32 [B, C, H, W].
+
+        Raises:
+            ExportError: the bundle has no table, or labels or guidance are missing, or given and not taken.
+        """
+        table, inputs = self._table, self.bundle.manifest.inputs
+        given = {name: value for name, value in (("labels", labels), ("guidance", guidance)) if value is not None}
+        for name in ("labels", "guidance"):
+            if (name in given) != (name in [spec.name for spec in inputs]):
+                state = "was given, and the tick takes none" if name in given else "is missing, and the tick takes it"
+                raise ExportError(f"{name} {state}")
+        x, first = self.start(seed, index, part), table.starts[part]
+        lanes = {name: value.to(x.device) for name, value in (("seed", seed), ("index", index), *given.items())}
+        return walk(self.tick, inputs, table, range(first, first + table.steps(part)), x, lanes)
+
+    @property
+    def _table(self) -> StepTable:
+        if self.bundle.table is None:
+            raise ExportError(f"{self.bundle.path} has no table, whose rows a tick walks")
+        return self.bundle.table
 
 
 def load_tick(bundle: Bundle | str | os.PathLike[str], device: str | torch.device = "auto") -> ExportedTick:
@@ -171,14 +215,14 @@ def _load_aoti(bundle: Bundle, device: torch.device) -> Runtime:
     return load_aoti(bundle, device)
 
 
-def _load_onnx_tick(bundle: Bundle, device: torch.device) -> tuple[Runtime, Runtime]:
+def _load_onnx_tick(bundle: Bundle, device: torch.device) -> tuple[TickRuntime, Runtime]:
     from stepfusion.export.to_onnx import load_onnx_tick
 
     require(("onnxruntime",), "onnx")
     return load_onnx_tick(bundle.path, bundle.manifest, device)
 
 
-def _load_aoti_tick(bundle: Bundle, device: torch.device) -> tuple[Runtime, Runtime]:
+def _load_aoti_tick(bundle: Bundle, device: torch.device) -> tuple[TickRuntime, Runtime]:
     from stepfusion.export.to_aoti import load_aoti, load_initial_noise
 
     return load_aoti(bundle, device), load_initial_noise(bundle, device)
@@ -192,7 +236,7 @@ _LOADERS: dict[str, Loader] = {
     "torch-tensorrt": _load_torch_tensorrt,
     "aoti": _load_aoti,
 }
-_TICK_LOADERS: dict[str, Callable[[Bundle, torch.device], tuple[Runtime, Runtime]]] = {
+_TICK_LOADERS: dict[str, Callable[[Bundle, torch.device], tuple[TickRuntime, Runtime]]] = {
     "onnx": _load_onnx_tick,
     "aoti": _load_aoti_tick,
 }

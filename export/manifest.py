@@ -38,7 +38,8 @@ class Manifest:
 
     Attributes:
         format: "onnx", "openvino", "torch-tensorrt", "tensorrt", "tensorrt-rtx", "aoti" or "triton-server".
-        kind: "network" (x, timesteps[, labels] -> out) or "tick" (one step of a sampler, the network inside).
+        kind: "network" (x, timesteps[, labels] -> out) or "tick" (one step of a sampler, the network inside;
+            :class:`stepfusion.export.tick.Tick`).
         device: the kind of device it runs on: "cpu", "cuda", or "any".
         dtype: of the network: "float32", "float16" or "bfloat16".
         inputs, outputs: in the order of the call.
@@ -136,12 +137,31 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
         raise ExportError(
             f"{path} has the first input {x.name}, {x.dtype} {x.shape}; accepted is x, floating, [batch, *{image}]"
         )
-    out = given.outputs[0]
-    if len(given.outputs) > 1 or out.dtype == "int64" or len(out.shape) != len(x.shape):
+    _check_history(path, given)
+    out, expected = given.outputs[0], 1 + len(_histories(given))
+    if len(given.outputs) != expected or out.dtype == "int64" or len(out.shape) != len(x.shape):
         raise ExportError(
             f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one "
             "floating tensor with as many dimensions as x"
         )
+
+
+def _check_history(path: Path, given: _ManifestFile) -> None:
+    """Refuse a tick's history that is no batch of images in float32, or that it does not return as it takes it."""
+    for history in _histories(given):
+        if history.dtype != "float32" or history.shape[2:] != given.model.shape:
+            raise ExportError(
+                f"{path} has the input history, {history.dtype} {history.shape}; accepted is float32, "
+                f"[batch, entries, *{given.model.shape}]"
+            )
+        returned = [(entry.dtype, entry.shape) for entry in given.outputs[1:]]
+        if returned != [(history.dtype, history.shape)]:
+            raise ExportError(f"{path} has after the first output {returned}; accepted is one like the input history")
+
+
+def _histories(given: _ManifestFile) -> list[_TensorEntry]:
+    """The input that a tick keeps things in from row to row, if it has one."""
+    return [entry for entry in given.inputs if entry.name == "history" and given.kind == "tick"]
 
 
 def _check_name(manifest: Path, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -52,7 +53,8 @@ def plain_network(engine: Engine) -> NetworkCall:
 def export_program(engine: Engine, batch: Batch = DYNAMIC) -> ExportedProgram:
     """The network (x, timesteps[, labels]) -> out as a program for these batch sizes.
 
-    x is [B, C, H, W] in the engine's dtype, timesteps and labels are int64 [B], and all live on the engine's device.
+    x is [B, C, H, W] in the engine's dtype, timesteps and labels are int64 [B] (on a path that is not discrete,
+    timesteps are what the path tells, float32), and all live on the engine's device.
 
     Raises:
         ExportError: the network is not a module, cannot be traced, or the program does not give the network's output.
@@ -72,7 +74,7 @@ def export_program(engine: Engine, batch: Batch = DYNAMIC) -> ExportedProgram:
 
 
 def trace(
-    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...] | None, what: str
+    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None, what: str
 ) -> ExportedProgram:
     """A module as a program, for the dynamic dimensions ``shapes`` of its inputs.
 
@@ -92,17 +94,25 @@ def example_inputs(engine: Engine, batch: int) -> tuple[Tensor, ...]:
     """Inputs of the network for a batch: x, timesteps and, if it takes them, labels."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn((batch, *engine.shape), generator=generator).to(engine.plan.device, engine.plan.dtype)
-    timesteps = torch.arange(batch, device=engine.plan.device) * (engine.schedule.num_timesteps // batch)
-    timesteps = timesteps.clamp(max=engine.schedule.num_timesteps - 1)
+    timesteps = _told(engine, batch).to(engine.plan.device)
     if engine.num_classes is None:
         return x, timesteps
     return x, timesteps, torch.arange(batch, device=engine.plan.device) % engine.num_classes
 
 
+def _told(engine: Engine, batch: int) -> Tensor:
+    """What a network is told of levels all over its path: int64 or float32 [batch]."""
+    most = engine.schedule.max_steps
+    if engine.schedule.discrete:
+        return (torch.arange(batch) * (most // batch)).clamp(max=most - 1)
+    told = engine.table("euler", min(batch, most)).told
+    return torch.from_numpy(np.resize(told, batch)).to(torch.float32)
+
+
 def input_specs(engine: Engine, batch: Batch, dtype: str | None = None) -> tuple[Tensorspec, ...]:
     """What :func:`example_inputs` gives, for a manifest; ``dtype`` of x, the engine's by default."""
     x = Tensorspec("x", dtype or name_of(engine.plan.dtype), (batch.dimension, *engine.shape))
-    timesteps = Tensorspec("timesteps", "int64", (batch.dimension,))
+    timesteps = Tensorspec("timesteps", "int64" if engine.schedule.discrete else "float32", (batch.dimension,))
     labels = Tensorspec("labels", "int64", (batch.dimension,))
     return (x, timesteps) if engine.num_classes is None else (x, timesteps, labels)
 

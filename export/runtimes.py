@@ -30,9 +30,20 @@ class Runtime(Protocol):
         ...
 
 
+class TickRuntime(Protocol):
+    """A loaded tick, like :class:`Runtime`; one that keeps a history returns (x_next, history_next)."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor | Sequence[Tensor]:
+        """Run it; returns tensors of its own."""
+        ...
+
+
 def output_for(manifest: Manifest, inputs: Sequence[Tensor], device: torch.device) -> Tensor:
-    """An empty tensor for the output that belongs to these inputs."""
-    spec = manifest.outputs[0]
+    """An empty tensor for the first output, if the inputs are these."""
+    return _output_for(manifest.outputs[0], inputs, device)
+
+
+def _output_for(spec: Tensorspec, inputs: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.empty((len(inputs[0]), *map(int, spec.shape[1:])), dtype=DTYPES[spec.dtype], device=device)
 
 
@@ -78,17 +89,22 @@ class OnnxRuntimeNetwork:
         self._manifest, self._device = manifest, device
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run it."""
+        """Run it; returns its first output."""
+        return self.outputs(*inputs)[0]
+
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run it; returns all that its manifest lists."""
         values = as_specified(self._manifest.inputs, inputs, self._device)
-        out = output_for(self._manifest, values, self._device)
+        outputs = tuple(_output_for(spec, values, self._device) for spec in self._manifest.outputs)
         binding = self._session.io_binding()
         for spec, value in zip(self._manifest.inputs, values, strict=True):
             binding.bind_input(*self._buffer(spec.name, value))
-        binding.bind_output(*self._buffer(self._manifest.outputs[0].name, out))
+        for spec, out in zip(self._manifest.outputs, outputs, strict=True):
+            binding.bind_output(*self._buffer(spec.name, out))
         if self._device.type == "cuda":
             self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which made the inputs
-        self._session.run_with_iobinding(binding)  # returns when the output is there
-        return out
+        self._session.run_with_iobinding(binding)  # returns when the outputs are there
+        return outputs
 
     def _buffer(self, name: str, value: Tensor) -> tuple[Any, ...]:
         kind = _ONNX_TYPES[value.dtype]

@@ -14,16 +14,13 @@ from stepfusion.errors import ExportError
 from stepfusion.export.batch import Batch
 from stepfusion.files.json_files import FileModel
 from stepfusion.model_spec import ModelSpec
-from stepfusion.samplers.registry import SAMPLERS, make_table
+from stepfusion.samplers.path import Path
+from stepfusion.samplers.path_json import PathEntries, ScheduleEntries, path_from_json, path_to_json
+from stepfusion.samplers.registry import SAMPLERS, check_options, make_table, options_of
 from stepfusion.samplers.schedule import NoiseSchedule
 
 _Scalar: TypeAlias = bool | int | float | str | None
 _Plain: TypeAlias = _Scalar | list[_Scalar]
-
-
-class _ScheduleEntries(FileModel):
-    name: str
-    betas: Annotated[list[float], Field(min_length=1)]
 
 
 class ModelEntries(FileModel):
@@ -34,7 +31,8 @@ class ModelEntries(FileModel):
     null_label: int | None
     class_names: list[str] | None
     prediction: str
-    schedule: _ScheduleEntries
+    schedule: ScheduleEntries | None = None
+    path: PathEntries | None = None
     options: dict[str, _Plain]
     network: dict[str, _Plain]
     batch: Annotated[list[int], Field(min_length=3, max_length=3)] | None
@@ -61,7 +59,7 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
         "null_label": spec.null_label,
         "class_names": None if spec.class_names is None else list(spec.class_names),
         "prediction": spec.prediction,
-        "schedule": {"name": spec.schedule.name, "betas": spec.schedule.betas.tolist()},
+        **path_to_json(spec.schedule),
         "options": _plain(spec.options),
     }
 
@@ -73,9 +71,8 @@ def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
         ExportError: an entry has no value that a model can have; it is named.
     """
     with _naming_faults():
-        schedule = model["schedule"]
         spec = ModelSpec(
-            schedule=NoiseSchedule(schedule["betas"], name=schedule["name"]),
+            schedule=path_from_json(model),
             prediction=model["prediction"],
             shape=tuple(model["shape"]),
             num_classes=model["num_classes"],
@@ -84,7 +81,7 @@ def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
             options=model["options"],
         )
         for name, value in spec.options.items():
-            _check_option(name, value)
+            _check_option(spec.schedule, name, value)
         return spec
 
 
@@ -94,13 +91,16 @@ def batch_from_json(model: Mapping[str, Any]) -> Batch | None:
         return None if model["batch"] is None else Batch(*model["batch"])
 
 
-def _check_option(name: str, value: object) -> None:
+def _check_option(path: Path, name: str, value: object) -> None:
     """Raise what a sampler says of an option's value, if all samplers that take the option refuse it."""
-    schedule, faults = NoiseSchedule.linear(), list[Exception]()
-    for sampler, make in SAMPLERS.items():
-        if name in (make.__kwdefaults__ or {}):
+    if name == "sampler":
+        check_options({name: value})
+        return
+    schedule, faults = NoiseSchedule.linear() if path.discrete else path, list[Exception]()
+    for sampler in SAMPLERS:
+        if name in options_of(sampler):
             try:
-                make_table(schedule, "epsilon", sampler, 2, defaults={}, **{name: value})
+                make_table(schedule, schedule.predictions[0], sampler, 2, defaults={}, **{name: value})
             except (TypeError, ValueError) as error:
                 faults.append(error)
             else:

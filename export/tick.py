@@ -1,11 +1,15 @@
 """A tick as one program: the network, the table's step and its noise, for consumers that have no stepfusion.
 
-    x_next = tick(x, row, coefficients, timesteps, seed, index[, labels[, guidance]])
-    x_T    = initial_noise(seed, index)
+    x_next = tick(x, row, coefficients, timesteps, seed, index[, labels[, guidance]][, told, in_scale][, history])
+    z      = initial_noise(seed, index)
 
-A consumer starts from x_T, calls the tick for row 0 (``starts`` of another sampler of the table), goes on with
-``next_row`` of the table until that is -1, and has the image. Everything that tells samplers apart is data: another
-table needs no other program.
+A consumer starts from ``start_scale`` * z, 1 if the table names none, calls the tick for row 0 (``starts`` of another
+sampler of the table), goes on with ``next_row`` of the table until that is -1, and has the image. Everything that
+tells samplers apart is data: another table needs no other program.
+
+``told`` and ``in_scale`` are there on a path that is not discrete: what the network is told at each row, and what x
+is multiplied with before the network sees it. ``history`` is there if the program was made for samplers that use what
+earlier rows kept; such a tick returns (x_next, history_next), and any history will do for the first row.
 
 The step is that of :mod:`stepfusion.kernels.step` and the noise that of :mod:`stepfusion.kernels.philox`: the same
 float32 operations in the same order, so the same noise bit for bit unless a compiler contracts products and sums.
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from stepfusion.kernels import COLUMNS, launch, philox
 from stepfusion.kernels import philox_numbers as numbers
+from stepfusion.kernels.coefficients import HISTORY, WHOLE_IMAGE
 
 _WORD = 1 << 32
 _MASK = _WORD - 1
@@ -40,13 +45,22 @@ class Tick(nn.Module):
         dtype: of the network's input; the state is float32 in any case.
         null_label: the label without a condition, for a tick with classifier-free guidance (Ho & Salimans 2022),
             which then runs the network for both labels of each lane.
+        further: the names of the inputs after ``index``, of ``labels``, ``guidance``, ``told``, ``in_scale`` and
+            ``history``, in this order.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, null_label: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        null_label: int | None = None,
+        further: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
         self.null_label = null_label
+        self.further = tuple(further)
 
     def forward(
         self,
@@ -56,32 +70,43 @@ class Tick(nn.Module):
         timesteps: Tensor,
         seed: Tensor,
         index: Tensor,
-        labels: Tensor | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
+        *further: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Move every lane one row on.
 
         Args:
             x: float32 [B, C, H, W], the states.
             row: int64 [B], each lane's row of the table; -1 leaves the lane alone.
-            coefficients: float32 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`.
-            timesteps: int64 [R], what the network is told and what keys a row's noise.
+            coefficients: float32 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`.
+            timesteps: int64 [R], what keys a row's noise and, without ``told``, what the network is told.
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
-            labels: int64 [B], if the network takes labels.
-            guidance: float32 [B], if the tick was made with a null label; 1 is none.
+            further: the inputs that the tick was made with: ``labels`` int64 [B]; ``guidance`` float32 [B], 1 is
+                none; ``told`` and ``in_scale`` float32 [R]; ``history`` float32 [B, K, C, H, W], what the lane's last
+                K rows that kept something kept, the latest first.
 
         Returns:
-            float32 [B, C, H, W]. A row beyond the table gives NaN.
+            float32 [B, C, H, W], and with ``history`` also the next one. A row beyond the table gives NaN.
         """
+        given = dict(zip(self.further, further, strict=True))
+        told, in_scale, history = (given.get(name) for name in ("told", "in_scale", "history"))
         rows = coefficients.shape[0]
         inside = (row < rows)[:, None]
         safe = row.clamp(0, rows - 1)
         columns = torch.where(inside, coefficients[safe], math.nan)
         t = timesteps[safe]
-        out = self._evaluate(x.to(self.dtype), t, labels, guidance)
+        guidance = given.get("guidance")
+        if guidance is not None:
+            guidance = torch.where(columns[:, COLUMNS.index("unguided")] == 0, guidance, 1.0)
+        shown = x if in_scale is None else launch.per_lane(in_scale[safe], x) * x
+        out = self._evaluate(shown.to(self.dtype), t if told is None else told[safe], given.get("labels"), guidance)
         z = normal(seed, index, t, tuple(x.shape[1:]), philox.STREAM_STEP)
-        return torch.where(launch.per_lane(row >= 0, x), step(x, out, columns, z), x)
+        active = launch.per_lane(row >= 0, x)
+        x0 = predict(x, out, columns, 0 if history is None else history.shape[1], scaled=in_scale is not None)
+        moved = torch.where(active, advance(x, out, x0, columns, z, history), x)
+        if history is None:
+            return moved
+        return moved, torch.where(active[:, None], remember(x, x0, columns, history), history)
 
     def _evaluate(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
         """The network's output in float32, guided if the tick is; a learned variance is that of the condition."""
@@ -116,24 +141,55 @@ class InitialNoise(nn.Module):
 
 
 def step(x: Tensor, out: Tensor, columns: Tensor, z: Tensor) -> Tensor:
-    """What :func:`stepfusion.kernels.reference.diffusion_step` computes, without a branch.
+    """What :func:`stepfusion.kernels.reference.diffusion_step` computes without a history, and without a branch.
 
     Args:
         x, z: float32 [B, C, H, W]. out: the same, or [B, 2 C, H, W] with learned variance.
-        columns: float32 [B, 14], each lane's row of the table. A row that uses the x0 before it, or a quantile of its
-            own, gives NaN: a tick has neither.
+        columns: float32 [B, 21], each lane's row of the table.
     """
-    c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns.unbind(1), strict=True)}
-    sigma, clip = c["sigma"], c["clip"]
-    eps = out[:, : x.shape[1]]
-    x0_x = torch.where((c["next_prev"] == 0) & (c["threshold"] == 0), c["x0_x"], math.nan)
-    x0 = torch.minimum(torch.maximum(x0_x * x + c["x0_out"] * eps, -clip), clip)
-    result = c["next_x0"] * x0 + c["next_x"] * x + c["next_out"] * eps
+    return advance(x, out, predict(x, out, columns), columns, z)
+
+
+def predict(x: Tensor, out: Tensor, columns: Tensor, entries: int = 0, *, scaled: bool = False) -> Tensor:
+    """The x0 of each lane's row, float32 [B, C, H, W].
+
+    NaN for a row that a tick cannot run: one that uses more of the history than ``entries``, a quantile of its x0 or
+    rescaled guidance, or that scales what the network is shown if the tick is not ``scaled``.
+    """
+    c = _columns(columns, x)
+    runs = torch.ones_like(c["clip"], dtype=torch.bool) if scaled else c["net_scale"] == 1
+    for name in (*HISTORY[entries:], *WHOLE_IMAGE):
+        runs = runs & (c[name] == 0)
+    x0_x = torch.where(runs, c["x0_x"], math.nan)
+    clip = c["clip"]
+    return torch.minimum(torch.maximum(x0_x * x + c["x0_out"] * out[:, : x.shape[1]], -clip), clip)
+
+
+def advance(x: Tensor, out: Tensor, x0: Tensor, columns: Tensor, z: Tensor, history: Tensor | None = None) -> Tensor:
+    """The state after each lane's row, float32 [B, C, H, W]; ``history`` is [B, K, C, H, W]."""
+    c = _columns(columns, x)
+    sigma = c["sigma"]
+    result = c["next_x0"] * x0 + c["next_x"] * x + c["next_out"] * out[:, : x.shape[1]]
+    for name, kept in zip(HISTORY, () if history is None else history.unbind(1), strict=False):
+        result = torch.where(c[name] != 0, result + c[name] * kept, result)
     std = sigma
     if out.shape[1] != x.shape[1]:
         v = out[:, x.shape[1] :]
         std = sigma * (c["half_log_min"] + (v * 0.5 + 0.5) * c["half_log_span"]).exp()
     return torch.where(sigma != 0, result + std * z, result)
+
+
+def remember(x: Tensor, x0: Tensor, columns: Tensor, history: Tensor) -> Tensor:
+    """The history [B, K, C, H, W] after each lane's row, which may keep something of its x and x0."""
+    c = _columns(columns, x)
+    keeps = (c["keep_x"] != 0) | (c["keep_x0"] != 0)
+    kept = c["keep_x"] * x + c["keep_x0"] * x0
+    return torch.where(keeps[:, None], torch.cat((kept[:, None], history[:, :-1]), dim=1), history)
+
+
+def _columns(columns: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Columns [B, 21] by their names, each as it meets x."""
+    return {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns.unbind(1), strict=True)}
 
 
 def normal(seed: Tensor, index: Tensor, timesteps: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:

@@ -15,16 +15,19 @@ from stepfusion.errors import ExportError
 from stepfusion.export.batch import Batch
 from stepfusion.export.manifest import KINDS, Tensorspec
 from stepfusion.export.program import check_close, example_inputs, plain_network, trace
-from stepfusion.export.runtimes import Runtime
+from stepfusion.export.runtimes import Runtime, TickRuntime
 from stepfusion.export.tick import InitialNoise, Tick
+from stepfusion.export.tick_loop import level_inputs, outputs_of, walk
 from stepfusion.kernels import COLUMNS
 from stepfusion.samplers.table import StepTable
 
 _MOST_ROWS = 1 << 24
 _EXAMPLE_ROWS = 8
+#: Samplers whose rows draw noise, by how much history they use.
+_EXAMPLES = ("euler_ancestral", "dpmpp_2m_sde")
 _EXAMPLE_SEED = 0x0123456789ABCDEF
 _LOOP_EVALUATIONS = 50  # of one image, in the loop that checks an export
-_LOOP_DRIFT = 1e-3  # float32, after that loop
+_LOOP_DRIFT = 1e-3  # float32, after that loop; of the largest element on a path that is not discrete
 
 
 def check_kind(engine: Engine, kind: str, table: StepTable | None, guided: bool) -> None:
@@ -50,29 +53,50 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
             f"the table is for {table.prediction} and {table.schedule}, and the engine for {engine.prediction} and "
             f"{engine.schedule}"
         )
-    if table.history:
-        raise ExportError(f"a tick keeps nothing but x from row to row, and {table!r} needs the x0 before as well")
-    if table.thresholds:
-        raise ExportError(f"a tick has no dynamic thresholding, and {table!r} asks for it")
+    if table.whole_image:
+        raise ExportError(f"a tick has no dynamic thresholding and no rescaled guidance, and {table!r} asks for it")
+    if engine.schedule.discrete and (table.column("net_scale") != 1).any():
+        raise ExportError(f"a tick shows the network x as it is, and {table!r} scales it")
     if guided and engine.null_label is None:
         raise ExportError("a guided tick needs a null label, and the model has none")
 
 
-def tick_module(engine: Engine, *, guided: bool = False) -> Tick:
+def further_inputs(engine: Engine, *, guided: bool = False, history: int = 0) -> tuple[str, ...]:
+    """The inputs of the engine's tick after ``index``; ``history`` is how many entries of it the tick keeps."""
+    present = {
+        "labels": engine.num_classes is not None,
+        "guidance": guided,
+        "told": not engine.schedule.discrete,
+        "in_scale": not engine.schedule.discrete,
+        "history": history > 0,
+    }
+    return tuple(name for name, there in present.items() if there)
+
+
+def tick_module(engine: Engine, *, guided: bool = False, history: int = 0) -> Tick:
     """The engine's tick, with its network in plain operators."""
-    return Tick(plain_network(engine), engine.plan.dtype, engine.null_label if guided else None).eval()
+    further = further_inputs(engine, guided=guided, history=history)
+    return Tick(plain_network(engine), engine.plan.dtype, engine.null_label if guided else None, further).eval()
 
 
-def tick_program(engine: Engine, batch: Batch, *, guided: bool = False) -> ExportedProgram:
+def tick_program(engine: Engine, batch: Batch, *, guided: bool = False, history: int = 0) -> ExportedProgram:
     """The engine's tick as a program for these batch sizes and tables of any length.
+
+    Args:
+        history: of how many entries; 0 for a tick that keeps nothing but x from row to row.
 
     Raises:
         ExportError: the network is not a module, or cannot be traced.
     """
-    example = tick_example(engine, batch.examples()[0], guided=guided)
-    shapes = [_lanes(batch) for _ in example]
-    shapes[2] = shapes[3] = {0: Dim("rows", min=1, max=_MOST_ROWS)}
-    return trace(tick_module(engine, guided=guided), example, tuple(shapes), "tick")
+    example = tick_example(engine, batch.examples()[0], guided=guided, history=history)
+    inputs, _ = tick_specs(engine, batch, guided=guided, history=history)
+    rows = {0: Dim("rows", min=1, max=_MOST_ROWS)}
+    shapes = [rows if spec.shape[0] == "rows" else _lanes(batch) for spec in inputs]
+    further = len(further_inputs(engine, guided=guided, history=history))
+    named = len(shapes) - further
+    module = tick_module(engine, guided=guided, history=history)
+    # torch.export takes the inputs after the named ones as one
+    return trace(module, example, (*shapes[:named], *([tuple(shapes[named:])] if further else [])), "tick")
 
 
 def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
@@ -82,35 +106,46 @@ def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
     return trace(InitialNoise(engine.shape).eval(), (numbers, numbers.clone()), shapes, "initial noise")
 
 
-def tick_example(engine: Engine, batch: int, *, guided: bool = False) -> tuple[Tensor, ...]:
-    """Inputs of the engine's tick for a batch, in order: lanes all over a DDPM's table."""
+def tick_example(engine: Engine, batch: int, *, guided: bool = False, history: int = 0) -> tuple[Tensor, ...]:
+    """Inputs of the engine's tick for a batch, in order: lanes all over the table of a sampler that draws noise."""
     x, _, *labels = example_inputs(engine, batch)
-    table = engine.table("ddpm", min(_EXAMPLE_ROWS, engine.schedule.num_timesteps)).on(x.device)
+    discrete = engine.schedule.discrete
+    sampler = "ddpm" if discrete and not history else _EXAMPLES[min(history, 1)]
+    rows = engine.table(sampler, min(_EXAMPLE_ROWS, engine.schedule.max_steps))
+    table = rows.on(x.device)
     lane = torch.arange(batch, device=x.device)
-    row = lane % len(table.timesteps)
     scale = [1.0 + lane.to(torch.float32)] if guided else []
+    levels = [] if discrete else list(level_inputs(rows, x.device))
+    kept = [x.float()[:, None].expand(-1, history, *engine.shape).contiguous()] if history else []
     seed = (lane + 1) * _EXAMPLE_SEED
-    return (x.float(), row, table.coefficients, table.timesteps, seed, lane + 7, *labels, *scale)
+    further = (*labels, *scale, *levels, *kept)
+    return (x.float(), lane % len(rows), table.coefficients, table.timesteps, seed, lane + 7, *further)
 
 
 def tick_specs(
-    engine: Engine, batch: Batch, *, guided: bool = False
+    engine: Engine, batch: Batch, *, guided: bool = False, history: int = 0
 ) -> tuple[tuple[Tensorspec, ...], tuple[Tensorspec, ...]]:
     """The inputs and outputs of the engine's tick, for a manifest."""
     lanes, image = (batch.dimension,), (batch.dimension, *engine.shape)
-    inputs = [
+    kept = (batch.dimension, history, *engine.shape)
+    further = {
+        "labels": Tensorspec("labels", "int64", lanes),
+        "guidance": Tensorspec("guidance", "float32", lanes),
+        "told": Tensorspec("told", "float32", ("rows",)),
+        "in_scale": Tensorspec("in_scale", "float32", ("rows",)),
+        "history": Tensorspec("history", "float32", kept),
+    }
+    inputs = (
         Tensorspec("x", "float32", image),
         Tensorspec("row", "int64", lanes),
         Tensorspec("coefficients", "float32", ("rows", len(COLUMNS))),
         Tensorspec("timesteps", "int64", ("rows",)),
         Tensorspec("seed", "int64", lanes),
         Tensorspec("index", "int64", lanes),
-    ]
-    if engine.num_classes is not None:
-        inputs.append(Tensorspec("labels", "int64", lanes))
-    if guided:
-        inputs.append(Tensorspec("guidance", "float32", lanes))
-    return tuple(inputs), (Tensorspec("x_next", "float32", image),)
+        *(further[name] for name in further_inputs(engine, guided=guided, history=history)),
+    )
+    outputs = (Tensorspec("x_next", "float32", image),)
+    return inputs, (*outputs, Tensorspec("history_next", "float32", kept)) if history else outputs
 
 
 def initial_noise_specs(
@@ -127,7 +162,7 @@ def compare_tick(
     engine: Engine,
     batch: Batch,
     table: StepTable,
-    tick: Runtime,
+    tick: TickRuntime,
     initial_noise: Runtime,
     what: str,
     *,
@@ -138,21 +173,23 @@ def compare_tick(
     Raises:
         ExportError: ``what`` computes something else.
     """
-    reference, start, dtype = tick_module(engine, guided=guided), InitialNoise(engine.shape), engine.plan.dtype
+    form: dict[str, Any] = {"guided": guided, "history": table.history}
+    reference, start, dtype = tick_module(engine, **form), InitialNoise(engine.shape), engine.plan.dtype
+    inputs, _ = tick_specs(engine, batch, **form)
     largest = noise = 0.0
     for size in sorted(set(batch.examples())):
-        example = tick_example(engine, size, guided=guided)
-        largest = max(largest, check_close(tick(*example), reference(*example), f"{what} tick", size, dtype))
+        example = tick_example(engine, size, **form)
+        for actual, wanted in zip(outputs_of(tick(*example)), outputs_of(reference(*example)), strict=True):
+            largest = max(largest, check_close(actual, wanted, f"{what} tick", size, dtype))
         lanes = example[4], example[5]
         noise = max(noise, check_close(initial_noise(*lanes), start(*lanes), f"{what} initial noise", size))
-    rows = _loop_rows(table, max(2, _LOOP_EVALUATIONS // batch.low))
-    _, _, _, _, seed, index, *condition = tick_example(engine, batch.low, guided=guided)
-    values, expected = table.on(engine.plan.device), start(seed, index)
-    actual = initial_noise(seed, index)
-    for row in rows:
-        data = torch.full_like(index, row), values.coefficients, values.timesteps, seed, index, *condition
-        actual, expected = tick(actual, *data), reference(expected, *data)
-    drift = float((actual.to(expected.device) - expected).abs().max())
+    rows = range(min(table.steps(), max(2, _LOOP_EVALUATIONS // batch.low)))
+    given = dict(zip((spec.name for spec in inputs), tick_example(engine, batch.low, **form), strict=True))
+    lanes = given["seed"], given["index"]
+    expected = walk(reference, inputs, table, rows, table.start_scales[0] * start(*lanes), given)
+    found = walk(tick, inputs, table, rows, table.start_scales[0] * initial_noise(*lanes), given)
+    scale = 1.0 if table.schedule.discrete else max(1.0, float(expected.abs().max()))  # of states at a large sigma
+    drift = float((found.to(expected.device) - expected).abs().max()) / scale
     if dtype == torch.float32 and engine.plan.device.type == "cpu" and not drift <= _LOOP_DRIFT:
         raise ExportError(
             f"the {what} tick differs from the engine's by {drift:.2g} after {len(rows)} rows; "
@@ -163,14 +200,6 @@ def compare_tick(
         f"a tick differs from the engine's by at most {largest:.2g}, and the state by {drift:.2g} after {len(rows)} "
         f"row(s) of {table.name}; the initial noise is {same}."
     )
-
-
-def _loop_rows(table: StepTable, most: int) -> list[int]:
-    """The rows that an image goes through from row 0 on, up to ``most`` of them."""
-    rows = [0]
-    while len(rows) < most and (row := int(table.next_row[rows[-1]])) >= 0:
-        rows.append(row)
-    return rows
 
 
 def _lanes(batch: Batch) -> dict[int, Any]:

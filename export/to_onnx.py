@@ -20,7 +20,7 @@ from stepfusion.export.base import NetworkExport, Target, TickExport, TickOption
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import require, versions
 from stepfusion.export.manifest import ANY_DEVICE, Manifest, Tensorspec
-from stepfusion.export.runtimes import OnnxRuntimeNetwork
+from stepfusion.export.runtimes import OnnxRuntimeNetwork, Runtime, TickRuntime
 from stepfusion.export.tick_program import initial_noise_specs
 
 MODEL, INITIAL_NOISE = "model.onnx", "initial_noise.onnx"
@@ -65,16 +65,14 @@ def _build_tick(export: TickExport, folder: Path) -> str:
     return f"Run in onnxruntime before the bundle was finished: {found}"
 
 
-def load_onnx_tick(
-    folder: Path, manifest: Manifest, device: torch.device
-) -> tuple[OnnxRuntimeNetwork, OnnxRuntimeNetwork]:
+def load_onnx_tick(folder: Path, manifest: Manifest, device: torch.device) -> tuple[TickRuntime, Runtime]:
     """A tick's bundle in onnxruntime: the tick and its initial noise."""
     lanes, *shape = manifest.inputs[0].shape
     inputs, outputs = initial_noise_specs([int(size) for size in shape], lanes)
     noise = replace(manifest, inputs=inputs, outputs=outputs)
-    return OnnxRuntimeNetwork(folder / MODEL, manifest, device), OnnxRuntimeNetwork(
-        folder / INITIAL_NOISE, noise, device
-    )
+    tick = OnnxRuntimeNetwork(folder / MODEL, manifest, device)
+    initial_noise = OnnxRuntimeNetwork(folder / INITIAL_NOISE, noise, device)
+    return tick if len(manifest.outputs) == 1 else tick.outputs, initial_noise
 
 
 def write_onnx(

@@ -3,9 +3,12 @@
 Every step is (see :mod:`stepfusion.kernels.step`)
 
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out
+             + next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
+    h      = (keep_x * x + keep_x0 * x0, h[0], h[1])                 if keep_x or keep_x0 is not 0
 
-and if a part of the image is known, that part is known_x * known + known_sigma * z instead.
+with the history h that earlier rows left, and if a part of the image is known, that part is known_x * known +
+known_sigma * z instead. The network is shown net_scale * x_next next.
 
 The functions here take the levels abar (``alphas_cumprod`` where the step starts) and abar_prev (where it ends) and
 return the coefficients. They use arithmetic operators only, so that one formula serves NumPy arrays and PyTorch
@@ -25,7 +28,14 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 COLUMNS = (
     *("x0_x", "x0_out", "clip", "next_x0", "next_x", "next_out", "sigma", "half_log_min", "half_log_span"),
     *("next_prev", "known_x", "known_sigma", "threshold", "threshold_max"),
+    *("net_scale", "next_prev2", "next_prev3", "keep_x", "keep_x0", "unguided", "rescale"),
 )
+#: What a column holds if nothing is said of it; all others hold 0.
+DEFAULTS = {"net_scale": 1.0}
+#: The weights of what earlier rows left in the history, the latest first.
+HISTORY = ("next_prev", "next_prev2", "next_prev3")
+#: Columns of rows that need all elements of an image at once, which only the reference step sees, if they are not 0.
+WHOLE_IMAGE = ("threshold", "rescale")
 
 
 def predict_x0(abar: Levels, prediction: str) -> tuple[Levels, Levels]:
@@ -123,11 +133,12 @@ def dpmpp_2m(abar: Levels, abar_prev: Levels, history: Levels, *, prediction: st
     with alpha = sqrt(abar), sigma = sqrt(1 - abar), s where the step starts (``abar``), t where it ends
     (``abar_prev``), h = lambda_t - lambda_s, lambda = log(alpha / sigma). ``history`` is w = h / (2 h_prev) =
     1 / (2 r), 0 for a first-order step, which is :func:`ddim` with eta = 0: -alpha_t (e^-h - 1) = alpha_t -
-    sigma_t alpha_s / sigma_s.
+    sigma_t alpha_s / sigma_s. Every row leaves its x0 in the history.
     """
     columns = ddim(abar, abar_prev, eta=0.0, prediction=prediction, rederive_eps=True)
     first_order = columns["next_x0"]
-    return {**columns, "next_x0": first_order * (1 + history), "next_prev": -first_order * history}
+    columns |= {"next_x0": first_order * (1 + history), "next_prev": -first_order * history}
+    return {**columns, "keep_x0": abar * 0 + 1}
 
 
 def known(abar_prev: Levels) -> dict[str, Levels]:

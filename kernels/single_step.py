@@ -144,7 +144,7 @@ def levels(
 def ddim_table(
     abar: torch.Tensor, abar_prev: torch.Tensor, eta: float, prediction: str, clip: float | None, rederive_eps: bool
 ) -> torch.Tensor:
-    """The table of one DDIM step between two levels a lane, float64 [B, 14]."""
+    """The table of one DDIM step between two levels a lane, float64 [B, 21]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     columns = algebra.ddim(abar, abar_prev, eta=eta, prediction=prediction, rederive_eps=rederive_eps)
@@ -159,7 +159,7 @@ def ddpm_table(
     prediction: str,
     clip: float | None,
 ) -> torch.Tensor:
-    """The table of one DDPM step between two levels a lane, float64 [B, 14]; ``last``: lanes that add no noise."""
+    """The table of one DDPM step between two levels a lane, float64 [B, 21]; ``last``: lanes that add no noise."""
     if variance not in algebra.VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(map(repr, algebra.VARIANCES))}, got {variance!r}")
     columns = algebra.ddpm(abar, abar_prev, prediction=prediction, variance=variance)
@@ -171,12 +171,13 @@ def ddpm_table(
 
 
 def _table(columns: dict[str, torch.Tensor], clip: float | None) -> torch.Tensor:
-    """A table with one row a lane, float64 [B, 14]."""
+    """A table with one row a lane, float64 [B, 21]."""
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
     columns["clip"] = torch.full_like(columns["sigma"], float("inf") if clip is None else clip)
     zero = torch.zeros_like(columns["sigma"])
-    return torch.stack([columns.get(name, zero) for name in algebra.COLUMNS], dim=1)
+    defaults = {name: zero + value for name, value in algebra.DEFAULTS.items()}
+    return torch.stack([columns.get(name, defaults.get(name, zero)) for name in algebra.COLUMNS], dim=1)
 
 
 def own_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,17 @@
 """The table walker: one kernel that executes any row of any sampler, for every lane of a batch.
 
-    out    = uncond + guidance * (out - uncond)                                    if guidance is given
+    out    = uncond + guidance * (out - uncond)                   if guidance is given and not 1, and unguided is 0
     x0     = clip(x0_x * x + x0_out * out, -clip, clip)
-    x_next = next_x0 * x0 + next_x * x + next_out * out + next_prev * x0_prev + sigma * z
+    x_next = next_x0 * x0 + next_x * x + next_out * out +
+             next_prev * h[0] + next_prev2 * h[1] + next_prev3 * h[2] + sigma * z
     sigma  = sigma * exp(half_log_min + (v + 1) / 2 * half_log_span)               if the network returns v as well
     x_next = known_x * known + known_sigma * z                                     if a part of the image is known
+    h      = (keep_x * x + keep_x0 * x0, h[0], h[1])                               if keep_x or keep_x0 is not 0
+    x_net  = net_scale * x_next
 
-x0_prev is what the lane's x0 buffer holds, the prediction of the row before (multistep solvers). An element is either
-known or free, so that one z serves both: a known region costs no noise of its own.
+h is the lane's history, what the rows before left there: predictions (multistep solvers), or a mixture with the state
+(solvers that evaluate the network twice a step). Terms of weight 0 are not read. x_net is what the network is shown
+next. An element is either known or free, so that one z serves both: a known region costs no noise of its own.
 
 A lane is one image: its ``row`` says which line of the table applies to it (-1: the lane is parked and nothing of it
 is read or written). The next state and the network-dtype copy of it that the next network call wants leave in the
@@ -15,8 +19,8 @@ same pass.
 
 Cost, no noise: 4 B (x) + s (out) + 4 B (x_next) + s (network copy) an element, s the size of the network's dtype: 12
 B in bfloat16. Eager schedulers move that 7 to 22 times. Rows with sigma = 0 do no RNG work and read no noise. An x0
-buffer adds 4 B, and 4 B on rows with next_prev != 0, which alone read it; a known region adds 4 B for every lane of
-the batch.
+buffer adds 4 B, and so does each entry of the history that a row weighs; a row that keeps something writes H entries
+and reads H - 1. A known region adds 4 B for every lane of the batch.
 
 Kernels are compiled without FMA contraction, so that the fused step and the reference agree bit for bit.
 """
@@ -33,7 +37,10 @@ from stepfusion.kernels.coefficients import COLUMNS
 from stepfusion.kernels.philox import STREAM_STEP, normal_block
 from stepfusion.kernels.step_reference import check_arguments, diffusion_step_reference
 
-_OPTIONAL = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_next", "x_net", "x0", "flags", "known")
+_OPTIONAL = (
+    *("seeds", "indices", "noise", "out_uncond", "guidance"),
+    *("x_next", "x_net", "x0", "flags", "known", "history"),
+)
 _WIDTH = len(COLUMNS)
 WIDTH = tl.constexpr(_WIDTH)
 STREAM = tl.constexpr(STREAM_STEP)
@@ -58,6 +65,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_ptr,  # [B, E] float32
     net_ptr,  # [COPIES * B, E] in the network's dtype, or None
     x0_ptr,  # [B, E] float32, or None
+    history_ptr,  # [HISTORY, B, E] float32, or None
     known_ptr,  # [B, E] float32, NaN where free, or None
     flag_ptr,  # [B] int64, or None
     row_ptr,  # [B] int64
@@ -72,6 +80,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     FILL: tl.constexpr,  # next is fresh memory: parked lanes are copied to it
     LEARNED: tl.constexpr,
     COPIES: tl.constexpr,
+    HISTORY: tl.constexpr,  # 0 to 3
     OUT_CHANNELS: tl.constexpr,  # of out and uncond if these are NHWC, else 0
     NET_CHANNELS: tl.constexpr,  # of net if it is NHWC, else 0
     PIXELS: tl.constexpr,  # H W if either is NHWC, else 0
@@ -100,8 +109,12 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     next_x = tl.load(coefficient_ptr + 4, mask=inside, other=float("nan"))
     next_out = tl.load(coefficient_ptr + 5, mask=inside, other=0.0)
     sigma = tl.load(coefficient_ptr + 6, mask=inside, other=0.0)
-    threshold = tl.load(coefficient_ptr + 12, mask=inside)  # it takes the whole image: NaN, and no wrong one
-    x0_x = tl.where(threshold == 0.0, x0_x, float("nan"))
+    if net_ptr is not None:
+        net_scale = tl.load(coefficient_ptr + 14, mask=inside, other=0.0)
+    # these take the whole image: NaN, and no wrong one
+    threshold = tl.load(coefficient_ptr + 12, mask=inside, other=0.0)
+    rescale = tl.load(coefficient_ptr + 20, mask=inside, other=0.0)
+    x0_x = tl.where((threshold == 0.0) & (rescale == 0.0), x0_x, float("nan"))
 
     x = tl.load(x_ptr + start + offs, mask=mask)
     out_offs = _place(offs, PIXELS, OUT_CHANNELS)
@@ -109,14 +122,34 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     if uncond_ptr is not None:
         uncond = tl.load(uncond_ptr + out_start + out_offs, mask=mask).to(tl.float32)
         guidance = tl.load(guidance_ptr + lane).to(tl.float32)
+        unguided = tl.load(coefficient_ptr + 19, mask=inside, other=0.0)
+        guidance = tl.where(unguided == 0.0, guidance, 1.0)
         out = tl.where(guidance == 1.0, out, uncond + guidance * (out - uncond))
 
     x0 = tl.clamp(x0_x * x + x0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     x_next = next_x0 * x0 + next_x * x + next_out * out
-    if x0_ptr is not None:
+    if HISTORY > 0:
+        kept_ptr = history_ptr + start
+        age = B.to(tl.int64) * E  # from an entry of the history to the one before
         next_prev = tl.load(coefficient_ptr + 9, mask=inside, other=0.0)
         if next_prev != 0.0:
-            x_next += next_prev * tl.load(x0_ptr + start + offs, mask=mask)
+            x_next += next_prev * tl.load(kept_ptr + offs, mask=mask)
+        if HISTORY > 1:
+            next_prev2 = tl.load(coefficient_ptr + 15, mask=inside, other=0.0)
+            if next_prev2 != 0.0:
+                x_next += next_prev2 * tl.load(kept_ptr + age + offs, mask=mask)
+        if HISTORY > 2:
+            next_prev3 = tl.load(coefficient_ptr + 16, mask=inside, other=0.0)
+            if next_prev3 != 0.0:
+                x_next += next_prev3 * tl.load(kept_ptr + 2 * age + offs, mask=mask)
+        keep_x = tl.load(coefficient_ptr + 17, mask=inside, other=float("nan"))
+        keep_x0 = tl.load(coefficient_ptr + 18, mask=inside, other=float("nan"))
+        if (keep_x != 0.0) | (keep_x0 != 0.0):
+            if HISTORY > 2:
+                tl.store(kept_ptr + 2 * age + offs, tl.load(kept_ptr + age + offs, mask=mask), mask=mask)
+            if HISTORY > 1:
+                tl.store(kept_ptr + age + offs, tl.load(kept_ptr + offs, mask=mask), mask=mask)
+            tl.store(kept_ptr + offs, keep_x * x + keep_x0 * x0, mask=mask)
     noisy = sigma != 0.0
     if known_ptr is not None:
         known_sigma = tl.load(coefficient_ptr + 11, mask=inside, other=0.0)
@@ -147,7 +180,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
 
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
-        copy = x_next.to(net_ptr.dtype.element_ty)
+        copy = (net_scale * x_next).to(net_ptr.dtype.element_ty)
         net_offs = _place(offs, PIXELS, NET_CHANNELS)
         for i in tl.static_range(COPIES):
             tl.store(net_ptr + i * B.to(tl.int64) * E + start + net_offs, copy, mask=mask)
@@ -161,7 +194,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
         tl.store(flag_ptr + lane + zeros, row + zeros, mask=broken)
 
 
-@torch.library.custom_op("stepfusion::diffusion_step_", mutates_args=("x_next", "x_net", "x0", "flags"))
+@torch.library.custom_op("stepfusion::diffusion_step_", mutates_args=("x_next", "x_net", "x0", "flags", "history"))
 def _diffusion_step(
     x: torch.Tensor,
     out: torch.Tensor,
@@ -178,6 +211,7 @@ def _diffusion_step(
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
     known: torch.Tensor | None,
+    history: torch.Tensor | None,
     fill: bool,
 ) -> None:
     require_triton(x.device)
@@ -198,6 +232,7 @@ def _diffusion_step(
             x_next,
             x_net,
             x0,
+            history,
             launch.contiguous(known),
             flags,
             rows.contiguous(),
@@ -212,6 +247,7 @@ def _diffusion_step(
             FILL=fill,
             LEARNED=out.numel() != x.numel(),
             COPIES=0 if x_net is None else len(x_net) // lanes,
+            HISTORY=0 if history is None else len(history),
             OUT_CHANNELS=out.shape[1] if out_nhwc else 0,
             NET_CHANNELS=x.shape[1] if net_nhwc else 0,
             PIXELS=math.prod(x.shape[2:]) if out_nhwc or net_nhwc else 0,
@@ -245,6 +281,7 @@ def diffusion_step(
     x0: torch.Tensor | None = None,
     flags: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Move every lane one row on, in one pass.
 
@@ -253,27 +290,30 @@ def diffusion_step(
         out: float16, bfloat16 or float32, what the network returned: [B, ...] like x, or twice as many channels
             [B, 2 C, ...] for a network that learned its variance (its second half is v). Read as it lies if it is
             contiguous or channels_last.
-        rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone. coefficients: float32 [R,
-        14], the columns :data:`stepfusion.kernels.COLUMNS`. timesteps: int64 [R], the training timestep that keys a
-        row's noise. seeds, indices: int64 [B]: draw the noise of (seed, timestep, index). Or noise: [B, ...] like x,
-        the z to use. With neither, every row in use must have sigma = 0: no noise is added. out_uncond: like out, the
-        network's output without the condition; with guidance: float32 [B], out becomes out_uncond + guidance * (out -
-        out_uncond) (Ho & Salimans 2022); exactly out
-            where it is 1.
+        rows: int64 [B], each lane's row of the table; :data:`PARKED` leaves the lane alone.
+        coefficients: float32 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`.
+        timesteps: int64 [R], the number that keys a row's noise.
+        seeds, indices: int64 [B]: draw the noise of (seed, timestep, index).
+        noise: [B, ...] like x, the z to use instead. With neither, every row in use must have sigma = 0: no noise is
+            added.
+        out_uncond, guidance: like out, the network's output without the condition, and float32 [B]: out becomes
+            out_uncond + guidance * (out - out_uncond) (Ho & Salimans 2022); exactly out if guidance is 1, or if the
+            row is unguided.
         x_next: float32 like x, receives the next state (x itself will do); a new tensor without it.
-        x_net: [B, ...] or [2 B, ...] in the network's dtype, contiguous or channels_last, receives the next state
-            once or twice.
-        x0: float32 like x, receives the predicted (clipped) x0. If a row has next_prev != 0 it holds the x0 of the
-            lane's row before, and is read first; without this buffer every row in use must have next_prev = 0: the
-            term is left out.
+        x_net: [B, ...] or [2 B, ...] in the network's dtype, contiguous or channels_last, receives net_scale times
+            the next state, once or twice.
+        x0: float32 like x, receives the predicted (clipped) x0.
         flags: int64 [B], receives the row at which a lane first became non-finite, where it is still :data:`FINITE`.
         known: float32 like x, the pixels of an image that are known, and NaN where the sampler is free. The next
             state of what is known is known_x * known + known_sigma * z, with the same z as the sampler's.
+        history: float32 [H, B, ...], H = 1, 2 or 3, contiguous: what a lane's earlier rows kept, the latest first.
+            Read by rows with next_prev, next_prev2 or next_prev3 other than 0, and written by those with keep_x or
+            keep_x0 other than 0. Terms of entries that are not there are left out.
 
     Returns:
-        x_next. Rows beyond the table give NaN, and so do rows with a threshold, which takes a quantile of the whole
-        image: those are for :func:`stepfusion.kernels.reference.diffusion_step`, which also runs inputs that require
-        a gradient.
+        x_next. Rows beyond the table give NaN, and so do rows with a threshold or with rescale, which take a quantile
+        and standard deviations of the whole image: those are for
+        :func:`stepfusion.kernels.reference.diffusion_step`, which also runs inputs that require a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
@@ -281,7 +321,7 @@ def diffusion_step(
     for name, tensor in (("x", x), ("coefficients", coefficients)):
         launch.check_dtype(name, tensor, (torch.float32,))
     launch.check_dtype("out", out, launch.FLOATS)
-    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
+    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known, history)
     check_arguments(x, out, rows, coefficients, timesteps, *given)
     if launch.needs_gradient(x, out, coefficients, *given):
         optional = dict(zip(_OPTIONAL, given, strict=True))
@@ -303,6 +343,7 @@ def diffusion_step(
         x0,
         flags,
         known,
+        history,
         fill=x_next is None,
     )
     return into

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.coefficients import COLUMNS
+from stepfusion.kernels.coefficients import COLUMNS, HISTORY
 from stepfusion.kernels.philox import normal_reference
 
 PARKED = -1  #: the ``row`` of a lane that has nothing to do
@@ -29,20 +29,23 @@ def diffusion_step_reference(
     x0: torch.Tensor | None = None,
     flags: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of :func:`stepfusion.kernels.diffusion_step` in eager PyTorch: same arguments, same result.
 
     Also in float64, with float64 x, out and coefficients. Rows with a threshold replace the clip by dynamic
     thresholding (Saharia et al. 2022, section 2.3): with s the quantile ``threshold`` of a lane's |x0|, in [1,
-    ``threshold_max``], x0 becomes clip(x0, -s, s) / s.
+    ``threshold_max``], x0 becomes clip(x0, -s, s) / s. Rows with rescale = phi rescale what guidance made of a guided
+    lane (Lin et al. 2024, equations 15 and 16): out becomes phi * out * std(cond) / std(out) + (1 - phi) * out, with
+    the standard deviations of all elements of the lane.
     """
-    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known)
+    given = (seeds, indices, noise, out_uncond, guidance, x_next, x_net, x0, flags, known, history)
     check_arguments(x, out, rows, coefficients, timesteps, *given)
     active = launch.per_lane(rows >= 0, x)
     safe = rows.clamp(min=0)
     columns = launch.gather(coefficients, safe).to(x.dtype).unbind(1)
     c = {name: launch.per_lane(column, x) for name, column in zip(COLUMNS, columns, strict=True)}
-    sigma, next_prev, threshold = c["sigma"], c["next_prev"], c["threshold"]
+    sigma, threshold = c["sigma"], c["threshold"]
 
     eps = out.to(x.dtype)
     v: torch.Tensor | None = None
@@ -52,7 +55,9 @@ def diffusion_step_reference(
         uncond = out_uncond.to(x.dtype)
         uncond = uncond if v is None else uncond.chunk(2, dim=1)[0]
         scale = launch.per_lane(guidance.to(x.dtype), x)
-        eps = torch.where(scale == 1.0, eps, uncond + scale * (eps - uncond))
+        guided = (scale != 1.0) & (c["unguided"] == 0)
+        mixed = _rescaled(uncond + scale * (eps - uncond), eps, c["rescale"])
+        eps = torch.where(guided, mixed, eps)
 
     # In place wherever it can be: on a CPU fresh memory costs more than arithmetic. Autograd refuses out=.
     start = c["x0_x"] * x
@@ -67,8 +72,14 @@ def diffusion_step_reference(
     result = c["next_x0"] * start
     result += torch.mul(c["next_x"], x, out=room)
     result += torch.mul(c["next_out"], eps, out=room)
-    if x0 is not None and bool((next_prev != 0).any()):
-        result = torch.where(next_prev != 0, result + torch.mul(next_prev, x0, out=room), result)
+    if history is not None:
+        earlier = history.clone() if room is None else history  # autograd may still need what is overwritten
+        for name, kept in zip(HISTORY, earlier, strict=False):
+            if bool((c[name] != 0).any()):
+                result = torch.where(c[name] != 0, result + torch.mul(c[name], kept, out=room), result)
+        keeps = active & ((c["keep_x"] != 0) | (c["keep_x0"] != 0))
+        if bool(keeps.any()):
+            _keep(history, c["keep_x"] * x + c["keep_x0"] * start, keeps)
     noisy = (sigma != 0) & active
     renoised = (c["known_sigma"] != 0) & active & (known is not None)
     fixed = None if known is None else c["known_x"] * known
@@ -88,13 +99,33 @@ def diffusion_step_reference(
         flags.copy_(torch.where(broken, rows, flags))
     everywhere = bool(active.all())
     if x_net is not None and x.numel():
-        copies = x_net.view(-1, *x.shape)
-        copies.copy_(result if everywhere else torch.where(active, result.to(x_net.dtype), copies))
+        copies, shown = x_net.view(-1, *x.shape), torch.mul(c["net_scale"], result, out=room)
+        copies.copy_(shown if everywhere else torch.where(active, shown.to(x_net.dtype), copies))
     if x0 is not None:
         x0.copy_(start if everywhere else torch.where(active, start, x0))
     if x_next is None:
         return (result if everywhere else torch.where(active, result, x)).contiguous()
     return x_next.copy_(result if everywhere else torch.where(active, result, x_next))
+
+
+def _rescaled(mixed: torch.Tensor, cond: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """Guided outputs ``mixed`` [B, ...], brought as near to the deviation of ``cond`` as ``phi`` says."""
+    if mixed.numel() == 0 or not bool((phi != 0).any()):
+        return mixed
+    wanted, found = (_deviation(value) for value in (cond, mixed))
+    factor = torch.where(found > 0, wanted / torch.where(found > 0, found, 1.0), 1.0).to(mixed.dtype)
+    return torch.where(phi != 0, phi * mixed * factor + (1 - phi) * mixed, mixed)
+
+
+def _deviation(x: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of each lane's elements, float64 [B, 1, ...]."""
+    return launch.per_lane(x.double().reshape(len(x), -1).std(dim=1, correction=0), x)
+
+
+def _keep(history: torch.Tensor, kept: torch.Tensor, keeps: torch.Tensor) -> None:
+    """Put ``kept`` first in the history [H, B, ...] of the lanes that keep something, and the others one further."""
+    for i in range(len(history) - 1, -1, -1):
+        history[i].copy_(torch.where(keeps, history[i - 1] if i else kept, history[i]))
 
 
 def _clipped(x0: torch.Tensor, bound: torch.Tensor, in_place: bool) -> torch.Tensor:
@@ -149,6 +180,7 @@ def check_arguments(
     x0: torch.Tensor | None,
     flags: torch.Tensor | None,
     known: torch.Tensor | None,
+    history: torch.Tensor | None,
 ) -> None:
     """Check every argument of a step."""
     states = (torch.float32, torch.float64)
@@ -185,6 +217,19 @@ def check_arguments(
             launch.check_output(name, buffer)
     if known is not None:
         launch.check_like("known", known, shape, x.device, (x.dtype,))
+    if history is not None:
+        _check_history(history, x)
     if flags is not None:
         launch.check_like("flags", flags, (lanes,), x.device, (torch.int64,))
         launch.check_output("flags", flags)
+
+
+def _check_history(history: torch.Tensor, x: torch.Tensor) -> None:
+    """TypeError or ValueError unless ``history`` is a buffer of 1 to 3 batches like ``x``."""
+    launch.check_dtype("history", history, (x.dtype,))
+    if history.ndim != x.ndim + 1 or not 1 <= len(history) <= len(HISTORY):
+        raise ValueError(
+            f"history must hold 1 to {len(HISTORY)} batches like x, {list(x.shape)}, got {list(history.shape)}"
+        )
+    launch.check_like("history", history, (len(history), *x.shape), x.device, (x.dtype,))
+    launch.check_output("history", history)

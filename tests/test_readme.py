@@ -39,3 +39,16 @@ def test_the_literatures_methods() -> None:
     exec(BLOCKS[1], names)
     assert set(names["step"]) == {"sample", "pred_xstart"}
     assert names["loss"].ndim == 0
+
+
+@pytest.mark.slow
+def test_other_paths() -> None:
+    import stepfusion as sf
+
+    def network(x: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        return 0.1 * x
+
+    names: dict[str, Any] = {"sf": sf, "raw_network": network, "velocity": network}
+    exec(BLOCKS[2].replace("32, 32", "4, 4"), names)
+    assert names["churned"].shape == (4, 3, 4, 4)
+    assert names["images"].isfinite().all()

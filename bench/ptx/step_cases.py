@@ -32,9 +32,10 @@ from stepfusion.bench.ptx.inputs import (
     words,
 )
 from stepfusion.kernels import reference
+from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 
-_BUFFERS = ("x_next", "x_net", "x0", "flags")
+_BUFFERS = ("x_next", "x_net", "x0", "history", "flags")
 _PER_LANE = ("rows", "flags", "seeds", "indices", "timesteps")
 #: Row 9 is a table's last, 0 its first; 10 lies beyond it.
 _ROWS = (3, kernels.PARKED, 9, 10, 0)
@@ -47,6 +48,7 @@ _TABLES: dict[str, Callable[[], sf.StepTable]] = {
     "ddpm": lambda: sf.ddpm(SCHEDULE, 10),
     "learned": lambda: sf.ddpm(SCHEDULE, 10, variance="learned_range"),
     "learned, with history": lambda: _with_history(sf.ddpm(SCHEDULE, 10, variance="learned_range")),
+    "all history": lambda: _with_history(sf.ddpm(SCHEDULE, 10)),
     "multistep": lambda: sf.dpmpp_2m(SCHEDULE, 10),
     "mixed": lambda: sf.StepTable.concatenate([sf.ddpm(SCHEDULE, 5), sf.dpmpp_2m(SCHEDULE, 5)]),
     "no clip": lambda: sf.ddpm(SCHEDULE, 10, clip=None),
@@ -54,10 +56,23 @@ _TABLES: dict[str, Callable[[], sf.StepTable]] = {
 }
 
 
+#: Columns of row 3, of row 9 and of row 0: all that a row can do with a history; the oldest alone; nothing.
+_WEIGHTS = {
+    "next_prev": (-0.5, 0.0, 0.0),
+    "next_prev2": (0.25, 0.0, 0.0),
+    "next_prev3": (-0.125, 0.75, 0.0),
+    "keep_x": (0.5, 0.0, 0.0),
+    "keep_x0": (-0.25, 1.0, 0.0),
+    "net_scale": (0.3, 3.0, 1.0),
+    "unguided": (0.0, 1.0, 0.0),
+}
+
+
 def _with_history(table: sf.StepTable) -> sf.StepTable:
-    """A table whose row 3 reads the x0 of the row before, which no sampler with learned variance does."""
+    """A table of which some rows use a history, scale what the network is shown, and are not guided."""
     coefficients = table.coefficients.copy()
-    coefficients[3, kernels.COLUMNS.index("next_prev")] = -0.5
+    for name, values in _WEIGHTS.items():
+        coefficients[[3, 9, 0], kernels.COLUMNS.index(name)] = values
     return replace(table, coefficients=coefficients)
 
 
@@ -67,7 +82,8 @@ class Step:
 
     Attributes:
         shape: of one image. dtype: of the network. noise: "none", "given" or "drawn". table: of :data:`_TABLES`.
-        learned, guided, x0, known, flags: arguments that are there. copies: of the next state for the network.
+        learned, guided, x0, known, flags: arguments that are there. history: how many entries it has. copies: of the
+            next state for the network.
         own: the step makes x_next itself.
         nhwc: what the network takes and returns is channels_last. rows: of the lanes. shift: elements by which all
         tensors are shifted.
@@ -81,6 +97,7 @@ class Step:
     learned: bool = False
     guided: bool = False
     x0: bool = False
+    history: int = 0
     known: bool = False
     flags: bool = True
     copies: int = 1
@@ -98,6 +115,7 @@ class Step:
         more = ["no flags"] * (not self.flags) + [f"{self.copies} copies"] * (self.copies != 1)
         rows = "" if self.rows == _ROWS else f"rows {','.join(map(str, self.rows))}"
         shift = f"shifted {self.shift}" if self.shift else ""
+        more += [f"history {self.history}"] * (self.history > 0)
         planted = "" if self.planted is None else f"planted {self.planted}"
         return words("step", self.dtype, self.shape, self.noise, self.table, *options, *more, rows, shift, planted)
 
@@ -136,7 +154,9 @@ class Step:
         if self.copies:
             given["x_net"] = torch.full((self.copies * lanes, *self.shape), math.nan, dtype=self.dtype)
         if self.x0:
-            given["x0"] = torch.randn(batch)
+            given["x0"] = torch.full(batch, math.nan)
+        if self.history:
+            given["history"] = torch.randn((self.history, *batch))
         if self.known:
             given["known"] = torch.where(torch.rand(batch) < 1 / 3, torch.randn(batch), math.nan)
         if self.flags:
@@ -154,9 +174,9 @@ class Step:
         self._compare(got, given)
         active = given["rows"] >= 0
         for name, tensor in in_place.items():
-            parked = given["x"] if name == "x_next" else got[name]
-            lanes = active.repeat(len(tensor) // len(active))
-            want = torch.where(lanes.view(-1, *[1] * (tensor.ndim - 1)), got[name], parked)
+            want = got[name]
+            if name == "x_next":  # parked lanes keep their state
+                want = torch.where(active.view(-1, *[1] * (tensor.ndim - 1)), want, given["x"])
             same_bits(f"{name} in place", tensor, want)
 
     def _compare(self, got: Tensors, given: Tensors) -> None:
@@ -165,8 +185,8 @@ class Step:
         exact = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
         truth = _outputs(reference.diffusion_step, exact) if self.learned else {}
         for name, tensor in got.items():
-            if self.learned and name not in ("flags", "x0"):
-                within(name, tensor, truth[name], _bound(exact, tensor.dtype))
+            if self.learned and name not in ("flags", "x0", "history"):
+                within(name, tensor, truth[name], _bound(exact, name, tensor.dtype))
             else:
                 same_bits(name, tensor, twin[name])
 
@@ -186,7 +206,7 @@ def _in_place(given: Tensors) -> Tensors:
     return buffers | {"x_next": x}
 
 
-def _bound(given: Tensors, dtype: torch.dtype) -> float:
+def _bound(given: Tensors, name: str, dtype: torch.dtype) -> float:
     """The tolerance of a step with learned variance, from the largest terms that any lane adds up."""
     rows = given["rows"].clamp(min=0, max=len(given["coefficients"]) - 1)
     c = {n: largest(v) for n, v in zip(kernels.COLUMNS, given["coefficients"][rows].unbind(1), strict=True)}
@@ -198,11 +218,12 @@ def _bound(given: Tensors, dtype: torch.dtype) -> float:
     z = largest(given["noise"]) if "noise" in given else 6.66
     start = max(c["x0_x"] * x, c["x0_out"] * out)
     terms = [c["next_x0"] * start, c["next_x"] * x, c["next_out"] * out, std * z]
-    if "x0" in given:
-        terms.append(c["next_prev"] * largest(given["x0"]))
+    if "history" in given:
+        terms += [c[name] * largest(entry) for name, entry in zip(HISTORY, given["history"], strict=False)]
     if "known" in given:
         terms += [c["known_x"] * largest(given["known"]), c["known_sigma"] * z]
-    return tolerance(dtype, sum(terms), ROUNDINGS["diffusion_step"])
+    scale = c["net_scale"] if name == "x_net" else 1.0
+    return tolerance(dtype, scale * sum(terms), ROUNDINGS["diffusion_step"])
 
 
 def _quick() -> list[tuple[Step, tuple[str, ...]]]:
@@ -210,8 +231,14 @@ def _quick() -> list[tuple[Step, tuple[str, ...]]]:
     hopper = ("sm_90",)
     mixed = Step((7,), HALF, "drawn", "mixed", known=True, strides=True, copies=0, rows=_MIXED_ROWS)
     return [
-        (replace(mixed, shape=(1, 33, 32), dtype=BRAIN, x0=True, guided=True, copies=2, strides=False), NVIDIA),
-        (Step(LARGE, HALF, "none", "multistep", x0=True, rows=(3, kernels.PARKED), shift=1), NVIDIA),
+        (
+            replace(mixed, shape=(1, 33, 32), dtype=BRAIN, x0=True, history=1, guided=True, copies=2, strides=False),
+            NVIDIA,
+        ),
+        (Step(LARGE, HALF, "none", "mixed", x0=True, history=1, rows=(7, kernels.PARKED, 3), shift=1), NVIDIA),
+        (Step((1, 33, 32), BRAIN, "drawn", "all history", history=3, guided=True, copies=2), NVIDIA),
+        (Step(LARGE, HALF, "none", "all history", history=2, rows=(3, kernels.PARKED, 0), shift=1), NVIDIA),
+        (Step((5, 5), SINGLE, "given", "all history", x0=True, history=3, own=True), hopper),
         (Step(FASHION, SINGLE, "drawn", planted=math.nan, own=True), NVIDIA),
         (Step((3, 8, 8), BRAIN, "given", "learned", learned=True, guided=True, copies=2), NVIDIA),
         (mixed, hopper),
@@ -235,9 +262,18 @@ def _every() -> Iterator[Step]:
             yield replace(plain, shape=FASHION, rows=(kernels.PARKED,) * 2)
             yield replace(plain, shape=(3, 64, 64), rows=(4,))
             yield replace(plain, shape=(1, 1, 1), rows=(4,))
-            everything = replace(plain, x0=True, known=True, guided=True, copies=2, table="mixed", rows=_MIXED_ROWS)
+            everything = replace(
+                plain, x0=True, history=1, known=True, guided=True, copies=2, table="mixed", rows=_MIXED_ROWS
+            )
+            kept = replace(everything, table="all history", rows=_ROWS)
             for shift in (1, 2, 4, 8):
                 yield replace(everything, shape=(1, 8, 131), shift=shift)
+                yield replace(kept, shape=(1, 8, 131), history=3, shift=shift)
+            for history in (1, 2, 3):
+                yield replace(plain, table="all history", history=history)
+                yield replace(kept, shape=(3, 9, 7), history=history, strides=True)
+                yield replace(kept, shape=(4, 9, 7), history=history, nhwc=True)
+                yield replace(plain, shape=(1, 1, 1), table="all history", history=history)
             yield replace(plain, shift=1, rows=(3, kernels.PARKED))
             yield replace(everything, shape=(3, 9, 7), strides=True)
             yield replace(plain, shape=RAGGED, known=True)
@@ -253,17 +289,19 @@ def _every() -> Iterator[Step]:
 def _options_of(dtype: torch.dtype) -> Iterator[Step]:
     learned = Step(LARGE, dtype, "drawn", "learned", learned=True)
     yield learned
-    yield replace(learned, table="learned, with history", noise="given", guided=True, copies=2, x0=True)
+    yield replace(learned, table="learned, with history", noise="given", guided=True, copies=2, x0=True, history=1)
+    yield replace(learned, table="learned, with history", guided=True, history=3)
     yield replace(learned, shape=(2, 7, 9), known=True)
     yield replace(learned, shape=FASHION, noise="none")
     silent = Step(LARGE, dtype, "none", "ddim")
     yield replace(silent, copies=0)
-    yield replace(silent, table="multistep", copies=0, x0=True)
-    yield replace(silent, table="multistep", x0=True)
+    yield replace(silent, table="multistep", copies=0, x0=True, history=1)
+    yield replace(silent, table="multistep", history=1)
+    yield replace(silent, x0=True)
     drawn = Step(CIFAR, dtype, "drawn")
     yield replace(drawn, shape=LARGE, guided=True, copies=2)
-    yield replace(drawn, shape=(3, 7, 7), table="mixed", rows=_MIXED_ROWS, x0=True)
-    yield replace(drawn, shape=LARGE, table="mixed", rows=_MIXED_ROWS, x0=True, known=True)
+    yield replace(drawn, shape=(3, 7, 7), table="mixed", rows=_MIXED_ROWS, x0=True, history=1)
+    yield replace(drawn, shape=LARGE, table="mixed", rows=_MIXED_ROWS, x0=True, history=1, known=True)
     yield replace(drawn, table="no clip")
     yield replace(drawn, table="v")
     for planted in (math.nan, math.inf, -math.inf):

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from stepfusion.checkpoints.bundled import bundled_models
-from stepfusion.checkpoints.diffusers_directory import Pretrained
-from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel
 from stepfusion.checkpoints.load import load_model, network_config
+from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.engine import Engine
 from stepfusion.execution.forking import check_process
 from stepfusion.options import ExecutionOptions
@@ -22,12 +21,12 @@ class Checkpoint:
     """A model as it was read.
 
     Attributes:
-        source: what names it: a bundled model, a model directory or a ``.pt`` file.
+        source: what names it: a bundled model, a model directory or a file.
         model: what is in it.
     """
 
     source: str
-    model: Pretrained | GuidedDiffusionModel
+    model: LoadedModel
 
     @cached_property
     def digest(self) -> str:
@@ -54,7 +53,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: str) -> Checkpoint:
-    """Read and check a bundled model, a model directory or a ``.pt`` file.
+    """Read and check a bundled model, a model directory or a file.
 
     Raises:
         CheckpointError: what is missing or wrong.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from stepfusion.bulk.shards import FORMATS
 from stepfusion.files.images import why_no_picture
 from stepfusion.lanes.request import make_request
 from stepfusion.model_spec import ModelSpec
+from stepfusion.samplers.path import Path
+from stepfusion.samplers.row_levels import RowLevels
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.table_request import TableRequest
@@ -72,13 +74,22 @@ def make_job(
 def table_digest(table: StepTable) -> str:
     """SHA-256 of a sampler's rows and of everything else that a table says."""
     digest = hashlib.sha256()
-    for field in dataclasses.fields(table):
-        value = getattr(table, field.name)
-        if isinstance(value, NoiseSchedule):
-            value = value.betas
-        digest.update(f"{field.name} ".encode())
+    for name, value in _entries(table):
+        digest.update(f"{name} ".encode())
         digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()
+
+
+def _entries(described: StepTable | RowLevels) -> Iterator[tuple[str, object]]:
+    """The fields of a table, and of its levels, by their names, to the bit: what ``repr`` rounds is given exactly."""
+    for field in dataclasses.fields(described):
+        value = getattr(described, field.name)
+        if isinstance(value, RowLevels):
+            yield from _entries(value)
+        elif isinstance(value, NoiseSchedule):
+            yield field.name, value.betas
+        else:
+            yield field.name, value.fingerprint if isinstance(value, Path) else value
 
 
 def _described(request: TableRequest, spec: ModelSpec, table: StepTable) -> str:

@@ -1,4 +1,4 @@
-"""What a user names a model by: a bundled name, a model directory, or a checkpoint of guided-diffusion."""
+"""What a user names a model by: a bundled name, a model directory, or a file of guided-diffusion or EDM."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from stepfusion.checkpoints.diffusers_directory import Pretrained, load_pretrained
-from stepfusion.checkpoints.guided_diffusion import GuidedDiffusionModel, load_guided_diffusion
-from stepfusion.networks import ADMUNet, ContextUNet, UNet2D
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
+from stepfusion.checkpoints.edm import load_edm
+from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
+from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, SongUNet, UNet2D
 
 
-def load_model(source: str | os.PathLike[str]) -> Pretrained | GuidedDiffusionModel:
-    """Read a ``.pt`` file (:func:`stepfusion.load_guided_diffusion`), a bundled model or a model directory
-    (:func:`stepfusion.load_pretrained`): its ``network``, and its ``spec``, what is known of the model beside it.
+def load_model(source: str | os.PathLike[str]) -> LoadedModel:
+    """Read a ``.pt`` file (:func:`stepfusion.load_guided_diffusion`), a ``.safetensors`` file
+    (:func:`stepfusion.load_edm`), a bundled model or a model directory (:func:`stepfusion.load_pretrained`).
 
     Raises:
         CheckpointError: what is missing or wrong.
     """
-    return load_guided_diffusion(source) if os.fspath(source).endswith(".pt") else load_pretrained(source)
+    name = os.fspath(source)
+    if name.endswith(".safetensors"):
+        return load_edm(source)
+    return load_guided_diffusion(source) if name.endswith(".pt") else load_pretrained(source)
 
 
 def network_config(network: object) -> Mapping[str, Any]:
@@ -28,6 +33,6 @@ def network_config(network: object) -> Mapping[str, Any]:
         return network.config.to_dict()
     if isinstance(network, ContextUNet):
         return network.to_config()
-    if isinstance(network, ADMUNet):
-        return {"_class_name": "ADMUNet", **asdict(network.config)}
+    if isinstance(network, ADMUNet | SongUNet | DhariwalUNet):
+        return {"_class_name": type(network).__name__, **asdict(network.config)}
     return {"_class_name": type(network).__name__}

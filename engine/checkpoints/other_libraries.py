@@ -16,6 +16,7 @@ _BY_WEIGHTS = (
     (re.compile(r"(.*\.)?(map_layer0|enc\.\d+x\d+_.*|dec\.\d+x\d+_.*)"), "EDM (NVlabs)"),
     (re.compile(r"(.*\.)?all_modules\.\d+\..*"), "score_sde_pytorch"),
 )  # fmt: skip
+_NOT_HERE = {"EDM (NVlabs)": "which is read as a safetensors file (docs/edm.md)"}
 _NESTED = ("model", "ema", "ema_model", "state_dict", "model_state_dict", "ema_state_dict", "net", "state")
 
 
@@ -32,7 +33,7 @@ def of_another_library(state: Mapping[Any, Any]) -> str | None:
     library = next((name for pattern, name in _BY_WEIGHTS if any(map(pattern.fullmatch, weights))), None)
     if library is not None:
         what = "a checkpoint" if not nested else f"a training state ({', '.join(map(str, list(state)[:6]))})"
-        return f"is {what} of {library}, whose networks are not implemented"
+        return f"is {what} of {library}, {_NOT_HERE.get(library, 'whose networks are not implemented')}"
     if "param_groups" in state:
         return "is the state of an optimizer, and of no network"
     if nested:

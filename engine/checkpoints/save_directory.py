@@ -18,6 +18,10 @@ from stepfusion.errors import CheckpointError
 from stepfusion.files.atomic import atomic_directory, write_synced
 from stepfusion.networks import ContextUNet, UNet2D
 
+#: The pipeline of diffusers that draws with a scheduler, if it is not DDPMPipeline: of EDM's, the one that asks the
+#: scheduler how noisy the first state is, and what the network is shown.
+_PIPELINES = {"DDIMScheduler": "DDIMPipeline", "EDMEulerScheduler": "ConsistencyModelPipeline"}
+
 
 def save_pretrained(
     directory: str | os.PathLike[str],
@@ -34,7 +38,8 @@ def save_pretrained(
     Args:
         directory: where; its parent exists, and it does not, or is empty.
         network: weights on any device, in any memory format.
-        scheduler_config: JSON values; ``_class_name`` is diffusers' scheduler class, "DDPMScheduler" if missing.
+        scheduler_config: JSON values; ``_class_name`` is diffusers' scheduler class, "DDPMScheduler" if missing. It
+            says the network's path: "EDMEulerScheduler" EDM's, "FlowMatchEulerDiscreteScheduler" the straight one.
         class_names: the name of each label, the null label left out.
         null_label: the label that means "no label"; with names, it is the last one.
         dtype: stored dtype (float64, float32, float16 or bfloat16); None keeps the network's.
@@ -51,7 +56,7 @@ def save_pretrained(
     config = network.config.to_dict() if isinstance(network, UNet2D) else network.to_config()
     library = "diffusers" if isinstance(network, UNet2D) else "stepfusion"
     scheduler_class = _scheduler_class(scheduler_config)
-    pipeline = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"
+    pipeline = _PIPELINES.get(scheduler_class, "DDPMPipeline")
     parts = {"scheduler": ["diffusers", scheduler_class], "unet": [library, config["_class_name"]]}
     contents = {
         "model_index.json": to_json({"_class_name": pipeline, **parts}),

@@ -113,7 +113,7 @@ def read_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
     state = network.state_dict()
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     integers = {key for key, value in state.items() if not value.is_floating_point()}
-    with _opened(file) as stored:
+    with opened(file) as stored:
         return check_state(names_of_today(stored, shapes, file.path), shapes, file.path, integers=integers)
 
 
@@ -136,7 +136,7 @@ def _present(folder: Path) -> str:
 
 
 @contextmanager
-def _opened(file: WeightFile) -> Iterator[dict[str, Stored]]:
+def opened(file: WeightFile) -> Iterator[dict[str, Stored]]:
     """What a file, or all shards of an index, say of their tensors; they are open as long as these are read."""
     with ExitStack() as stack:
         if not file.index:

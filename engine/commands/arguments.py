@@ -16,11 +16,14 @@ from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
 from stepfusion.files.images import CHANNELS
 from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
+from stepfusion.samplers.spacing import FLOW_SPACINGS, SIGMA_SPACINGS
 from stepfusion.samplers.table_request import TableRequest
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 
 _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
+#: On all paths together; which one has which, its sampler says.
+_SPACINGS = tuple(dict.fromkeys((*ALL_SPACINGS, *SIGMA_SPACINGS, *FLOW_SPACINGS)))
 
 
 def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -33,15 +36,26 @@ def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = N
 def add_sampler_arguments(add: Callable[..., object]) -> None:
     """Declare the sampler, its steps, their places and noise, which :func:`table_request` reads."""
     takers = " and ".join(f"{name} (default: {eta:g})" for name, eta in SAMPLERS_WITH_ETA.items())
-    add("--sampler", choices=OFFERED, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, metavar="K", help="how many steps (default: 50; for ddpm all timesteps of the model)")
+    add(
+        "--sampler",
+        choices=OFFERED,
+        help="of those that the path of the model has (default: what the model says, or heun for EDM, euler for flow "
+        "matching, else ddim)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="K",
+        help="how many steps (default: 50; 18 for heun, 2 or 4 for samplers of distilled models, and for ddpm all "
+        "timesteps of the model)",
+    )
     add(
         "--timesteps",
         metavar="SECTIONS",
         help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
         "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
     )
-    add("--spacing", choices=ALL_SPACINGS, help="of the steps (default: the model's own)")
+    add("--spacing", choices=_SPACINGS, help="of the steps (default: the model's own)")
     add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
 
 

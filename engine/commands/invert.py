@@ -66,7 +66,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
     check_figure("--out", args.out)
     engine, x, labels = _pictures(args)
     rows, cells = ["picture"], list(pixels_of(engine, x))
-    for steps in integers("--steps", args.steps, 1, engine.schedule.num_timesteps):
+    for steps in integers("--steps", args.steps, 1, engine.schedule.max_steps):
         back = engine.reconstruct(x, steps=steps, labels=labels, progress=bar(args))
         mean, least = float(psnr(back, x).mean()), float(psnr(back, x).min())
         error = float((back - x).square().mean())

@@ -103,7 +103,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 def _show_steps(args: argparse.Namespace) -> Pixels:
     """DDIM with few and many steps, and with more and more noise, from one x_T (Song et al. 2021, section 5.1)."""
     engine, count = open_figure_engine(args), _checks.integer("--num", args.num, 1, 64)
-    steps = integers("--steps", args.steps, 1, engine.schedule.num_timesteps)
+    steps = integers("--steps", args.steps, 1, engine.schedule.max_steps)
     etas = numbers("--eta", args.eta, float, "numbers in [0, 1]")
     rows = [[engine.table("ddim", n, eta=eta) for eta in etas] for n in steps]
     cells: list[Pixels] = []

@@ -18,17 +18,19 @@ import torch
 
 from stepfusion import _checks
 from stepfusion.commands.streams import standard_streams, tell
+from stepfusion.diffusion.path_losses import TIMES
 from stepfusion.execution.plan import choose_device
-from stepfusion.kernels.coefficients import PREDICTIONS
-from stepfusion.training.config import NETWORKS, PRECISIONS, SCHEDULES, TrainConfig
+from stepfusion.training.config import AUTO, NETWORKS, PRECISIONS, TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset, merge_classes, resize
 from stepfusion.training.export import ExportRecord, export_model
 from stepfusion.training.metrics import plot_loss
+from stepfusion.training.objectives import SCHEDULES
 from stepfusion.training.run import train
 from stepfusion.training.state import latest_state, load_state
 from stepfusion.training.trainer import Trainer
 
 _SHOWN = 3  # of the files that are left out
+_PREDICTIONS = (AUTO, *dict.fromkeys(name for names in SCHEDULES.values() for name in names))
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 
@@ -62,6 +64,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "head_dim": "channels of an attention head",
         "norm_groups": "groups of every GroupNorm",
         "train_timesteps": "timesteps of the noise schedule",
+        "sigma_data": "standard deviation of the images, for schedule edm",
+        "p_mean": "mean of the logarithm of sigma, for schedule edm",
+        "p_std": "standard deviation of the same",
+        "logit_mean": "mean of log(t / (1 - t)), for logit-normal times",
+        "logit_std": "standard deviation of the same",
         "learning_rate": "highest learning rate",
         "warmup_steps": "steps of linear warm-up",
         "weight_decay": "of AdamW",
@@ -77,8 +84,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     chosen = {
         "network": (NETWORKS, "what to train"),
-        "prediction": (PREDICTIONS, "what the network learns to return"),
-        "schedule": (SCHEDULES, "noise schedule"),
+        "prediction": (_PREDICTIONS, "what the network learns to return; auto is v_prediction, edm or flow"),
+        "schedule": (SCHEDULES, "noise schedule, or another path from images to noise"),
+        "times": (TIMES, "how times are drawn, for schedule flow"),
         "precision": (PRECISIONS, "of the network's arithmetic"),
     }
     for name, (choices, text) in chosen.items():

@@ -118,6 +118,25 @@ class ForwardProcess:
         scaled = self.tables.at("sqrt_alphas_cumprod", t, x_t) * x_t.to(torch.float32)
         return scaled - self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_t) * v.to(torch.float32)
 
+    def predict_v(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """v = sqrt(abar) eps - sqrt(1 - abar) x0, float32 [B, ...] (Salimans & Ho 2022, appendix D).
+
+        Args:
+            x_start: x0 [B, ...]. t: int64 [B].
+            noise: eps, the noise [B, ...] that makes x_t of x0.
+        """
+        self.tables.check(t, x_start, "x_start")
+        launch.check_like("noise", noise, tuple(x_start.shape), x_start.device, (*launch.FLOATS, torch.float64))
+        signal = self.tables.at("sqrt_alphas_cumprod", t, x_start) * noise.to(torch.float32)
+        return signal - self.tables.at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start.to(torch.float32)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """:meth:`predict_v` under the name, and with the order of arguments, of diffusers' schedulers.
+
+        ``sample`` is x0 [B, ...], and the result is in its dtype, as theirs is.
+        """
+        return self.predict_v(sample, timesteps, noise).to(sample.dtype)
+
     def predict_eps_from_x0(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """eps = (x_t - sqrt(abar) x0) / sqrt(1 - abar), float32 [B, ...]."""
         signal = self.tables.at("sqrt_alphas_cumprod", t, x_t) * x0.to(torch.float32)

@@ -155,13 +155,9 @@ def _errors(
 
 def _target(process: ReverseProcess, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """What the model should have returned, float32 [B, ...]."""
-    x_start, noise = x_start.to(torch.float32), noise.to(torch.float32)
-    if process.prediction == "epsilon":
-        return noise
-    if process.prediction == "sample":
-        return x_start
-    signal = process.tables.at("sqrt_alphas_cumprod", t, noise)
-    return signal * noise - process.tables.at("sqrt_one_minus_alphas_cumprod", t, noise) * x_start
+    if process.prediction == "v_prediction":
+        return process.predict_v(x_start, t, noise)
+    return (noise if process.prediction == "epsilon" else x_start).to(torch.float32)
 
 
 def _min_snr_weight(prediction: str, snr: torch.Tensor, gamma: float) -> torch.Tensor:

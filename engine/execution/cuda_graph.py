@@ -253,9 +253,9 @@ class CapturePolicy:
     def __init__(self) -> None:
         self.failure: str | None = None
 
-    def captures(self, *, threshold: bool) -> bool:
-        """Whether ticks are captured; those with dynamic thresholding are not: their step waits for the device."""
-        return self.failure is None and not threshold
+    def captures(self, *, whole_image: bool) -> bool:
+        """Whether ticks are captured; rows that need a whole image are not: their step waits for the device."""
+        return self.failure is None and not whole_image
 
     def capture(self, body: Callable[[], None], device: torch.device, pool: GraphPool | None = None) -> Graph | None:
         """The captured ``body`` (:func:`capture`), or None if it cannot be captured, which is warned of once."""

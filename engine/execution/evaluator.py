@@ -31,6 +31,7 @@ class Evaluator:
         labelled: whether it takes labels.
         products: makes the context in which the network and its time path are called
             (:attr:`stepfusion.execution.plan.Plan.products`).
+        told: the dtype of what the network is told of a level: int64 for timesteps, or float32.
 
     Attributes:
         hoisted: True if the time path of the network is computed once for each row of a table.
@@ -44,8 +45,15 @@ class Evaluator:
     compiled: Callable[..., Tensor]
     network: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def __init__(self, network: Network, labelled: bool, products: Products = nullcontext) -> None:
+    def __init__(
+        self,
+        network: Network,
+        labelled: bool,
+        products: Products = nullcontext,
+        told: torch.dtype = torch.int64,
+    ) -> None:
         self._network = network
+        self.told = told
         self._labelled = labelled
         self._products = products
         self.turns: Turns | None = getattr(network, "turns", None)
@@ -67,14 +75,14 @@ class Evaluator:
 
     @torch.no_grad()
     def features(self, timesteps: Tensor) -> Tensor:
-        """The features [R, ...] of the rows with these timesteps, int64 [R]."""
+        """The features [R, ...] of the rows with these timesteps, int64 [R] (or what else the network is told)."""
         if not isinstance(self._network, TimeConditioned) or not self.hoisted:
             return timesteps
         with self._products():
             return self._embedded(timesteps, self._network)
 
     def _embedded(self, timesteps: Tensor, network: TimeConditioned) -> Tensor:
-        """What the time path makes of timesteps, int64 [R]: [R, ...]."""
+        """What the time path makes of timesteps [R]: [R, ...]."""
         parts = []
         for chunk in torch.split(timesteps, _ROWS):
             padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))

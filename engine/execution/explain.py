@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.plan import REFERENCE_ONLY, Plan
+from stepfusion.samplers.path import FlowPath, Path, SigmaPath
 
 
 def line(name: str, value: str, reason: str) -> str:
@@ -10,11 +11,27 @@ def line(name: str, value: str, reason: str) -> str:
     return f"{name:<14} {value:<13} {reason}"
 
 
-def threshold_lines(plan: Plan) -> list[str]:
-    """What happens to dynamic thresholding if the step is fused."""
+def path_line(path: Path, prediction: str) -> str:
+    """The path from images to noise, and what the network is told and shown of a level."""
+    told = "told the timestep, an integer"
+    if isinstance(path, SigmaPath):
+        told = f"told {path.told_scale:g} * log(sigma), a float32"
+    elif isinstance(path, FlowPath):
+        told = f"told {'' if path.told_scale == 1 else f'{path.told_scale:g} * '}t, a float32"
+    shown = "x / sqrt(sigma^2 + sigma_data^2)" if _is_preconditioned(path, prediction) else "x as it is"
+    return line("path", path.name, f"the network is {told}, shown {shown}, and returns {prediction}")
+
+
+def _is_preconditioned(path: Path, prediction: str) -> bool:
+    return bool(isinstance(path, SigmaPath) and path.in_scale(prediction, [path.sigma_max])[0] != 1)
+
+
+def whole_image_lines(plan: Plan) -> list[str]:
+    """What happens to dynamic thresholding and to rescaled guidance if the step is fused."""
     if plan.backend.value == "reference":
         return []
-    return [line("threshold", "refused" if plan.backend.asked else "reference", WHY_NOT_THRESHOLD)]
+    value = "refused" if plan.backend.asked else "reference"
+    return [line(name, value, why) for name, (_, why) in REFERENCE_ONLY.items()]
 
 
 def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:

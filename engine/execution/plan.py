@@ -27,8 +27,17 @@ from stepfusion.kernels.cpu.sampling_library import require_sampling_kernels, wh
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "openvino")
-#: Why dynamic thresholding runs on the reference path.
-WHY_NOT_THRESHOLD = "it needs a quantile of each whole image, which the fused step never sees"
+#: What runs on the reference path only, by the column of a table that asks for it, and why.
+REFERENCE_ONLY = {
+    "threshold": (
+        "dynamic thresholding",
+        "it needs a quantile of each whole image, which the fused step never sees",
+    ),
+    "rescale": (
+        "rescaled guidance",
+        "it needs the standard deviation of each whole image, which the fused step never sees",
+    ),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TF32 = "tf32"  # float32 whose products are rounded to ten bits of the mantissa, on CUDA
 

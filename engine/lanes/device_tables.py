@@ -31,7 +31,7 @@ class _Place:
 class DeviceTables:
     """Room for the rows of tables: what a tick reads of them.
 
-    ``coefficients`` float32 [R, 14], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
+    ``coefficients`` float32 [R, 21], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
     The last row is no table's: parked lanes, whose row is -1, read it.
 
     Args:
@@ -59,9 +59,9 @@ class DeviceTables:
 
     @property
     def features(self) -> Tensor:
-        """What the network makes of each row's timestep, [R, ...]."""
+        """What the network makes of what it is told at each row, [R, ...]."""
         if self._features is None:
-            self._allocate(self._evaluator.features(self.timesteps[:1]))
+            self._allocate(self._evaluator.features(self.timesteps[:1].to(self._evaluator.told)))
         assert self._features is not None
         return self._features
 
@@ -133,7 +133,7 @@ class DeviceTables:
         self.timesteps[where] = values.timesteps
         self.next_row[where] = torch.where(values.next_row == PARKED, PARKED, values.next_row + first)
         # Here, once for each row: of the 356 operators of the CIFAR-10 UNet some 55 depend on the timestep alone.
-        features = self._evaluator.features(values.timesteps)
+        features = self._evaluator.features(values.told)
         if self._features is None:
             self._allocate(features)
         self.features[where] = features

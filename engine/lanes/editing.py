@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from stepfusion import _checks
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.kernels import STREAM_FORWARD
 from stepfusion.samplers.table import StepTable
 
 _ROUNDING = 1e-9  # of strength * steps: 0.07 * 100 is above 7
@@ -97,14 +97,19 @@ def _check_batch(name: str, value: torch.Tensor, count: int, shapes: tuple[tuple
 
 def noised(
     images: torch.Tensor,
-    timesteps: torch.Tensor,
+    rows: torch.Tensor,
     seeds: torch.Tensor,
     indices: torch.Tensor,
-    schedule: NoiseSchedule,
+    table: StepTable,
     ops: ModuleType,
 ) -> torch.Tensor:
-    """Images float32 [n, C, H, W] at their timesteps, each with the noise of its seed and index, all int64 [n]."""
-    tables = (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
-    on_device = (torch.from_numpy(table.copy()).to(images.device, torch.float32) for table in tables)
-    result: torch.Tensor = ops.q_sample(images, timesteps, *on_device, seeds=seeds, indices=indices)[0]
+    """Images float32 [n, C, H, W] where rows of a table start, with the noise of their seeds and indices.
+
+    Rows, seeds and indices are int64 [n]. The noise is that of q_sample at the rows' ``timesteps``.
+    """
+    device = images.device
+    pairs = (torch.from_numpy(column.copy()).to(device, torch.float32) for column in table.pairs())
+    keys = torch.from_numpy(table.timesteps.copy()).to(device)[rows]
+    noise = ops.normal(seeds, indices, keys, tuple(images.shape[1:]), STREAM_FORWARD)
+    result: torch.Tensor = ops.q_sample(images, rows, *pairs, noise=noise)[0]
     return result

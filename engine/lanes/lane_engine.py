@@ -242,7 +242,7 @@ class LaneEngine:
 
     def _event(self, part: int, step: int, group: Sequence[Occupant]) -> Event:
         table = group[0].active.request.table
-        timestep = int(table.timesteps[table.starts[part] + step])
+        timestep = table.told[table.starts[part] + step].item()
         x, x0 = (self.values(group, name).clone() for name in ("x", "x0"))
         return Event(step, table.steps(part), timestep, tuple(o.image for o in group), x, x0)
 

@@ -15,7 +15,6 @@ from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
-from stepfusion.samplers.registry import DEFAULT_SAMPLER
 from stepfusion.samplers.table import StepTable
 
 _LAST_SEED = (1 << 64) - 1
@@ -29,24 +28,30 @@ Condition = int | tuple[float, ...]
 
 @dataclass(frozen=True)
 class LaneStart:
-    """What a lane needs to start an image: the first row of its table, its identity, and its condition."""
+    """What a lane needs to start an image: the first row of its table, its identity, and its condition.
+
+    The first state is ``start_scale`` times standard normal noise, if none is given, and the network is shown
+    ``in_scale`` times the first state.
+    """
 
     row: int
     seed: int
     index: int
     label: Condition = 0
     guidance: float = 1.0
+    start_scale: float = 1.0
+    in_scale: float = 1.0
 
 
 class LaneStarts(Sequence[LaneStart]):
     """How the images of a request start, each made when it is asked for.
 
     Args:
-        rows: the first row of each part of the table. parts: the part of each image, and so on for each image.
+        table: its parts are samplers. parts: the part of each image, and so on for each image.
     """
 
-    def __init__(self, rows: Sequence[int], parts: Sequence[int], *columns: Sequence[Any]) -> None:
-        self._rows, self._parts, self._columns = rows, parts, columns
+    def __init__(self, table: StepTable, parts: Sequence[int], *columns: Sequence[Any]) -> None:
+        self._table, self._parts, self._columns = table, parts, columns
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -57,8 +62,11 @@ class LaneStarts(Sequence[LaneStart]):
     def __getitem__(self, image: slice) -> LaneStarts: ...
     def __getitem__(self, image: int | slice) -> LaneStart | LaneStarts:
         if isinstance(image, slice):
-            return LaneStarts(self._rows, self._parts[image], *(column[image] for column in self._columns))
-        return LaneStart(self._rows[self._parts[image]], *(column[image] for column in self._columns))
+            return LaneStarts(self._table, self._parts[image], *(column[image] for column in self._columns))
+        part = self._parts[image]
+        row = self._table.starts[part]
+        start = LaneStart(row, *(column[image] for column in self._columns))
+        return replace(start, start_scale=self._table.start_scales[part], in_scale=self._table.in_scale(row))
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,15 @@ class Request:
 class Event:
     """One step of some images, seen by :meth:`stepfusion.Engine.stream` and by callbacks.
 
-    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from.
+    ``step`` counts from 0 to ``steps`` - 1, and ``timestep`` is the training timestep that the step started from (on
+    a path that is not discrete, what the network was told there).
     ``images`` are positions in the request, ``x`` [k, ...] their states after the step and ``x0`` [k, ...] the
     predictions it used, float32.
     """
 
     step: int
     steps: int
-    timestep: int
+    timestep: int | float
     images: tuple[int, ...]
     x: torch.Tensor
     x0: torch.Tensor
@@ -154,7 +163,7 @@ class ActiveRequest:
         row = flag - (self.first or 0)
         error = NonFiniteError(
             f"image {request.first + image} (seed {start.seed}, index {start.index}) became non-finite at step "
-            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.timesteps[row]})"
+            f"{row - table.starts[part] + 1} of {table.steps(part)} (timestep {table.told[row]:g})"
         )
         error.image = request.first + image
         return error
@@ -214,7 +223,7 @@ def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOption
     """The table as given, or the one that sampler, steps and eta describe."""
     sampler, steps, eta = options.get("sampler"), options.get("steps"), options.get("eta")
     if table is None:
-        return spec.table(sampler or DEFAULT_SAMPLER, steps, **({} if eta is None else {"eta": eta}))
+        return spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
     for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta)):
         if value is not None:
             raise ValueError(f"table and {name} exclude each other, got both")
@@ -286,7 +295,7 @@ def _lane_starts(
     if guided and spec.null_label is None:
         raise ValueError("guidance needs a null label, and this engine's model has none")
     conditions = _conditions(spec, options.get("labels"), count)
-    return LaneStarts(table.starts, parts, seeds, places, conditions, scales), guided
+    return LaneStarts(table, parts, seeds, places, conditions, scales), guided
 
 
 def _check_tensors(

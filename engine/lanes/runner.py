@@ -45,9 +45,9 @@ class RunnerKey:
         separate: call the network for the labels and for the null label one after the other, which keeps the batch
             size, instead of for both at once.
         learned_variance: the table needs the variance that the network learned.
-        history: the table has rows that use the x0 of the row before.
+        history: how much of what earlier rows kept the table's rows use, 0 to 3 entries.
         known: some lane keeps a part of an image.
-        threshold: the table has dynamic thresholding.
+        whole_image: the table has rows that need all elements of an image at once.
         capacity: rows of a table to make room for.
         context_size: labels are contexts with so many entries, all zero if there is no condition; else None.
     """
@@ -59,9 +59,9 @@ class RunnerKey:
     null_label: int | None = None
     separate: bool = False
     learned_variance: bool = False
-    history: bool = False
+    history: int = 0
     known: bool = False
-    threshold: bool = False
+    whole_image: bool = False
     capacity: int = 0
     context_size: int | None = None
 
@@ -95,6 +95,7 @@ class Runner:
         if ops is kernels and evaluator.hoisted:  # our networks are NHWC on a GPU, and the fused step is either
             self._x_net = self._x_net.to(memory_format=torch.channels_last)
         self._known = torch.full_like(self.x, math.nan) if key.known else None
+        self._history = torch.zeros((key.history, *self.x.shape), device=device) if key.history else None
         self._noise: Tensor | None = None
         # Everything below is data of a lane and stays at its address: a captured tick reads it by address.
         self.rows = torch.full((lanes,), PARKED, device=device)
@@ -140,9 +141,10 @@ class Runner:
         if noise and self._noise is None:
             # A replay reads the noise at the address that the capture saw, so given noise is copied to this buffer.
             self._noise = torch.zeros_like(self.x)
-        if self._policy is None or kind in self._graphs or not self._policy.captures(threshold=self._key.threshold):
+        policy = self._policy
+        if policy is None or kind in self._graphs or not policy.captures(whole_image=self._key.whole_image):
             return
-        graph = self._policy.capture(
+        graph = policy.capture(
             lambda: self._launch(self._noise if noise else None, keep_x0), self.x.device, self.tables.graph_pool
         )
         if graph is not None:
@@ -171,10 +173,12 @@ class Runner:
         if start is None:
             shape = self._key.shape
             start = self._ops.normal(seeds, indices, torch.zeros_like(seeds), shape, kernels.STREAM_INITIAL)
+            start = _scaled(start, [s.start_scale for s in starts])
         where = as_index(lanes, device)
         self.x[where] = start.to(device, torch.float32)
         # Between ticks x_net holds what the network is shown next; for a new image the step has not written it yet.
-        self._x_net.view(-1, *self.x.shape)[:, where] = self.x[where].to(self._x_net.dtype)
+        shown = _scaled(self.x[where], [s.in_scale for s in starts])
+        self._x_net.view(-1, *self.x.shape)[:, where] = shown.to(self._x_net.dtype)
         if self._known is not None:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
@@ -225,7 +229,9 @@ class Runner:
         """Everything that is a lane's own, [copies, lanes, ...]."""
         single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
         known = () if self._known is None else (self._known,)
-        return [self._x_net.view(-1, *self.x.shape), *(buffer.unsqueeze(0) for buffer in (*single, *known))]
+        history = () if self._history is None else (self._history,)
+        copies = self._x_net.view(-1, *self.x.shape)
+        return [copies, *history, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
 
     def _launch(self, noise: Tensor | None, keep_x0: bool) -> None:
         """The launches of a tick, which read and write nothing but this runner's buffers."""
@@ -256,9 +262,10 @@ class Runner:
             guidance=None if out_uncond is None else self._guidance,
             x_next=self.x,
             x_net=self._x_net,
-            x0=self.x0 if keep_x0 or key.history else None,
+            x0=self.x0 if keep_x0 else None,
             flags=self.flags,
             known=self._known,
+            history=self._history,
         )
         # In place, and after the step, which reads the row: parked lanes stay parked, for the last row's next is -1.
         self.rows.copy_(tables.next_row[self.rows])
@@ -333,6 +340,14 @@ class RunnerPool:
                 if self._idle[position].key == key:
                     return self._idle.pop(position)
         return None
+
+
+def _scaled(images: Tensor, scales: Sequence[float]) -> Tensor:
+    """Each image [k, ...] times its scale; themselves if all scales are 1, as they are on a discrete schedule."""
+    if all(scale == 1.0 for scale in scales):
+        return images
+    each = upload(torch.tensor(scales, dtype=images.dtype), images.device)
+    return images * each.view(-1, *[1] * (images.ndim - 1))
 
 
 def as_int64(seed: int) -> int:

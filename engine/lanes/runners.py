@@ -12,7 +12,7 @@ from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
-from stepfusion.execution.plan import WHY_NOT_THRESHOLD, Plan
+from stepfusion.execution.plan import REFERENCE_ONLY, Plan
 from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
@@ -24,6 +24,7 @@ from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
+from stepfusion.samplers.table import StepTable
 
 _IDLE = 4  # runners kept for the next requests
 
@@ -81,8 +82,10 @@ class Runners:
             check_process()
         request = make_request(self.spec, n, table, options)
         backend = self.plan.backend
-        if request.table.thresholds and backend.value != "reference" and backend.asked:
-            raise BackendError(f"backend={backend.value!r} cannot run dynamic thresholding: {WHY_NOT_THRESHOLD}")
+        if request.table.whole_image and backend.value != "reference" and backend.asked:
+            asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
+            what, why_not = next(asked)
+            raise BackendError(f"backend={backend.value!r} cannot run {what}: {why_not}")
         return request
 
     @plain_torch(gradients=False)
@@ -91,15 +94,18 @@ class Runners:
         if request.image is None:
             return request
         device, table = self.plan.device, request.table
-        numbers = [[int(table.timesteps[s.row]), as_int64(s.seed), s.index] for s in request.lane_starts]
+        numbers = [[s.row, as_int64(s.seed), s.index] for s in request.lane_starts]
         values = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 3).t().contiguous()
-        timesteps, seeds, indices = upload(values, device)
-        start = noised(request.image.to(device), timesteps, seeds, indices, self.spec.schedule, self.plan.ops)
+        rows, seeds, indices = upload(values, device)
+        start = noised(request.image.to(device), rows, seeds, indices, table, self.plan.ops)
         return replace(request, image=None, start=start)
 
     @plain_torch(gradients=False)
-    def initial_noise(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
-        """A noise [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's."""
+    def first_state(self, name: str, value: int | torch.Tensor, table: Tables | None = None) -> torch.Tensor:
+        """A state [C, H, W] as given, or the one that image 0 of a seed starts from; ``name`` is the argument's.
+
+        A ``table`` of one sampler says how noisy that is: on a path where it is not standard normal.
+        """
         device = self.plan.device
         if isinstance(value, torch.Tensor):
             check_images(name, value, self.spec.shape)
@@ -107,7 +113,8 @@ class Runners:
         seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
         zero = torch.zeros_like(seed)
         noise: torch.Tensor = self._ops.normal(seed, zero, zero, self.spec.shape, STREAM_INITIAL)[0]
-        return noise
+        scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
+        return noise if scale == 1.0 else scale * noise
 
     def key(self, request: Request, lanes: int) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""
@@ -122,17 +129,17 @@ class Runners:
             learned_variance=request.table.learned_variance,
             history=request.table.history,
             known=request.known is not None,
-            threshold=request.table.thresholds,
+            whole_image=request.table.whole_image,
             # room for the longest table at once: growing would throw captured ticks away
-            capacity=0 if self.policy is None else spec.schedule.num_timesteps,
+            capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
         )
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
-        """A new runner; dynamic thresholding runs on the reference path."""
+        """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""
         if self._weights is not None:
             self._weights.wait()
-        ops = reference if key.threshold else self._ops
+        ops = reference if key.whole_image else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables)
 
     def shrink(self, lanes: int) -> None:

@@ -1,11 +1,28 @@
-"""Networks that predict eps, x0 or v from a noisy image and a timestep."""
+"""Networks that predict eps, x0 or v from a noisy image and a timestep, or F from an image and a noise level."""
 
 from stepfusion.networks.adm.config import ADMUNetConfig
 from stepfusion.networks.adm.unet import ADMUNet
 from stepfusion.networks.annotated.unet import AnnotatedUNet
 from stepfusion.networks.context.unet import ContextUNet
+from stepfusion.networks.edm.config import DhariwalUNetConfig, SongUNetConfig
+from stepfusion.networks.edm.dhariwal import DhariwalUNet
+from stepfusion.networks.edm.song import SongUNet
 from stepfusion.networks.prepare import prepare_network
+from stepfusion.networks.unet1d.unet import UNet1D
 from stepfusion.networks.unet2d.config import UNet2DConfig
 from stepfusion.networks.unet2d.unet import UNet2D
 
-__all__ = ["ADMUNet", "ADMUNetConfig", "AnnotatedUNet", "ContextUNet", "UNet2D", "UNet2DConfig", "prepare_network"]
+__all__ = [
+    "ADMUNet",
+    "ADMUNetConfig",
+    "AnnotatedUNet",
+    "ContextUNet",
+    "DhariwalUNet",
+    "DhariwalUNetConfig",
+    "SongUNet",
+    "SongUNetConfig",
+    "UNet1D",
+    "UNet2D",
+    "UNet2DConfig",
+    "prepare_network",
+]

@@ -58,7 +58,7 @@ def sinusoid(timesteps: Tensor, channels: int, freq_shift: float, flip_sin_to_co
     `flip_sin_to_cos`, and a zero at the end when `channels` is odd.
 
     Args:
-        timesteps: int64 [B].
+        timesteps: int64, float32 or float64 [B].
 
     Returns:
         float32 [B, channels].

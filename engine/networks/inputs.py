@@ -7,17 +7,20 @@ from torch import Tensor
 
 from stepfusion import _checks
 
+_TIMES = (torch.int64, torch.float32, torch.float64)  # half precision would give neighbours one value
+
 
 def check_timesteps(timesteps: Tensor) -> None:
-    """ValueError unless timesteps are int64 [B]."""
-    if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
-        raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [B]")
+    """ValueError unless timesteps are int64, float32 or float64 [B]."""
+    if timesteps.ndim != 1 or timesteps.dtype not in _TIMES:
+        raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64, float32 or float64 [B]")
 
 
-def check_batch(x: Tensor, timesteps: Tensor) -> None:
-    """ValueError if x [B, C, H, W] and timesteps [B] are of two batch sizes."""
-    if x.ndim == 4 and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
-        raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is int64 [{x.shape[0]}], as x has")
+def check_batch(x: Tensor, timesteps: Tensor, ndim: int = 4) -> None:
+    """ValueError if x [B, C, H, W], or another number of dimensions, and timesteps [B] are of two batch sizes."""
+    if x.ndim == ndim and timesteps.ndim == 1 and x.shape[0] != timesteps.shape[0]:
+        accepted = f"{str(timesteps.dtype).removeprefix('torch.')} [{x.shape[0]}]"
+        raise ValueError(f"timesteps is {_checks.describe(timesteps)}; accepted is {accepted}, as x has")
 
 
 def check_image(x: Tensor, channels: int, dtype: torch.dtype, factor: int) -> None:
@@ -27,6 +30,15 @@ def check_image(x: Tensor, channels: int, dtype: torch.dtype, factor: int) -> No
         raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
     if x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(f"x is {_checks.describe(x)}; accepted are height and width that are multiples of {factor}")
+
+
+def check_sequence(x: Tensor, channels: int, dtype: torch.dtype, factor: int) -> None:
+    """ValueError unless x is [B, channels, L] of this dtype, L a multiple of `factor`."""
+    if x.ndim != 3 or x.shape[1] != channels or x.dtype != dtype:
+        accepted = f"{str(dtype).removeprefix('torch.')} [B, {channels}, L]"
+        raise ValueError(f"x is {_checks.describe(x)}; accepted is {accepted}")
+    if x.shape[2] % factor:
+        raise ValueError(f"x is {_checks.describe(x)}; accepted are lengths that are multiples of {factor}")
 
 
 def check_projections(projections: Tensor, x: Tensor, size: int) -> None:

@@ -35,12 +35,12 @@ class TimeConditioned(nn.Module, ABC):
         return not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Map x [B, C, H, W], timesteps int64 [B] and labels, if the network takes any, to [B, C', H, W]."""
+        """Map x [B, C, H, W], timesteps [B] and labels, if the network takes any, to [B, C', H, W]."""
         return self.predict(x, self.condition(self.embed_time(timesteps), class_labels))
 
     @abstractmethod
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps, int64 [B]: [B, K]."""
+        """Embed timesteps, int64, float32 or float64 [B]: [B, K]."""
 
     @abstractmethod
     def condition(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:

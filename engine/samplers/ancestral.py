@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from stepfusion import _checks
 from stepfusion.kernels import coefficients as algebra
-from stepfusion.samplers.levels import Floats, Visits, bounds_of_x0, ending_known, levels_to_visit
+from stepfusion.samplers.grid import complete_options, prediction_of, row_options, schedule_levels
+from stepfusion.samplers.levels import Floats, Visits, ending_known
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
@@ -18,12 +20,16 @@ def ddpm(
     steps: int | None = None,
     *,
     timesteps: Sequence[int] | Visits | str | None = None,
-    spacing: str = "leading",
+    spacing: str | None = None,
     steps_offset: int = 0,
-    prediction: str = "epsilon",
+    rho: float | None = None,
+    prediction: str | None = None,
     clip: float | None = 1.0,
     threshold: float | None = None,
     sample_max_value: float = 1.0,
+    lambda_min_clipped: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_rescale: float = 0.0,
     variance: str = "fixed_small",
     v_posterior: float = 0.0,
     compat: str | None = None,
@@ -33,13 +39,14 @@ def ddpm(
     (The subsequence: Nichol & Dhariwal 2021, section 4.)
 
     Args:
-        schedule: T timesteps.
-        steps: how many of them to visit, all by default; spaced by ``spacing`` and ``steps_offset``
-            (:func:`stepfusion.samplers.timesteps.spaced`), or with "karras" by noise level
-            (:func:`stepfusion.samplers.timesteps.karras`).
+        schedule: T timesteps; other paths are not sampled by it (:func:`stepfusion.euler_ancestral` is the same
+            process on any path).
+        steps: how many of them to visit, all by default; spaced by ``spacing`` ("leading" by default) and
+            ``steps_offset`` (:func:`stepfusion.samplers.timesteps.spaced`), or by noise level
+            (:func:`stepfusion.samplers.timesteps.by_level`).
         timesteps: or the very list, strictly decreasing; or sections of [0, T), "10,10,5" or "ddim25"
             (:func:`stepfusion.samplers.timesteps.sections`).
-        prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
+        prediction: what the network returns: "epsilon", the default, "sample" (x0) or "v_prediction".
         clip: the bound of the predicted |x0|, or None.
         threshold: in place of the clip, dynamic thresholding (Saharia et al. 2022, section 2.3): x0 becomes
             clip(x0, -s, s) / s, with s this quantile of an image's |x0|, e.g. 0.995, in [1, ``sample_max_value``].
@@ -49,13 +56,19 @@ def ddpm(
         v_posterior: with "fixed_small", the weight of beta in a variance (1 - v) beta-tilde + v beta, as in latent
             diffusion's code (Rombach et al. 2022).
         compat: None, "diffusers" or "guided-diffusion" (:mod:`stepfusion.samplers.levels`).
+        Others: :class:`stepfusion.samplers.grid.GridOptions`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     _checks.choice("variance", variance, algebra.VARIANCES)
-    visits, abar = levels_to_visit(schedule, steps, timesteps, spacing, steps_offset, prediction, compat)
-    bounds = bounds_of_x0(clip, threshold, sample_max_value, len(visits))
+    given: dict[str, Any] = {"timesteps": timesteps, "spacing": spacing, "steps_offset": steps_offset, "rho": rho}
+    given |= {"prediction": prediction, "clip": clip, "threshold": threshold, "sample_max_value": sample_max_value}
+    given |= {"lambda_min_clipped": lambda_min_clipped, "guidance_interval": guidance_interval}
+    options = complete_options({**given, "guidance_rescale": guidance_rescale})
+    visits, abar = schedule_levels(schedule, steps, options, "leading", compat=compat)
+    prediction = prediction_of(schedule, options)
+    bounds = row_options(options, visits)
     if variance == "learned" and compat == "diffusers":
         raise ValueError("variance 'learned' is not reproduced with compat='diffusers', which takes v as a variance")
     v_posterior = _checks.number("v_posterior", v_posterior, 0.0, 1.0)

@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stepfusion import _checks
 from stepfusion.kernels import coefficients as algebra
-from stepfusion.samplers.levels import (
-    Visits,
-    bounds_of_x0,
-    ending_known,
-    final_level,
-    float32_levels,
-    levels_to_visit,
-)
+from stepfusion.samplers.grid import Grid, complete_options, make_grid, prediction_of, row_options, schedule_levels
+from stepfusion.samplers.levels import Visits, ending_known, final_level, float32_levels, levels_to_visit
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
 
 def ddim(
-    schedule: NoiseSchedule,
+    schedule: Path,
     steps: int | None = None,
     *,
     eta: float = 0.0,
     timesteps: Sequence[int] | Visits | str | None = None,
-    spacing: str = "leading",
+    levels: Sequence[float] | NDArray[Any] | None = None,
+    spacing: str | None = None,
     steps_offset: int = 0,
-    prediction: str = "epsilon",
+    rho: float | None = None,
+    prediction: str | None = None,
     clip: float | None = 1.0,
     threshold: float | None = None,
     sample_max_value: float = 1.0,
     rederive_eps: bool | None = None,
     final_alpha_cumprod: float | None = None,
+    final_level: float | None = None,
+    lambda_min_clipped: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_rescale: float = 0.0,
     compat: str | None = None,
 ) -> StepTable:
-    """Denoising diffusion implicit sampling (Song et al. 2021, equation 12).
+    """Denoising diffusion implicit sampling (Song et al. 2021, equation 12), on any path.
+
+    From a level with signal a and noise s to one with a', s':
+
+        sigma = eta s' / s sqrt(s^2 - (a / a')^2 s'^2)
+        x' = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma z
 
     Args:
         eta: 0 is deterministic, 1 has the variance of DDPM's fixed_small.
+        spacing: on a schedule "leading" by default.
         rederive_eps: move along the eps that belongs to the clipped x0 (the default: without a clip it makes no
             difference, and with one it keeps x0 and eps consistent, so that eta = 1 is DDPM); False takes the
-            network's own eps, as ``compat="diffusers"`` does by default.
+            network's own eps, as ``compat="diffusers"`` does by default; on a schedule alone.
         final_alpha_cumprod: abar where the last row ends, 1 by default; latent diffusion uses
             ``schedule.alphas_cumprod[0]``.
-        Others: as in :func:`ddpm`.
+        compat: as in :func:`ddpm`.
+        Others: :class:`stepfusion.samplers.grid.GridOptions`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     eta = _checks.number("eta", eta, 0.0, 1.0)
-    visits, abar = levels_to_visit(schedule, steps, timesteps, spacing, steps_offset, prediction, compat)
-    bounds = bounds_of_x0(clip, threshold, sample_max_value, len(visits))
+    given: dict[str, Any] = {"timesteps": timesteps, "levels": levels, "spacing": spacing, "rho": rho}
+    given |= {"steps_offset": steps_offset, "prediction": prediction, "clip": clip, "threshold": threshold}
+    given |= {"sample_max_value": sample_max_value, "final_alpha_cumprod": final_alpha_cumprod}
+    given |= {"final_level": final_level, "lambda_min_clipped": lambda_min_clipped}
+    given |= {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
+    if isinstance(schedule, NoiseSchedule):
+        return _on_schedule(schedule, steps, eta, rederive_eps, compat, given)
+    if rederive_eps is not None or compat is not None:
+        name = "rederive_eps" if rederive_eps is not None else "compat"
+        raise ValueError(f"{name} is an option of a NoiseSchedule, got it with {schedule!r}")
+    return _on_path(make_grid(schedule, steps, given), eta)
+
+
+def _on_path(grid: Grid, eta: float) -> StepTable:
+    """:func:`ddim` by signal and noise."""
+    (a, a_next), (s, s_next) = ((pair[:-1], pair[1:]) for pair in (grid.signal, grid.noise))
+    left = np.maximum(s**2 - (a / a_next) ** 2 * s_next**2, 0.0)
+    sigma = eta * s_next / s * np.sqrt(left)
+    direction = np.sqrt(np.maximum(s_next**2 - sigma**2, 0.0))
+    sigma[-1], direction[-1] = 0.0, s_next[-1]
+    columns = {"next_x": direction / s, "next_x0": a_next - direction / s * a, "sigma": sigma}
+    return grid.table(f"ddim, eta {eta:g}", columns)
+
+
+def _on_schedule(
+    schedule: NoiseSchedule,
+    steps: int | None,
+    eta: float,
+    rederive_eps: bool | None,
+    compat: str | None,
+    given: Mapping[str, Any],
+) -> StepTable:
+    """:func:`ddim` by alphas_cumprod."""
+    options = complete_options(given)
+    prediction = prediction_of(schedule, options)
+    visits, abar = schedule_levels(schedule, steps, options, "leading", compat=compat)
+    bounds = row_options(options, visits)
     rederive = compat != "diffusers" if rederive_eps is None else _checks.boolean("rederive_eps", rederive_eps)
-    final = final_level(schedule, final_alpha_cumprod, abar.dtype)
+    final = final_level(schedule, options["final_alpha_cumprod"], abar.dtype)
     if compat == "diffusers":
         stride = schedule.num_timesteps // len(visits)
         table = float32_levels(schedule)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from stepfusion import _checks
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.samplers import timesteps as spacing_rules
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.schedule import NoiseSchedule
 
 Floats = NDArray[np.floating[Any]]
@@ -41,15 +42,16 @@ def levels_to_visit(
     compat: str | None,
     *,
     total: int | None = None,
+    rho: float | None = None,
 ) -> tuple[Visits, Floats]:
     """The timesteps to visit, decreasing, and abar at each.
 
     Args:
         total: out of how many timesteps, from the first on, ``steps`` are taken; all by default.
+        rho: of the spacing "karras", 7 by default.
         Others: as in :func:`stepfusion.ddpm`.
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_schedule(schedule)
     _checks.choice("prediction", prediction, algebra.PREDICTIONS)
     if compat not in spacing_rules.COMPATS:
         raise ValueError(f"compat must be None, 'diffusers' or 'guided-diffusion', got {compat!r}")
@@ -61,11 +63,13 @@ def levels_to_visit(
     else:
         total = schedule.num_timesteps if total is None else total
         steps = total if steps is None else steps
-        if spacing == "karras":
+        if spacing in spacing_rules.BY_LEVEL:
             if steps_offset or compat is not None:
-                raise ValueError("spacing 'karras' takes neither steps_offset nor compat")
-            visits = spacing_rules.karras(schedule.alphas_cumprod[:total], steps)
+                raise ValueError(f"spacing {spacing!r} takes neither steps_offset nor compat")
+            visits = spacing_rules.by_level(schedule.alphas_cumprod[:total], steps, spacing, rho)
         else:
+            if rho is not None:
+                raise ValueError(f"rho is an option of spacing 'karras', got it with spacing {spacing!r}")
             visits = spacing_rules.spaced(total, steps, spacing, steps_offset=steps_offset, compat=compat)
     abar: Floats = (float32_levels(schedule) if compat == "diffusers" else schedule.alphas_cumprod)[visits]
     if prediction == "epsilon" and abar[0] == 0:
@@ -74,6 +78,13 @@ def levels_to_visit(
             "(zero terminal SNR): use a network with prediction 'v_prediction' or 'sample'"
         )
     return visits, abar
+
+
+def check_schedule(schedule: Any) -> None:
+    """TypeError if this is no :class:`stepfusion.NoiseSchedule`."""
+    if not isinstance(schedule, NoiseSchedule):
+        why = ": this sampler is defined on training timesteps alone" if isinstance(schedule, Path) else ""
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}{why}")
 
 
 def float32_levels(schedule: NoiseSchedule) -> NDArray[np.float32]:
@@ -91,6 +102,34 @@ def bounds_of_x0(clip: float | None, threshold: float | None, largest: float, ro
     quantile = _checks.number("threshold", threshold, 0.0, 1.0, open_low=True)
     values = {"clip": np.inf, "threshold": quantile, "threshold_max": largest}
     return {name: np.full(rows, value) for name, value in values.items()}
+
+
+def guidance_columns(
+    levels: NDArray[Any], guidance_interval: Sequence[float] | None, guidance_rescale: float
+) -> dict[str, Floats]:
+    """The columns that say how rows at ``levels`` [R] guide; none if there is nothing to say.
+
+    Args:
+        guidance_interval: (low, high): rows at levels in [low, high] guide, others take the conditional output as it
+            is (Kynkaanniemi et al. 2024).
+        guidance_rescale: phi in [0, 1]: the guided output is brought this far to the standard deviation that the
+            conditional one has in an image (Lin et al. 2024, section 3.4).
+    """
+    columns: dict[str, Floats] = {}
+    if guidance_interval is not None:
+        low, high = _interval(guidance_interval)
+        columns["unguided"] = np.where((levels >= low) & (levels <= high), 0.0, 1.0)
+    phi = _checks.number("guidance_rescale", guidance_rescale, 0.0, 1.0)
+    if phi:
+        columns["rescale"] = np.full(len(levels), phi)
+    return columns
+
+
+def _interval(given: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
+        raise TypeError(f"guidance_interval must be two levels (low, high), got {given!r}"[:200])
+    low = _checks.number("guidance_interval", given[0], 0.0)
+    return low, _checks.number("guidance_interval", given[1], low)
 
 
 def ending_known(columns: dict[str, Floats]) -> dict[str, Floats]:

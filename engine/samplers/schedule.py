@@ -18,7 +18,9 @@ from pydantic import Field
 
 from stepfusion import _checks
 from stepfusion.files.strict_model import StrictModel
+from stepfusion.kernels import coefficients as algebra
 from stepfusion.samplers.betas import MAX_TIMESTEPS, check_betas
+from stepfusion.samplers.path import Path
 from stepfusion.samplers.scheduler_keys import KNOWN_KEYS, SCHEDULE_KEYS, scheduler_of
 
 Array = NDArray[np.float64]
@@ -35,12 +37,15 @@ class ScheduleConfig(StrictModel):
     rescale_betas_zero_snr: bool = False
 
 
-class NoiseSchedule:
-    """A discrete noise schedule of T timesteps, immutable, float64.
+class NoiseSchedule(Path):
+    """A discrete noise schedule of T timesteps, immutable, float64: a variance-preserving path.
 
     Made by :meth:`linear`, :meth:`scaled_linear`, :meth:`quadratic`, :meth:`cosine`, :meth:`sigmoid`,
     :meth:`from_betas` or :meth:`from_config`. Every table is a read-only float64 NumPy array [T].
     """
+
+    predictions = algebra.PREDICTIONS
+    discrete = True
 
     def __init__(self, betas: ArrayLike, *, name: str = "custom") -> None:
         """``betas``: [T], each in (0, 1), the last one possibly 1 (zero terminal SNR). ``name`` is for messages.
@@ -157,6 +162,33 @@ class NoiseSchedule:
         """T."""
         return len(self.betas)
 
+    @property
+    def max_steps(self) -> int:
+        """T."""
+        return self.num_timesteps
+
+    def pair(self, levels: ArrayLike) -> tuple[Array, Array]:
+        """sqrt(abar) and sqrt(1 - abar) at timesteps [R]."""
+        visits = np.asarray(levels)
+        return self.sqrt_alphas_cumprod[visits], self.sqrt_one_minus_alphas_cumprod[visits]
+
+    def told(self, levels: ArrayLike) -> NDArray[np.int64]:
+        """The timesteps themselves."""
+        return np.asarray(levels, dtype=np.int64)
+
+    def keys(self, levels: ArrayLike) -> NDArray[np.int64]:
+        """The timesteps themselves."""
+        return np.asarray(levels, dtype=np.int64)
+
+    def predict(self, prediction: str, levels: ArrayLike) -> tuple[Array, Array]:
+        """:func:`stepfusion.kernels.coefficients.predict_x0` at timesteps [R]."""
+        _checks.choice("prediction", prediction, self.predictions)
+        return algebra.predict_x0(self.alphas_cumprod[np.asarray(levels)], prediction)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its name and its betas."""
+        return {"name": self.name, "betas": self.betas.tolist()}
+
     @cached_property
     def alphas(self) -> Array:
         """1 - beta_t."""
@@ -235,12 +267,6 @@ class NoiseSchedule:
     def fingerprint(self) -> str:
         """A short hash of the betas' bits: equal schedules have equal fingerprints."""
         return hashlib.sha256(self.betas.tobytes()).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoiseSchedule) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
 
     def __repr__(self) -> str:
         first, last = self.alphas_cumprod[[0, -1]]

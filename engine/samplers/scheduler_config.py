@@ -12,8 +12,18 @@ from pydantic import AfterValidator, Field
 
 from stepfusion.errors import CheckpointError
 from stepfusion.files.strict_model import StrictModel
+from stepfusion.samplers.path import Path
+from stepfusion.samplers.path_config import PATH_SCHEDULERS
 from stepfusion.samplers.schedule import NoiseSchedule
-from stepfusion.samplers.scheduler_keys import HONOURED_KEYS, NEUTRAL_VALUES, OTHER_SOLVERS, Scheduler, scheduler_of
+from stepfusion.samplers.scheduler_keys import (
+    DISTILLED,
+    HONOURED_KEYS,
+    NEUTRAL_VALUES,
+    OTHER_SOLVERS,
+    SPACING_KEYS,
+    Scheduler,
+    scheduler_of,
+)
 
 _VARIANCES = {
     "fixed_small": "fixed_small",
@@ -53,11 +63,16 @@ class SamplerConfig(StrictModel):
     euler_at_final: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    use_lu_lambdas: bool | None = False
+    original_inference_steps: Annotated[int, Field(ge=1, le=1 << 20)] = 50
+    timestep_scaling: float = 10.0
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str, Any]]:
-    """The schedule, the prediction type, and the samplers' options, by their names in
-    :mod:`stepfusion.samplers.registry`.
+def read_config(config: Mapping[str, Any]) -> tuple[Path, str, dict[str, Any]]:
+    """The path, the prediction type, and the samplers' options, by their names in
+    :mod:`stepfusion.samplers.registry`; "sampler" is the sampler to take if none is asked for.
 
     Options that the config leaves out have the defaults of its scheduler in diffusers. What its settings mean is
     taken over, its quirks are not: ask for those with ``compat="diffusers"``. Which keys are read, and why others are
@@ -70,10 +85,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str
         UserWarning: the scheduler's own solver is not what samples by default, or has no table here.
     """
     try:
+        if isinstance(config, Mapping) and (other := PATH_SCHEDULERS.get(str(config.get("_class_name")))):
+            return other.read(config)
         schedule = NoiseSchedule.from_config(config)
         name, scheduler = scheduler_of(config)
-        if scheduler.refused is not None:
-            raise ValueError(f"{name} is not implemented: {scheduler.refused}")
         _check_neutral(config, scheduler)
         given = {key: config[key] for key in config if key in HONOURED_KEYS}
         read = SamplerConfig.of({**_defaults(scheduler), **given})
@@ -82,13 +97,28 @@ def read_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, dict[str
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"scheduler config: {str(error).removeprefix('scheduler config has ')}") from error
     if name in OTHER_SOLVERS:
-        how = f"; its own images come with {scheduler.sampler}" if scheduler.sampler else ", for it has no table here"
+        own = own_sampler(name, config, scheduler)
+        how = f"; its own images come with {own}" if own else ", for it has no table here"
         warnings.warn(
             f"this model's scheduler is {name}: it is sampled by DDIM unless another sampler is asked for{how}",
             UserWarning,
             stacklevel=2,
         )
     return schedule, prediction, options
+
+
+def own_sampler(name: str, config: Mapping[str, Any], scheduler: Scheduler) -> str | None:
+    """How the sampler that gives a scheduler's own images is asked for; None if there is no table of it."""
+    algorithm, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
+    if name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
+        kind = "m" if name == "DPMSolverMultistepScheduler" else "s"
+        samplers = {("dpmsolver++", 1): "dpmpp_1s", ("sde-dpmsolver++", 2): "dpmpp_2m_sde"}
+        samplers |= {("dpmsolver++", 2): f"dpmpp_2{kind}", ("dpmsolver++", 3): f"dpmpp_3{kind}"}
+        known = kind == "m" or algorithm == "dpmsolver++"
+        return f"sampler={samplers[algorithm, order]!r}" if known and (algorithm, order) in samplers else None
+    if name in ("UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        return f"{scheduler.sampler} with order={order}" if order in (1, 2, 3) else None
+    return scheduler.sampler
 
 
 def _defaults(scheduler: Scheduler) -> dict[str, Any]:
@@ -114,19 +144,33 @@ def _prediction(config: Mapping[str, Any], read: SamplerConfig) -> str:
 
 
 def _options(name: str, scheduler: Scheduler, read: SamplerConfig, schedule: NoiseSchedule) -> dict[str, Any]:
+    if name in DISTILLED:
+        return _of_distilled(scheduler, read)
     options: dict[str, Any] = {
         "variance": _variance(name, read),
         "spacing": read.timestep_spacing,
         "steps_offset": read.steps_offset,
         "clip": _positive("clip_sample_range", read.clip_sample_range) if read.clip_sample else None,
     }
-    if "use_karras_sigmas" in scheduler.reads and read.use_karras_sigmas:
-        options["spacing"] = "karras"
+    chosen = [key for key in SPACING_KEYS if key in scheduler.reads and getattr(read, key)]
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other, got both")
+    if chosen:
+        options["spacing"] = SPACING_KEYS[chosen[0]]
     if read.thresholding:
         options |= _threshold(read)
     if not read.set_alpha_to_one or _ends_at_the_first_level(name, read):
         options["final_alpha_cumprod"] = float(schedule.alphas_cumprod[0])
     return options | _of_dpm_solver(read)
+
+
+def _of_distilled(scheduler: Scheduler, read: SamplerConfig) -> dict[str, Any]:
+    """The options of "lcm" or "tcd", which visit timesteps of their own."""
+    options: dict[str, Any] = {"sampler": scheduler.sampler, "original_steps": read.original_inference_steps}
+    options["clip"] = _positive("clip_sample_range", read.clip_sample_range) if read.clip_sample else None
+    if scheduler.sampler == "lcm":
+        options["timestep_scaling"] = _positive("timestep_scaling", read.timestep_scaling)
+    return options | (_threshold(read) if read.thresholding else {})
 
 
 def _variance(name: str, read: SamplerConfig) -> str:

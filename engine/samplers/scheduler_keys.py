@@ -35,6 +35,11 @@ HONOURED_KEYS = frozenset(
         "euler_at_final",
         "final_sigmas_type",
         "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "original_inference_steps",
+        "timestep_scaling",
     }
 )
 
@@ -43,9 +48,6 @@ _NOT_SET = (False, None)
 #: Keys of which only these values are accepted, in a config of a scheduler that reads them: others change the levels
 #: that are visited, or what the network is told.
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "use_exponential_sigmas": _NOT_SET,
-    "use_beta_sigmas": _NOT_SET,
-    "use_lu_lambdas": _NOT_SET,
     "use_flow_sigmas": _NOT_SET,
     "use_dynamic_shifting": _NOT_SET,
     "timestep_type": ("discrete", None),
@@ -55,9 +57,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "timestep_values": (None,),  # of DDIM and PNDM before 0.3, where it was never anything else
 }
 
-_OF_THE_SOLVER = "it chooses between steps of a solver that has no table here, or one of its own by sampler="
-_OF_FLOWS = "it is read with flow sigmas alone, which are refused"
-_OF_OTHERS = "no scheduler that is sampled here reads it"
+_OF_THE_SOLVER = "it chooses between steps of a solver, which are asked for by sampler= and its options"
+_OF_FLOWS = "schedulers of betas read it with flow sigmas alone, which are refused"
+_OF_OTHERS = "no scheduler of betas that is sampled here reads it"
 
 #: Keys that change nothing here, and why.
 IGNORED_KEYS: Mapping[str, str] = {
@@ -82,10 +84,10 @@ IGNORED_KEYS: Mapping[str, str] = {
             "correct_steps", "corrector_k", "corrector_selection", "corrector_selection_tau", "corrector_steps",
             "editing_threshold", "entropy_bound", "eps", "final_step_size_scale", "gamma_cum_end", "gamma_cum_start",
             "mask_token_id", "masking_schedule", "minimal_topk", "n_grid", "noise_mode", "num_inference_steps",
-            "num_policy_substeps", "num_vec_classes", "original_inference_steps", "rho", "s", "s_churn", "s_max",
+            "num_policy_substeps", "num_vec_classes", "rho", "s", "s_churn", "s_max",
             "s_min", "s_noise", "sampling_eps", "scaler", "schedule_mode", "sigma_data", "sigma_schedule", "snr",
             "snr_shift_scale", "t_lim_ode", "t_lim_ode_below", "t_max", "t_min", "tail_step_multiplier", "tail_steps",
-            "threshold", "timestep_scaling", "tsr_k", "tsr_sigma",
+            "threshold", "tsr_k", "tsr_sigma",
         ),
         _OF_OTHERS,
     ),
@@ -102,17 +104,23 @@ class Scheduler:
     """A scheduler whose configs are read here.
 
     Attributes:
-        sampler: what gives its images: a sampler's name, as it is asked for; None if there is no table of it.
-        reads: the keys of :data:`NEUTRAL_VALUES`, and "use_karras_sigmas", that it reads.
+        sampler: what gives its images: a sampler's name, or how it is asked for; None if there is no table of it.
+        reads: the keys of :data:`NEUTRAL_VALUES` and of :data:`SPACING_KEYS` that it reads.
         defaults: what it takes for keys that a config leaves out, if not what DDPMScheduler takes.
-        refused: why its directories are not sampled; None if they are.
     """
 
     sampler: str | None = None
     reads: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    refused: str | None = None
 
+
+#: Keys that spread levels otherwise than by timestep, and the spacing that each asks for.
+SPACING_KEYS: Mapping[str, str] = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "lambda",
+}
 
 _SIGMAS = frozenset({"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"})
 _FLOWS = _SIGMAS | {"use_flow_sigmas"}
@@ -140,40 +148,47 @@ OTHER_SOLVERS: Mapping[str, Scheduler] = {
     "EulerDiscreteScheduler": Scheduler(
         "sampler='euler_ancestral' with eta=0", _SIGMAS | {"timestep_type", "sigma_min", "sigma_max"}, _LINSPACE
     ),
-    "DEISMultistepScheduler": Scheduler(None, _SHIFTED, _LINSPACE),
+    "DEISMultistepScheduler": Scheduler("sampler='deis'", _SHIFTED, _LINSPACE),
     "DPMSolverMultistepInverseScheduler": Scheduler(None, _FLOWS, _LINSPACE),
     "DPMSolverSDEScheduler": Scheduler(None, _SIGMAS, {**_LATENT, **_LINSPACE}),
-    "DPMSolverSinglestepScheduler": Scheduler(None, _SHIFTED, {"lower_order_final": False}),
-    "HeunDiscreteScheduler": Scheduler(None, _SIGMAS, {**_LATENT, **_LINSPACE, "clip_sample": False}),
+    "DPMSolverSinglestepScheduler": Scheduler("sampler='dpmpp_2s'", _SHIFTED, {"lower_order_final": False}),
+    "HeunDiscreteScheduler": Scheduler("sampler='heun'", _SIGMAS, {**_LATENT, **_LINSPACE, "clip_sample": False}),
     "KDPM2AncestralDiscreteScheduler": Scheduler(None, _SIGMAS, {**_LATENT, **_LINSPACE}),
     "KDPM2DiscreteScheduler": Scheduler(None, _SIGMAS, {**_LATENT, **_LINSPACE}),
     "LMSDiscreteScheduler": Scheduler(None, _SIGMAS, _LINSPACE),
-    "PNDMScheduler": Scheduler(None, _OLD, {"set_alpha_to_one": False}),
+    "PNDMScheduler": Scheduler("sampler='plms'", _OLD, {"set_alpha_to_one": False}),
     "RePaintScheduler": Scheduler(None),
     "SASolverScheduler": Scheduler(None, _FLOWS, _LINSPACE),
-    "UniPCMultistepScheduler": Scheduler(None, _SHIFTED | {"shift_terminal", "sigma_min", "sigma_max"}, _LINSPACE),
+    "UniPCMultistepScheduler": Scheduler(
+        "sampler='unipc'", _SHIFTED | {"shift_terminal", "sigma_min", "sigma_max"}, _LINSPACE
+    ),
     "UnCLIPScheduler": Scheduler(None, frozenset(), {"beta_schedule": "squaredcos_cap_v2"}),
 }
 
-_DISTILLED = "networks that were distilled to few steps have no table here"
-
-#: Schedulers of the same process for networks that were trained to skip it: their schedules are read, no more.
+#: Schedulers of the same process for networks that were trained to skip it: they are sampled by their own samplers.
 DISTILLED: Mapping[str, Scheduler] = {
-    "LCMScheduler": Scheduler(None, frozenset(), _OF_LATENTS, _DISTILLED),
-    "TCDScheduler": Scheduler(None, frozenset(), _OF_LATENTS, _DISTILLED),
+    "LCMScheduler": Scheduler("lcm", frozenset(), _OF_LATENTS),
+    "TCDScheduler": Scheduler("tcd", frozenset(), _OF_LATENTS),
 }
 
-_FLOW = "its noise is mixed in along straight lines, which no table here does"
+#: Schedulers of other paths, and what their levels are: :mod:`stepfusion.samplers.path_config` reads their configs.
+OTHER_PATHS: Mapping[str, str] = {
+    "CMStochasticIterativeScheduler": "its levels are those of stepfusion.SigmaPath",
+    "EDMDPMSolverMultistepScheduler": "its levels are those of stepfusion.SigmaPath",
+    "EDMEulerScheduler": "its levels are those of stepfusion.SigmaPath",
+    "FlowMatchEulerDiscreteScheduler": "its levels are those of stepfusion.FlowPath",
+    "FlowMatchHeunDiscreteScheduler": "its levels are those of stepfusion.FlowPath",
+}
+
+_DECODER = "it decodes latents, and is no sampler of images from noise"
+_FLOW = "it moves along a flow in steps that are not those of a sampler here"
 _SIGMA = "its noise levels are not those of a schedule of betas"
 _DISCRETE = "it samples tokens and not pictures"
 _SHIFT = "it shifts the signal-to-noise ratio of its schedule"
 
 #: Schedulers of another process, and why no table here is one of theirs.
 REFUSED_SCHEDULERS: Mapping[str, str] = {
-    "CMStochasticIterativeScheduler": _DISTILLED,
-    "ConsistencyDecoderScheduler": _DISTILLED,
-    "FlowMatchEulerDiscreteScheduler": _FLOW,
-    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "ConsistencyDecoderScheduler": _DECODER,
     "FlowMatchLCMScheduler": _FLOW,
     "FlowMapEulerDiscreteScheduler": _FLOW,
     "HeliosScheduler": _FLOW,
@@ -184,8 +199,6 @@ REFUSED_SCHEDULERS: Mapping[str, str] = {
     "RFD4ProteinaScheduler": _FLOW,
     "SCMScheduler": _FLOW,
     "CosineDPMSolverMultistepScheduler": _SIGMA,
-    "EDMDPMSolverMultistepScheduler": _SIGMA,
-    "EDMEulerScheduler": _SIGMA,
     "KarrasVeScheduler": _SIGMA,
     "ScoreSdeVeScheduler": _SIGMA,
     "ScoreSdeVpScheduler": _SIGMA,
@@ -214,7 +227,9 @@ def scheduler_of(config: Mapping[str, Any]) -> tuple[str, Scheduler]:
     found = OWN_SCHEDULERS.get(plain) or OTHER_SOLVERS.get(plain) or DISTILLED.get(plain)
     if found is not None:
         return plain, found
+    if plain in OTHER_PATHS:
+        raise ValueError(f"{name} has no schedule of betas: {OTHER_PATHS[plain]}")
     if plain in REFUSED_SCHEDULERS:
         raise ValueError(f"{name} is not implemented: {REFUSED_SCHEDULERS[plain]}")
-    accepted = ", ".join([*OWN_SCHEDULERS, *OTHER_SOLVERS])
+    accepted = ", ".join([*OWN_SCHEDULERS, *OTHER_SOLVERS, *DISTILLED, *OTHER_PATHS])
     raise ValueError(f"{name[:80]!r} is no scheduler that is known here; known are {accepted}")

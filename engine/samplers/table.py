@@ -13,17 +13,22 @@ from numpy.typing import NDArray
 
 from stepfusion import _checks
 from stepfusion.kernels import COLUMNS, PARKED
-from stepfusion.kernels.coefficients import PREDICTIONS
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.kernels.coefficients import DEFAULTS, HISTORY, WHOLE_IMAGE
+from stepfusion.samplers.path import Path
+from stepfusion.samplers.row_levels import RowLevels
+
+_LAST_KEY = (1 << 31) - 1  # of the bits of a positive float32
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """The rows that a lane walks, first to last, and what they were made for.
 
-    ``coefficients`` float64 [R, 14], the columns :data:`stepfusion.kernels.COLUMNS`; ``timesteps`` int64 [R], what
-    the network is told and what keys the noise; ``next_row`` int64 [R], the row after each, or -1; ``starts``, the
-    first row of each of the samplers in it, whose rows stand one after the other. Made by
+    ``schedule`` is the path: a :class:`stepfusion.NoiseSchedule`, :class:`stepfusion.SigmaPath` or
+    :class:`stepfusion.FlowPath`. ``coefficients`` float64 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`;
+    ``timesteps`` int64 [R], what keys the noise, and on a discrete schedule what the network is told; ``next_row``
+    int64 [R], the row after each, or -1; ``starts``, the first row of each of the samplers in it, whose rows stand
+    one after the other; ``levels``, where the rows start on a path that is not discrete, else None. Made by
     :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`, :func:`stepfusion.dpmpp_2m`,
     :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several, and
     :meth:`last` takes the end of one.
@@ -35,22 +40,24 @@ class StepTable:
 
     name: str
     prediction: str
-    schedule: NoiseSchedule
+    schedule: Path
     coefficients: NDArray[np.float64]
     timesteps: NDArray[np.int64]
     next_row: NDArray[np.int64]
     starts: tuple[int, ...] = (0,)
     learned_variance: bool = False
+    levels: RowLevels | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {type(self.schedule).__name__}")
-        _checks.choice("prediction", self.prediction, PREDICTIONS)
+        if not isinstance(self.schedule, Path):
+            raise TypeError(f"schedule must be a NoiseSchedule or another path, got {type(self.schedule).__name__}")
+        _checks.choice("prediction", self.prediction, self.schedule.predictions)
         _checks.boolean("learned_variance", self.learned_variance)
         self._check_arrays()
         self._check_timesteps()
         self._check_coefficients()
         self._check_walks()
+        self._check_levels()
         for array in (self.coefficients, self.timesteps, self.next_row):
             array.flags.writeable = False
 
@@ -70,7 +77,7 @@ class StepTable:
             )
 
     def _check_timesteps(self) -> None:
-        last = self.schedule.num_timesteps - 1
+        last = self.schedule.max_steps - 1 if self.schedule.discrete else _LAST_KEY
         if len(self) == 0 or self.timesteps.min() < 0 or self.timesteps.max() > last:
             raise ValueError(
                 f"a table must have rows with timesteps in [0, {last}], got {self.timesteps.tolist()[:8]}"
@@ -108,6 +115,22 @@ class StepTable:
                 f"comes {wanted[row]}, got {self.next_row[row]}"
             )
 
+    def _check_levels(self) -> None:
+        """TypeError or ValueError unless the rows' levels are given exactly where timesteps do not say them."""
+        if self.schedule.discrete:
+            if self.levels is not None:
+                raise ValueError("levels must be None on a discrete schedule, whose timesteps say them")
+            return
+        if not isinstance(self.levels, RowLevels):
+            raise TypeError(f"levels must be RowLevels on {self.schedule!r}, got {type(self.levels).__name__}")
+        if len(self.levels.told) != len(self) or len(self.levels.start_scales) != len(self.starts):
+            raise ValueError(
+                f"levels must be of {len(self)} rows and {len(self.starts)} starts, got {len(self.levels.told)} and "
+                f"{len(self.levels.start_scales)}"
+            )
+        if not np.array_equal(self.column("net_scale"), self.levels.net_scale(self.next_row)):
+            raise ValueError("net_scale must be the in_scale of the row after each")
+
     def __len__(self) -> int:
         """The number of rows, of all its samplers together."""
         return len(self.timesteps)
@@ -127,24 +150,47 @@ class StepTable:
         return bool((self.column("sigma") != 0).any())
 
     @cached_property
-    def history(self) -> bool:
-        """True if some row uses the x0 of the row before it, as multistep solvers do."""
-        return bool((self.column("next_prev") != 0).any())
+    def history(self) -> int:
+        """How much of what earlier rows kept some row uses, 0 to 3 entries: the history that a lane must have."""
+        used = [age for age, name in enumerate(HISTORY, 1) if (self.column(name) != 0).any()]
+        return max(used, default=0)
 
     @cached_property
-    def thresholds(self) -> bool:
-        """True if some row has dynamic thresholding."""
-        return bool((self.column("threshold") != 0).any())
+    def whole_image(self) -> bool:
+        """True if some row needs all elements of an image at once: dynamic thresholding, rescaled guidance."""
+        return any(bool((self.column(name) != 0).any()) for name in WHOLE_IMAGE)
 
     @cached_property
     def edits(self) -> bool:
         """True if every row says how to noise a known region again: of samplers, and not of an inversion."""
         return bool((self.column("known_x") != 0).all())
 
+    @cached_property
+    def told(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """What the network is told at each row, [R]."""
+        return self.timesteps if self.levels is None else self.levels.told
+
+    @cached_property
+    def start_scales(self) -> tuple[float, ...]:
+        """The standard deviation of the noise that each of its samplers starts from."""
+        return (1.0,) * len(self.starts) if self.levels is None else self.levels.start_scales
+
+    def in_scale(self, row: int) -> float:
+        """What the network sees at a row is this times x."""
+        return 1.0 if self.levels is None else float(self.levels.in_scale[row])
+
+    def pairs(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Signal and noise of the level where each row starts, [R] each."""
+        if self.levels is None:
+            return self.schedule.pair(self.timesteps)
+        return self.levels.signal, self.levels.noise
+
     def last(self, steps: int) -> StepTable:
         """The last ``steps`` rows, for a start from an image noised to the level where the first of them starts.
 
-        What that row would take from the x0 before it, it takes from its own x0: a first-order step.
+        What that row would take from the rows before it, it takes from what it keeps itself, or from its own x0: a
+        first-order step. What a row
+        after it would take from those, it takes from the oldest entry of its history that is there.
         """
         if len(self.starts) != 1:
             raise ValueError(f"last needs a table of one sampler, got one of {len(self.starts)}")
@@ -152,20 +198,24 @@ class StepTable:
         if steps == len(self):
             return self
         coefficients = self.coefficients[-steps:].copy()
-        next_x0, next_prev = COLUMNS.index("next_x0"), COLUMNS.index("next_prev")
-        coefficients[0, next_x0] += coefficients[0, next_prev]
-        coefficients[0, next_prev] = 0.0
+        _forget(coefficients)
         following = self.next_row[-steps:]
         following = np.where(following == PARKED, PARKED, following - (len(self) - steps))
         name = f"{self.name}, last {steps} of {len(self)}"
         return replace(
-            self, name=name, coefficients=coefficients, timesteps=self.timesteps[-steps:].copy(), next_row=following
+            self,
+            name=name,
+            coefficients=coefficients,
+            timesteps=self.timesteps[-steps:].copy(),
+            next_row=following,
+            levels=None if self.levels is None else self.levels.last(steps),
         )
 
     @cached_property
     def digest(self) -> bytes:
         """What tells its rows from those of other tables: a hash of all that a lane reads of them, 32 bytes."""
-        arrays = (self.coefficients, self.timesteps, self.next_row)
+        levels = () if self.levels is None else (self.levels.told, self.levels.in_scale)
+        arrays = (self.coefficients, self.timesteps, self.next_row, *levels)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).digest()
 
     @classmethod
@@ -173,21 +223,29 @@ class StepTable:
         cls,
         name: str,
         prediction: str,
-        schedule: NoiseSchedule,
+        schedule: Path,
         timesteps: NDArray[np.int64],
         columns: Mapping[str, NDArray[np.floating]],
         *,
         learned_variance: bool = False,
+        levels: RowLevels | None = None,
     ) -> StepTable:
-        """One sampler's table; columns that are not given are 0."""
+        """One sampler's table; columns that are not given are 0, but ``net_scale`` follows from ``levels``."""
         rows = len(timesteps)
-        zero = np.zeros(rows)
-        coefficients = np.stack([np.broadcast_to(columns.get(c, zero), rows) for c in COLUMNS], axis=1).astype(
-            np.float64
-        )
         next_row = np.append(np.arange(1, rows, dtype=np.int64), PARKED)
+        if levels is not None:
+            columns = {**columns, "net_scale": levels.net_scale(next_row)}
+        given = [np.broadcast_to(columns.get(c, np.float64(DEFAULTS.get(c, 0.0))), rows) for c in COLUMNS]
+        coefficients = np.stack(given, axis=1).astype(np.float64)
         return cls(
-            name, prediction, schedule, coefficients, timesteps.copy(), next_row, learned_variance=learned_variance
+            name,
+            prediction,
+            schedule,
+            coefficients,
+            timesteps.copy(),
+            next_row,
+            learned_variance=learned_variance,
+            levels=levels,
         )
 
     @classmethod
@@ -223,6 +281,9 @@ class StepTable:
             np.concatenate(next_rows),
             tuple(starts),
             any(table.learned_variance for table in tables),
+            None
+            if first.levels is None
+            else RowLevels.concatenate([t.levels for t in tables if t.levels is not None]),
         )
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DeviceTable:
@@ -231,16 +292,45 @@ class StepTable:
             torch.from_numpy(self.coefficients.copy()).to(device, dtype),
             torch.from_numpy(self.timesteps.copy()).to(device),
             torch.from_numpy(self.next_row.copy()).to(device),
+            torch.from_numpy(self.told.copy()).to(device, torch.int64 if self.levels is None else torch.float32),
         )
 
     def __repr__(self) -> str:
         return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
 
 
+def _forget(coefficients: NDArray[np.float64]) -> None:
+    """Let rows [R, 21] start without a history, in place.
+
+    What rows take from entries that are not there they take from the oldest one that is, and the first rows from what
+    they keep themselves, keep_x * x + keep_x0 * x0; a row that keeps nothing there has the weights of the next one.
+    """
+    older = [COLUMNS.index(name) for name in HISTORY]
+    of_x, of_x0 = COLUMNS.index("next_x"), COLUMNS.index("next_x0")
+    keep = coefficients[:, [COLUMNS.index("keep_x"), COLUMNS.index("keep_x0")]]
+    keeps: NDArray[np.bool_] = np.asarray(keep.any(axis=1))
+    kept = 0
+    for i, row in enumerate(coefficients):
+        missing = older[kept:]
+        weight = row[missing].sum()
+        row[missing] = 0.0
+        if kept:
+            row[older[kept - 1]] += weight
+        elif weight:
+            own = [*keep[i:][keeps[i:]], (0.0, 1.0)][0]
+            row[of_x] += weight * own[0]
+            row[of_x0] += weight * own[1]
+        kept = min(kept + bool(keeps[i]), len(HISTORY))
+
+
 @dataclass(frozen=True)
 class DeviceTable:
-    """A :class:`StepTable` on a device: coefficients float32 [R, 14], timesteps int64 [R], next_row int64 [R]."""
+    """A :class:`StepTable` on a device.
+
+    coefficients float32 [R, 21]; timesteps, next_row int64 [R]; told int64 or float32 [R], what the network is told.
+    """
 
     coefficients: torch.Tensor
     timesteps: torch.Tensor
     next_row: torch.Tensor
+    told: torch.Tensor

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from stepfusion.samplers.registry import DEFAULT_SAMPLER, SAMPLERS_WITH_ETA
+from stepfusion.samplers.registry import SAMPLERS_WITH_ETA
 from stepfusion.samplers.table import StepTable
 
 
 class MakesTables(Protocol):
     """A model that makes its samplers' tables: a :class:`stepfusion.model_spec.ModelSpec` or an engine."""
 
-    def table(self, sampler: str = ..., steps: int | None = ..., **options: Any) -> StepTable:
+    def table(self, sampler: str | None = ..., steps: int | None = ..., **options: Any) -> StepTable:
         """:func:`stepfusion.samplers.registry.make_table` for this model's schedule and prediction type."""
         ...
 
@@ -22,10 +22,10 @@ class MakesTables(Protocol):
 class TableRequest:
     """A sampler and its options, as :func:`stepfusion.samplers.registry.make_table` takes them; None is the default.
 
-    ``timesteps`` stands in place of ``steps`` and ``spacing``.
+    Without a sampler the model's path says which. ``timesteps`` stands in place of ``steps`` and ``spacing``.
     """
 
-    sampler: str = DEFAULT_SAMPLER
+    sampler: str | None = None
     steps: int | None = None
     eta: float | None = None
     spacing: str | None = None
@@ -36,8 +36,8 @@ class TableRequest:
 
         ``mark`` stands before every name, "--" in a command.
         """
-        if self.eta is not None and self.sampler not in SAMPLERS_WITH_ETA:
-            accepted = " and ".join(SAMPLERS_WITH_ETA)
+        if self.eta is not None and self.sampler not in (None, *SAMPLERS_WITH_ETA):
+            accepted = " and ".join([", ".join([*SAMPLERS_WITH_ETA][:-1]), [*SAMPLERS_WITH_ETA][-1]])
             raise ValueError(f"{mark}eta is an option of {mark}sampler {accepted}, got {mark}sampler {self.sampler}")
         for name in ("steps", "spacing"):
             if self.timesteps is not None and getattr(self, name) is not None:

@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepfusion import _checks
+from stepfusion.samplers.beta_quantiles import beta_quantiles
 
 Timesteps = NDArray[np.int64]
 
 SPACINGS = ("leading", "trailing", "linspace")
-ALL_SPACINGS = (*SPACINGS, "karras")
+#: Spacings by noise level, of which each takes the nearest timestep.
+BY_LEVEL = ("karras", "exponential", "lambda", "beta")
+ALL_SPACINGS = (*SPACINGS, *BY_LEVEL)
 _DDIM = "ddim"
 COMPATS = (None, "diffusers", "guided-diffusion")
 
@@ -75,15 +78,49 @@ def karras(alphas_cumprod: NDArray[np.floating[Any]], steps: int, rho: float = 7
         alphas_cumprod: float [T], decreasing. A last entry of 0 (zero terminal SNR) counts as the one before it, and
             the list still starts at T - 1.
     """
-    total = len(alphas_cumprod)
-    steps = _checks.integer("steps", steps, 1, total)
+    steps = _checks.integer("steps", steps, 1, len(alphas_cumprod))
     rho = _checks.number("rho", rho, 0.0, open_low=True)
-    finite = alphas_cumprod[alphas_cumprod > 0].astype(np.float64)
-    log_sigmas = np.log((1 - finite) / finite) / 2
+    log_sigmas = _log_sigmas(alphas_cumprod)
     ramp = np.linspace(1.0, 0.0, steps) if steps > 1 else np.ones(1)  # ascending timesteps at the end
     low, high = math.exp(log_sigmas[0] / rho), math.exp(log_sigmas[-1] / rho)
-    wanted = rho * np.log(high + (1 - ramp) * (low - high))
-    positions = np.interp(wanted, log_sigmas, np.arange(len(finite)))[::-1]
+    return _nearest(rho * np.log(high + (1 - ramp) * (low - high)), log_sigmas, len(alphas_cumprod))
+
+
+def by_level(
+    alphas_cumprod: NDArray[np.floating[Any]], steps: int, spacing: str, rho: float | None = None
+) -> Timesteps:
+    """:func:`karras`, or by another of :data:`BY_LEVEL`.
+
+    - exponential, lambda: evenly in log sigma, which is minus half the log of the signal-to-noise ratio;
+    - beta: sigma_min + q (sigma_max - sigma_min) with the quantiles q of Beta(0.6, 0.6) (Lee et al. 2024; as
+      diffusers' ``use_beta_sigmas``).
+    """
+    if spacing == "karras":
+        return karras(alphas_cumprod, steps, 7.0 if rho is None else rho)
+    if rho is not None:
+        raise ValueError(f"rho is an option of spacing 'karras', got it with spacing {spacing!r}")
+    steps = _checks.integer("steps", steps, 1, len(alphas_cumprod))
+    log_sigmas = _log_sigmas(alphas_cumprod)
+    low, high = log_sigmas[0], log_sigmas[-1]
+    if spacing == "beta":
+        q = beta_quantiles(1 - np.linspace(0.0, 1.0, steps))
+        wanted = np.log(math.exp(low) + q * (math.exp(high) - math.exp(low)))
+    else:
+        wanted = np.linspace(high, low, steps)
+    return _nearest(wanted, log_sigmas, len(alphas_cumprod))
+
+
+def _log_sigmas(alphas_cumprod: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """log sqrt((1 - abar) / abar) of the timesteps that have a signal."""
+    finite = alphas_cumprod[alphas_cumprod > 0].astype(np.float64)
+    result: NDArray[np.float64] = np.log((1 - finite) / finite) / 2
+    return result
+
+
+def _nearest(wanted: NDArray[np.float64], log_sigmas: NDArray[np.float64], total: int) -> Timesteps:
+    """The timesteps nearest to decreasing log sigmas; those that round to one move to free neighbours."""
+    steps = len(wanted)
+    positions = np.interp(wanted, log_sigmas, np.arange(len(log_sigmas)))[::-1]
     visits = np.round(positions).astype(np.int64)
     visits[-1] = total - 1
     room = np.arange(steps)

@@ -92,7 +92,7 @@ class AsyncEngine:
             lanes = _checks.integer("lanes", lanes, 1, 1 << 20)
             if engine.invariant and lanes != engine.batch:
                 raise ValueError(f"lanes must be the {engine.batch} of this invariant engine, got {lanes}")
-        least = 2 * engine.schedule.num_timesteps
+        least = 2 * engine.schedule.max_steps
         rows = max(4096, least) if rows is None else _checks.integer("rows", rows, 1, 1 << 24)
         aging = _checks.number("aging", aging, 0.0, 1e9, open_low=True)
         if hang_after is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
 from stepfusion.lanes.request import Event, Request
@@ -119,7 +120,7 @@ class Scheduler:
         No request waits for what is done once.
         """
         engine = self._engine
-        engine.to_uint8(engine.runners.initial_noise("seed", 0)[None])
+        engine.to_uint8(engine.runners.first_state("seed", 0)[None])
         table = engine.table("ddim", 1)
         for guidance in (1.0,) if engine.null_label is None else (1.0, 2.0):
             request = engine.request(1, table, labels=None if engine.num_classes is None else 0, guidance=guidance)
@@ -189,8 +190,9 @@ class Scheduler:
     def _pool(self, request: Request) -> _Pool:
         """The lanes for a request, by how its network is called; guided ones with the null label as well."""
         runners, given_noise = self._engine.runners, request.noise is not None
-        # whether the network learned its variance is known by now, and the same for all
-        key = replace(runners.key(request, self._widths[-1]), learned_variance=False)
+        # Whether the network learned its variance is known by now, and the same for all. Every pool has room for the
+        # longest history: so all samplers share lanes, and none compiles or captures a tick of its own later.
+        key = replace(runners.key(request, self._widths[-1]), learned_variance=False, history=len(HISTORY))
         pool = self._pools.get((key, given_noise))
         if pool is None:
 

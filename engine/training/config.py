@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 
 from stepfusion import _checks
-from stepfusion.kernels.coefficients import PREDICTIONS
+from stepfusion.diffusion.path_losses import TIMES, checked_log_normal
 from stepfusion.networks import ContextUNet, UNet2D, UNet2DConfig
-from stepfusion.samplers.schedule import NoiseSchedule
+from stepfusion.samplers.path import Path
 from stepfusion.training.datasets import ImageDataset
+from stepfusion.training.objectives import SCHEDULES, DiscreteObjective, EDMObjective, FlowObjective, Objective
 
-SCHEDULES: dict[str, tuple[str, Callable[[int], NoiseSchedule]]] = {
-    "linear": ("linear", NoiseSchedule.linear),
-    "cosine": ("squaredcos_cap_v2", NoiseSchedule.cosine),
-    "course": ("linear", partial(NoiseSchedule.linear, scaled=False)),
-}
+AUTO = "auto"
 NETWORKS = ("unet2d", "context")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,6 +24,15 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESUMABLE = frozenset(
     {"steps", "microbatch", "learning_rate", "warmup_steps", "ema_decay", "precision", "save_every", "log_every"}
 )
+# Options of one schedule alone; states that were saved before there were any lack these fields.
+_OF_SCHEDULE = {
+    "sigma_data": "edm",
+    "p_mean": "edm",
+    "p_std": "edm",
+    "times": "flow",
+    "logit_mean": "flow",
+    "logit_std": "flow",
+}
 _POSITIVE = (
     "steps",
     "batch_size",
@@ -58,11 +63,20 @@ class TrainConfig:
         attention_levels: levels that attend, counted from 0; the lowest part of the network always attends.
         head_dim: channels of one attention head.
         norm_groups: groups of every GroupNorm; divides every entry of `channels`.
-        prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction".
+        prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction"; "edm" with schedule "edm",
+            "flow" with schedule "flow". "auto" becomes "v_prediction", "edm" or "flow", as the schedule says.
         schedule: "cosine" (Nichol & Dhariwal 2021), "linear" (Ho et al. 2020), or "course": the same betas, from 1e-4
             to 0.02 whatever T is. The course on sprites counts t from 1 to 500 in 501 of them; here t = 0, whose
             beta it passes over, is a timestep too, so that its 1 .. 500 are ours with ``train_timesteps=501``.
-        train_timesteps: T of the schedule.
+            "edm" (Karras et al. 2022; :func:`stepfusion.diffusion.path_losses.edm_loss`) or "flow" (Lipman et al.
+            2023; :func:`stepfusion.diffusion.path_losses.flow_loss`), for the network "unet2d".
+        train_timesteps: T of the schedule; "edm" and "flow" have none.
+        sigma_data: with "edm", the standard deviation of the images in [-1, 1]. The published 0.5 is that of
+            photographs; it is not measured, so that a configuration means the same whatever is trained on.
+        p_mean, p_std: with "edm", of the logarithm of the noise levels that are trained on.
+        times: with "flow", how t is drawn: "uniform" in [0, 1), or "logit-normal" (Esser et al. 2024), for which
+            log(t / (1 - t)) is N(logit_mean, logit_std^2).
+        logit_mean, logit_std: of that.
         learning_rate: the highest one, after `warmup_steps` of linear warm-up; then a cosine down to zero.
         weight_decay: of AdamW, on weights of two and more dimensions.
         grad_clip: largest norm of the gradient.
@@ -89,9 +103,15 @@ class TrainConfig:
     attention_levels: tuple[int, ...] = ()
     head_dim: int = 32
     norm_groups: int = 8
-    prediction: str = "v_prediction"
+    prediction: str = AUTO
     schedule: str = "cosine"
     train_timesteps: int = 1000
+    sigma_data: float = 0.5
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    times: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     weight_decay: float = 0.01
@@ -112,8 +132,7 @@ class TrainConfig:
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         self._check_levels()
         _checks.choice("network", self.network, NETWORKS)
-        _checks.choice("prediction", self.prediction, PREDICTIONS)
-        _checks.choice("schedule", self.schedule, SCHEDULES)
+        self._check_path()
         _checks.choice("precision", self.precision, PRECISIONS)
         if self.network == "context" and self.precision != "float32":
             raise ValueError(f"precision must be 'float32' for network 'context', got {self.precision!r}")
@@ -123,6 +142,36 @@ class TrainConfig:
         _checks.number("ema_decay", self.ema_decay, 0, 1)
         _checks.number("label_dropout", self.label_dropout, 0, 1)
         _checks.boolean("flip", self.flip)
+
+    def _check_path(self) -> None:
+        schedule = _checks.choice("schedule", self.schedule, SCHEDULES)
+        accepted = SCHEDULES[schedule]
+        if self.prediction == AUTO:
+            object.__setattr__(self, "prediction", "v_prediction" if "v_prediction" in accepted else accepted[0])
+        if self.prediction not in accepted:
+            words = ", ".join(map(repr, (*accepted, AUTO)))
+            raise ValueError(f"prediction must be one of {words} with schedule {schedule!r}, got {self.prediction!r}")
+        _checks.number("sigma_data", self.sigma_data, 0, open_low=True)
+        _checks.choice("times", self.times, TIMES)
+        checked_log_normal(self.p_mean, self.p_std)
+        _checks.number("logit_mean", self.logit_mean)
+        _checks.number("logit_std", self.logit_std, 0)
+        self._check_unread()
+
+    def _check_unread(self) -> None:
+        """Refuse what was set and would not be heeded."""
+        set_by_hand = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        for name, schedule in _OF_SCHEDULE.items():
+            if name in set_by_hand and self.schedule != schedule:
+                raise ValueError(f"{name} is an option of schedule {schedule!r}, and schedule is {self.schedule!r}")
+        if self.times == "uniform" and (unread := set_by_hand & {"logit_mean", "logit_std"}):
+            raise ValueError(f"{min(unread)} is an option of times 'logit-normal', and times is 'uniform'")
+        if self.schedule not in _OF_SCHEDULE.values():
+            return
+        for name in ("network", "train_timesteps"):
+            if name in set_by_hand:
+                accepted, given = TrainConfig.__dataclass_fields__[name].default, getattr(self, name)
+                raise ValueError(f"{name} must be {accepted!r} with schedule {self.schedule!r}, got {given!r}")
 
     def _check_levels(self) -> None:
         for name in ("channels", "attention_levels"):
@@ -141,13 +190,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Read what ``dataclasses.asdict`` wrote.
+        """Read what ``dataclasses.asdict`` wrote, the options of "edm" and "flow" left out or not.
 
         Raises:
             TypeError, ValueError: an unknown field, a missing one, or a wrong value.
         """
         names = {field.name for field in fields(cls)}
-        for what, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
+        missing = names - set(values) - _OF_SCHEDULE.keys()
+        for what, wrong in (("unknown", set(values) - names), ("missing", missing)):
             if wrong:
                 raise ValueError(f"the training configuration has {what} fields {sorted(wrong)}")
         return cls(**values)
@@ -163,26 +213,21 @@ class TrainConfig:
         """Decay of the moving average at step `step`, counted from 0."""
         return min(self.ema_decay, (1 + step) / (10 + step))
 
-    def make_schedule(self) -> NoiseSchedule:
-        """Return the noise schedule."""
-        return SCHEDULES[self.schedule][1](self.train_timesteps)
+    def make_objective(self) -> Objective:
+        """Return what the network learns: the path, the levels that are drawn, and the loss."""
+        if self.schedule == "edm":
+            return EDMObjective(self.sigma_data, self.p_mean, self.p_std)
+        if self.schedule == "flow":
+            return FlowObjective(self.times, self.logit_mean, self.logit_std)
+        return DiscreteObjective(self.schedule, self.train_timesteps, self.prediction)
+
+    def make_schedule(self) -> Path:
+        """Return the noise schedule, or the other path that the network is trained along."""
+        return self.make_objective().path
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the diffusers scheduler config of a model trained this way."""
-        beta_schedule = SCHEDULES[self.schedule][0]
-        scale = 1.0 if self.schedule == "course" else 1000 / self.train_timesteps
-        ends = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
-        return {
-            "_class_name": "DDPMScheduler",
-            "num_train_timesteps": self.train_timesteps,
-            "beta_schedule": beta_schedule,
-            **(ends if beta_schedule == "linear" else {}),
-            "prediction_type": self.prediction,
-            "variance_type": "fixed_small",
-            "clip_sample": True,
-            "clip_sample_range": 1.0,
-            "timestep_spacing": "trailing",
-        }
+        return self.make_objective().scheduler_config()
 
     def make_network(self, dataset: ImageDataset) -> UNet2D | ContextUNet:
         """Return the network for these images, with PyTorch's random weights.

@@ -1,10 +1,8 @@
 """Training a small diffusion model: one network, one loss, a moving average, and a state that resumes exactly.
 
-The objective is the mean squared error in eps (Ho et al. 2020, eq. 14), x0 or v (Salimans & Ho 2022, appendix D) of
+What is learned, and by which loss, say :mod:`stepfusion.training.objectives`.
 
-    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,    v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
-
-Everything random in step k (which images, which timesteps, which noise, which labels are dropped) is a function of
+Everything random in step k (which images, which noise levels, which noise, which labels are dropped) is a function of
 (seed, k) alone: no generator state is stored, and a resumed run has the bits of an uninterrupted one.
 """
 
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from stepfusion import _checks
-from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.networks import ContextUNet, UNet2D
 from stepfusion.training.batches import Batch, make_batch
@@ -68,7 +65,7 @@ class Trainer:
         self.optimizer = _make_optimizer(self.network, config)
         self._parameters = list(self.network.parameters())
         self._workers = ThreadPoolExecutor(workers) if workers > 1 else None
-        self.diffusion = GaussianDiffusion(config.make_schedule(), prediction=config.prediction)
+        self.objective = config.make_objective()
 
     @property
     def done(self) -> bool:
@@ -108,15 +105,15 @@ class Trainer:
 
     @plain_torch(gradients=True)
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of the network's prediction for `batch`, float32 []."""
-        x0, noise, t = batch.x0.to(self.device), batch.noise.to(self.device), batch.timesteps.to(self.device)
+        """The mean loss of the network's predictions for `batch`, float32 []."""
+        x0, noise = batch.x0.to(self.device), batch.noise.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
-        return self.diffusion.training_losses(self._predict, x0, t, noise=noise, labels=labels).mean()
+        return self.objective.losses(self._predict, x0, batch.levels, noise, labels).mean()
 
-    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def _predict(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
         low = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, low, enabled=low != torch.float32, cache_enabled=False):
-            out: Tensor = self.network(x_t, t, labels)
+            out: Tensor = self.network(x, told, labels)
         return out
 
     def state(self) -> TrainState:

@@ -6,15 +6,19 @@ namespace {
 struct Row {
   float x0_x, x0_out, clip, next_x0, next_x, next_out, sigma, half_log_min, half_log_span;
   float next_prev, known_x, known_sigma, threshold, threshold_max;
+  float net_scale, next_prev2, next_prev3, keep_x, keep_x0, unguided, rescale;
+
+  // The weight of what was kept `age` rows before the row before.
+  float next_kept(int64_t age) const { return age == 0 ? next_prev : age == 1 ? next_prev2 : next_prev3; }
 };
 
-// A row beyond the table gives NaN, and so does one with a threshold, for that takes the whole image.
+// A row beyond the table gives NaN, and so does one that takes the whole image: with a threshold or with rescale.
 inline Row row_of(const float* table, int64_t rows, int64_t row) {
   Row result;
   float* columns = &result.x0_x;
   if (row < rows) {
     std::memcpy(columns, table + row * int64_t(sizeof(Row) / sizeof(float)), sizeof(Row));
-    if (result.threshold > 0.0f || result.clip != result.clip) result.x0_x = NOTHING;
+    if (result.threshold > 0.0f || result.rescale != 0.0f || result.clip != result.clip) result.x0_x = NOTHING;
   } else {
     std::fill(columns, columns + sizeof(Row) / sizeof(float), NOTHING);
   }
@@ -49,8 +53,11 @@ inline void guide(const float* __restrict uncond, float scale, const float* __re
   for (int64_t i = 0; i < count; i++) guided[i] = uncond[i] + scale * (out[i] - uncond[i]);
 }
 
-// The predicted x0, and the next state without noise, which may take the place of x.
-inline void move(const Row& row, const float* x, const float* out, float* start, float* next, int64_t count) {
+// The predicted x0, the next state without noise and history, which may take the place of x, and with KEEPS what the
+// row leaves in the history.
+template <bool KEEPS>
+inline void move(const Row& row, const float* x, const float* out, float* start, float* next, float* kept,
+                 int64_t count) {
   const float low = -row.clip, high = row.clip;
 #pragma GCC ivdep  // what is written lies apart from what is read, or in the very same place
   for (int64_t i = 0; i < count; i++) {
@@ -58,12 +65,17 @@ inline void move(const Row& row, const float* x, const float* out, float* start,
     x0 = x0 < low ? low : x0;  // NaN stays NaN
     x0 = x0 > high ? high : x0;
     start[i] = x0;
+    if (KEEPS) kept[i] = row.keep_x * x[i] + row.keep_x0 * x0;
     next[i] = row.next_x0 * x0 + row.next_x * x[i] + row.next_out * out[i];
   }
 }
 
 inline void add(float factor, const float* __restrict term, float* __restrict sum, int64_t count) {
   for (int64_t i = 0; i < count; i++) sum[i] += factor * term[i];
+}
+
+inline void scale(float factor, const float* __restrict from, float* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = factor * from[i];
 }
 
 // Adds noise whose standard deviation the network returned as v.
@@ -99,16 +111,17 @@ struct Step {
   float* next;
   void* copy;
   float* x0;
+  float* history;  // [entries, B, C, P]
   int64_t* flags;
   const int64_t* rows;
   const float* table;
   const int64_t *timesteps, *seeds, *indices;
   const float* guidance;
-  int64_t images, channels, pixels, table_rows, copy_type, copies;
+  int64_t images, channels, pixels, table_rows, copy_type, copies, entries;
   bool learned, fill;
 
   void run(int64_t image, int64_t channel, int64_t pixel, int64_t count) const {
-    float buffers[5][RUN];
+    float buffers[6][RUN];
     const int64_t element = channel * pixels + pixel, start = image * channels * pixels + element;
     const float* state = x.read(image, channel, pixel, count, buffers[0]);
     const int64_t at = rows[image];
@@ -118,15 +131,18 @@ struct Step {
     }
     const Row row = row_of(table, table_rows, at);
     const float* eps = out.read(image, channel, pixel, count, buffers[1]);
-    if (uncond.data != nullptr && guidance[image] != 1.0f) {
+    if (uncond.data != nullptr && guidance[image] != 1.0f && row.unguided == 0.0f) {
       const float* without = uncond.read(image, channel, pixel, count, buffers[2]);
       guide(without, guidance[image], eps, buffers[3], count);
       eps = buffers[3];
     }
-    const bool history = x0 != nullptr && row.next_prev != 0.0f;
-    float *next_run = next + start, *x0_run = x0 == nullptr || history ? buffers[4] : x0 + start;
-    move(row, state, eps, x0_run, next_run, count);
-    if (history) add(row.next_prev, x0 + start, next_run, count);
+    float *next_run = next + start, *x0_run = x0 == nullptr ? buffers[4] : x0 + start;
+    const bool keeps = entries > 0 && (row.keep_x != 0.0f || row.keep_x0 != 0.0f);
+    (keeps ? move<true> : move<false>)(row, state, eps, x0_run, next_run, buffers[5], count);
+    for (int64_t age = 0; age < entries; age++) {
+      if (row.next_kept(age) != 0.0f) add(row.next_kept(age), kept(age) + start, next_run, count);
+    }
+    if (keeps) keep_run(buffers[5], start, count);
 
     // From here on the first buffers are free again.
     const bool noisy = row.sigma != 0.0f, renoised = known.data != nullptr && row.known_sigma != 0.0f;
@@ -144,14 +160,26 @@ struct Step {
       keep(row, known.read(image, channel, pixel, count, buffers[2]), renoised ? z : nullptr, next_run, count);
     }
 
-    for (int64_t i = 0; i < copies; i++) {
-      write_run(next_run, copy, copy_type, i * images * channels * pixels + start, count);
+    const float* shown = next_run;
+    if (copies > 0 && row.net_scale != 1.0f) {
+      scale(row.net_scale, next_run, buffers[0], count);
+      shown = buffers[0];
     }
-    if (x0 != nullptr) write_run(x0_run, x0, FLOAT32, start, count);
+    for (int64_t i = 0; i < copies; i++) {
+      write_run(shown, copy, copy_type, i * images * channels * pixels + start, count);
+    }
     if (flags != nullptr && !all_finite(next_run, count)) flag(flags + image, at);
   }
 
  private:
+  float* kept(int64_t age) const { return history + age * images * channels * pixels; }
+
+  // Puts a run first in the history, and what was there one further.
+  void keep_run(const float* run, int64_t start, int64_t count) const {
+    for (int64_t age = entries - 1; age > 0; age--) write_run(kept(age - 1) + start, kept(age), FLOAT32, start, count);
+    write_run(run, kept(0), FLOAT32, start, count);
+  }
+
   const float* noise_of(int64_t image, int64_t channel, int64_t pixel, int64_t count, int64_t at, Noise& drawn,
                         float* buffer) const {
     if (noise.data != nullptr) return noise.read(image, channel, pixel, count, buffer);
@@ -172,18 +200,18 @@ struct Step {
 // Moves every lane of a batch one row on. Forms are those of `Images`; with C = 1 all images are plain runs of P.
 extern "C" void diffusion_step(
     const void* x, const void* out, const void* uncond, const void* noise, const void* known, float* next, void* copy,
-    float* x0, int64_t* flags, const int64_t* rows, const float* table, const int64_t* timesteps, const int64_t* seeds,
-    const int64_t* indices, const float* guidance, int64_t images, int64_t channels, int64_t pixels, int64_t table_rows,
-    int64_t copy_type, int64_t copies, int64_t learned, int64_t fill, int64_t x_form, int64_t out_form,
-    int64_t uncond_form, int64_t noise_form, int64_t known_form) {
+    float* x0, float* history, int64_t* flags, const int64_t* rows, const float* table, const int64_t* timesteps,
+    const int64_t* seeds, const int64_t* indices, const float* guidance, int64_t images, int64_t channels,
+    int64_t pixels, int64_t table_rows, int64_t copy_type, int64_t copies, int64_t entries, int64_t learned,
+    int64_t fill, int64_t x_form, int64_t out_form, int64_t uncond_form, int64_t noise_form, int64_t known_form) {
   const int64_t returned = learned ? 2 * channels : channels;
   const Step step{Images::of(x, x_form, channels, pixels),
                   Images::of(out, out_form, returned, pixels),
                   Images::of(uncond, uncond_form, returned, pixels),
                   Images::of(noise, noise_form, channels, pixels),
                   Images::of(known, known_form, channels, pixels),
-                  next, copy, x0, flags, rows, table, timesteps, seeds, indices, guidance,
-                  images, channels, pixels, table_rows, copy_type, copies, learned != 0, fill != 0};
+                  next, copy, x0, history, flags, rows, table, timesteps, seeds, indices, guidance,
+                  images, channels, pixels, table_rows, copy_type, copies, entries, learned != 0, fill != 0};
   for_runs(images, channels, pixels, seeds == nullptr ? GRAIN : GRAIN_OF_NOISE,
            [&](int64_t image, int64_t channel, int64_t pixel, int64_t count) {
              step.run(image, channel, pixel, count);

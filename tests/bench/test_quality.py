@@ -2,8 +2,8 @@
 
 import json
 import math
+import pathlib
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +11,12 @@ from safetensors.torch import save_file
 
 from stepfusion import Engine
 from stepfusion.bench import image_classifier, quality
+from stepfusion.samplers.path import FlowPath, Path, SigmaPath
+from stepfusion.training.config import TrainConfig
 from stepfusion.training.datasets import ImageDataset, load_dataset
+from stepfusion.training.trainer import Trainer
 
-SLICE = Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
+SLICE = pathlib.Path(__file__).parents[1] / "data" / "fashion-mnist-slice"
 MODEL = "fashion-mnist"
 
 
@@ -82,7 +85,7 @@ def test_the_bundled_classifier_knows_the_test_images(classifier: image_classifi
     assert image_classifier.test_accuracy(classifier, load_dataset(SLICE, "test")) >= 0.85
 
 
-def test_a_classifier_learns_and_survives_its_file(tmp_path: Path) -> None:
+def test_a_classifier_learns_and_survives_its_file(tmp_path: pathlib.Path) -> None:
     dataset = load_dataset(SLICE)
     trained = image_classifier.train_classifier(dataset, epochs=6, batch_size=20)
     image_classifier.save_classifier(trained, tmp_path, {"epochs": 6})
@@ -92,7 +95,7 @@ def test_a_classifier_learns_and_survives_its_file(tmp_path: Path) -> None:
     assert image_classifier.test_accuracy(loaded, dataset) > 0.5
 
 
-def test_a_damaged_classifier_is_named(tmp_path: Path) -> None:
+def test_a_damaged_classifier_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "classifier.safetensors"
     path.write_bytes((image_classifier.CLASSIFIER_DIRECTORY / path.name).read_bytes()[:1000])
     with pytest.raises(ValueError, match=re.escape(f"{path} is not a classifier")):
@@ -130,10 +133,56 @@ def test_evaluate_tells_real_images_from_noise(classifier: image_classifier.Clas
     assert not bad["frechet_gate"]["passed"]
 
 
-def bundled_directory() -> Path:
+def tiny_engine(path: Path) -> Engine:
+    """An engine for a network that was hardly trained, in place of one that is read from a directory."""
+    schedule = "edm" if isinstance(path, SigmaPath) else "flow"
+    config = TrainConfig(schedule=schedule, channels=(8,), head_dim=8, norm_groups=4, batch_size=8)
+    network = Trainer(config, load_dataset(SLICE)).ema_network()
+    return Engine(network, path, prediction=schedule, null_label=10, batch=64, dtype="float32", network="eager")
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "name", "evaluations"),
+    [
+        (SigmaPath(), ["--steps", "4"], "heun", 7),
+        (SigmaPath(), ["--sampler", "euler", "--steps", "3"], "euler", 3),
+        (FlowPath(told_scale=1000.0), ["--sampler", "heun", "--steps", "3"], "heun", 5),
+        (FlowPath(told_scale=1000.0), ["--steps", "2"], "euler", 2),
+    ],
+    ids=str,
+)
+def test_a_model_of_another_path_is_measured(
+    path: Path,
+    arguments: list[str],
+    name: str,
+    evaluations: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine(path))
+    common = ["evaluate", "model", "--data", str(SLICE), "--frechet-samples", "20", "--workers", "1"]
+    assert quality.main([*common, *arguments]) == 1  # it misses both gates
+    row = json.loads(capsys.readouterr().out)
+    assert name in row["sampler"].lower()
+    assert row["evaluations"] == evaluations
+    assert math.isfinite(row["frechet_ratio"])
+
+
+def test_a_sampler_of_other_paths_is_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny_engine(SigmaPath()))
+    missing = str(tmp_path / "no data there")
+    assert quality.main(["evaluate", "model", "--data", missing, "--sampler", "ddpm"]) == 2
+    assert "ddpm" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.main(["evaluate", "model", "--data", missing, "--sampler", "ddim_inversion"])
+
+
+def bundled_directory() -> pathlib.Path:
     import stepfusion
 
-    return Path(stepfusion.__file__).parent / "models" / MODEL
+    return pathlib.Path(stepfusion.__file__).parent / "models" / MODEL
 
 
 def recorded() -> dict:

@@ -53,7 +53,8 @@ def _files(place: Path) -> None:
         ("model --num 4 --out out --first-index 4294967295",
          "--first-index must be in [0, 4294967292] for 4 images, got 4294967295"),
         ("model --num 4 --out out --sampler ddpm --eta 1",
-         "--eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm"),
+         "--eta is an option of --sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd and flow_sde, "
+         "got --sampler ddpm"),
         ("model --num 4 --out out --eta 2", "eta must be a finite number in [0, 1], got 2.0"),
         ("model --num 4 --out out --spacing karras --timesteps ddim25",
          "--spacing and --timesteps exclude each other, got both"),
@@ -106,7 +107,7 @@ def test_a_command(arguments: str, message: str, place: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "option", ["--format gif", "--sampler euler", "--spacing even", "--dtype int8", "--num many"]
+    "option", ["--format gif", "--sampler midpoint", "--spacing even", "--dtype int8", "--num many"]
 )
 def test_what_the_parser_refuses(option: str) -> None:
     with pytest.raises(SystemExit, match="2"):

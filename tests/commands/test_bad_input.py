@@ -33,8 +33,8 @@ COMMANDS = [
      2, "stepfusion: unrecognized arguments: --stepz 3 (see stepfusion --help)"),
     ("fraction of an image", "sample model -n 2.5",
      2, "stepfusion sample: argument -n/--num: invalid int value: '2.5' (see stepfusion sample --help)"),
-    ("sampler: unknown", "sample model --sampler plms",
-     2, "stepfusion sample: argument --sampler: invalid choice: 'plms' ..."),
+    ("sampler: unknown", "sample model --sampler midpoint",
+     2, "stepfusion sample: argument --sampler: invalid choice: 'midpoint' ..."),
     ("dtype: float64", "sample model --dtype float64",
      2, "stepfusion sample: argument --dtype: invalid choice: 'float64' ..."),
     ("model name: with ../", "sample ../models/fashion-mnist", 1, "stepfusion: ../models/fashion-mnist is missing"),
@@ -62,11 +62,14 @@ COMMANDS = [
     ("sections: no stride", "sample model --timesteps ddim77",
      1, "stepfusion: timesteps 'ddim77': no stride through 100 timesteps gives 77"),
     ("eta of ddpm", "sample model --sampler ddpm --eta 1",
-     1, "stepfusion: --eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm"),
+     1, "stepfusion: --eta is an option of --sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd "
+     "and flow_sde, got --sampler ddpm"),
     ("eta of dpmpp_2m, in bulk", "generate model --num 4 --out out --sampler dpmpp_2m --eta 1",
-     1, "stepfusion: --eta is an option of --sampler ddim and euler_ancestral, got --sampler dpmpp_2m"),
+     1, "stepfusion: --eta is an option of --sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd "
+     "and flow_sde, got --sampler dpmpp_2m"),
     ("eta of ddpm, exported", "export model --format onnx --out out --sampler ddpm --eta 1",
-     1, "stepfusion: --eta is an option of --sampler ddim and euler_ancestral, got --sampler ddpm"),
+     1, "stepfusion: --eta is an option of --sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd "
+     "and flow_sde, got --sampler ddpm"),
     ("eta above 1, of euler_ancestral in bulk", "generate model --num 4 --out out --sampler euler_ancestral --eta 2",
      1, "stepfusion: eta must be a finite number in [0, 1], got 2.0"),
     ("labels: unknown name", "sample model --labels bird",

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("bad_input_workspace")
 ENGINES = [
     Case("model: not callable", lambda: sf.Engine(None, LINEAR), TypeError, "model must be callable, got NoneType"),
     Case("schedule: text", lambda: sf.Engine(network, "linear"),
-         TypeError, "schedule must be a NoiseSchedule, got str"),
+         TypeError, "schedule must be a NoiseSchedule or another path, got str"),
     Case("shape: missing", lambda: sf.Engine(network, LINEAR),
          ValueError, "shape is needed, e.g. (3, 32, 32): the model has no in_channels and sample_size"),
     Case("shape: negative", lambda: engine(shape=(1, -4, 4)), ValueError, "shape must be in [1, 1048576], got -4"),
@@ -70,12 +70,14 @@ ENGINES = [
     Case("batch: 0", lambda: engine(batch=0), ValueError, "batch must be in [1, 1048576], got 0"),
     Case("batch: bool", lambda: engine(batch=True), TypeError, "batch must be an integer, got True"),
     Case("invariant: integer", lambda: engine(invariant=1), TypeError, "invariant must be True or False, got 1"),
-    Case("sampler: unknown", lambda: ENGINE.table("euler"),
-         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', "
-         "'ddim_inversion', got 'euler'"),
+    Case("sampler: unknown", lambda: ENGINE.table("midpoint"),
+         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', 'euler', 'heun', "
+         "'dpmpp_1s', 'dpmpp_2m_sde', 'dpmpp_2s', 'dpmpp_3s', 'dpmpp_3m', 'unipc', 'deis', 'ipndm', 'plms', "
+         "'consistency', 'lcm', 'tcd', 'flow_sde', 'ddim_inversion', got 'midpoint'"),
     Case("option: unknown", lambda: ENGINE.table("ddim", 4, variance="fixed_small"),
          TypeError, "sampler 'ddim' takes no option 'variance'; it takes clip, compat, eta, final_alpha_cumprod, "
-        "prediction, rederive_eps, sample_max_value, spacing, steps_offset, threshold, timesteps"),
+         "final_level, guidance_interval, guidance_rescale, lambda_min_clipped, levels, prediction, rederive_eps, "
+         "rho, sample_max_value, spacing, steps_offset, threshold, timesteps"),
     Case("n: negative", lambda: ENGINE.sample(-1), ValueError, "n must be in [0, 2147483648], got -1"),
     Case("n: bool", lambda: ENGINE.sample(True), TypeError, "n must be an integer, got True"),
     Case("n: float", lambda: ENGINE.sample(2.5), TypeError, "n must be an integer, got 2.5"),
@@ -83,13 +85,15 @@ ENGINES = [
     Case("n: 2**40", lambda: ENGINE.sample(2**40), ValueError, "n must be in [0, 2147483648], got 1099511627776"),
     Case("sample: steps above T", lambda: ENGINE.sample(2, steps=101),
          ValueError, "steps must be in [1, 100], got 101"),
-    Case("sample: sampler unknown", lambda: ENGINE.sample(2, sampler="plms"),
-         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', "
-         "'ddim_inversion', got 'plms'"),
+    Case("sample: sampler unknown", lambda: ENGINE.sample(2, sampler="midpoint"),
+         ValueError, "sampler must be one of 'ddim', 'ddpm', 'dpmpp_2m', 'euler_ancestral', 'euler', 'heun', "
+         "'dpmpp_1s', 'dpmpp_2m_sde', 'dpmpp_2s', 'dpmpp_3s', 'dpmpp_3m', 'unipc', 'deis', 'ipndm', 'plms', "
+         "'consistency', 'lcm', 'tcd', 'flow_sde', 'ddim_inversion', got 'midpoint'"),
     Case("sample: eta of ddpm", lambda: ENGINE.sample(2, sampler="ddpm", eta=1.0),
          TypeError,
-         "sampler 'ddpm' takes no option 'eta'; it takes clip, compat, prediction, sample_max_value, spacing, "
-         "steps_offset, threshold, timesteps, v_posterior, variance"),
+         "sampler 'ddpm' takes no option 'eta'; it takes clip, compat, guidance_interval, guidance_rescale, "
+         "lambda_min_clipped, prediction, rho, sample_max_value, spacing, steps_offset, threshold, timesteps, "
+         "v_posterior, variance"),
     Case("sample: table and sampler", lambda: ENGINE.sample(2, TABLE, sampler="ddpm"),
          ValueError, "table and sampler exclude each other, got both"),
     Case("sample: callback is no function", lambda: ENGINE.sample(2, TABLE, callback=5),
@@ -111,13 +115,13 @@ ENGINES = [
     Case("engine: options as a list", lambda: sf.Engine(network, LINEAR, shape=(1, 4, 4), options=["clip"]),
          TypeError, "options must be a dict, got list"),
     Case("table: timesteps beyond T",
-         lambda: sf.StepTable("t", "sample", LINEAR, np.zeros((2, 14)), np.array([100, 0]), NEXT),
+         lambda: sf.StepTable("t", "sample", LINEAR, np.zeros((2, 21)), np.array([100, 0]), NEXT),
          ValueError, "a table must have rows with timesteps in [0, 99], got [100, 0]"),
     Case("table: next row beyond the end",
-         lambda: sf.StepTable("t", "sample", LINEAR, np.zeros((2, 14)), np.array([9, 0]), NEXT + 2),
+         lambda: sf.StepTable("t", "sample", LINEAR, np.zeros((2, 21)), np.array([9, 0]), NEXT + 2),
          ValueError, "next_row must lie in [-1, 1], got [3, 1]"),
     Case("table: prediction unknown",
-         lambda: sf.StepTable("t", "noise", LINEAR, np.zeros((2, 14)), np.array([9, 0]), NEXT),
+         lambda: sf.StepTable("t", "noise", LINEAR, np.zeros((2, 21)), np.array([9, 0]), NEXT),
          ValueError, "prediction must be one of 'epsilon', 'sample', 'v_prediction', got 'noise'"),
     Case("loop: shape is a number", lambda: DIFFUSION.p_sample_loop(network, 5),
          TypeError, "shape must be a tuple of sizes, e.g. (4, 3, 32, 32), got 5"),

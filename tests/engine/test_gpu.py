@@ -56,6 +56,22 @@ def test_a_captured_tick_gives_the_same_bits(schedule: sf.NoiseSchedule, dtype: 
         assert torch.equal(captured.sample(5, seed=3, **request), eager.sample(5, seed=3, **request))
 
 
+@pytest.mark.parametrize("path", ["schedule", "sigma", "flow"])
+def test_a_captured_tick_walks_any_path(schedule: sf.NoiseSchedule, path: str) -> None:
+    """Heun, multistep, first-order and stochastic lanes in one graph, each as it is alone and without a graph."""
+    on = {"schedule": schedule, "sigma": sf.SigmaPath(), "flow": sf.FlowPath()}[path]
+    captured, eager = (
+        engine(on, network=network, dtype="float32", invariant=True, batch=4)  # type: ignore[arg-type]
+        for network in ("graph", "eager")
+    )
+    samplers = [("ddim", 5), ("heun", 4), ("dpmpp_3m", 8), ("euler_ancestral", 3)]
+    tables = [captured.table(sampler, steps) for sampler, steps in samplers]
+    mixed = captured.sample(4, tables, seed=3, labels=1, guidance=2.0)
+    for image, table in enumerate(tables):
+        alone = eager.sample(1, table, seed=3, indices=[image], labels=1, guidance=2.0)
+        assert torch.equal(mixed[image], alone[0]), table
+
+
 def test_the_gpu_agrees_with_the_reference_on_the_cpu(schedule: sf.NoiseSchedule) -> None:
     on_gpu = engine(schedule, dtype="float32")
     on_cpu = engine(schedule, device="cpu", backend="reference")

@@ -65,7 +65,7 @@ def test_the_compiled_tick_draws_the_kernels_noise_bit_for_bit() -> None:
     """A row whose only coefficient is sigma = 1 returns z itself."""
     engine, tick = bundled_engine(), load_aoti(read_bundle(bundled_tick()), CPU)
     coefficients = torch.zeros(1, len(COLUMNS))
-    coefficients[0, 6] = 1.0
+    coefficients[0, [COLUMNS.index(name) for name in ("sigma", "net_scale")]] = 1.0
     timesteps, seeds, indices = torch.tensor([123]), torch.tensor([-7, 1 << 40]), torch.tensor([0, 2**32 - 1])
     rows, labels = torch.zeros(2, dtype=torch.int64), torch.tensor([1, 2])
     z = tick(torch.randn(2, *engine.shape), rows, coefficients, timesteps, seeds, indices, labels, torch.ones(2))

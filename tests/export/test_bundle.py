@@ -20,6 +20,7 @@ from stepfusion.export.environment import check_runs_here
 from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.spec_json import ModelEntries, batch_from_json, model_to_json, spec_from_json
+from stepfusion.export.table_json import read_table, table_to_json
 from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
@@ -65,6 +66,42 @@ def test_what_is_written_is_read_back_to_the_bit(engine: sf.Engine, written: Pat
     files = {"sub/weights.bin", "table.json", "README.md"}
     assert read.manifest == manifest(engine, files={name: sha256(written / name) for name in files})
     assert "A note of the export." in (written / "README.md").read_text()
+
+
+def _with_columns(written: Path, table: sf.StepTable, count: int) -> Path:
+    """The file of a table with its first ``count`` columns alone, as earlier versions wrote it."""
+    given = json.loads(table_to_json(table))
+    given["columns"] = given["columns"][:count]
+    given["coefficients"] = [row[:count] for row in given["coefficients"]]
+    path = written / "older.json"
+    path.write_text(json.dumps(given))
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_tables_of_14_columns_are_read_as_they_were_meant(engine: sf.Engine, tmp_path: Path, sampler: str) -> None:
+    """Nothing is scaled, and a multistep solver keeps the x0 of each row."""
+    table = engine.table(sampler, 5)
+    read = read_table(_with_columns(tmp_path, table, 14), engine.schedule)
+    np.testing.assert_array_equal(read.coefficients, table.coefficients)
+    assert read.history == table.history == (sampler == "dpmpp_2m")
+    assert (read.column("net_scale") == 1).all()
+
+
+@pytest.mark.parametrize("count", [0, 9, 13, 15, 20])
+def test_tables_of_other_columns_are_refused(engine: sf.Engine, tmp_path: Path, count: int) -> None:
+    path = _with_columns(tmp_path, engine.table(steps=3), count)
+    with pytest.raises(sf.ExportError, match=r"older.json cannot be used: columns are .*; accepted are \["):
+        read_table(path, engine.schedule)
+
+
+def test_an_earlier_table_with_a_longer_row_is_refused(engine: sf.Engine, tmp_path: Path) -> None:
+    path = _with_columns(tmp_path, engine.table(steps=3), 14)
+    given = json.loads(path.read_text())
+    given["coefficients"][1].append(1.0)
+    path.write_text(json.dumps(given))
+    with pytest.raises(sf.ExportError, match=r"row 1 of coefficients must have 14 entries, got 15$"):
+        read_table(path, engine.schedule)
 
 
 def test_the_spec_of_a_model_comes_back(engine: sf.Engine, written: Path) -> None:

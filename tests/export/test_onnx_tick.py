@@ -51,7 +51,7 @@ def test_the_noise_is_the_kernels_bit_for_bit(loaded: ExportedTick) -> None:
     expected = reference.normal(SEEDS, INDICES, nothing, shape, philox.STREAM_INITIAL)
     assert torch.equal(loaded.initial_noise(SEEDS, INDICES), expected)
     only_noise = torch.zeros(1, len(COLUMNS))
-    only_noise[0, COLUMNS.index("sigma")] = 1.0
+    only_noise[0, [COLUMNS.index(name) for name in ("sigma", "net_scale")]] = 1.0
     state, timesteps, scale = torch.zeros(5, *shape), torch.tensor([77]), torch.ones(5)
     z = loaded.tick(state, nothing, only_noise, timesteps, SEEDS, INDICES, nothing, scale)
     assert torch.equal(z, reference.normal(SEEDS, INDICES, torch.full_like(SEEDS, 77), shape))

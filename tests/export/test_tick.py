@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,13 +84,39 @@ def test_the_step_is_the_references(learned: bool) -> None:
 
 def test_a_row_without_noise_adds_nothing_even_where_the_variance_overflows() -> None:
     columns = torch.zeros(2, len(COLUMNS))
-    columns[:, COLUMNS.index("next_x")] = 1.0
+    columns[:, [COLUMNS.index(name) for name in ("next_x", "net_scale")]] = 1.0
     columns[:, COLUMNS.index("half_log_min")] = 100.0
     columns[1, COLUMNS.index("sigma")] = 1.0
     x, z = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
     moved = step(x, torch.zeros(2, 6, 4, 5), columns, z)
     assert torch.equal(moved[0], x[0])
     assert moved[1].isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(n, 0.5) for n in ("next_prev", "next_prev2", "next_prev3", "threshold", "rescale", "net_scale")],
+)
+def test_a_row_that_a_tick_cannot_run_gives_nan(name: str, value: float) -> None:
+    table = make(Labelled()).table("ddpm", 3).on(torch.device("cpu"))
+    x = torch.randn(3, *SHAPE)
+    plain = step(x, x, table.coefficients, x)
+    table.coefficients[1, COLUMNS.index(name)] = value
+    moved = step(x, x, table.coefficients, x)
+    assert moved[1].isnan().all()
+    assert torch.equal(moved[[0, 2]], plain[[0, 2]])
+
+
+def test_an_unguided_row_takes_the_conditional_output() -> None:
+    engine = make(Labelled())
+    x, row, coefficients, timesteps, seed, index, labels, scale = tick_example(engine, 3, guided=True)
+    tick, given = tick_module(engine, guided=True), (x, row, coefficients, timesteps, seed, index, labels)
+    guided, alone = tick(*given, scale), tick(*given, torch.ones_like(scale))
+    assert not torch.equal(guided[2], alone[2])
+    coefficients[2, COLUMNS.index("unguided")] = 1.0
+    moved = tick(*given, scale)
+    assert torch.equal(moved[2], alone[2])
+    assert torch.equal(moved[:2], guided[:2])
 
 
 def test_parked_lanes_stay_and_rows_beyond_the_table_are_nan() -> None:
@@ -182,10 +210,18 @@ def test_a_tick_needs_a_fitting_table_and_a_null_label_for_guidance() -> None:
         check_tick(engine, None, False)
     with pytest.raises(sf.ExportError, match=r"^the table is for epsilon and .* the engine for v_prediction"):
         check_tick(engine, make(Labelled(), "epsilon").table("ddim", 3), False)
-    with pytest.raises(sf.ExportError, match=r"^a tick keeps nothing but x .* StepTable\(dpm-solver\+\+ 2m, 5 rows"):
-        check_tick(engine, engine.table("dpmpp_2m", 5), False)
-    with pytest.raises(sf.ExportError, match=r"^a tick has no dynamic thresholding, and StepTable\(ddim"):
+    with pytest.raises(
+        sf.ExportError, match=r"^a tick has no dynamic thresholding and no rescaled .*, and StepTable"
+    ):
         check_tick(engine, engine.table("ddim", 5, threshold=0.9), False)
+    for name, message in (
+        ("rescale", "a tick has no dynamic thresholding and no rescaled guidance, and StepTable"),
+        ("net_scale", "a tick shows the network x as it is, and StepTable"),
+    ):
+        columns = engine.table("ddim", 5).coefficients.copy()
+        columns[2, COLUMNS.index(name)] = 0.5
+        with pytest.raises(sf.ExportError, match=f"^{message}"):
+            check_tick(engine, replace(engine.table("ddim", 5), coefficients=columns), False)
     with pytest.raises(sf.ExportError, match=r"^a guided tick needs a null label, and the model has none$"):
         check_tick(make(Labelled(), null_label=None), engine.table("ddim", 3), True)
 

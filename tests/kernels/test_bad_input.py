@@ -58,7 +58,7 @@ OPS = [
     Case("rows: int32", lambda ops: ops.diffusion_step(X, X, T.int(), ROWS, TIMES),
          TypeError, "rows must be int64, got int32"),
     Case("coefficients: 8 columns", lambda ops: ops.diffusion_step(X, X, T, ROWS[:, :8], TIMES),
-         ValueError, "coefficients must have shape [4, 14], got [4, 8]"),
+         ValueError, "coefficients must have shape [4, 21], got [4, 8]"),
     Case("timesteps: two for four rows", lambda ops: ops.diffusion_step(X, X, T, ROWS, TIMES[:2]),
          ValueError, "timesteps must have shape [4], got [2]"),
     Case("seeds without indices", lambda ops: ops.diffusion_step(X, X, T, ROWS, TIMES, seeds=T),

@@ -49,10 +49,20 @@ OPTIONS = [
     StepCase((0, 9), torch.float32, "drawn", x0=False),
     StepCase((9,), torch.float32, "drawn", rows=(kernels.PARKED,) * 3),
     StepCase((9,), torch.float32, "drawn", rows=(4,)),
-    *(StepCase((3, 7, 7), dtype, noise, history=True) for dtype in DTYPES for noise in ("none", "drawn")),
+    *(StepCase((3, 7, 7), dtype, noise, history=1) for dtype in DTYPES for noise in ("none", "drawn")),
+    *(StepCase((1030,), dtype, "drawn", history=n, copies=2) for dtype in DTYPES for n in (2, 3)),
+    *(StepCase((3, 5, 5), torch.bfloat16, noise, history=3, x0=False) for noise in NOISES),
+    *(StepCase((), torch.float32, "none", history=n, copies=n - 1) for n in (1, 2, 3)),
+    StepCase((3, 5, 5), torch.float16, "drawn", guidance=(7.5, 1.0, 0.0, 3.0), unguided=True, copies=2),
+    StepCase((2, 3), torch.float32, "none", learned=True, guidance=(7.5, 2.0, 0.0, 3.0), unguided=True, history=2),
+    StepCase((9,), torch.float32, "drawn", history=3, rows=()),
+    StepCase((0, 9), torch.float32, "drawn", history=2),
+    StepCase((9,), torch.float32, "drawn", history=2, rows=(kernels.PARKED,) * 3),
+    StepCase((9,), torch.float32, "drawn", history=3, rows=(5, 1, 2**40, 2)),
     *(StepCase((1, 65, 80), dtype, noise, known=True) for dtype in DTYPES for noise in NOISES),
-    StepCase((3, 32, 32), torch.bfloat16, "given", history=True, known=True, guidance=(7.5, 1.0, 0.0, 1.0), copies=2),
-    StepCase((4101,), torch.float32, "drawn", learned=True, history=True, known=True),
+    StepCase((3, 32, 32), torch.bfloat16, "given", history=1, known=True, guidance=(7.5, 1.0, 0.0, 1.0), copies=2),
+    StepCase((4101,), torch.float32, "drawn", learned=True, history=1, known=True),
+    StepCase((4101,), torch.float16, "drawn", learned=True, history=3, known=True),
     StepCase((7,), torch.float32, "drawn", known=True, rows=(5, 1, 2**40)),
 ]
 
@@ -93,7 +103,7 @@ LAYOUTS = ["channels_last", "transposed", "strided"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_of_inputs_that_are_not_contiguous(layout: str, fused: Fused) -> None:
-    case = StepCase((3, 8, 8), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 3.0))
+    case = StepCase((3, 8, 8), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 3.0), history=2)
     dense = case.arguments(fused.device)
     moved = {
         name: _relayout(t, layout) if name in ("x", "out", "noise", "out_uncond") else t for name, t in dense.items()
@@ -101,6 +111,7 @@ def test_step_of_inputs_that_are_not_contiguous(layout: str, fused: Fused) -> No
     moved["guidance"] = _relayout(dense["guidance"], "strided")
     moved["coefficients"] = _relayout(dense["coefficients"], "transposed")
     moved["rows"] = torch.stack([dense["rows"], dense["rows"]], dim=1)[:, 0]
+    assert moved["history"].is_contiguous()
     assert not any(moved[n].is_contiguous() for n in ("x", "out", "noise", "out_uncond", "guidance", "rows"))
     for step in (fused.ops.diffusion_step, reference.diffusion_step):
         for name, result in outputs(step, moved).items():
@@ -121,12 +132,18 @@ def test_step_without_a_buffer_makes_one(implementation: Fused) -> None:
     assert step(**{name: t for name, t in given.items() if name != "x_next"}).is_contiguous()
 
 
+@pytest.mark.parametrize("history", [0, 3])
 @pytest.mark.parametrize("shape", [(7,), (4101,)])
-def test_step_in_place(shape: tuple[int, ...], fused: Fused) -> None:
-    given = StepCase(shape).arguments(fused.device)
-    apart = outputs(fused.ops.diffusion_step, given)["x_next"]
-    x = given["x"].clone()
-    assert fused.ops.diffusion_step(**{**given, "x": x, "x_next": x}) is x
+def test_step_in_place(shape: tuple[int, ...], history: int, implementation: Fused) -> None:
+    """What is kept is made of the state before the step."""
+    step = implementation.ops.diffusion_step
+    given = StepCase(shape, history=history).arguments(implementation.device)
+    expected = outputs(step, given)
+    apart, x = expected["x_next"], given["x"].clone()
+    buffers = {"history": given["history"].clone()} if history else {}
+    assert step(**{**given, **buffers, "x": x, "x_next": x}) is x
+    if history:
+        assert_same_bits("history", buffers["history"].cpu(), expected["history"])
     active = torch.tensor([0, 1, 3])
     assert_same_bits("x", x.cpu()[active], apart[active])
     assert torch.equal(x[2], given["x"][2])
@@ -144,17 +161,6 @@ def test_parked_lanes_are_neither_read_nor_written(fused: Fused) -> None:
     assert bool(poisoned["x_next"][1].isnan().all())
     assert bool(poisoned["x_net"][[1, 4]].isnan().all())
     assert poisoned["flags"][1] == kernels.FINITE
-
-
-def test_without_an_x0_buffer_there_is_no_history(implementation: Fused) -> None:
-    """Nothing is read for it, and with one everything comes from there."""
-    step = implementation.ops.diffusion_step
-    given = StepCase((7,), torch.float32, "none", history=True, rows=(0, 1)).arguments(implementation.device)
-    bare = {name: tensor for name, tensor in given.items() if name != "x0"}
-    without = {**bare, "coefficients": given["coefficients"].clone()}
-    without["coefficients"][:, algebra.COLUMNS.index("next_prev")] = 0.0
-    assert_same_bits("x_next", outputs(step, bare)["x_next"], outputs(step, without)["x_next"])
-    assert not torch.equal(outputs(step, given)["x_next"][1], outputs(step, bare)["x_next"][1])
 
 
 def test_a_threshold_is_for_the_reference(fused: Fused) -> None:
@@ -187,9 +193,9 @@ def test_what_is_known_leaves_the_free_part_alone(fused: Fused) -> None:
 
 
 def test_both_network_copies_are_the_next_state(fused: Fused) -> None:
-    got = outputs(
-        fused.ops.diffusion_step, StepCase((7,), torch.float32, copies=2, rows=(1, 2)).arguments(fused.device)
-    )
+    given = StepCase((7,), torch.float32, copies=2, rows=(1, 2)).arguments(fused.device)
+    given["coefficients"][:, algebra.COLUMNS.index("net_scale")] = 1.0
+    got = outputs(fused.ops.diffusion_step, given)
     assert_same_bits("x_net", got["x_net"], torch.cat([got["x_next"], got["x_next"]]))
 
 
@@ -624,6 +630,7 @@ def test_step_beyond_two_to_the_31_elements(device: torch.device, tmp_path: Path
         net,
         None,
         None,
+        None,
         lanes(given["flags"]),
         rows,
         given["coefficients"],
@@ -640,6 +647,7 @@ def test_step_beyond_two_to_the_31_elements(device: torch.device, tmp_path: Path
         FILL=False,
         LEARNED=False,
         COPIES=2,
+        HISTORY=0,
         OUT_CHANNELS=0,
         NET_CHANNELS=0,
         PIXELS=0,

@@ -24,6 +24,7 @@ REAL = [
     StepCase((4, 128, 128), torch.float32, "none", rows=LANES),
     StepCase((3, 64, 64), torch.bfloat16, "drawn", learned=True, rows=LANES),
     StepCase((1, 511, 513), torch.bfloat16, "drawn", rows=LANES),
+    *(StepCase((3, 128, 128), torch.bfloat16, "drawn", history=n, copies=2, rows=LANES) for n in (1, 2, 3)),
 ]
 
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from stepfusion import kernels
 from stepfusion.kernels import launch, reference
+from stepfusion.kernels.coefficients import DEFAULTS
 from stepfusion.kernels.tolerance import tolerance
 
 # PyTorch's forward mode itself calls torch.jit.script: which category its warning has depends on the version.
@@ -33,7 +34,8 @@ def table(**columns: float | torch.Tensor) -> torch.Tensor:
     values |= {"clip": torch.tensor([torch.inf, 0.6, 0.8]), "sigma": torch.tensor([0.0, 0.7, 0.5])}
     values |= {"half_log_min": torch.tensor([0.0, -0.3, -0.2]), "half_log_span": torch.tensor([0.0, 0.4, 0.5])}
     values |= {name: torch.as_tensor(value).expand(3) for name, value in columns.items()}
-    return torch.stack([values.get(name, torch.zeros(3)) for name in kernels.COLUMNS], dim=1).double()
+    rest = {name: torch.full((3,), value) for name, value in DEFAULTS.items()}
+    return torch.stack([(rest | values).get(name, torch.zeros(3)) for name in kernels.COLUMNS], dim=1).double()
 
 
 def step(**options: Any) -> Arguments:
@@ -87,7 +89,23 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "diffusion_step",
         lambda: step(out_uncond=images(), guidance=torch.tensor([1.5, 0.0, 3.0, 7.5]).double()),
     ),
-    "step, history": ("diffusion_step", lambda: step(coefficients=table(next_prev=0.3), x0=images())),
+    "step, x0": ("diffusion_step", lambda: step(x0=images())),
+    "step, history": ("diffusion_step", lambda: step(coefficients=table(next_prev=0.3), history=images()[None])),
+    "step, all history": (
+        "diffusion_step",
+        lambda: step(
+            coefficients=table(next_prev=0.3, next_prev2=-0.2, next_prev3=0.1, keep_x=0.4, keep_x0=-0.7),
+            history=torch.randn(3, *SHAPE).double(),
+        ),
+    ),
+    "step, rescaled guidance": (
+        "diffusion_step",
+        lambda: step(
+            coefficients=table(rescale=torch.tensor([0.7, 0.0, 1.0]), unguided=torch.tensor([0.0, 0.0, 1.0])),
+            out_uncond=images(),
+            guidance=torch.tensor([1.5, 3.0, 3.0, 7.5]).double(),
+        ),
+    ),
     "step, threshold": (
         "diffusion_step",
         lambda: step(coefficients=table(threshold=torch.tensor([0.0, 0.7, 0.8]), threshold_max=1.5)),
@@ -130,7 +148,7 @@ def leaves(arguments: Arguments) -> list[str]:
 
 def result(function: Callable[..., Any], arguments: Arguments) -> torch.Tensor:
     """All that a function returns, and what it writes beside it."""
-    buffers = {"x0": arguments["x0"].clone()} if "x0" in arguments else {}
+    buffers = {name: arguments[name].clone() for name in ("x0", "history") if name in arguments}
     found = function(**{**arguments, **buffers})
     returned = found if isinstance(found, tuple) else (found,)
     return torch.cat([value.flatten() for value in (*returned, *buffers.values())])
@@ -167,7 +185,7 @@ def gradients(function: Callable[..., Any], arguments: Arguments, names: list[st
     return dict(zip(names, grads, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "threshold" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if not {"threshold", "rescaled"} & set(name.split())])
 def test_the_fused_functions_have_it_too(name: str, kernel_device: torch.device) -> None:
     """Each input alone requires a gradient, then all of them; the truth is the reference in float64."""
     function, make = CASES[name]

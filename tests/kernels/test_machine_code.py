@@ -19,14 +19,19 @@ pytest.importorskip("triton")
 
 LOOKED_AT = ("sm_90", "gfx942")  # the other targets are in the soak tests
 SUPPORT = Path(__file__).parents[1] / "stepfusion_testing"
-NO_NOISE, GIVEN_NOISE, DRAWN_NOISE = 20, 24, 66  # SASS instructions an element of the step kernel, large lanes
-# the same with an x0 buffer, which a row may read, and with a known region; both branches of it are counted
+NO_NOISE, GIVEN_NOISE, DRAWN_NOISE = 22, 24, 68  # SASS instructions an element of the step kernel, large lanes
+NOISE = 66  # of what makes noise and little else
+# the same with x0, with a history, which a row may read and write, and with a known region; all branches are counted
 MORE = {
-    "noise none, nhwc": 22,
+    "noise none, nhwc": 23,
     "noise drawn, nhwc": 72,
-    "noise none, x0, 1": 22,
-    "noise given, known": 30,
-    "noise drawn, known": 73,
+    "noise none, x0, 1": 20,
+    "noise none, history 1, 1": 28,
+    "noise none, history 2, 1": 32,
+    "noise none, history 3, 1": 36,
+    "noise drawn, history 3, 1": 88,
+    "noise given, known": 31,
+    "noise drawn, known": 74,
     "noise drawn, x0, known": 75,
 }
 # the same of the norm, 32 elements a thread: alone; with a skip input or modulated, or statistics and result at once;
@@ -197,7 +202,7 @@ def test_no_contraction(report: list[dict[str, Any]]) -> None:
 
 
 def _steps(report: list[dict[str, Any]], noise: str) -> list[dict[str, Any]]:
-    """The table walker on sm_90 and large lanes, without what costs more: guidance and learned variance."""
+    """The table walker on sm_90 and large lanes, without what costs more: guidance, history, learned variance."""
     steps = [
         code
         for code in report
@@ -205,6 +210,7 @@ def _steps(report: list[dict[str, Any]], noise: str) -> list[dict[str, Any]]:
         if f"noise {noise}" in code["variant"]
         and "learned" not in code["variant"]
         and "guided" not in code["variant"]
+        and "history" not in code["variant"]
         and not any(words in code["variant"] for words in MORE)
     ]
     assert len(steps) >= 4
@@ -232,9 +238,7 @@ def test_silent_rows_skip_the_noise(report: list[dict[str, Any]]) -> None:
     for code in _steps(report, "drawn"):
         sass = code["sass"]
         assert (sass["instructions"] - sass["skipped"]) / code["elements"] <= NO_NOISE
-    nothing_to_skip = [code for code in _steps(report, "none") if "x0" not in code["variant"]]
-    assert len(nothing_to_skip) >= 4
-    assert all(code["sass"]["skipped"] == 0 for code in nothing_to_skip)
+    assert all(code["sass"]["skipped"] == 0 for code in _steps(report, "none"))
 
 
 @pytest.mark.slow
@@ -245,14 +249,14 @@ def test_noise_instructions(report: list[dict[str, Any]], kernel: str) -> None:
         for code in report
         if code["kernel"] == kernel and code["target"] == "sm_90" and code["elements"] == 32
     ]
-    assert 0 < max(costs) <= DRAWN_NOISE
+    assert 0 < max(costs) <= NOISE
 
 
 @pytest.mark.slow
 def test_controls_are_caught(controls: dict[str, dict[str, Any]]) -> None:
     """Each check above finds the kernel that breaks it, and leaves a plain one alone."""
     noise = controls["library noise"]
-    assert noise["instructions_per_element"] > DRAWN_NOISE
+    assert noise["instructions_per_element"] > NOISE
     assert noise["sass"]["local"] > 0
     assert controls["few registers"]["sass"]["local"] > 0
     assert _contracted(controls["contracted"])

@@ -24,11 +24,17 @@ PLAIN = StepCase((1030,), torch.float32, "drawn", copies=2)
 LEARNED = StepCase((3, 7, 7), torch.float16, "drawn", learned=True)
 GUIDED = StepCase((9,), torch.float32, "given", guidance=(7.5, 1.0, 0.0, 2.0))
 SILENT = StepCase((9,), torch.float32, "none")
-HISTORY = StepCase((9,), torch.float32, "none", history=True)
+PLAIN_HALF = StepCase((1030,), torch.float16, "none")
+UNGUIDED = StepCase((9,), torch.float32, "given", guidance=(7.5, 1.0, 0.0, 2.0), unguided=True)
+HISTORY = StepCase((9,), torch.float32, "none", history=3)
+BEYOND = StepCase((9,), torch.float32, "none", history=1, rows=(5, 1))
 KNOWN = StepCase((1030,), torch.float32, "drawn", known=True)
 FIXED = StepCase((9,), torch.float32, "none", known=True)
 
 LOAD = "tl.load(coefficient_ptr"
+NEXT = "tl.store(next_ptr + start + offs, x_next, mask=mask)"
+KEEP = """keep_x = tl.load(coefficient_ptr + 17, mask=inside, other=float("nan"))
+        keep_x0 = tl.load(coefficient_ptr + 18, mask=inside, other=float("nan"))"""
 STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     "a coefficient": (SILENT, "next_x * x + next_out * out\n", "x0_x * x + next_out * out\n"),
     "a sign": (SILENT, "+ next_out * out\n", "- next_out * out\n"),
@@ -43,7 +49,7 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
     "the lane's stride": (SILENT, "start = lane.to(tl.int64) * E", "start = lane.to(tl.int64) * (E - 1)"),
     "the last element": (
         SILENT,
-        "tl.store(next_ptr + start + offs, x_next, mask=mask)",
+        NEXT,
         "tl.store(next_ptr + start + offs, x_next, mask=offs < E - 1)",
     ),
     "the last copy": (PLAIN, "tl.static_range(COPIES)", "tl.static_range(COPIES - 1)"),
@@ -66,13 +72,51 @@ STEP_MUTANTS: dict[str, tuple[StepCase, str, str]] = {
         "(OUT_CHANNELS // 2 if OUT_CHANNELS else 0)",
     ),
     "guidance from the wrong end": (GUIDED, "out, uncond + guidance *", "out, out + guidance *"),
-    "no history": (HISTORY, "x_next += next_prev * tl.load(x0_ptr", "x_next += 0.0 * tl.load(x0_ptr"),
+    "no history": (HISTORY, "x_next += next_prev * tl.load(", "x_next += 0.0 * tl.load("),
     "history of the same row": (
         HISTORY,
-        "next_prev * tl.load(x0_ptr + start + offs, mask=mask)",
+        "next_prev * tl.load(kept_ptr + offs, mask=mask)",
         "next_prev * x0",
     ),
     "history read by a row without": (HISTORY, "if next_prev != 0.0:", "if next_prev == next_prev:"),
+    "older history read by a row without": (HISTORY, "if next_prev2 != 0.0:", "if next_prev2 == next_prev2:"),
+    "the oldest history read by a row without": (HISTORY, "if next_prev3 != 0.0:", "if next_prev3 == next_prev3:"),
+    "an older entry for the oldest": (
+        HISTORY,
+        "next_prev3 * tl.load(kept_ptr + 2 * age",
+        "next_prev3 * tl.load(kept_ptr + age",
+    ),
+    "the history of another lane": (HISTORY, "kept_ptr = history_ptr + start", "kept_ptr = history_ptr"),
+    "the history's stride": (HISTORY, "age = B.to(tl.int64) * E", "age = (B.to(tl.int64) - 1) * E"),
+    "the history not shifted": (
+        HISTORY,
+        "tl.store(kept_ptr + age + offs, tl.load(kept_ptr + offs, mask=mask), mask=mask)",
+        "pass",
+    ),
+    "the oldest history not shifted": (
+        HISTORY,
+        "tl.store(kept_ptr + 2 * age + offs, tl.load(kept_ptr + age + offs, mask=mask), mask=mask)",
+        "pass",
+    ),
+    "the history shifted in the wrong order": (
+        HISTORY,
+        "tl.store(kept_ptr + 2 * age + offs, tl.load(kept_ptr + age + offs, mask=mask), mask=mask)",
+        "tl.store(kept_ptr + 2 * age + offs, tl.load(kept_ptr + offs, mask=mask), mask=mask)",
+    ),
+    "nothing kept": (HISTORY, "tl.store(kept_ptr + offs, keep_x * x + keep_x0 * x0, mask=mask)", "pass"),
+    "x0 kept alone": (HISTORY, "keep_x * x + keep_x0 * x0, mask", "keep_x0 * x0, mask"),
+    "the state kept alone": (HISTORY, "keep_x * x + keep_x0 * x0, mask", "keep_x * x, mask"),
+    "every row keeps something": (HISTORY, "if (keep_x != 0.0) | (keep_x0 != 0.0):", "if keep_x == keep_x:"),
+    "a row beyond the table keeps nothing": (BEYOND, KEEP, KEEP.replace('float("nan")', "0.0")),
+    "what the network is shown not scaled": (SILENT, "(net_scale * x_next)", "(x_next)"),
+    "the next state scaled": (SILENT, NEXT, f"x_next *= {LOAD} + 14)\n    {NEXT}"),
+    "what the network is shown scaled after rounding": (
+        PLAIN_HALF,
+        "(net_scale * x_next).to(net_ptr.dtype.element_ty)",
+        "(net_scale * x_next.to(tl.float16).to(tl.float32)).to(tl.float16)",
+    ),
+    "an unguided row guided": (UNGUIDED, "unguided == 0.0, guidance, 1.0", "True, guidance, 1.0"),
+    "a guided row not guided": (UNGUIDED, "unguided == 0.0, guidance, 1.0", "unguided != unguided, guidance, 1.0"),
     "known region left to the sampler": (KNOWN, "known == known, known_x * known + known_sigma * z", "False, x_next"),
     "known region left alone without noise": (
         FIXED,
@@ -98,7 +142,7 @@ def plant(tmp_path: Path) -> Plant:
     return partial(planted, tmp_path)
 
 
-@pytest.mark.parametrize("case", [PLAIN, LEARNED, GUIDED, SILENT, HISTORY, KNOWN, FIXED], ids=str)
+@pytest.mark.parametrize("case", list(dict.fromkeys(case for case, _, _ in STEP_MUTANTS.values())), ids=str)
 def test_a_step_without_an_error_passes(case: StepCase, plant: Plant, kernel_device: torch.device) -> None:
     assert_step_equivalent(plant("step.py").diffusion_step, case.arguments(kernel_device))
 

@@ -19,14 +19,15 @@ STEPS = [
     StepCase((3, 4, 5), torch.float16, "drawn", copies=2),
     StepCase((3, 4, 5), torch.bfloat16, "given", learned=True, guidance=(7.5, 1.0, 0.0, 2.0)),
     StepCase((7,), torch.float32, "none", copies=0, x0=False),
-    StepCase((3, 4), torch.float32, "drawn", history=True, known=True),
+    StepCase((3, 4), torch.float32, "drawn", history=1, known=True),
+    StepCase((3, 4), torch.bfloat16, "none", history=3, x0=False),
 ]
 T = 10
 
 
 def _step_arguments(case: StepCase, device: torch.device) -> dict[str, Any]:
     """Every argument of the op, by name."""
-    optional = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_net", "x0", "flags", "known")
+    optional = ("seeds", "indices", "noise", "out_uncond", "guidance", "x_net", "x0", "flags", "known", "history")
     return dict.fromkeys(optional) | case.arguments(device) | {"fill": False}
 
 
@@ -80,6 +81,12 @@ def test_opcheck_of_the_others(kernel_device: torch.device) -> None:
     torch.library.opcheck(ops.normal_.default, (t, t, t, 0, x.clone()))
 
 
+def _keeping(history: torch.Tensor, **others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step, and what it leaves in a copy of the history."""
+    kept = history.clone()
+    return kernels.diffusion_step(**others, history=kept), kept
+
+
 def _calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Every public op with arguments that it takes."""
     step = STEPS[0].arguments(device)
@@ -88,6 +95,10 @@ def _calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], dict[str
     lanes = {name: torch.tensor([3, 4], device=device) for name in ("seeds", "indices")}
     return {
         "diffusion_step": (kernels.diffusion_step, in_place),
+        "diffusion_step with a history": (
+            _keeping,
+            {n: t for n, t in STEPS[3].arguments(device).items() if n not in ("x_next", "x_net", "x0", "flags")},
+        ),
         "ddim_step": (kernels.ddim_step, _single(device)),
         "ddpm_step": (kernels.ddpm_step, _single(device) | lanes),
         "q_sample": (kernels.q_sample, drawn | lanes),
@@ -122,7 +133,8 @@ def test_compiles_as_one_graph(name: str, kernel_device: torch.device) -> None:
 @pytest.mark.usefixtures("inductor_cache")
 def test_compiles_with_inductor(kernel_device: torch.device) -> None:
     """Buffers that the op writes in place stay the caller's."""
-    given = StepCase((3, 4, 5), torch.float32, "drawn", copies=2, rows=(1, 2)).arguments(kernel_device)
+    case = StepCase((3, 4, 5), torch.float32, "drawn", copies=2, history=2, rows=(1, 2))
+    given = case.arguments(kernel_device)
 
     def tick(x: torch.Tensor, x_net: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         out = torch.tanh(x_net[: len(x)]) * 0.5
@@ -138,7 +150,7 @@ def test_compiles_with_inductor(kernel_device: torch.device) -> None:
         results.append(buffers)
     eager, compiled = results
     assert_same_bits("flags", compiled["flags"], eager["flags"])
-    for name in ("x", "x_net", "x0"):  # Inductor's tanh is its own
+    for name in ("x", "x_net", "x0", "history"):  # Inductor's tanh is its own
         torch.testing.assert_close(compiled[name], eager[name], rtol=0, atol=1e-5)
 
 
@@ -169,6 +181,9 @@ def _bad(value: torch.Tensor, how: str) -> Any:
         "long": lambda: torch.cat([value, value[:1]]),
         "short": lambda: value[:-1],
         "flat": lambda: value[0],
+        "none": lambda: value[:0],
+        "many": lambda: torch.cat([value, value]),
+        "lanes": lambda: value[:, :-1],
         "uint8": lambda: value.to(torch.uint8),
         "double": lambda: value.to(torch.float64),
         "float": lambda: value.to(torch.float32),
@@ -201,7 +216,7 @@ STEP_ERRORS = [
     ("rows", "meta", ValueError, "rows must be on cpu, got meta"),
     ("coefficients", "list", TypeError, "coefficients must be a tensor, got list"),
     ("coefficients", "double", TypeError, "coefficients must be float32, got float64"),
-    ("coefficients", "flat", ValueError, "coefficients must have shape [14, 14], got [14]"),
+    ("coefficients", "flat", ValueError, "coefficients must have shape [21, 21], got [21]"),
     ("coefficients", "meta", ValueError, "coefficients must be on cpu, got meta"),
     ("timesteps", "float", TypeError, "timesteps must be int64, got float32"),
     ("timesteps", "long", ValueError, "timesteps must have shape [5], got [6]"),
@@ -230,6 +245,19 @@ STEP_ERRORS = [
     ("x0", "strided", ValueError, "x0 must be contiguous, got strides [120, 40, 10, 2] for shape [4, 3, 4, 5]"),
     ("known", "half", TypeError, "known must be float32, got float16"),
     ("known", "long", ValueError, "known must have shape [4, 3, 4, 5], got [5, 3, 4, 5]"),
+    ("history", "half", TypeError, "history must be float32, got float16"),
+    ("history", "list", TypeError, "history must be a tensor, got list"),
+    ("history", "flat", ValueError, "history must hold 1 to 3 batches like x, [4, 3, 4, 5], got [4, 3, 4, 5]"),
+    ("history", "none", ValueError, "history must hold 1 to 3 batches like x, [4, 3, 4, 5], got [0, 4, 3, 4, 5]"),
+    ("history", "many", ValueError, "history must hold 1 to 3 batches like x, [4, 3, 4, 5], got [4, 4, 3, 4, 5]"),
+    ("history", "lanes", ValueError, "history must have shape [2, 4, 3, 4, 5], got [2, 3, 3, 4, 5]"),
+    ("history", "meta", ValueError, "history must be on cpu, got meta"),
+    (
+        "history",
+        "strided",
+        ValueError,
+        "history must be contiguous, got strides [480, 120, 40, 10, 2] for shape [2, 4, 3, 4, 5]",
+    ),
     ("flags", "float", TypeError, "flags must be int64, got float32"),
     ("flags", "long", ValueError, "flags must have shape [4], got [5]"),
     ("flags", "strided", ValueError, "flags must be contiguous, got strides [2] for shape [4]"),
@@ -243,12 +271,12 @@ def _refuses(call: Call, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "how", "error", "message"), STEP_ERRORS)
 def test_bad_arguments_of_the_step(name: str, how: str, error: type[Exception], message: str) -> None:
-    case = StepCase((3, 4, 5), torch.float32, "drawn", guidance=(1.0, 1.0, 1.0, 1.0), known=True)
+    case = StepCase((3, 4, 5), torch.float32, "drawn", guidance=(1.0, 1.0, 1.0, 1.0), known=True, history=2)
     given = case.arguments(torch.device("cpu"))
     before = {n: tensor.clone() for n, tensor in given.items()}
     call = {**given, name: _bad(given[name], how)}
     _refuses(lambda: kernels.diffusion_step(**call), error, message)
-    for buffer in ("x", "x_next", "x_net", "x0", "flags"):
+    for buffer in ("x", "x_next", "x_net", "x0", "flags", "history"):
         assert_same_bits(buffer, given[buffer], before[buffer])  # nothing is written half
 
 

@@ -10,13 +10,13 @@ import torch
 
 import stepfusion as sf
 from stepfusion.kernels import STREAM_FORWARD, STREAM_STEP, reference
-from stepfusion.samplers.registry import SAMPLERS
+from stepfusion.samplers.registry import samplers_of
 from stepfusion_testing.networks import labelled, smooth
 from stepfusion_testing.recorded_graph import Captures
 
 SHAPE = (2, 6, 5)
 LINEAR = sf.NoiseSchedule.linear()
-MAKERS = [name for name in SAMPLERS if name != "ddim_inversion"]
+MAKERS = samplers_of(sf.NoiseSchedule.linear())
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 

@@ -334,7 +334,7 @@ class TestRefused:
                 None,
             ): "x is float32 [2, 3, 7, 8]; accepted are height and width that are multiples of 2",
             (x, t[:1], None): "timesteps is int64 [1]; accepted is int64 [2], as x has",
-            (x, t.int(), None): "timesteps is int32 [2]; accepted is int64 [B]",
+            (x, t.int(), None): "timesteps is int32 [2]; accepted is int64, float32 or float64 [B]",
             (x, t, t): "class_labels is given; this network takes none",
         }.items():
             with pytest.raises(ValueError) as error:

@@ -204,7 +204,7 @@ def test_bad_inputs() -> None:
         (x[:, :1], t): "x is float32 [2, 1, 8, 8]; accepted is float32 [B, 3, H, W]",
         (x[:, :, :7], t): "x is float32 [2, 3, 7, 8]; accepted are height and width that are multiples of 2",
         (x, t[:1]): "timesteps is int64 [1]; accepted is int64 [2], as x has",
-        (x, t.int()): "timesteps is int32 [2]; accepted is int64 [B]",
+        (x, t.int()): "timesteps is int32 [2]; accepted is int64, float32 or float64 [B]",
         (x, t, t): "class_labels is given; this network takes none",
     }.items():
         with pytest.raises(ValueError) as error:

@@ -73,6 +73,18 @@ VARIANTS = {
         "down_block_types": ["ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"],
         "up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"],
     },
+    "consistency models": {  # the config of openai/diffusers-cd_imagenet64_l2, narrower
+        "block_out_channels": [16, 32, 64, 64],
+        "down_block_types": ["ResnetDownsampleBlock2D"] + ["AttnDownBlock2D"] * 3,
+        "up_block_types": ["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+        "layers_per_block": 3,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": 16,
+        "attn_norm_num_groups": 8,
+        "num_class_embeds": 11,
+    },
     "names of old": {
         "down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"],
         "up_block_types": ["UNetResAttnUpBlock2D", "UNetResUpBlock2D"],
@@ -233,6 +245,25 @@ def test_half_precision_stays_near_float64(dtype: torch.dtype) -> None:
     assert error < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("name", ["defaults", "consistency models", "class timestep"])
+@torch.no_grad()
+def test_timesteps_between_the_integers(name: str) -> None:
+    """c_noise of a consistency model, 250 log(sigma), or 1000 t of a flow; a table's rows too."""
+    theirs, ours = make_twins({**SMALL, **VARIANTS[name]})
+    x, _, *labels = make_inputs(ours)
+    for told in (torch.tensor([-1552.98, 1095.61]), torch.tensor([0.25, 999.5], dtype=torch.float64)):
+        assert difference(theirs, ours, (x, told, *labels)) <= TOLERANCE
+        rows = ours.condition(ours.embed_time(told), *labels)
+        assert torch.equal(ours.predict(x, rows), ours(x, told, *labels))
+        assert float((ours(x, told, *labels) - ours(x, told.long(), *labels)).abs().max()) > 10 * TOLERANCE
+
+
+def test_a_learned_embedding_has_no_row_between_the_integers() -> None:
+    network = UNet2D(UNet2DConfig.from_dict({**SMALL, **VARIANTS["learned time"]}))
+    with pytest.raises(ValueError, match=r"^timesteps is float32 \[2\]; accepted is int64 \[B\], for this network's"):
+        network(X, T.float())
+
+
 @torch.no_grad()
 def test_timesteps_do_not_pass_through_a_half_dtype() -> None:
     """bfloat16 has no 999: a network that rounds timesteps gives 999 and 1000 the same embedding."""
@@ -309,8 +340,8 @@ X, T = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
         ({}, (X[:, :2], T), "x is float32 [2, 2, 8, 8]; accepted is float32 [B, 3, H, W]"),
         ({}, (X.double(), T), "x is float64 [2, 3, 8, 8]; accepted is float32 [B, 3, H, W]"),
         ({}, (X[..., :7], T), "x is float32 [2, 3, 8, 7]; accepted are height and width that are multiples of 2"),
-        ({}, (X, T.half()), "timesteps is float16 [2]; accepted is int64 [B]"),
-        ({}, (X, T[:, None]), "timesteps is int64 [2, 1]; accepted is int64 [B]"),
+        ({}, (X, T.half()), "timesteps is float16 [2]; accepted is int64, float32 or float64 [B]"),
+        ({}, (X, T[:, None]), "timesteps is int64 [2, 1]; accepted is int64, float32 or float64 [B]"),
         ({}, (X, T[:1]), "timesteps is int64 [1]; accepted is int64 [2], as x has"),
         ({}, (X, T, T), "class_labels is given; this network takes none (its config has no class embedding)"),
         (

@@ -233,9 +233,9 @@ def test_what_a_caller_gives_is_refused_in_its_name() -> None:
 
 def test_a_callers_options_stand_before_the_models() -> None:
     thresholded = spec(threshold=0.9, sample_max_value=2.0)
-    assert thresholded.table("ddim", 5).thresholds
+    assert thresholded.table("ddim", 5).whole_image
     clipped = thresholded.table("ddim", 5, clip=0.5)
-    assert not clipped.thresholds
+    assert not clipped.whole_image
     assert (clipped.column("clip") == 0.5).all()
     karras = spec(spacing="karras")
     assert karras.table("ddim", 5, compat="diffusers").timesteps.tolist() == [800, 600, 400, 200, 0]

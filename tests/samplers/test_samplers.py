@@ -263,9 +263,9 @@ def test_coefficients_that_are_not_finite_are_refused(column: str, value: float)
 
 
 def test_ragged_tables_are_refused() -> None:
-    message = "a table of 2 rows must have coefficients [2, 14] and next_row [2], got [3, 14] and [2]"
+    message = "a table of 2 rows must have coefficients [2, 21] and next_row [2], got [3, 21] and [2]"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        StepTable("mine", "epsilon", LINEAR, np.zeros((3, 14)), np.array([5, 0]), np.array([1, -1]))
+        StepTable("mine", "epsilon", LINEAR, np.zeros((3, len(COLUMNS))), np.array([5, 0]), np.array([1, -1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -305,7 +305,7 @@ def test_single_steps_equal_rows(sampler: str, prediction: str, clip: float | No
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ddim([0.1], 5), TypeError, "schedule must be a NoiseSchedule, got list"),
+        (lambda: ddim([0.1], 5), TypeError, "schedule must be a NoiseSchedule or another path, got list"),
         (lambda: ddim(LINEAR, 5, eta=1.5), ValueError, "eta must be a finite number in [0, 1], got 1.5"),
         (lambda: ddim(LINEAR, 5, eta="0"), TypeError, "eta must be a number, got '0'"),
         (lambda: ddim(LINEAR, 5, prediction="eps"), ValueError,

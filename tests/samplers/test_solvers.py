@@ -68,7 +68,9 @@ def test_dpmpp_2m_is_the_papers(
     table = sf.dpmpp_2m(
         schedule, steps, prediction=prediction, clip=clip, lower_order_final=lower, final_alpha_cumprod=final
     )
-    assert table.history
+    assert table.history == 1
+    # a row keeps its x0 if the next one reads it
+    assert table.column("keep_x0").tolist() == [*(table.column("next_prev") != 0)[1:], 0]
     assert not table.stochastic
     x = torch.randn(SHAPE, dtype=torch.float64)
     want = solvers.dpm_solver_pp_2m(
@@ -90,7 +92,7 @@ def test_only_the_rows_between_use_a_history() -> None:
     np.testing.assert_allclose(
         table.column("next_x0") + table.column("next_prev"), first.column("next_x0"), atol=1e-12
     )
-    assert not first.history
+    assert first.history == 0
     assert (
         sf.dpmpp_2m(LINEAR, 1).coefficients.tolist()
         == sf.ddim(LINEAR, 1, spacing="trailing", clip=None).coefficients.tolist()
@@ -235,7 +237,7 @@ def test_thresholding_equals_diffusers(make: Any, ratio: float, largest: float, 
     theirs.set_timesteps(20)
     compat = {} if make is sf.dpmpp_2m else {"compat": "diffusers"}
     table = make(LINEAR, timesteps=theirs.timesteps.tolist(), threshold=ratio, sample_max_value=largest, **compat)
-    assert table.thresholds
+    assert table.whole_image
     network, x, noise = stand_in(LINEAR, "epsilon"), torch.randn(SHAPE), torch.randn(20, *SHAPE)
     want = in_their_loop(theirs, network, x, noise, monkeypatch)
     torch.testing.assert_close(walk(table, network, x, noise), want, rtol=0, atol=TOLERANCE)
@@ -318,6 +320,35 @@ def test_a_table_starts_anew_from_any_row() -> None:
         sf.StepTable.concatenate([table, table]).last(3)
 
 
+def test_a_table_that_starts_anew_uses_no_history_that_is_not_there() -> None:
+    """What a row would take from an entry that no row has kept, it takes from the oldest one, or from its own x0."""
+    weights = {"next_prev": 10.0, "next_prev2": 200.0, "next_prev3": 3000.0}
+    keep = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    columns = {name: np.full(7, value) for name, value in {**weights, "next_x0": 1.0, "clip": 1.0}.items()}
+    columns |= {"keep_x0": keep}
+    table = sf.StepTable.from_columns("third order", "epsilon", LINEAR, np.arange(70, 0, -10), columns)
+    assert table.history == 3
+    tail = table.last(5)  # whose rows keep 1, 0, 1, 1 and 1 entries
+    used = np.stack([tail.column(name) for name in ("next_x0", *weights)], axis=1)
+    assert used.tolist() == [[3211, 0, 0, 0], [1, 3210, 0, 0], [1, 3210, 0, 0], [1, 10, 3200, 0], [1, 10, 200, 3000]]
+
+
+@pytest.mark.parametrize(("column", "entries"), [("next_prev", 1), ("next_prev2", 2), ("next_prev3", 3)])
+def test_a_table_says_how_much_history_it_needs(column: str, entries: int) -> None:
+    columns = {"clip": np.ones(3), column: np.array([0.0, 0.0, -0.5])}
+    table = sf.StepTable.from_columns("mine", "epsilon", LINEAR, np.array([9, 5, 1]), columns)
+    assert table.history == entries
+    assert sf.StepTable.concatenate([sf.ddim(LINEAR, 5), table]).history == entries
+    assert (table.column("net_scale") == 1).all()
+    assert sf.ddim(LINEAR, 5).history == 0
+
+
+@pytest.mark.parametrize(("column", "whole"), [("threshold", True), ("rescale", True), ("net_scale", False)])
+def test_a_table_says_whether_it_needs_whole_images(column: str, whole: bool) -> None:
+    columns = {"clip": np.ones(2), column: np.array([0.0, 0.5])}
+    assert sf.StepTable.from_columns("mine", "epsilon", LINEAR, np.array([9, 5]), columns).whole_image is whole
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -327,7 +358,10 @@ def test_a_table_starts_anew_from_any_row() -> None:
         (lambda: sf.ddpm(LINEAR, 5, sample_max_value=0.5), r"sample_max_value must be a finite number in \[1, inf\]"),
         (lambda: karras(LINEAR.alphas_cumprod, 5, rho=0), r"rho must be a finite number in \(0, inf\], got 0"),
         (lambda: karras(LINEAR.alphas_cumprod, 1001), r"steps must be in \[1, 1000\], got 1001"),
-        (lambda: sf.dpmpp_2m(LINEAR, 5, spacing="even"), "spacing must be one of 'leading', .*'karras', got 'even'"),
+        (
+            lambda: sf.dpmpp_2m(LINEAR, 5, spacing="even"),
+            "spacing must be one of 'leading', .*'karras', .*'beta', got 'even'",
+        ),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:

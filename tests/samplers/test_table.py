@@ -77,7 +77,7 @@ def test_bad_starts_are_refused(starts: Any, error: type[Exception], message: st
             TypeError,
             "coefficients must be an array of float64",
         ),
-        ({"schedule": "linear"}, TypeError, "schedule must be a NoiseSchedule, got str"),
+        ({"schedule": "linear"}, TypeError, "schedule must be a NoiseSchedule or another path, got str"),
         ({"prediction": "eps"}, ValueError, "prediction must be one of"),
         ({"learned_variance": 1}, TypeError, "learned_variance must be True or False, got 1"),
     ],

@@ -40,6 +40,7 @@ class Mutant:
 
 BEYOND = Step((9,), torch.float32, "drawn", rows=(3, 10))
 PLANTED = Step((9,), torch.float32, "none", "ddim", x0=True, planted=math.nan, rows=(3,))
+KEPT = Step((9,), torch.float32, "none", "all history", history=2, rows=(3, 10))
 PADDED = Norm(20, 9, 9, 4, torch.float32, batch=1)
 TINY = Norm(8, 8, 8, 2, torch.float32, std=4e-20, eps=0.0, silu=False, batch=1)
 SPLIT = Norm(24, 30, 35, 2, torch.float32, batch=1)
@@ -69,6 +70,12 @@ MUTANTS = {
         old="small = variance < 2.0**-100",
         new="small = variance < 0.0",
         call=TINY,
+    ),
+    "a masked load of a weight of the history without other": Mutant(
+        *("step.py", "diffusion_step"),
+        old="coefficient_ptr + 15, mask=inside, other=0.0",
+        new="coefficient_ptr + 15, mask=inside",
+        call=KEPT,
     ),
     "a clamp without NaN": Mutant(
         *("step.py", "diffusion_step"),

@@ -56,3 +56,51 @@ def karras_levels(low: float, high: float, steps: int, rho: float = 7.0) -> list
     """Karras et al. 2022, equation 5."""
     a, b = high ** (1 / rho), low ** (1 / rho)
     return [(a + i / (steps - 1) * (b - a)) ** rho for i in range(steps)]
+
+
+# On any path, of a denoiser D(x, signal, noise) or D(x, sigma)
+
+
+def edm_sampler(
+    denoise: Callable[[Floats, float], Floats],
+    x: Floats,
+    noise: Floats,
+    *,
+    steps: int,
+    churn: tuple[float, float, float, float] = (0.0, 0.0, np.inf, 1.0),
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    corrects: bool = True,
+) -> Floats:
+    """Karras et al. 2022, algorithm 2, line by line; x is t_0 times the initial noise. Euler's if none corrects."""
+    s_churn, s_min, s_max, s_noise = churn
+    t = np.array([*karras_levels(sigma_min, sigma_max, steps), 0.0])
+    for i in range(steps):
+        gamma = min(s_churn / steps, np.sqrt(2) - 1) if s_min <= t[i] <= s_max else 0.0
+        eps = s_noise * noise[i]
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * eps
+        d = (x_hat - denoise(x_hat, float(t_hat))) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if corrects and t[i + 1] != 0:
+            d_prime = (x - denoise(x, float(t[i + 1]))) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (d / 2 + d_prime / 2)
+    return x
+
+
+def runge_kutta(
+    denoise: Callable[[Floats, float, float], Floats], x: Floats, levels: Floats, *, flow: bool
+) -> Floats:
+    """The classical method of fourth order for dx/du = (x - D) / u, over u = sigma or u = t."""
+
+    def slope(x: Floats, u: float) -> Floats:
+        return (x - denoise(x, 1 - u if flow else 1.0, u)) / u
+
+    for u, following in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
+        h = following - u
+        k1 = slope(x, u)
+        k2 = slope(x + h / 2 * k1, u + h / 2)
+        k3 = slope(x + h / 2 * k2, u + h / 2)
+        k4 = slope(x + h * k3, following)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x

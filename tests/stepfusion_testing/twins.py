@@ -9,12 +9,13 @@ import torch
 
 from stepfusion import kernels
 from stepfusion.kernels import reference
+from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.kernels.tolerance import ROUNDINGS, UNIT, tolerance
 
 Step = Callable[..., torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
-BUFFERS = ("x_next", "x_net", "x0", "flags")
+BUFFERS = ("x_next", "x_net", "x0", "history", "flags")
 ROWS = 5
 
 
@@ -25,8 +26,9 @@ class StepCase:
     Attributes:
         shape: of one image. dtype: of the network.
         noise: "none", "given" or "drawn". learned: the network returned v as well.
-        guidance: a scale a lane, or None. copies: of the next state for the network. x0: keep x0.
-        clip: bound of |x0|. history: rows but row 0 read the x0 of the row before. known: a third of the image.
+        guidance: a scale a lane, or None. unguided: row 3 is not guided.
+        copies: of the next state for the network. x0: keep x0. clip: bound of |x0|.
+        history: entries that rows but row 0 read, and rows but row 1 write. known: a third of the image.
     """
 
     shape: tuple[int, ...] = (7,)
@@ -37,13 +39,15 @@ class StepCase:
     copies: int = 1
     x0: bool = True
     clip: float = 0.75
-    history: bool = False
+    history: int = 0
     known: bool = False
+    unguided: bool = False
     rows: tuple[int, ...] = (3, 0, kernels.PARKED, 1)
 
     def __str__(self) -> str:
         words = [self.noise, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.shape)) or "scalar"]
-        words += [name for name in ("learned", "guidance", "history", "known") if getattr(self, name)]
+        words += [name for name in ("learned", "guidance", "unguided", "known") if getattr(self, name)]
+        words += [f"history {self.history}"] * (self.history > 0)
         return "-".join([*words, str(self.copies)])
 
     def arguments(self, device: torch.device) -> Tensors:
@@ -54,10 +58,11 @@ class StepCase:
         table = torch.randn(ROWS, len(kernels.COLUMNS))
         table[:, kernels.COLUMNS.index("clip")] = self.clip
         table[:, kernels.COLUMNS.index("sigma")] = torch.arange(ROWS) / ROWS if self.noise != "none" else 0.0
-        for name in ("threshold", "threshold_max", *(() if self.history else ("next_prev",))):
+        for name in ("threshold", "threshold_max", "rescale", "unguided", *HISTORY[self.history :]):
             table[:, kernels.COLUMNS.index(name)] = 0.0
-        table[0, kernels.COLUMNS.index("next_prev")] = 0.0
-        table[1, kernels.COLUMNS.index("known_sigma")] = 0.0
+        table[0, [kernels.COLUMNS.index(name) for name in HISTORY]] = 0.0
+        table[1, [kernels.COLUMNS.index(name) for name in ("known_sigma", "keep_x", "keep_x0")]] = 0.0
+        table[3, kernels.COLUMNS.index("unguided")] = float(self.unguided)
         given: Tensors = {
             "x": torch.randn(batch),
             "out": torch.randn(out).to(self.dtype),
@@ -82,7 +87,8 @@ class StepCase:
             given["x0"] = torch.full(batch, torch.nan)
         if self.history:
             reads = torch.tensor(self.rows, dtype=torch.int64) > 0
-            given["x0"] = torch.where(reads.view(-1, *[1] * len(self.shape)), torch.randn(batch), torch.nan)
+            kept = torch.randn(self.history, *batch)
+            given["history"] = torch.where(reads.view(-1, *[1] * len(self.shape)), kept, torch.nan)
         if self.known:
             given["known"] = torch.where(torch.rand(batch) < 1 / 3, torch.randn(batch), torch.nan)
         on_device = {name: tensor.to(device) for name, tensor in given.items()}
@@ -144,8 +150,8 @@ def _bounds(arguments: Tensors) -> dict[str, float]:
         std *= torch.tensor(exponent).exp().item() * (1 + exponent)  # an error of the exponent grows with it
     start = max(columns["x0_x"] * x, columns["x0_out"] * out)
     terms = [columns["next_x0"] * start, columns["next_x"] * x, columns["next_out"] * out, std * z]
-    if "x0" in a:
-        terms.append(columns["next_prev"] * _largest(a["x0"]))
+    if "history" in a:
+        terms += [columns[name] * _largest(kept) for name, kept in zip(HISTORY, a["history"], strict=False)]
     if "known" in a:
         terms += [columns["known_x"] * _largest(a["known"]), columns["known_sigma"] * z]
     rounding = ROUNDINGS["diffusion_step"]
@@ -154,7 +160,10 @@ def _bounds(arguments: Tensors) -> dict[str, float]:
         "x0": tolerance(torch.float32, start, rounding),
     }
     if "x_net" in a:
-        bounds["x_net"] = tolerance(arguments["x_net"].dtype, sum(terms), rounding)
+        shown = columns["net_scale"] * sum(terms)
+        bounds["x_net"] = tolerance(arguments["x_net"].dtype, shown, rounding)
+    if "history" in a:
+        bounds["history"] = tolerance(torch.float32, max(columns["keep_x"] * x, columns["keep_x0"] * start), rounding)
     return bounds
 
 

@@ -17,7 +17,7 @@ Network = Callable[[torch.Tensor, int], torch.Tensor]
 def walk(table: StepTable, network: Network, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """x after every row of a table, in the dtype of x; with given noise [rows, B, ...], or without any."""
     device = table.on(x.device, x.dtype)
-    x0 = torch.full_like(x, torch.nan)  # the history of a multistep solver; a row without it must not read this
+    history = torch.full((3, *x.shape), torch.nan, dtype=x.dtype)  # a row must not read what no row has kept
     for i, t in enumerate(table.timesteps):
         x = reference.diffusion_step(
             x,
@@ -26,7 +26,7 @@ def walk(table: StepTable, network: Network, x: torch.Tensor, noise: torch.Tenso
             device.coefficients,
             device.timesteps,
             noise=None if noise is None else noise[i],
-            x0=x0,
+            history=history,
         )
     return x
 

@@ -47,7 +47,7 @@ def everything(config: TrainConfig, data: Path, out: Path, workers: int = 1) -> 
     trainer = train(config, dataset, out, workers=workers)  # resumed
     export_model(trainer, out / "model", ExportRecord(out))
     weights = (out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    found = {name: getattr(batch, name) for name in ("x0", "noise", "timesteps", "labels")}
+    found = {name: getattr(batch, name) for name in ("x0", "noise", "levels", "labels")}
     return {**found, **trainer.state().tensors, "file": torch.frombuffer(bytearray(weights), dtype=torch.uint8)}
 
 

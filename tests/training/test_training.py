@@ -158,8 +158,8 @@ def test_timesteps_cover_every_stratum(dataset: ImageDataset) -> None:
     config = replace(TINY, batch_size=100)
     for step in range(5):
         batch = make_batch(config, dataset, step)
-        assert (batch.timesteps // 10).tolist() == list(range(100))
-    assert not torch.equal(make_batch(config, dataset, 0).timesteps, make_batch(config, dataset, 1).timesteps)
+        assert (batch.levels // 10).tolist() == list(range(100))
+    assert not torch.equal(make_batch(config, dataset, 0).levels, make_batch(config, dataset, 1).levels)
     assert torch.equal(make_batch(config, dataset, 3).noise, make_batch(config, dataset, 3).noise)
 
 
@@ -169,9 +169,7 @@ def test_the_loss_is_zero_for_the_right_answer(dataset: ImageDataset, prediction
     config = replace(TINY, prediction=prediction, precision="float32")
     trainer = Trainer(config, dataset)
     batch = make_batch(config, dataset, 0)
-    abar = torch.from_numpy(config.make_schedule().alphas_cumprod.copy())[batch.timesteps].float()[
-        :, None, None, None
-    ]
+    abar = torch.from_numpy(config.make_schedule().alphas_cumprod.copy())[batch.levels].float()[:, None, None, None]
 
     def oracle(x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         eps = (x_t - abar.sqrt() * batch.x0) / (1 - abar).sqrt()
@@ -205,7 +203,11 @@ def test_unlabelled_images(dataset: ImageDataset) -> None:
         ("channels", (), "channels must have at least one entry"),
         ("channels", (8, 0), r"channels\[1\] must be in"),
         ("attention_levels", (3,), "attention_levels must be in"),
-        ("prediction", "noise", "prediction must be one of 'epsilon', 'sample', 'v_prediction', got 'noise'"),
+        (
+            "prediction",
+            "noise",
+            "prediction must be one of .*, 'v_prediction', 'auto' with schedule 'cosine', got 'noise'",
+        ),
         ("schedule", "quadratic", "schedule must be one of 'linear', 'cosine'"),
         ("precision", "float8", "precision must be one of 'float32', 'bfloat16'"),
         ("learning_rate", float("nan"), "learning_rate must be a finite number"),

@@ -86,7 +86,7 @@ class ADMUNet(TimeConditioned):
         Args:
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (levels - 1)``.
-            timesteps: int64 [B].
+            timesteps: int64, float32 or float64 [B].
             class_labels: int64 [B] if the config has classes, else None. Values are not checked here.
 
         Returns:
@@ -100,7 +100,7 @@ class ADMUNet(TimeConditioned):
         return super().forward(x, timesteps, class_labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps, int64 [B], by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
+        """Embed timesteps [B] by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
         check_timesteps(timesteps)
         times = timesteps.to(torch.float32) * self.config.timestep_scale
         waves = sinusoid(times, self.config.num_channels, freq_shift=0, flip_sin_to_cos=True)

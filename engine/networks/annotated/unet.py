@@ -111,7 +111,7 @@ class AnnotatedUNet(TimeConditioned):
         Args:
             x: [B, image_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (levels - 1)``.
-            timesteps: int64 [B].
+            timesteps: int64, float32 or float64 [B].
             class_labels: None.
 
         Returns:
@@ -126,7 +126,7 @@ class AnnotatedUNet(TimeConditioned):
         return super().forward(x, timesteps)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps, int64 [B]: [B, 4 * n_channels] in the weights' dtype."""
+        """Embed timesteps [B]: [B, 4 * n_channels] in the weights' dtype."""
         check_timesteps(timesteps)
         embedding: Tensor = self.time_emb(timesteps)
         return embedding
@@ -153,7 +153,7 @@ class AnnotatedUNet(TimeConditioned):
 
 
 class TimeEmbedding(nn.Module):
-    """A sinusoid of width / 4 entries and two linear layers with a SiLU between them: int64 [B] -> [B, width]."""
+    """A sinusoid of width / 4 entries and two linear layers with a SiLU between them: [B] -> [B, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.errors import CheckpointError
+from stepfusion.networks.contexts import context_vectors
 from stepfusion.networks.inputs import check_batch, check_projections, check_timesteps
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.networks.unet2d.config import MAX_CHANNELS, MAX_SIZE
@@ -116,7 +117,7 @@ class ContextUNet(TimeConditioned):
 
         Args:
             x: [B, in_channels, sample_size, sample_size] in the weights' dtype, NCHW or channels_last.
-            timesteps: int64 [B].
+            timesteps: int64, float32 or float64 [B].
             labels: int64 [B]; or contexts, mixed as one likes, [B, context_size] in the weights' dtype; or None for
                 no context. Values are not checked here.
 
@@ -130,7 +131,7 @@ class ContextUNet(TimeConditioned):
         return super().forward(x, timesteps, labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps, int64 [B], once for each upper level: [B, 3 * features] in the weights' dtype."""
+        """Embed timesteps [B] once for each upper level: [B, 3 * features] in the weights' dtype."""
         check_timesteps(timesteps)
         fraction = timesteps.to(torch.promote_types(self._dtype, torch.float32)) / self.num_timesteps
         return torch.cat((self.timeembed1(fraction), self.timeembed2(fraction)), dim=1)
@@ -145,7 +146,7 @@ class ContextUNet(TimeConditioned):
         if time_features.ndim != 2 or time_features.shape[1] != wanted or time_features.dtype != self._dtype:
             accepted = f"{_name(self._dtype)} [B, {wanted}]"
             raise ValueError(f"time_features is {_checks.describe(time_features)}; accepted is {accepted}")
-        context = self._context(labels, time_features)
+        context = context_vectors(labels, time_features, self.context_size)
         return torch.cat((self.contextembed1(context), self.contextembed2(context), time_features), dim=1)
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
@@ -166,19 +167,6 @@ class ContextUNet(TimeConditioned):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def _context(self, labels: Tensor | None, time_features: Tensor) -> Tensor:
-        """The context vectors [B, context_size] that labels, contexts or None stand for."""
-        batch = time_features.shape[0]
-        if labels is None:
-            return time_features.new_zeros(batch, self.context_size)
-        if labels.dtype == torch.int64 and list(labels.shape) == [batch]:
-            entries = torch.arange(self.context_size, device=labels.device)
-            return (labels[:, None] == entries).to(self._dtype)
-        if labels.dtype == self._dtype and list(labels.shape) == [batch, self.context_size]:
-            return labels
-        accepted = f"int64 [{batch}] or {_name(self._dtype)} [{batch}, {self.context_size}]"
-        raise ValueError(f"labels is {_checks.describe(labels)}; accepted is {accepted}")
 
     def _check_image(self, x: Tensor) -> None:
         shape = [self.in_channels, self.sample_size, self.sample_size]

@@ -68,7 +68,7 @@ class UNet2D(TimeConditioned):
         Args:
             x: [B, in_channels, H, W] in the weights' dtype, NCHW or channels_last; H and W multiples of
                 ``2 ** (num_levels - 1)``.
-            timesteps: int64 [B].
+            timesteps: int64, float32 or float64 [B]; int64 if their embedding is learned.
             class_labels: int64 [B] if the config has classes (float [B, time_embed_dim] with
                 ``class_embed_type="identity"``), else None. Values are not checked here.
 
@@ -83,8 +83,11 @@ class UNet2D(TimeConditioned):
         return super().forward(x, timesteps, class_labels)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps, int64 [B], by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
+        """Embed timesteps [B] by the sinusoid and the time MLP: [B, time_embed_dim] in the weights' dtype."""
         check_timesteps(timesteps)
+        if self.config.time_embedding_type == "learned" and timesteps.is_floating_point():
+            given = _checks.describe(timesteps)
+            raise ValueError(f"timesteps is {given}; accepted is int64 [B], for this network's embedding is learned")
         embedding: Tensor = self.time_embedding(self._embed_position(timesteps))
         return embedding
 
@@ -143,7 +146,7 @@ class UNet2D(TimeConditioned):
         return None
 
     def _embed_position(self, timesteps: Tensor) -> Tensor:
-        """Embed int64 [B] as [B, block_out_channels[0]]; a float32 sinusoid, rounded to the weights' dtype last."""
+        """Embed timesteps [B] as [B, block_out_channels[0]]; a float32 sinusoid, in the weights' dtype last."""
         config = self.config
         if config.time_embedding_type == "learned":
             learned: Tensor = self.time_proj(timesteps)

@@ -70,7 +70,7 @@ def make_app(
         waits for them no longer.
     """
     if limits is None:
-        limits = Limits(steps=service.engine.schedule.num_timesteps)
+        limits = Limits(steps=service.engine.schedule.max_steps)
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     handlers = _Handlers(service, limits, name)
     routes = [
@@ -101,7 +101,7 @@ class _Handlers:
     def __init__(self, service: AsyncEngine, limits: Limits, name: str) -> None:
         self._service, self._limits, self._name = service, limits, name
         self._page = read_page()
-        self._description = describe(limits)
+        self._description = describe(limits, service.engine.schedule)
         # One thread encodes the previews of all streams: Python code holds back the thread that runs the engine.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="stepfusion-previews")
         self._ending = Ending()

@@ -6,7 +6,8 @@ from typing import Any
 
 import stepfusion
 from stepfusion.engine import Engine
-from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
+from stepfusion.samplers.registry import SAMPLERS_WITH_ETA, default_sampler, samplers_of
+from stepfusion.samplers.spacing import spacings_of
 from stepfusion.samplers.timesteps import ALL_SPACINGS
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.limits import Limits
@@ -15,6 +16,7 @@ from stepfusion.serving.http.messages import class_name
 
 def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
     """What a client must know to make a sensible request; ``name`` is the model's, for people."""
+    samplers = samplers_of(engine.schedule)
     return {
         "name": name,
         "version": stepfusion.__version__,
@@ -22,10 +24,12 @@ def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
         "classes": _classes(engine),
         "null_label": engine.null_label,
         "guidance": engine.null_label is not None,
-        "samplers": list(OFFERED),
-        "eta": SAMPLERS_WITH_ETA,
-        "spacings": list(ALL_SPACINGS),
-        "timesteps": engine.schedule.num_timesteps,
+        "samplers": list(samplers),
+        "default_sampler": engine.options.get("sampler", default_sampler(engine.schedule)),
+        "eta": {sampler: eta for sampler, eta in SAMPLERS_WITH_ETA.items() if sampler in samplers},
+        "spacings": list(ALL_SPACINGS if engine.schedule.discrete else spacings_of(engine.schedule)),
+        "path": engine.schedule.name,
+        "timesteps": engine.schedule.max_steps,
         "prediction": engine.prediction,
         "invariant": engine.invariant,
         "device": str(engine.plan.device),

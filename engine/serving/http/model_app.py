@@ -41,7 +41,7 @@ class ModelApp:
     def make(self) -> Starlette:
         """Load the model and make its application."""
         engine = Engine.from_pretrained(self.model, **vars(self.execution))
-        steps = engine.schedule.num_timesteps if self.max_steps is None else self.max_steps
+        steps = engine.schedule.max_steps if self.max_steps is None else self.max_steps
         return make_app(
             AsyncEngine(engine, queue=self.queue, hang_after=self.hang_after),
             limits=replace(self.limits, steps=steps),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import stepfusion
-from stepfusion.samplers.registry import OFFERED
+from stepfusion.samplers.path import Path
+from stepfusion.samplers.registry import samplers_of
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 
@@ -22,13 +23,14 @@ _PROBLEMS = {
     504: "the deadline is, or was, out of reach",
 }
 _PRIORITY = "an integer from -1000 to {}, of which higher ones get lanes first"
-_STREAM = """Server-sent events: "accepted" {images, steps}; "progress" {step, steps, timestep, images, previews}, the
-last a small base64 PNG for each of the images; at the end "result" {images: [{name, seed, index, label, class, png}],
-seconds: {queued, running, total}}, or "error" {status, error}. Closing the connection cancels."""
+_STREAM = """Server-sent events: "accepted" {images, steps}; "progress" {step, steps, timestep, images, previews},
+the timestep being what the network is told, an integer or on some paths a float, and the last a small base64 PNG for
+each of the images; at the end "result" {images: [{name, seed, index, label, class, png}], seconds: {queued, running,
+total}}, or "error" {status, error}. Closing the connection cancels."""
 
 
-def describe(limits: Limits) -> dict[str, Any]:
-    """The document that /openapi.json serves."""
+def describe(limits: Limits, path: Path) -> dict[str, Any]:
+    """The document that /openapi.json serves for a model on ``path``."""
     bytes_of = {"type": "string", "format": "binary"}
     return {
         "openapi": "3.1.0",
@@ -46,6 +48,7 @@ def describe(limits: Limits) -> dict[str, Any]:
                 "post": _post(
                     PictureRequest,
                     limits,
+                    path,
                     "Make images",
                     {"image/png": {"schema": bytes_of}, "application/x-npz": {"schema": bytes_of}},
                     "One PNG (several images as a grid), or an .npz with images uint8 [n, H, W, C], seeds, indices "
@@ -56,6 +59,7 @@ def describe(limits: Limits) -> dict[str, Any]:
                 "post": _post(
                     StreamRequest,
                     limits,
+                    path,
                     "Make images, and tell of progress",
                     {"text/event-stream": {"schema": {"type": "string"}}},
                     _STREAM,
@@ -80,11 +84,11 @@ _ERROR = {
 
 
 def _post(
-    request: type[GenerateRequest], limits: Limits, summary: str, content: dict[str, Any], response: str
+    request: type[GenerateRequest], limits: Limits, path: Path, summary: str, content: dict[str, Any], response: str
 ) -> dict[str, Any]:
     problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     schema = request.model_json_schema()
-    schema["properties"]["sampler"]["enum"] = list(OFFERED)
+    schema["properties"]["sampler"]["enum"] = [*samplers_of(path), None]
     schema["properties"]["priority"] |= {"maximum": limits.priority, "description": _PRIORITY.format(limits.priority)}
     return {
         "summary": summary,

@@ -22,14 +22,14 @@ class Preview:
     Attributes:
         step: from 1 to ``steps``.
         steps: of each of these images.
-        timestep: the training timestep that the step started from.
+        timestep: the training timestep that the step started from, or what else the network was told there.
         images: their places in the request.
         x0: float32 [k, C, h, w] on the host, the predictions; every so many pixels of them.
     """
 
     step: int
     steps: int
-    timestep: int
+    timestep: int | float
     images: tuple[int, ...]
     x0: torch.Tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepfusion.engine import Engine
-from stepfusion.samplers.registry import OFFERED
+from stepfusion.samplers.registry import samplers_of
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.http.errors import InvalidRequest, shown
 from stepfusion.serving.http.limits import Limits, check_limit
@@ -92,8 +92,9 @@ def preview_interval(request: ValidatedRequest, every: int | None, limits: Limit
 def _table(request: GenerateRequest, engine: Engine, limits: Limits) -> StepTable:
     """The table that was asked for; steps that are given are limited before any table is made of them."""
     check_limit("steps", request.steps or 0, limits.steps, "steps")
-    if request.sampler not in OFFERED:
-        raise InvalidRequest(f"sampler must be one of {', '.join(map(repr, OFFERED))}, got {shown(request.sampler)}")
+    accepted = samplers_of(engine.schedule)
+    if request.sampler not in (None, *accepted):
+        raise InvalidRequest(f"sampler must be one of {', '.join(map(repr, accepted))}, got {shown(request.sampler)}")
     asked = request.table_request
     asked.check()
     table = asked.of(engine)

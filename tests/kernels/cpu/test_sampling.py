@@ -15,7 +15,7 @@ from stepfusion.kernels import BackendError, cpu_ops, reference
 from stepfusion.kernels.cpu import sampling_library
 from stepfusion_testing.cpu_kernels import thread_counts
 from stepfusion_testing.fused import INSTRUCTION_SETS, use_sampling_kernels
-from stepfusion_testing.twins import StepCase, assert_same_bits, assert_step_equivalent, outputs
+from stepfusion_testing.twins import BUFFERS, StepCase, assert_same_bits, assert_step_equivalent, outputs
 
 CPU = torch.device("cpu")
 RUN = 1024  # of sampling.h
@@ -74,9 +74,11 @@ def _same(name: str, got: Any, want: Any) -> None:
 # Instruction sets and threads
 
 CASES = [
-    StepCase((3, 21, 23), torch.bfloat16, "drawn", guidance=(7.5, 1.0, 0.0, 3.0), copies=2, history=True, known=True),
+    StepCase((3, 21, 23), torch.bfloat16, "drawn", guidance=(7.5, 1.0, 0.0, 3.0), copies=2, history=1, known=True),
     StepCase((3, 21, 23), torch.float16, "drawn", learned=True),
-    StepCase((4101,), torch.float32, "given", learned=True, history=True),
+    StepCase((4101,), torch.float32, "given", learned=True, history=3),
+    StepCase((3, 21, 23), torch.bfloat16, "drawn", guidance=(7.5, 1.0, 0.0, 3.0), copies=2, history=3, unguided=True),
+    StepCase((3, 21, 23), torch.float16, "none", history=2, x0=False),
 ]
 
 
@@ -139,8 +141,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_operand_of_the_step_may_be_channels_last(shape: tuple[int, ...], learned: bool) -> None:
     """One at a time, and all."""
-    case = StepCase(shape, torch.float16, "given", learned=learned, guidance=(7.5, 1.0, 0.0, 3.0), known=True)
-    given = case.arguments(CPU)
+    options = {"guidance": (7.5, 1.0, 0.0, 3.0), "known": True, "history": 2}
+    given = StepCase(shape, torch.float16, "given", learned=learned, **options).arguments(CPU)
     expected = outputs(cpu_ops.diffusion_step, given)
     names = ("x", "out", "noise", "out_uncond", "known")
     for chosen in (*((name,) for name in names), names):
@@ -183,7 +185,7 @@ def test_addresses_need_no_alignment(case: StepCase, offset: int) -> None:
     given = case.arguments(CPU)
     expected = outputs(cpu_ops.diffusion_step, given)
     moved = {name: _shifted(tensor, offset) for name, tensor in given.items()}
-    results = {name: moved[name] for name in ("x_next", "x_net", "x0", "flags") if name in moved}
+    results = {name: moved[name] for name in BUFFERS if name in moved}
     cpu_ops.diffusion_step(**moved)
     for name, tensor in results.items():
         assert_same_bits(name, tensor, expected[name])
@@ -193,10 +195,10 @@ def test_addresses_need_no_alignment(case: StepCase, offset: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nothing_else_is_written(elements: int, dtype: torch.dtype) -> None:
     """What lies before and behind every output keeps its values."""
-    given = StepCase((elements,), dtype, "drawn", copies=2, rows=(1, 2)).arguments(CPU)
+    given = StepCase((elements,), dtype, "drawn", copies=2, history=3, rows=(1, 2)).arguments(CPU)
     guard = 70
     rooms = {}
-    for name in ("x_next", "x_net", "x0", "flags"):
+    for name in BUFFERS:
         rooms[name] = torch.full((given[name].numel() + 2 * guard,), 7, dtype=given[name].dtype)
         given[name] = rooms[name][guard:-guard].view(given[name].shape).copy_(given[name])
     cpu_ops.diffusion_step(**given)
@@ -223,7 +225,7 @@ def test_any_float32_is_narrowed_as_pytorch_does(dtype: torch.dtype) -> None:
     ties = torch.arange(0, 2**31 - 1, 2**12).to(torch.int32)
     x = torch.cat((words, ties, ties + 1, ties - 1)).view(torch.float32).view(1, -1)
     table = torch.zeros(1, len(kernels.COLUMNS))
-    table[0, kernels.COLUMNS.index("next_x")] = 1.0
+    table[0, [kernels.COLUMNS.index(name) for name in ("next_x", "net_scale")]] = 1.0
     copy = torch.empty_like(x, dtype=dtype)
     row = torch.tensor([0])
     state = cpu_ops.diffusion_step(x, torch.zeros_like(x), row, table, row, x_net=copy)
@@ -255,12 +257,13 @@ def test_the_exponential_is_rounded_nearly_always_right() -> None:
 
 @pytest.mark.parametrize("name", ["x", "out", "noise", "known"])
 def test_a_lane_that_is_not_finite_leaves_the_others_alone(name: str) -> None:
-    given = StepCase((3, 9, 9), torch.float32, "given", known=True, copies=2).arguments(CPU)
+    given = StepCase((3, 9, 9), torch.float32, "given", known=True, copies=2, history=1).arguments(CPU)
     clean = outputs(cpu_ops.diffusion_step, given)
     given[name][3] = torch.inf
     got = outputs(cpu_ops.diffusion_step, given)
     for output in ("x_next", "x0", "flags"):
         assert_same_bits(output, got[output][:3], clean[output][:3])
+    assert_same_bits("history", got["history"][:, :3], clean["history"][:, :3])
     assert got["flags"].tolist() == [-1, -1, -1, 1]
 
 
@@ -411,12 +414,14 @@ def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     ops, calls = torch.ops.stepfusion, _calls((3, 4, 5))
     step = StepCase((3, 4, 5), torch.float16, "drawn", copies=2).arguments(CPU)
     names = ("x", "out", "rows", "coefficients", "timesteps", "seeds", "indices", "noise", "out_uncond", "guidance")
-    names += ("x_next", "x_net", "x0", "flags", "known")
+    names += ("x_next", "x_net", "x0", "flags", "known", "history")
+    kept = StepCase((3, 4, 5), torch.float32, "none", history=3).arguments(CPU)
     forward, t = calls["q_sample"], calls["q_sample"]["t"]
     x, tables = forward["x_start"], [_table(), _table()]
     identity = (forward["seeds"], forward["indices"])
     return [
         (ops.diffusion_step_cpu_.default, (*(step.get(name) for name in names), False)),
+        (ops.diffusion_step_cpu_.default, (*(kept.get(name) for name in names), False)),
         (ops.q_sample_cpu_.default, (x, t, *tables, *identity, None, torch.empty_like(x), torch.empty_like(x))),
         (ops.q_sample_cpu_.default, (x, t, *tables, None, None, x, torch.empty_like(x), None)),
         (ops.q_posterior_cpu.default, (x, x, t, *tables, *tables)),

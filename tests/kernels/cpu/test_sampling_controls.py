@@ -64,6 +64,22 @@ def _fresh_step() -> None:
     assert_same_bits("x_next", got, want)
 
 
+def _state_kept() -> None:
+    """Rows that keep x and no x0."""
+    given = StepCase((9,), torch.float32, "none", history=1).arguments(CPU)
+    given["coefficients"][:, kernels.COLUMNS.index("keep_x0")] = 0.0
+    got, want = (outputs(ops.diffusion_step, given) for ops in (cpu_ops, reference))
+    assert_same_bits("history", got["history"], want["history"])
+
+
+def _whole_image() -> None:
+    """Rows with rescale are not for the kernel."""
+    given = StepCase((9,), torch.float32, "none").arguments(CPU)
+    given["coefficients"][3, kernels.COLUMNS.index("rescale")] = 0.5
+    got = outputs(cpu_ops.diffusion_step, given)["x_next"][0]
+    assert_same_bits("x_next", got, torch.full_like(got, torch.nan))
+
+
 def _exponential() -> None:
     """The standard deviation of a learned variance, to its last bit but one."""
     v = torch.linspace(-20, 20, 1001)
@@ -115,7 +131,7 @@ def _narrowed(dtype: torch.dtype) -> Compare:
         x = torch.arange(-(2**31), 2**31 - 1, 2**12).to(torch.int32).view(torch.float32).view(1, -1)
         x = x[x.isfinite()].view(1, -1)
         table = torch.zeros(1, len(kernels.COLUMNS))
-        table[0, kernels.COLUMNS.index("next_x")] = 1.0
+        table[0, [kernels.COLUMNS.index(name) for name in ("next_x", "net_scale")]] = 1.0
         row, copy = torch.tensor([0]), torch.empty_like(x, dtype=dtype)
         state = cpu_ops.diffusion_step(x, torch.zeros_like(x), row, table, row, x_net=copy)
         assert_same_bits("x_net", copy, state.to(dtype))
@@ -144,7 +160,9 @@ SILENT = _step(StepCase((9,), torch.float32, "none"))
 SILENT_NAN = _step(StepCase((9,), torch.float32, "none"), nan="nan")
 SILENT_INF = _step(StepCase((9,), torch.float32, "none", clip=torch.inf), nan="inf")
 BEYOND = _step(StepCase((9,), torch.float32, "none", rows=(5, 1, 2**40)), nan="nan")
-HISTORY = _step(StepCase((9,), torch.float32, "none", history=True))
+HISTORY = _step(StepCase((9,), torch.float32, "none", history=3))
+LONG_HISTORY = _step(StepCase((3, 1030), torch.float32, "none", history=2))
+UNGUIDED = _step(StepCase((9,), torch.float32, "given", guidance=(7.5, 1.0, 0.0, 2.0), unguided=True))
 KNOWN = _step(StepCase((1030,), torch.float32, "drawn", known=True))
 FIXED = _step(StepCase((9,), torch.float32, "none", known=True))
 
@@ -193,9 +211,42 @@ MUTANTS = {
     "a polynomial's term": Mutant("step.cpp", _exponential, "p = p * g + 1.0 / 24.0;", "p = p * g + 1.0 / 25.0;"),
     "guidance from the wrong end": Mutant("step.cpp", GUIDED, "= uncond[i] + scale", "= out[i] + scale"),
     "guidance of one": Mutant("step.cpp", GUIDED_NAN, "guidance[image] != 1.0f", "guidance[image] != 2.0f"),
-    "no history": Mutant("step.cpp", HISTORY, "add(row.next_prev, x0", "add(0.0f, x0"),
-    "history of the same row": Mutant("step.cpp", HISTORY, "x0 == nullptr || history ?", "x0 == nullptr ?"),
-    "history read by a row without": Mutant("step.cpp", HISTORY, "&& row.next_prev != 0.0f", ""),
+    "no history": Mutant("step.cpp", HISTORY, "add(row.next_kept(age), kept", "add(0.0f, kept"),
+    "history of the same row": Mutant("step.cpp", HISTORY, "kept(age) + start, next_run", "buffers[5], next_run"),
+    "history read by a row without": Mutant("step.cpp", HISTORY, "if (row.next_kept(age) != 0.0f) add", "add"),
+    "an older weight for the oldest": Mutant(
+        "step.cpp", HISTORY, "next_prev2 : next_prev3;", "next_prev2 : next_prev2;"
+    ),
+    "the history of another lane": Mutant("step.cpp", HISTORY, "kept(age) + start, next_run", "kept(age), next_run"),
+    "the history's stride": Mutant(
+        "step.cpp", HISTORY, "history + age * images * channels", "history + age * channels"
+    ),
+    "the history not shifted": Mutant(
+        "step.cpp", HISTORY, "int64_t age = entries - 1; age > 0;", "int64_t age = 0; age > 0;"
+    ),
+    "the history shifted in the wrong order": Mutant(
+        "step.cpp",
+        HISTORY,
+        "int64_t age = entries - 1; age > 0; age--",
+        "int64_t age = 1; age < entries; age++",
+    ),
+    "the history shifted to another place": Mutant(
+        "step.cpp", LONG_HISTORY, "kept(age), FLOAT32, start, count);", "kept(age), FLOAT32, 0, count);"
+    ),
+    "what is kept put in another place": Mutant(
+        "step.cpp", LONG_HISTORY, "write_run(run, kept(0), FLOAT32, start,", "write_run(run, kept(0), FLOAT32, 0,"
+    ),
+    "x0 kept alone": Mutant("step.cpp", HISTORY, "row.keep_x * x[i] + row.keep_x0 * x0;", "row.keep_x0 * x0;"),
+    "every row keeps something": Mutant(
+        "step.cpp", HISTORY, "entries > 0 && (row.keep_x != 0.0f || row.keep_x0 != 0.0f)", "entries > 0"
+    ),
+    "the state alone kept by no row": Mutant("step.cpp", _state_kept, "row.keep_x != 0.0f || row", "row"),
+    "what the network is shown not scaled": Mutant("step.cpp", SILENT, "row.net_scale != 1.0f", "false"),
+    "the next state scaled": Mutant(
+        "step.cpp", SILENT, "next_run, buffers[0], count);\n      shown", "next_run, next_run, count);\n      shown"
+    ),
+    "an unguided row guided": Mutant("step.cpp", UNGUIDED, " && row.unguided == 0.0f", ""),
+    "rescaled guidance left out": Mutant("step.cpp", _whole_image, "result.rescale != 0.0f || ", ""),
     "known region left to the sampler": Mutant(
         "step.cpp", FIXED, "known[i] == known[i] ? row.known_x * known[i] : next[i]", "next[i]"
     ),

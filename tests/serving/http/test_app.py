@@ -184,16 +184,26 @@ WRONG: list[tuple[Any, str]] = [
     ({"sampler": "ddpm"}, "steps is too large: 100 steps"),
     ({"n": 8, "steps": 40}, "n * steps is too large: 320 evaluations"),
     ({"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]}, "n * steps is too large: 320 evaluations"),
-    ({"sampler": "euler"}, "sampler must be one of 'ddim'"),
+    ({"sampler": "midpoint"}, "sampler must be one of 'ddim'"),
+    ({"sampler": "flow_sde"}, "sampler must be one of 'ddim'"),
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
     (
         {"sampler": "ddpm", "steps": 5, "eta": 0.5},
-        "eta is an option of sampler ddim and euler_ancestral, got sampler ddpm",
+        "eta is an option of sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd and flow_sde, "
+        "got sampler ddpm",
     ),
-    ({"sampler": "dpmpp_2m", "eta": 0}, "eta is an option of sampler ddim and euler_ancestral, got sampler dpmpp_2m"),
+    (
+        {"sampler": "dpmpp_2m", "eta": 0},
+        "eta is an option of sampler ddim, euler_ancestral, dpmpp_2m_sde, dpmpp_3m, tcd and flow_sde, "
+        "got sampler dpmpp_2m",
+    ),
     ({"sampler": "euler_ancestral", "eta": -1}, "eta must be a finite number in [0, 1], got -1"),
     ({"eta": -1}, "eta must be a finite number in [0, 1], got -1"),
-    ({"spacing": "even"}, "spacing must be one of 'leading', 'trailing', 'linspace', 'karras', got 'even'"),
+    (
+        {"spacing": "even"},
+        "spacing must be one of 'leading', 'trailing', 'linspace', 'karras', 'exponential', 'lambda', 'beta', "
+        "'linear', 'uniform', got 'even'",
+    ),
     ({"spacing": "trailing\n"}, "spacing must be one of 'leading'"),
     ({"spacing": 1}, "spacing must be one of 'leading'"),
     (
@@ -469,9 +479,12 @@ def test_model_has_what_a_client_needs(here: Here) -> None:
     assert facts["classes"] == [{"label": i, "name": name} for i, name in enumerate(NAMES)]
     assert facts["guidance"] is True
     assert facts["limits"]["images"] == 8
-    assert set(facts["samplers"]) == {name for name in sf.samplers.registry.SAMPLERS if name != "ddim_inversion"}
-    assert facts["spacings"] == ["leading", "trailing", "linspace", "karras"]
-    assert facts["eta"] == {"ddim": 0, "euler_ancestral": 1}, "of the samplers that take one, by default"
+    assert facts["samplers"] == list(sf.samplers.registry.samplers_of(sf.NoiseSchedule.linear()))
+    assert "flow_sde" not in facts["samplers"]
+    assert facts["default_sampler"] == "ddim"
+    assert facts["spacings"] == ["leading", "trailing", "linspace", "karras", "exponential", "lambda", "beta"]
+    assert {"ddim": 0, "euler_ancestral": 1}.items() <= facts["eta"].items(), "of samplers that take one, by default"
+    assert facts["eta"].keys() <= {*facts["samplers"]}
 
 
 def test_metrics_count(here: Here) -> None:
@@ -504,7 +517,7 @@ def test_the_description_has_every_path_and_describes_what_is_asked(here: Here) 
         for bad in (
             {"n": "2"},
             {"nn": 2},
-            {"sampler": "euler"},
+            {"sampler": "eulers"},
             {"seed": -1},
             {"spacing": "even"},
             {"timesteps": 5},

@@ -1,0 +1,190 @@
+"""Which sampler is best for so many evaluations of the network: ``python -m stepfusion.bench.sampler_quality MODEL``.
+
+Two measures, of the same seeds and labels for all samplers:
+
+- *distance*: the root of the mean squared difference to where the differential equation goes, DDIM with all
+  timesteps of a schedule, else Heun's method with 500 steps; of deterministic samplers;
+- *Frechet distance* to test images (:mod:`stepfusion.bench.quality`), if a data set is given.
+
+A sampler takes as many steps, by its model's defaults, as do not need more evaluations than are allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepfusion.bench.image_classifier import load_classifier, read_images, to_unit_range
+from stepfusion.bench.plots import png
+from stepfusion.bench.quality import as_stored, balanced_labels, engine_draw, frechet_distance
+from stepfusion.engine import Engine
+from stepfusion.files.atomic import atomic_write
+from stepfusion.samplers.registry import samplers_of
+from stepfusion.samplers.table import StepTable
+from stepfusion.training.datasets import load_dataset
+
+EVALUATIONS = 8, 12, 15, 20, 30, 50
+_DISTILLED = "consistency", "lcm", "tcd"  # for networks that were distilled for them
+_TRUE_STEPS = 500  # of Heun's method
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One sampler with one budget.
+
+    Attributes:
+        sampler, table: its name, and its table's.
+        allowed, evaluations: of the network for an image: the budget, and what it takes of it.
+        distance: to the differential equation's solution; None for samplers that add noise.
+        frechet: Frechet distance to test images, None without a data set.
+    """
+
+    sampler: str
+    table: str
+    allowed: int
+    evaluations: int
+    distance: float | None
+    frechet: float | None
+
+
+def fitting_table(engine: Engine, sampler: str, allowed: int) -> StepTable | None:
+    """The table of a sampler with the most steps that need at most ``allowed`` evaluations; None if none does."""
+    for steps in range(allowed, 0, -1):
+        try:
+            table = engine.table(sampler, steps)
+        except ValueError:
+            continue  # a solver of several orders may need more steps than one
+        if len(table) <= allowed:
+            return table
+    return None
+
+
+def measure(
+    engine: Engine, budgets: Sequence[int], images: int, distance_to: Callable[[Tensor], float] | None, workers: int
+) -> Iterator[Quality]:
+    """Every sampler of the engine's path with every budget.
+
+    Args:
+        images: of seed 0, labels balanced if the model takes labels.
+        distance_to: the Frechet distance of samples as stored; None to leave it out.
+        workers: threads.
+    """
+    classes = engine.num_classes
+    labels = None if classes is None else balanced_labels(images, classes - (engine.null_label is not None))
+
+    def draw(table: StepTable) -> Tensor:
+        if labels is None:
+            return engine.sample(images, table, progress=False).cpu()
+        return engine_draw(engine, table, workers)(labels, 0, None)
+
+    true = draw(_true(engine))
+    for sampler in samplers_of(engine.schedule):
+        for allowed in () if sampler in _DISTILLED else budgets:
+            table = fitting_table(engine, sampler, allowed)
+            if table is None:
+                continue
+            samples = draw(table)
+            distance = None if table.stochastic else float((samples - true).square().mean().sqrt())
+            frechet = None if distance_to is None else distance_to(as_stored(samples))
+            yield Quality(sampler, table.name, allowed, len(table), distance, frechet)
+
+
+def _true(engine: Engine) -> StepTable:
+    """The table that goes nearest to the solution of the differential equation."""
+    if engine.schedule.discrete:
+        return engine.table("ddim", engine.schedule.max_steps)
+    return engine.table("heun", _TRUE_STEPS)
+
+
+def distance_to_test(data: Path) -> Callable[[Tensor], float]:
+    """The Frechet distance of images to the test images of a data set, read by the classifier of its classes."""
+    classifier = load_classifier()
+    features, _ = read_images(classifier, to_unit_range(load_dataset(data, "test").images))
+
+    def distance(images: Tensor) -> float:
+        return frechet_distance(read_images(classifier, images)[0], features)
+
+    return distance
+
+
+def as_markdown(found: Sequence[Quality], measure_of: str) -> str:
+    """A table of one measure: samplers by evaluations, the best of each column marked."""
+    budgets = sorted({quality.allowed for quality in found})
+    values = {(q.sampler, q.allowed): getattr(q, measure_of) for q in found if getattr(q, measure_of) is not None}
+    best = {b: min((v for (_, allowed), v in values.items() if allowed == b), default=None) for b in budgets}
+    lines = [["sampler", *map(str, budgets)], ["---"] * (1 + len(budgets))]
+    for sampler in dict.fromkeys(q.sampler for q in found):
+        row = [values.get((sampler, budget)) for budget in budgets]
+        if any(value is not None for value in row):
+            cells = [_cell(value, best[budget]) for budget, value in zip(budgets, row, strict=True)]
+            lines.append([f"`{sampler}`", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: float | None, best: float | None) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.3g}**" if value == best else f"{value:.3g}"
+
+
+def picture(found: Sequence[Quality]) -> bytes:
+    """Distance, and Frechet distance if it was measured, against evaluations; both axes logarithmic."""
+    measures = [name for name in ("distance", "frechet") if any(getattr(q, name) is not None for q in found)]
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(1, len(measures), squeeze=False)[0]
+        for axis, name in zip(axes, measures, strict=True):
+            for number, sampler in enumerate(dict.fromkeys(q.sampler for q in found)):
+                points = [(q.evaluations, getattr(q, name)) for q in found if q.sampler == sampler]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    style = ("-", "--", ":")[number // 10 % 3]
+                    axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=sampler)
+            axis.set(xscale="log", yscale="log", xlabel="evaluations of the network for an image")
+            axis.set_ylabel({"distance": "distance to the solution", "frechet": "Frechet distance"}[name])
+            ticks = sorted({q.allowed for q in found})
+            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(visible=True, alpha=0.3)
+            axis.legend(fontsize=7, ncols=2)
+
+    return png(paint, (6.0 * len(measures), 4.5))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write ``samplers.jsonl``, ``samplers.md`` and ``samplers.png``."""
+    parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.sampler_quality", description=__doc__)
+    parser.add_argument("model", help="a bundled model, a model directory or a file")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="directory of idx files, for the Frechet distance")
+    parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="directory")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    engine = Engine.from_pretrained(args.model, dtype="float32", batch=64)
+    distance_to = None if args.data is None else distance_to_test(args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for quality in measure(engine, args.evaluations, args.images, distance_to, args.workers):
+        found.append(quality)
+        print(json.dumps(asdict(quality)), flush=True)
+    lines = "".join(json.dumps(asdict(quality)) + "\n" for quality in found)
+    atomic_write(args.out / "samplers.jsonl", lines.encode())
+    measures = ("distance",) if distance_to is None else ("distance", "frechet")
+    text = "\n".join(f"{name}\n\n{as_markdown(found, name)}" for name in measures)
+    atomic_write(args.out / "samplers.md", text.encode())
+    atomic_write(args.out / "samplers.png", picture(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""EDM's UNets (Karras et al. 2022)."""

@@ -1,0 +1,1 @@
+"""UNets over sequences."""

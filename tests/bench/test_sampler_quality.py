@@ -1,0 +1,81 @@
+"""Samplers compared by evaluations: what fits a budget, what is measured, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stepfusion as sf
+from stepfusion.bench import sampler_quality
+from stepfusion.bench.sampler_quality import Quality, as_markdown, fitting_table, main, measure
+
+
+class Exact(nn.Module):
+    """The eps of data N(0.3, 0.4^2) on a linear schedule of 40 timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = sf.NoiseSchedule.linear(40)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        abar = torch.from_numpy(self.schedule.alphas_cumprod.copy()).float()[t].view(-1, 1, 1, 1)
+        mean = 0.3 + abar.sqrt() * 0.16 / (abar * 0.16 + 1 - abar) * (x - abar.sqrt() * 0.3)
+        return self.scale * (x - abar.sqrt() * mean) / (1 - abar).sqrt()
+
+
+@pytest.fixture(scope="module")
+def engine() -> sf.Engine:
+    network = Exact()
+    return sf.Engine(network, network.schedule, shape=(1, 4, 4), device="cpu", dtype="float32", batch=4)
+
+
+def test_a_budget_is_of_evaluations(engine: sf.Engine) -> None:
+    one, two = fitting_table(engine, "ddim", 8), fitting_table(engine, "heun", 8)
+    assert one is not None
+    assert two is not None
+    assert (len(one), len(two)) == (8, 7)  # two evaluations a step, one in the last
+    assert fitting_table(engine, "heun", 1) is not None
+
+
+def test_more_evaluations_go_nearer_and_noise_has_no_distance(engine: sf.Engine) -> None:
+    found = {(q.sampler, q.allowed): q for q in measure(engine, (4, 20), 4, None, 1)}
+    assert found["ddim", 20].distance < found["ddim", 4].distance  # type: ignore[operator]
+    assert found["ddpm", 20].distance is None
+    assert {q.frechet for q in found.values()} == {None}
+    assert not {"lcm", "tcd", "consistency"} & {sampler for sampler, _ in found}
+    assert all(q.evaluations <= q.allowed for q in found.values())
+
+
+def test_the_best_of_each_column_is_marked() -> None:
+    found = [
+        Quality("a", "a", 8, 8, 0.5, None),
+        Quality("b", "b", 8, 7, 0.25, None),
+        Quality("c", "c", 8, 8, None, None),
+    ]
+    assert as_markdown(found, "distance") == "| sampler | 8 |\n| --- | --- |\n| `a` | 0.5 |\n| `b` | **0.25** |\n"
+
+
+def test_the_page_of_samplers_has_the_committed_figures() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "bench" / "results" / "samplers" / "samplers.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [Quality(**json.loads(line)) for line in lines]
+    assert as_markdown(found, "distance") in (root / "docs" / "samplers.md").read_text(encoding="utf-8")
+    at = {(q.sampler, q.allowed): q.distance for q in found}
+    assert at["unipc", 15] < at["ddim", 30]  # type: ignore[operator]
+
+
+def test_the_command_writes_lines_a_table_and_a_picture(
+    tmp_path: Path, engine: sf.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sampler_quality.Engine, "from_pretrained", lambda *_, **__: engine)
+    assert main(["model", "--evaluations", "4", "6", "--images", "2", "--out", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samplers.jsonl").read_text().splitlines()]
+    assert {line["allowed"] for line in lines} == {4, 6}
+    assert (tmp_path / "out" / "samplers.md").read_text().startswith("distance\n\n| sampler | 4 | 6 |\n")
+    assert (tmp_path / "out" / "samplers.png").read_bytes().startswith(b"\x89PNG")
