@@ -27,7 +27,10 @@ class FileModel(BaseModel):
     """The base of what a file's object must be: every type exact, every key known, every number finite."""
 
     # building at import would look for plugins in every installed package
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    # and fields may be called as the files call them, "model_type" too
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
+    )
 
 
 def read_json(path: Path, error: type[Exception], most: int, *, infinite: Collection[str] = ()) -> dict[str, Any]:

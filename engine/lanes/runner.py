@@ -95,7 +95,9 @@ class Runner:
         if ops is kernels and evaluator.hoisted:  # our networks are NHWC on a GPU, and the fused step is either
             self._x_net = self._x_net.to(memory_format=torch.channels_last)
         self._known = torch.full_like(self.x, math.nan) if key.known else None
-        self._history = torch.zeros((key.history, *self.x.shape), device=device) if key.history else None
+        self._history = (
+            torch.zeros((key.history, *self.x.shape), dtype=torch.float32, device=device) if key.history else None
+        )
         self._noise: Tensor | None = None
         # Everything below is data of a lane and stays at its address: a captured tick reads it by address.
         self.rows = torch.full((lanes,), PARKED, device=device)

@@ -398,6 +398,7 @@ def test_explain_names_every_part_and_its_reason(engine: sf.Engine) -> None:
         "network dtype",
         "step",
         "network",
+        "path",
         "lanes",
         "guidance",
     ]
