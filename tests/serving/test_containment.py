@@ -172,16 +172,18 @@ def test_a_log_handler(kind: type[BaseException]) -> None:
 @pytest.mark.parametrize("kind", ANY)
 def test_a_network_that_raises_anything_is_a_death_with_a_cause(kind: type[BaseException]) -> None:
     """It is no caller's own; whoever waits is told, and nobody waits for ever."""
-    failing = threading.Event()
+    failing, submitted = threading.Event(), threading.Event()
 
     def network(x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if failing.is_set():
+            assert submitted.wait(30)
             raise kind("mine")
         return x
 
     service = AsyncEngine(small_engine(network)).start()
     failing.set()
     futures = [service.submit(n=4, steps=2, labels=0) for _ in range(3)]
+    submitted.set()
     for future in futures:
         error = future.exception(30)
         assert isinstance(error, sf.serving.EngineDead)
