@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 from stepfusion.diffusion.path_losses import edm_loss, flow_loss
 from stepfusion.kernels.tolerance import tolerance
 from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion_testing.ambient import AMBIENT
+
+norm = pytest.importorskip("scipy.stats").norm
 
 SHAPES = [(4, 3, 5, 7), (4, 2, 9), (4, 1, 1, 1), (4,), (4, 2, 2, 3, 2)]
 EDM, FLOW = SigmaPath(sigma_data=0.7), FlowPath(told_scale=1000.0)
