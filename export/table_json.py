@@ -105,6 +105,7 @@ def _coefficients(rows: list[list[float | None]], columns: int) -> np.ndarray[tu
     values = [[math.inf if value is None else value for value in row] for row in rows]
     coefficients = np.tile([DEFAULTS.get(name, 0.0) for name in COLUMNS], (len(rows), 1))
     coefficients[:, :columns] = np.array(values, dtype=np.float64).reshape(-1, columns)
-    if columns == _EARLIER and (coefficients[:, COLUMNS.index("next_prev")] != 0).any():
-        coefficients[:, COLUMNS.index("keep_x0")] = 1.0  # every row kept its x0
+    if columns == _EARLIER:  # a row's x0 was there for the next one
+        reads = coefficients[1:, COLUMNS.index("next_prev")] != 0
+        coefficients[:-1, COLUMNS.index("keep_x0")] = reads
     return coefficients

@@ -80,7 +80,7 @@ def _with_columns(written: Path, table: sf.StepTable, count: int) -> Path:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_tables_of_14_columns_are_read_as_they_were_meant(engine: sf.Engine, tmp_path: Path, sampler: str) -> None:
-    """Nothing is scaled, and a multistep solver keeps the x0 of each row."""
+    """Nothing is scaled, and a multistep solver keeps the x0 that the next row reads."""
     table = engine.table(sampler, 5)
     read = read_table(_with_columns(tmp_path, table, 14), engine.schedule)
     np.testing.assert_array_equal(read.coefficients, table.coefficients)

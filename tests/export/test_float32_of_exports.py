@@ -51,7 +51,7 @@ def test_onnxruntime_is_told_to_leave_it_out_and_waits_for_its_inputs(
 
     inputs, out = object(), torch.zeros(1)
     monkeypatch.setattr("stepfusion.export.runtimes.as_specified", lambda *_: [])
-    monkeypatch.setattr("stepfusion.export.runtimes.output_for", lambda *_: out)
+    monkeypatch.setattr("stepfusion.export.runtimes._output_for", lambda *_: out)
     own = fake.current_stream()
     binding = package.InferenceSession.return_value
 
