@@ -65,8 +65,8 @@ class LaneStarts(Sequence[LaneStart]):
             return LaneStarts(self._table, self._parts[image], *(column[image] for column in self._columns))
         part = self._parts[image]
         row = self._table.starts[part]
-        start = LaneStart(row, *(column[image] for column in self._columns))
-        return replace(start, start_scale=self._table.start_scales[part], in_scale=self._table.in_scale(row))
+        scales = {"start_scale": self._table.start_scales[part], "in_scale": self._table.in_scale(row)}
+        return LaneStart(row, *(column[image] for column in self._columns), **scales)
 
 
 @dataclass(frozen=True)

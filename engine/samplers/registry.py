@@ -75,12 +75,14 @@ _DEFAULT_STEPS = {"heun": 18, "consistency": 2, "lcm": 4, "tcd": 4}
 _DISTILLED = ("consistency", "lcm", "tcd")
 #: Samplers whose steps on a schedule are "leading" if nothing else is asked for; those of others are "trailing".
 _LEADING = ("ddim", "ddpm", "ddim_inversion")
+#: Exponential integrators, and UniPC and DEIS.
+_SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis")
 #: Samplers that divide x by the signal, and so have a bound whatever the network returns.
 _DIVIDING = ("ipndm", "plms", "heun")
 #: Samplers that take a model's "lambda_min_clipped", and have a bound by default.
-_BOUNDED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "deis", *_DIVIDING)
+_BOUNDED = (*_SOLVERS, *_DIVIDING)
 #: Samplers that take a model's "final_alpha_cumprod".
-_ENDING = (*_BOUNDED, "ddim", "ddim_inversion", "plms")
+_ENDING = (*_SOLVERS, "ddim", "ddim_inversion", "plms")
 
 
 def default_sampler(schedule: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 import stepfusion as sf
 from stepfusion.kernels import COLUMNS
+from stepfusion.samplers.registry import make_table
 
 MEAN, STD = 0.3, 0.4  # of the data
 SCHEDULE = sf.NoiseSchedule.cosine()  # ends at lambda = -9.9
@@ -49,3 +50,12 @@ def test_without_the_bound_they_fail(sampler: str) -> None:
     table = getattr(sf, sampler)(SCHEDULE, 12, prediction="v_prediction", lambda_min_clipped=-np.inf)
     images = walk(table, np.random.default_rng(1).standard_normal(20_000), error=0.05)
     assert abs(images.mean() - MEAN) + abs(images.std() - STD) > 1
+
+
+@pytest.mark.parametrize(("sampler", "takes"), [("heun", False), ("ipndm", False), ("plms", True), ("unipc", True)])
+def test_a_models_last_level_is_for_samplers_that_end_there(sampler: str, takes: bool) -> None:
+    """diffusers' Heun and iPNDM end at the image whatever a config's ``set_alpha_to_one`` says."""
+    end = float(SCHEDULE.alphas_cumprod[0])
+    given = make_table(SCHEDULE, "v_prediction", sampler, 6, defaults={"final_alpha_cumprod": end})
+    plain = make_table(SCHEDULE, "v_prediction", sampler, 6, defaults={})
+    assert (given.digest != plain.digest) is takes
