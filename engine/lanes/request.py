@@ -65,8 +65,9 @@ class LaneStarts(Sequence[LaneStart]):
             return LaneStarts(self._table, self._parts[image], *(column[image] for column in self._columns))
         part = self._parts[image]
         row = self._table.starts[part]
-        scales = {"start_scale": self._table.start_scales[part], "in_scale": self._table.in_scale(row)}
-        return LaneStart(row, *(column[image] for column in self._columns), **scales)
+        seed, index, label, guidance = (column[image] for column in self._columns)
+        scales = self._table.start_scales[part], self._table.in_scale(row)
+        return LaneStart(row, seed, index, label, guidance, *scales)
 
 
 @dataclass(frozen=True)

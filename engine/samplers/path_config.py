@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from stepfusion.files.strict_model import StrictModel
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
-from stepfusion.samplers.scheduler_keys import KNOWN_KEYS
+from stepfusion.samplers.scheduler_keys import check_keys
 
 Found = tuple[Path, str, dict[str, Any]]
 
@@ -127,9 +127,7 @@ class PathScheduler(Generic[Keys]):
         Raises:
             TypeError, ValueError: naming the key.
         """
-        unknown = [key for key in config if key not in KNOWN_KEYS and not str(key).startswith("_")]
-        if unknown:
-            raise ValueError(f"unknown keys: {', '.join(sorted(map(repr, unknown)))}")
+        check_keys(config, "")
         return self.build(self.keys.of({key: config[key] for key in config if key in self.keys.model_fields}))
 
 

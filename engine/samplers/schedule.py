@@ -21,7 +21,7 @@ from stepfusion.files.strict_model import StrictModel
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.samplers.betas import MAX_TIMESTEPS, check_betas
 from stepfusion.samplers.path import Path
-from stepfusion.samplers.scheduler_keys import KNOWN_KEYS, SCHEDULE_KEYS, scheduler_of
+from stepfusion.samplers.scheduler_keys import SCHEDULE_KEYS, check_keys, scheduler_of
 
 Array = NDArray[np.float64]
 
@@ -121,9 +121,7 @@ class NoiseSchedule(Path):
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a dict, got {type(config).__name__}")
-        unknown = [key for key in config if key not in KNOWN_KEYS and not str(key).startswith("_")]
-        if unknown:
-            raise ValueError(f"scheduler config has unknown keys: {', '.join(sorted(map(repr, unknown)))}")
+        check_keys(config, "scheduler config has ")
         defaults = scheduler_of(config)[1].defaults
         merged = {**defaults, **config}
         read = ScheduleConfig.of({key: merged[key] for key in merged if key in SCHEDULE_KEYS})

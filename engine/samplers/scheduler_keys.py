@@ -214,6 +214,13 @@ REFUSED_SCHEDULERS: Mapping[str, str] = {
 }
 
 
+def check_keys(config: Mapping[str, Any], start: str) -> None:
+    """ValueError, its sentence from ``start`` on, if a config has a key that no scheduler of diffusers has."""
+    unknown = [key for key in config if key not in KNOWN_KEYS and not str(key).startswith("_")]
+    if unknown:
+        raise ValueError(f"{start}unknown keys: {', '.join(sorted(map(repr, unknown)))}")
+
+
 def scheduler_of(config: Mapping[str, Any]) -> tuple[str, Scheduler]:
     """The scheduler that a config names, and its name; DDPMScheduler if it names none. Flax's count as PyTorch's.
 
