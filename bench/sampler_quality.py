@@ -27,12 +27,11 @@ from stepfusion.bench.plots import png
 from stepfusion.bench.quality import as_stored, balanced_labels, engine_draw, frechet_distance
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
-from stepfusion.samplers.registry import samplers_of
+from stepfusion.samplers.registry import DISTILLED_SAMPLERS, samplers_of
 from stepfusion.samplers.table import StepTable
 from stepfusion.training.datasets import load_dataset
 
 EVALUATIONS = 8, 12, 15, 20, 30, 50
-_DISTILLED = "consistency", "lcm", "tcd"  # for networks that were distilled for them
 _TRUE_STEPS = 500  # of Heun's method
 
 
@@ -87,7 +86,7 @@ def measure(
 
     true = draw(_true(engine))
     for sampler in samplers_of(engine.schedule):
-        for allowed in () if sampler in _DISTILLED else budgets:
+        for allowed in () if sampler in DISTILLED_SAMPLERS else budgets:
             table = fitting_table(engine, sampler, allowed)
             if table is None:
                 continue

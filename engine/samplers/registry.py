@@ -72,7 +72,7 @@ DEFAULT_STEPS = 50
 #: Of samplers that need fewer.
 _DEFAULT_STEPS = {"heun": 18, "consistency": 2, "lcm": 4, "tcd": 4}
 #: Samplers of networks that were trained for few steps, and perhaps with a clip.
-_DISTILLED = ("consistency", "lcm", "tcd")
+DISTILLED_SAMPLERS = ("consistency", "lcm", "tcd")
 #: Samplers whose steps on a schedule are "leading" if nothing else is asked for; those of others are "trailing".
 _LEADING = ("ddim", "ddpm", "ddim_inversion")
 #: Exponential integrators, and UniPC and DEIS.
@@ -126,7 +126,7 @@ def make_table(
     if unknown:
         raise TypeError(f"sampler {sampler!r} takes no option {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
     chosen = {name: value for name, value in defaults.items() if name in accepted and name not in options}
-    if accepted.get("clip") is None and sampler not in _DISTILLED:
+    if accepted.get("clip") is None and sampler not in DISTILLED_SAMPLERS:
         chosen.pop("clip", None)
     if sampler not in _BOUNDED:
         chosen.pop("lambda_min_clipped", None)
