@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepfusion.bench.rows import Record, Row, latest, parse, rows_of
+from stepfusion.bench.rows import Record, Row, latest, markdown, parse, rows_of
 
 PAGES = "README.md", "docs/cpu.md"
 _MARKED = re.compile(r"(?P<open><!-- measured: (?P<name>[\w-]+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
@@ -52,11 +52,8 @@ class Table:
     def render(self, records: Sequence[Record]) -> str:
         """The table in Markdown; LookupError if a row is missing or has no time."""
         rows = rows_of(latest(records))
-        lines = [[self.head, *(title for title, _ in self.columns)], ["---"] * (1 + len(self.columns))]
-        for line in self.lines:
-            cells = [_ratio(rows, operation, line) for _, operation in self.columns]
-            lines.append([line.words, *cells])
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        lines = [[line.words, *(_ratio(rows, op, line) for _, op in self.columns)] for line in self.lines]
+        return markdown([self.head, *(title for title, _ in self.columns)], lines) + "\n"
 
 
 def _ratio(rows: Sequence[Row], operation: str, line: Ratio) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from stepfusion.bench.image_classifier import load_classifier, read_images, to_unit_range
 from stepfusion.bench.plots import png
 from stepfusion.bench.quality import as_stored, balanced_labels, engine_draw, frechet_distance
+from stepfusion.bench.rows import markdown
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
 from stepfusion.samplers.registry import DISTILLED_SAMPLERS, samplers_of
@@ -119,13 +120,13 @@ def as_markdown(found: Sequence[Quality], measure_of: str) -> str:
     budgets = sorted({quality.allowed for quality in found})
     values = {(q.sampler, q.allowed): getattr(q, measure_of) for q in found if getattr(q, measure_of) is not None}
     best = {b: min((v for (_, allowed), v in values.items() if allowed == b), default=None) for b in budgets}
-    lines = [["sampler", *map(str, budgets)], ["---"] * (1 + len(budgets))]
+    lines = []
     for sampler in dict.fromkeys(q.sampler for q in found):
         row = [values.get((sampler, budget)) for budget in budgets]
         if any(value is not None for value in row):
             cells = [_cell(value, best[budget]) for budget, value in zip(budgets, row, strict=True)]
             lines.append([f"`{sampler}`", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["sampler", *map(str, budgets)], lines) + "\n"
 
 
 def _cell(value: float | None, best: float | None) -> str:

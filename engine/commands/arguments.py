@@ -16,14 +16,11 @@ from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
 from stepfusion.files.images import CHANNELS
 from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
-from stepfusion.samplers.spacing import FLOW_SPACINGS, SIGMA_SPACINGS
+from stepfusion.samplers.spacing import EVERY_SPACING
 from stepfusion.samplers.table_request import TableRequest
-from stepfusion.samplers.timesteps import ALL_SPACINGS
 
 _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
-#: On all paths together; which one has which, its sampler says.
-_SPACINGS = tuple(dict.fromkeys((*ALL_SPACINGS, *SIGMA_SPACINGS, *FLOW_SPACINGS)))
 
 
 def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -55,7 +52,7 @@ def add_sampler_arguments(add: Callable[..., object]) -> None:
         help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
         "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
     )
-    add("--spacing", choices=_SPACINGS, help="of the steps (default: the model's own)")
+    add("--spacing", choices=EVERY_SPACING, help="of the steps (default: the model's own)")
     add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
 
 

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from stepfusion import _checks
 from stepfusion.samplers.beta_quantiles import beta_quantiles
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
+from stepfusion.samplers.timesteps import ALL_SPACINGS
 
 Floats = NDArray[np.float64]
 
 #: The spacings of a path of each kind, its usual one first.
 SIGMA_SPACINGS = ("karras", "exponential", "lambda", "beta", "linear")
 FLOW_SPACINGS = ("uniform", "karras", "exponential", "lambda", "beta", "linear")
+#: Those of all paths together; which one has which, its sampler says.
+EVERY_SPACING = tuple(dict.fromkeys((*ALL_SPACINGS, *SIGMA_SPACINGS, *FLOW_SPACINGS)))
 _RHO = 7.0
 _LOWEST_TIME = 1e-3  # of a flow, before its shift: 1 / 1000, where diffusers' 1000 training timesteps end
 

@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from stepfusion.options import SamplingOptions
-from stepfusion.samplers.spacing import FLOW_SPACINGS, SIGMA_SPACINGS
+from stepfusion.samplers.spacing import EVERY_SPACING
 from stepfusion.samplers.table_request import TableRequest
-from stepfusion.samplers.timesteps import ALL_SPACINGS
 from stepfusion.serving.http.errors import InvalidRequest, shown
 
 _MAX_SEED = (1 << 64) - 1
@@ -31,8 +30,6 @@ _PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask f
 
 #: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors of an image's size.
 TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise"})
-#: On all paths together; which one has which, its sampler says.
-_SPACINGS = tuple(dict.fromkeys((*ALL_SPACINGS, *SIGMA_SPACINGS, *FLOW_SPACINGS)))
 _TABLE_OPTIONS = tuple(field.name for field in fields(TableRequest))
 _IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in _TABLE_OPTIONS)
 
@@ -48,7 +45,7 @@ class GenerateRequest(BaseModel):
     steps: int | None = Field(None, ge=1, description="an integer of at least 1")
     eta: float | None = Field(None, description="a finite number")
     spacing: str | None = Field(
-        None, pattern=f"^({'|'.join(_SPACINGS)})$", description=f"one of {', '.join(map(repr, _SPACINGS))}"
+        None, pattern=f"^({'|'.join(EVERY_SPACING)})$", description=f"one of {', '.join(map(repr, EVERY_SPACING))}"
     )
     timesteps: list[_Index] | None = Field(
         None, description="a list of integers from 0 on, each smaller than the one before"
