@@ -37,6 +37,12 @@ def check_archive(path: Path) -> None:
         raise ExportError(f"{path.name} is no archive that PyTorch wrote: {error}") from None
 
 
+def has_entries(path: Path, folder: str) -> bool:
+    """Whether a checked archive has an entry in a folder, which stands below the one folder of the whole archive."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.partition("/")[2].startswith(folder) for name in archive.namelist())
+
+
 def _fault_of_all(entries: Sequence[zipfile.ZipInfo], size: int) -> str | None:
     """What is wrong with the entries taken together; None if nothing is."""
     if len(entries) > _MOST_ENTRIES:

@@ -15,7 +15,7 @@ from stepfusion.engine import Engine
 from stepfusion.errors import ExportError, first_line
 from stepfusion.execution.cache import compiler_cache
 from stepfusion.execution.compiled import CUDA_OPTIONS, known_options
-from stepfusion.export.archive import check_archive
+from stepfusion.export.archive import check_archive, has_entries
 from stepfusion.export.base import NetworkExport, Target, TickExport, TickOptions, export_either
 from stepfusion.export.bundle import Bundle
 from stepfusion.export.environment import check_runs_here, here, versions
@@ -24,6 +24,7 @@ from stepfusion.export.runtimes import Runtime, as_specified
 from stepfusion.export.tick_program import initial_noise_specs
 
 MODEL, INITIAL_NOISE = "model.pt2", "initial_noise.pt2"
+_PROGRAMS = "data/aotinductor/"  # where a package has its machine code
 _PROCESSOR = "cpu_capability"  # in ``versions``: the vector instructions that code for a CPU was made with
 
 #: The noise is a chain of some hundred short integer operations with several uses each. Unless Inductor gives a name
@@ -114,6 +115,8 @@ def load_package(path: Path, device: torch.device) -> Runtime:
         ExportError: it is no archive that PyTorch wrote, or PyTorch cannot load it.
     """
     check_archive(path)
+    if not has_entries(path, _PROGRAMS):  # PyTorch 2.11 would end the process
+        raise ExportError(f"{path.name} cannot be loaded on {device}: it holds no compiled program")
     index = -1 if device.type == "cpu" else device.index or 0
     try:
         loaded: Runtime = torch._inductor.aoti_load_package(str(path), device_index=index)

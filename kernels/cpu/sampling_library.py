@@ -117,10 +117,16 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
         BackendError: ``first`` is not on a CPU.
     """
     _check_device(first.device)
-    if torch.compiler.is_exporting():
+    if _exporting():
         return True
     given = (first, *others)
     return launch.needs_gradient(*given) or any(x is not None and x.dtype == torch.float64 for x in given)
+
+
+# PyTorch 2.11's compiler takes `is_exporting()` for true in every program that it traces; called, it tells the truth.
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @functools.cache
