@@ -180,7 +180,8 @@ def test_a_function_and_an_existing_place_are_refused(tmp_path: Path) -> None:
 
 def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_wrongly(program: object, *, package_path: str, inductor_configs: object) -> None:
-        zipfile.ZipFile(package_path, "w").close()
+        with zipfile.ZipFile(package_path, "w") as archive:
+            archive.writestr("model/data/aotinductor/model/model.so", "another program")
 
     def load_wrongly(*_: object, **__: object) -> Callable[..., torch.Tensor]:
         return lambda x, *_: x
