@@ -26,6 +26,10 @@ KERNELS = {
     "add_bias_kernel",
 }
 
+#: A lane of one element has one program, for Triton compiles an argument of 1 as a constant. Its release 3.6 keeps
+#: the two instructions that other programs of such a lane would run.
+ONE_PROGRAM = "posterior float16 1 strides"
+
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -51,9 +55,11 @@ def test_executed_results_are_the_references(report: dict[str, Any], record_prop
 
 @pytest.mark.slow
 def test_every_block_of_every_program_is_reached(report: dict[str, Any]) -> None:
-    assert report["missed"] == []
+    unreachable = [block for block in report["missed"] if block["case"] == ONE_PROGRAM]
+    assert report["missed"] == unreachable
+    assert sum(block["instructions"] for block in unreachable) <= 2
     reached, every = report["instructions"]
-    assert reached == every > 0
+    assert reached == every - sum(block["instructions"] for block in unreachable) > 0
 
 
 @pytest.mark.slow

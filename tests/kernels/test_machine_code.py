@@ -23,12 +23,12 @@ NO_NOISE, GIVEN_NOISE, DRAWN_NOISE = 22, 24, 68  # SASS instructions an element 
 NOISE = 66  # of what makes noise and little else
 # the same with x0, with a history, which a row may read and write, and with a known region; all branches are counted
 MORE = {
-    "noise none, nhwc": 23,
+    "noise none, nhwc": 24,  # 23.7 by Triton 3.6, which makes up to 3 % more than 3.7
     "noise drawn, nhwc": 72,
     "noise none, x0, 1": 20,
     "noise none, history 1, 1": 28,
     "noise none, history 2, 1": 32,
-    "noise none, history 3, 1": 36,
+    "noise none, history 3, 1": 36.5,  # 36.3 by Triton 3.6
     "noise drawn, history 3, 1": 88,
     "noise given, known": 31,
     "noise drawn, known": 74,
