@@ -124,7 +124,7 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
 
 
 # PyTorch 2.11's compiler takes `is_exporting()` for true in every program that it traces; called, it tells the truth.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
