@@ -123,10 +123,13 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
     return launch.needs_gradient(*given) or any(x is not None and x.dtype == torch.float64 for x in given)
 
 
-# PyTorch 2.11's compiler takes `is_exporting()` for true in every program that it traces; called, it tells the truth.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
+
+
+# PyTorch 2.11's compiler takes `is_exporting()` for true in every program that it traces; called, it tells the truth.
+# The mark is `torch.compiler.assume_constant_result`'s, which would import the compiler, a second or more, to set it.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
