@@ -2,10 +2,10 @@
 
 ::
 
-    prepared    = prepare({name: condition})                 [B, ...] each   what depends on the conditions alone
-    time        = embed_time(timesteps)                      [B, K]          what depends on the timestep alone
-    projections = condition(time, class_labels, *prepared)   [B, P]          with labels and conditions, if it uses any
-    out         = predict(x, projections, *prepared)         [B, C, H, W]    what depends on x
+    prepared    = prepare({name: condition})                [B, ...] each  what depends on the conditions alone
+    time        = embed_time(timesteps)                     [B, K]         what depends on the timestep alone
+    projections = condition(time, class_labels, *prepared)  [B, P]         with labels and conditions, if it uses any
+    out         = predict(x, projections, *prepared)        [B, C, H, W]   what depends on x
 
 A condition does not change while its image is sampled, so that a sampler prepares it once, when the image enters its
 lane: keys and values of cross-attention, embeddings of sizes and pooled texts, what is concatenated to x.
