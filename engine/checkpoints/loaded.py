@@ -27,6 +27,11 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     null_label: int | None
 
+    @property
+    def around(self) -> Mapping[str, Any]:
+        """What stands around the network, by the names of an engine's arguments: text encoder, decoder, encoder."""
+        return {}
+
     @cached_property
     def spec(self) -> ModelSpec:
         """What is known of the model beside its weights.

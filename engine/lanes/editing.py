@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.nn import functional
 
 from stepfusion import _checks
+from stepfusion.execution.decoder import Decode
 from stepfusion.kernels import STREAM_FORWARD
+from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
 
 _ROUNDING = 1e-9  # of strength * steps: 0.07 * 100 is above 7
@@ -68,6 +71,38 @@ def make_edit(
         raise ValueError("image needs a strength in (0, 1], or a mask, got neither")
     strength = 1.0 if strength is None else _checks.number("strength", strength, 0.0, 1.0, open_low=True)
     return Edit(image, strength, mask)
+
+
+def in_latents(
+    options: SamplingOptions,
+    encode: Decode,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> SamplingOptions:
+    """The options with image and mask as latents of ``shape``; as they are if the image already is a latent.
+
+    ``encode`` makes latents [n, C, h, w] of images float32 [n, C', H, W] in [-1, 1]. A latent's pixel is kept where
+    the mask keeps all of the image under it.
+
+    Raises:
+        ValueError: the image has another size than the model's latents stand for.
+    """
+    image, mask = options.get("image"), options.get("mask")
+    if not isinstance(image, torch.Tensor) or image.ndim != 4 or tuple(image.shape[1:]) == shape:
+        return options
+    if not image.is_floating_point() or image.is_meta or not bool(image.isfinite().all()):
+        raise ValueError("image must be finite floating-point values in [-1, 1]")
+    latents = torch.cat([encode(one.to(device, torch.float32)) for one in torch.split(image, 1)])
+    if tuple(latents.shape[1:]) != shape:
+        raise ValueError(
+            f"image must have the size of the model's, whose latents are {list(shape)}, "
+            f"got {list(image.shape[1:])} with latents {list(latents.shape[1:])}"
+        )
+    options = {**options, "image": latents}
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2:] == image.shape[2:] and not mask.is_meta:
+        free = (mask != 0).any(1, keepdim=True).float()
+        options["mask"] = functional.adaptive_max_pool2d(free, shape[-2:])
+    return options
 
 
 def check_edit(edit: Edit, count: int, shape: tuple[int, ...]) -> None:

@@ -27,6 +27,7 @@ from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.streams import Reached
 from stepfusion.kernels import FINITE, PARKED
 from stepfusion.lanes.device_tables import DeviceTables
+from stepfusion.lanes.prepared import Layout, PreparedConditions
 from stepfusion.lanes.request import LaneStart
 from stepfusion.lanes.transfer import as_index, upload
 from stepfusion.samplers.table import StepTable
@@ -41,22 +42,25 @@ class RunnerKey:
         shape: of one image.
         device: where the lanes are.
         dtype: of the network's input.
-        null_label: the label without a condition, if lanes are guided; else None.
-        separate: call the network for the labels and for the null label one after the other, which keeps the batch
-            size, instead of for both at once.
+        guided: the network is also called without a condition.
+        null_label: the label that stands for none.
+        separate: call the network with and without conditions one after the other, which keeps the batch size,
+            instead of for both at once.
         learned_variance: the table needs the variance that the network learned.
         history: how much of what earlier rows kept the table's rows use, 0 to 3 entries.
         known: some lane keeps a part of an image.
         whole_image: the table has rows that need all elements of an image at once.
         capacity: rows of a table to make room for.
         context_size: labels are contexts with so many entries, all zero if there is no condition; else None.
+        conditions: shape and dtype of what is prepared of one image's other conditions.
     """
 
     lanes: int
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
-    null_label: int | None = None
+    guided: bool = False
+    null_label: int = 0
     separate: bool = False
     learned_variance: bool = False
     history: int = 0
@@ -64,6 +68,7 @@ class RunnerKey:
     whole_image: bool = False
     capacity: int = 0
     context_size: int | None = None
+    conditions: Layout = ()
 
 
 class Runner:
@@ -74,6 +79,7 @@ class Runner:
         ops: where the step comes from, :mod:`stepfusion.kernels` or :mod:`stepfusion.kernels.reference`.
         policy: whether ticks are captured, and what captures them; None to run them one launch after the other.
         tables: what lanes walk, shared with other runners of this evaluator; by default this runner's own.
+        prepared: prepares the conditions of images, if they have any beside a label.
     """
 
     def __init__(
@@ -83,11 +89,13 @@ class Runner:
         ops: ModuleType,
         policy: CapturePolicy | None = None,
         tables: DeviceTables | None = None,
+        prepared: PreparedConditions | None = None,
     ) -> None:
         self._evaluator, self._key, self._ops, self._policy = evaluator, key, ops, policy
+        self._prepares = prepared
         lanes, device = key.lanes, key.device
         # With guidance the network is called once for both halves of a doubled batch, so the step writes x_net twice.
-        copies = 2 if key.null_label is not None and not key.separate else 1
+        copies = 2 if key.guided and not key.separate else 1
         self.x = torch.zeros((lanes, *key.shape), dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
@@ -106,10 +114,14 @@ class Runner:
         # Labels of all lanes, then as many of no condition: both halves of what a guided tick shows the network.
         if key.context_size is None:
             self._conditions = torch.zeros((2, lanes), dtype=torch.int64, device=device)
-            self._conditions[1] = key.null_label or 0
+            self._conditions[1] = key.null_label
         else:
             self._conditions = torch.zeros(2, lanes, key.context_size, device=device, dtype=key.dtype)
         self._labels, self._nothing = self._conditions[0], self._conditions[1]
+        halves = 2 if key.guided else 1
+        self._prepared = [
+            torch.zeros((halves, lanes, *shape), dtype=dtype, device=device) for shape, dtype in key.conditions
+        ]
         self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
         self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
@@ -185,6 +197,7 @@ class Runner:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
+        self._condition(where, starts)
         self._guidance[where] = upload(torch.tensor([s.guidance for s in starts], dtype=torch.float32), device)
         self.flags[where] = FINITE
 
@@ -227,25 +240,36 @@ class Runner:
         """The end of what was launched so far; None on a device without streams."""
         return Reached(self.x.device) if self.x.device.type == "cuda" else None
 
+    def _condition(self, where: Tensor | slice, starts: Sequence[LaneStart]) -> None:
+        """Write what is prepared of the conditions of new images, and of what stands for none, into their lanes."""
+        if self._prepares is None or not self._prepared:
+            return
+        conditions = [start.conditions for start in starts]
+        for half in range(len(self._prepared[0])):
+            each = [self._prepares.of(c.null if half else c.given) for c in conditions if c is not None]
+            for buffer, tensors in zip(self._prepared, zip(*each, strict=True), strict=True):
+                buffer[half, where] = torch.stack(tensors)
+
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
         single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
         known = () if self._known is None else (self._known,)
         history = () if self._history is None else (self._history,)
         copies = self._x_net.view(-1, *self.x.shape)
-        return [copies, *history, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
+        return [copies, *history, *self._prepared, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
 
     def _launch(self, noise: Tensor | None, keep_x0: bool) -> None:
         """The launches of a tick, which read and write nothing but this runner's buffers."""
         tables, network, key = self.tables, self._evaluator.network, self._key
-        guided, labels = key.null_label is not None, self._labels
+        guided, labels, prepared = key.guided, self._labels, [halves[0] for halves in self._prepared]
         if guided and not key.separate:  # both halves of the batch in one call
             features, labels = tables.features[self.rows.expand(2, -1)].flatten(0, 1), self._conditions.flatten(0, 1)
+            prepared = [halves.flatten(0, 1) for halves in self._prepared]
         else:
             features = tables.features[self.rows]  # parked lanes, row -1, read the last
-        outputs = [network(self._x_net, features, labels)]
+        outputs = [network(self._x_net, features, labels, *prepared)]
         if guided and key.separate:
-            outputs.append(network(self._x_net, features, self._nothing))
+            outputs.append(network(self._x_net, features, self._nothing, *(halves[1] for halves in self._prepared)))
         for output in outputs:
             self._check_output(output)
         if guided and not key.separate:

@@ -3,6 +3,7 @@
 from stepfusion.networks.adm.config import ADMUNetConfig
 from stepfusion.networks.adm.unet import ADMUNet
 from stepfusion.networks.annotated.unet import AnnotatedUNet
+from stepfusion.networks.conditioned import ConditionedNetwork, ConditionSpec
 from stepfusion.networks.context.unet import ContextUNet
 from stepfusion.networks.edm.config import DhariwalUNetConfig, SongUNetConfig
 from stepfusion.networks.edm.dhariwal import DhariwalUNet
@@ -16,6 +17,8 @@ __all__ = [
     "ADMUNet",
     "ADMUNetConfig",
     "AnnotatedUNet",
+    "ConditionSpec",
+    "ConditionedNetwork",
     "ContextUNet",
     "DhariwalUNet",
     "DhariwalUNetConfig",
