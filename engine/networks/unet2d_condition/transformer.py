@@ -76,7 +76,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, gate = self.proj(x).chunk(2, dim=-1)
+        projected: Tensor = self.proj(x)
+        out, gate = projected.chunk(2, dim=-1)
         return out * functional.gelu(gate)
 
 
@@ -159,4 +160,4 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _pixels(tokens: Tensor, like: Tensor) -> Tensor:
     """[B, HW, C] as [B, C, H, W]."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return tokens.transpose(1, 2).reshape(like.shape)
