@@ -12,6 +12,8 @@ from stepfusion.networks.prepare import prepare_network
 from stepfusion.networks.unet1d.unet import UNet1D
 from stepfusion.networks.unet2d.config import UNet2DConfig
 from stepfusion.networks.unet2d.unet import UNet2D
+from stepfusion.networks.unet2d_condition.config import UNet2DConditionConfig
+from stepfusion.networks.unet2d_condition.unet import UNet2DCondition
 
 __all__ = [
     "ADMUNet",
@@ -26,6 +28,8 @@ __all__ = [
     "SongUNetConfig",
     "UNet1D",
     "UNet2D",
+    "UNet2DCondition",
+    "UNet2DConditionConfig",
     "UNet2DConfig",
     "prepare_network",
 ]

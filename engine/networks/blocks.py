@@ -28,8 +28,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class BlockConfig(Protocol):
-    """What the blocks read of a network's config; :class:`stepfusion.networks.UNet2DConfig` is one."""
+class ResnetConfig(Protocol):
+    """What residual blocks read of a network's config."""
 
     @property
     def norm_num_groups(self) -> int: ...
@@ -43,6 +43,11 @@ class BlockConfig(Protocol):
     def time_embed_dim(self) -> int: ...
     @property
     def dropout(self) -> float: ...
+
+
+class BlockConfig(ResnetConfig, Protocol):
+    """What the blocks read of a network's config; :class:`stepfusion.networks.UNet2DConfig` is one."""
+
     def head_dim(self, channels: int) -> int: ...
 
 
@@ -139,7 +144,7 @@ class ResnetBlock(Conditioned):
 
     def __init__(
         self,
-        config: BlockConfig,
+        config: ResnetConfig,
         in_channels: int,
         out_channels: int,
         resample: Literal["up", "down"] | None = None,

@@ -12,6 +12,7 @@ from stepfusion.networks.blocks import Attention, ResnetBlock
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.networks.unet2d.unet import UNet2D
+from stepfusion.networks.unet2d_condition.unet import UNet2DCondition
 
 
 def prepare_network(
@@ -48,7 +49,7 @@ def fuse(network: nn.Module, fused: bool) -> None:
         norm.fused = fused
     for part in network.modules():
         part.__dict__.pop("folded", None)
-        if isinstance(part, UNet2D | ADMUNet):
+        if isinstance(part, UNet2D | ADMUNet | UNet2DCondition):
             part.fused = fused and all(map(_is_plain, part.modules()))
             for block in part.modules():
                 if isinstance(block, ResnetBlock):
