@@ -67,8 +67,8 @@ def _read(  # type: ignore[no-untyped-def]
     """h at elements ``place`` [T, W] of channels ``c``, float32, written to ``sum_ptr`` if given; else 0."""
     h = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
     if branch_ptr is not None:
-        gate = tl.load(gate_ptr + c, mask=known, other=0.0).to(tl.float32)
-        h += gate[None, :] * tl.load(branch_ptr + place, mask=there, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + c[None, :], mask=known[None, :], other=0.0).to(tl.float32)
+        h += gate * tl.load(branch_ptr + place, mask=there, other=0.0).to(tl.float32)
         rounded = h.to(x_ptr.dtype.element_ty)
         tl.store(sum_ptr + place, rounded, mask=there)
         h = rounded.to(tl.float32)
@@ -80,9 +80,9 @@ def _write(  # type: ignore[no-untyped-def]
     out_ptr, scale_ptr, shift_ptr, deviation, root, place, known, there, c
 ):
     """Write the deviations [T, W] times the root [T] of each token, modulated."""
-    factor = 1.0 + tl.load(scale_ptr + c, mask=known, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + c, mask=known, other=0.0).to(tl.float32)
-    y = deviation * root[:, None] * factor[None, :] + shift[None, :]
+    factor = 1.0 + tl.load(scale_ptr + c[None, :], mask=known[None, :], other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + c[None, :], mask=known[None, :], other=0.0).to(tl.float32)
+    y = deviation * root[:, None] * factor + shift
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=there)
 
 
