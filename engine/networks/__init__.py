@@ -5,6 +5,8 @@ from stepfusion.networks.adm.unet import ADMUNet
 from stepfusion.networks.annotated.unet import AnnotatedUNet
 from stepfusion.networks.conditioned import ConditionedNetwork, ConditionSpec
 from stepfusion.networks.context.unet import ContextUNet
+from stepfusion.networks.dit.config import DiTConfig
+from stepfusion.networks.dit.network import DiT
 from stepfusion.networks.edm.config import DhariwalUNetConfig, SongUNetConfig
 from stepfusion.networks.edm.dhariwal import DhariwalUNet
 from stepfusion.networks.edm.song import SongUNet
@@ -24,6 +26,8 @@ __all__ = [
     "ContextUNet",
     "DhariwalUNet",
     "DhariwalUNetConfig",
+    "DiT",
+    "DiTConfig",
     "SongUNet",
     "SongUNetConfig",
     "UNet1D",
