@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.errors import CheckpointError, first_line
+from stepfusion.kernels.launch import plain_torch
 from stepfusion.networks.meta import Unfilled
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,7 +25,7 @@ def built(build: Callable[[], Any], what: str) -> nn.Module:
         CheckpointError: the library refuses the config; ``what`` begins the sentence.
     """
     try:
-        with torch.device("meta"), Unfilled():
+        with plain_torch(gradients=False), torch.device("meta"), Unfilled():
             module = build()
     except (ValueError, TypeError, NotImplementedError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{what} cannot be built: {first_line(error)[:300]}") from None
@@ -49,9 +50,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str, dtype: tor
     wanted = module.state_dict()
     for name in (*wanted, *tensors):
         if name not in tensors:
-            raise CheckpointError(f"{what} lacks the tensor {short(name)}")
+            raise CheckpointError(f"{what} lacks the tensor {shown(name)}")
         if name not in wanted:
-            raise CheckpointError(f"{what} has no place for the tensor {short(name)}")
+            raise CheckpointError(f"{what} has no place for the tensor {shown(name)}")
         _check(name, tensors[name], wanted[name], what)
     given = {name: tensors[name].detach().to(dtype).contiguous() for name in wanted}
     for name, tensor in given.items():
@@ -71,6 +72,11 @@ def _check(name: str, given: object, wanted: Tensor, what: str) -> None:
         raise CheckpointError(
             f"{what}: {name} is {_checks.describe(given)}{place}; accepted is floating point {list(wanted.shape)}"
         )
+
+
+def shown(name: object) -> str:
+    """A name as messages give it: whole, if it is a name and no mischief."""
+    return repr(name) if isinstance(name, str) and len(name) <= 200 else short(name)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
