@@ -93,3 +93,32 @@ def text_model(*, projection: int | None = None, layers: int = 3, size: int = 32
     model = randomised(kind(config), 0.05)
     model.config.architectures = [kind.__name__]
     return model
+
+
+def condition_unet(*, large: bool = False) -> Any:
+    """A UNet2DConditionModel of Stable Diffusion's form, or of SDXL's if it is ``large``."""
+    import diffusers
+
+    attends = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    options: dict[str, Any] = {"attention_head_dim": 2}
+    if large:
+        attends = ["DownBlock2D", "CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D", "UpBlock2D"]
+        options = {
+            "attention_head_dim": [2, 4],
+            "transformer_layers_per_block": [1, 2],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 40,
+        }
+    network = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        down_block_types=attends[0],
+        up_block_types=attends[1],
+        **options,
+    )
+    return randomised(network)
