@@ -92,8 +92,9 @@ def family_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if any(name.startswith(_CLIP["sd1"]) for name in shapes):
         return "sd1"
     lengths = {shape[-1] for name, shape in shapes.items() if _CONTEXT.fullmatch(name) and len(shape) == 2}
-    if len(lengths) == 1 and (family := _BY_CONTEXT.get(lengths.copy().pop())):
-        return family
+    known = [_BY_CONTEXT[length] for length in lengths if length in _BY_CONTEXT]
+    if len(lengths) == len(known) == 1:
+        return known[0]
     raise CheckpointError(
         f"the file is of none of the families {', '.join(FAMILIES)}: it has no text encoder, and the states of a "
         f"text have {', '.join(map(str, sorted(lengths))) or 'no'} entries"

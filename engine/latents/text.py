@@ -90,7 +90,8 @@ class TextEncoder:
         self._kept: OrderedDict[tuple[str, str, int | None], _Encoded] = OrderedDict()
         self._keeping, self._encoding = threading.Lock(), threading.Lock()
         _check_parts(self._models, self._tokenizers)
-        self.shapes = {STATES: (tokenizers[0].model_max_length, sum(m.config.hidden_size for m in models))}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes[STATES] = (tokenizers[0].model_max_length, sum(m.config.hidden_size for m in models))
         if self._projects:
             self.shapes[POOLED] = (models[-1].config.projection_dim,)
 
