@@ -63,7 +63,7 @@ def unite(mean, m2, pixels, D: tl.constexpr, U: tl.constexpr, GROUPS: tl.constex
     return center, total / (pixels * D)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def reciprocal_root(variance):  # type: ignore[no-untyped-def]
     """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
     small = variance < 2.0**-100

@@ -60,7 +60,7 @@ def cut(channels: int) -> Cut:
     return Cut(first, second, power_of_two(most + 1) // 2, warps)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _read(  # type: ignore[no-untyped-def]
     x_ptr, branch_ptr, gate_ptr, sum_ptr, place, known, there, c
 ):
@@ -75,7 +75,7 @@ def _read(  # type: ignore[no-untyped-def]
     return h
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _write(  # type: ignore[no-untyped-def]
     out_ptr, scale_ptr, shift_ptr, deviation, root, place, known, there, c
 ):

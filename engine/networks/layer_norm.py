@@ -28,3 +28,7 @@ class LayerNormModulate(nn.Module):
             return kernels.layer_norm_modulate(x, scale, shift, self.eps)
         norm = functional.layer_norm(x, (self.width,), eps=self.eps)
         return norm * (1 + scale[:, None]) + shift[:, None]
+
+    def of_sum(self, x: Tensor, scale: Tensor, shift: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` makes of h = x + gate * branch, and h, by the kernel: branch [B, N, D], gate [B, D]."""
+        return kernels.add_layer_norm_modulate(x, scale, shift, self.eps, branch=branch, gate=gate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -106,6 +108,24 @@ class MLP(nn.Module):
         return out
 
 
+class Gated(NamedTuple):
+    """``tokens + gate * branch``, which the norm that comes next adds up: [B, N, D] both, gate [B, D]."""
+
+    tokens: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def normalised(self, norm: LayerNormModulate, scale: Tensor, shift: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        """The modulated norm of the sum, and the sum; `fused`: both at once, which no hook of the norm sees."""
+        total = self.tokens
+        if self.branch is not None and self.gate is not None:
+            if fused:
+                return norm.of_sum(total, scale, shift, self.branch, self.gate)
+            total = torch.addcmul(total, self.gate[:, None], self.branch)
+        out: Tensor = norm(total, scale, shift)
+        return out, total
+
+
 class DiTBlock(nn.Module):
     """Attention and an MLP, each of modulated tokens and gated (Peebles & Xie 2023, figure 3, adaLN-Zero)."""
 
@@ -116,8 +136,10 @@ class DiTBlock(nn.Module):
         self.norm3 = LayerNormModulate(config.width, config.norm_eps)
         self.ff = MLP(config)
 
-    def forward(self, x: Tensor, modulations: Tensor, fused: bool = False) -> Tensor:
-        """Map tokens [B, N, D] and this block's modulations [B, 6 D] to [B, N, D]; `fused` as in `Attention`."""
+    def forward(self, x: Gated, modulations: Tensor, fused: bool = False) -> Gated:
+        """Map tokens [B, N, D] and this block's modulations [B, 6 D] to tokens; `fused` as in `Attention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations.chunk(MODULATIONS, dim=1)
-        x = torch.addcmul(x, gate1[:, None], self.attn1(self.norm1(x, scale1, shift1), fused))
-        return torch.addcmul(x, gate2[:, None], self.ff(self.norm3(x, scale2, shift2)))
+        normed, tokens = x.normalised(self.norm1, scale1, shift1, fused)
+        branch = self.attn1(normed, fused)
+        normed, tokens = Gated(tokens, branch, gate1).normalised(self.norm3, scale2, shift2, fused)
+        return Gated(tokens, self.ff(normed), gate2)

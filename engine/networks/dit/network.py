@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import _checks
-from stepfusion.networks.dit.block import MODULATIONS, NORM_EPS, DiTBlock, Embedding
+from stepfusion.networks.dit.block import MODULATIONS, NORM_EPS, DiTBlock, Embedding, Gated
 from stepfusion.networks.dit.config import DiTConfig
 from stepfusion.networks.dit.modulation import fused_modulations, modulations
 from stepfusion.networks.dit.positions import position_embedding
@@ -143,12 +143,13 @@ class DiT(TimeConditioned):
         self._check_image(x)
         check_projections(projections, x, self.projection_size)
         width = self.config.width
-        *each, last = projections.split(MODULATIONS * width, dim=1)
-        tokens, fused = self.pos_embed(x), self.defers
+        *each, last = torch.split(projections, MODULATIONS * width, dim=1)
+        tokens, fused = Gated(self.pos_embed(x)), self.defers
         for block, modulation in zip(self.transformer_blocks, each, strict=True):
             tokens = block(tokens, modulation, fused)
         shift, scale = last.chunk(2, dim=1)
-        return self._image(self.proj_out_2(self.norm_out(tokens, scale, shift)))
+        normed, _ = tokens.normalised(self.norm_out, scale, shift, fused)
+        return self._image(self.proj_out_2(normed))
 
     def _image(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, p p C'], rows of a patch outermost, as an image [B, C', S, S]."""
