@@ -52,7 +52,8 @@ class UNet2DCondition(ConditionedNetwork):
         concatenated_channels: of the config's `in_channels`, how many are not x: 5 in networks for inpainting.
 
     Attributes:
-        config, sequence_length, num_time_ids, concatenated_channels: as given.
+        config, sequence_length, concatenated_channels: as given.
+        num_time_ids: as given or found; 0 without ``text_time``.
         in_channels, out_channels, sample_size: from the config.
         image_channels: C of x, `in_channels` without those that are concatenated.
         num_classes: number of labels; None if it takes none.
