@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from typing import Any
@@ -314,7 +315,7 @@ def test_modulations_are_hoisted(shared: bool) -> None:
     assert_near(out, network(x, 50 * rows, labels))
     evaluator = Evaluator(network, labelled=True)
     assert evaluator.hoisted
-    assert torch.equal(evaluator.network(x, evaluator.features(timesteps), labels), network(x, timesteps, labels))
+    assert_near(evaluator.network(x, evaluator.features(timesteps), labels), network(x, timesteps, labels))
     fused = prepare_network(network, CPU, torch.float32, fused=True)
     with Products() as of_condition:
         assert_near(fused.condition(table[rows], labels), projections)
@@ -436,7 +437,7 @@ def test_a_velocity_network_walks_the_flow_path() -> None:
     images = engine.sample(table=table, start=start, labels=[1, 4])
     x, times = start, [1.0, 0.75, 0.5, 0.25, 0.0]
     with torch.no_grad():
-        for t, after in zip(times[:-1], times[1:], strict=True):
+        for t, after in itertools.pairwise(times):
             x = x + (after - t) * network(x, torch.full((2,), t), torch.tensor([1, 4]))
     assert_near(images, x, 1e-3)
 

@@ -55,7 +55,7 @@ def fused_modulations(
         weight = folded(owner, "weight", lambda: torch.cat([layer.weight for layer in (*layers, last)]))
         bias = folded(owner, "bias", lambda: torch.cat([layer.bias for layer in (*layers, last)]))
         return functional.linear(embedding, weight, bias)
-    batch, count = len(embedding), len(layers)
+    batch, count = embedding.shape[0], len(layers)
     weight = folded(owner, "weight", lambda: torch.stack([layer.weight for layer in layers]))  # [L, 6 D, D]
     bias = folded(owner, "bias", lambda: torch.stack([layer.bias for layer in layers])[:, None])  # [L, 1, 6 D]
     each = embedding.view(batch, count, -1)

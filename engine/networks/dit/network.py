@@ -153,9 +153,10 @@ class DiT(TimeConditioned):
 
     def _image(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, p p C'], rows of a patch outermost, as an image [B, C', S, S]."""
-        p, grid, size = self.config.patch_size, self.config.grid, self.sample_size
-        pixels = tokens.reshape(len(tokens), grid, grid, p, p, self.out_channels)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, size, size)
+        batch, channels, size = tokens.shape[0], self.out_channels, self.sample_size
+        p, grid = self.config.patch_size, self.config.grid
+        pixels = tokens.reshape(batch, grid, grid, p, p, channels)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, size, size)
 
     @property
     def _blocks(self) -> list[DiTBlock]:
