@@ -156,9 +156,9 @@ class Engine:
         else:
             loaded = load_model(source)
             arguments.setdefault("copy", False)  # nobody else has what was loaded here
-        arguments = {**loaded.around, **arguments}
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
-        return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
+        spec = loaded.spec_with(**known)
+        return cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
 
     @classmethod
     @plain_torch(gradients=False)

@@ -27,9 +27,8 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     null_label: int | None
 
-    @property
-    def around(self) -> Mapping[str, Any]:
-        """What stands around the network, by the names of an engine's arguments: text encoder, decoder, encoder."""
+    def around(self, spec: ModelSpec) -> Mapping[str, Any]:
+        """What stands around the network of a model with this spec, by the names of an engine's arguments."""
         return {}
 
     @cached_property

@@ -98,7 +98,7 @@ class Runners:
         if os.getpid() != self._process:
             check_process()
         if self._encode is not None:
-            options = in_latents(options, self._encode, self.spec.shape, self.plan.device)
+            options = in_latents(options, self._encode, self.spec, self.plan.device)
         request = make_request(self.spec, n, table, options, self._prompts)
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
