@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -274,6 +275,6 @@ def test_without_transformers_a_sentence_says_what_to_install(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = part(directories["sd1"], text_model())
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"needs the package 'transformers': pip install stepfusion\[latent\]"):
         TextEncoder.from_parts(model)
