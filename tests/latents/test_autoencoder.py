@@ -95,6 +95,14 @@ def test_a_decoder_is_small_frozen_and_its_own() -> None:
     assert not any(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
 
 
+def test_a_codebook_is_searched_in_float32_whatever_the_dtype_is() -> None:
+    state = theirs(CONFIGS["vq"]).state_dict()
+    latents = torch.randn(2, 4, 4, 4)
+    wanted = LatentDecoder.from_config(CONFIGS["vq"], state)(latents)
+    given = LatentDecoder.from_config(CONFIGS["vq"], state, dtype=torch.bfloat16)(latents)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=0.1 * float(wanted.abs().max()))
+
+
 def test_a_decoder_is_what_an_engine_decodes_with() -> None:
     decoder = LatentDecoder.from_config(CONFIGS["vq"], theirs(CONFIGS["vq"]).state_dict())
     latents = torch.randn(3, 4, 4, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import warnings
@@ -163,6 +164,15 @@ def test_lately_encoded_prompts_are_kept(directories: dict[str, Path], monkeypat
     for thread in threads:
         thread.join()
     assert all(torch.equal(one["encoder_hidden_states"], found[0]["encoder_hidden_states"]) for one in found)
+
+
+def test_nothing_is_asked_of_a_network(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: asked.append(arguments))
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    for name in directories:
+        TextEncoder.from_parts(part(directories[name], text_model(layers=1))).encode("cat")
+    assert asked == []
 
 
 def test_ambient_settings_change_nothing(directories: dict[str, Path]) -> None:
