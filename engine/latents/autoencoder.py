@@ -117,9 +117,10 @@ class LatentDecoder(nn.Module):
         """
         _check_images("latents", latents, self.space.channels)
         dtype = next(self.decoder.parameters()).dtype
-        z = (latents.float() * self.std / self.space.scaling + self.mean).to(dtype)
-        if self.quantize is not None:  # one latent at a time: a near tie must not depend on the batch
-            z = torch.cat([self.quantize(one)[0] for one in torch.split(z, 1)]) if len(z) else z
+        z = latents.float() * self.std / self.space.scaling + self.mean
+        if self.quantize is not None and len(z):  # one at a time: a near tie must not depend on the batch
+            z = torch.cat([_nearest(one, self.quantize.embedding.weight.float()) for one in torch.split(z, 1)])
+        z = z.to(dtype)
         if self.tile is not None and max(z.shape[-2:]) > self.tile:
             return decode_tiles(self._decode, z, self.tile).float()
         return self._decode(z).float()
@@ -195,6 +196,13 @@ class LatentEncoder(nn.Module):
 def _names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose attention is named as it is now, and not as in 2022."""
     return {_OLD_ATTENTION.sub(lambda m: m[1] + _OF_TODAY[m[2]] + m[3], name): t for name, t in tensors.items()}
+
+
+def _nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """The nearest vector of a codebook [K, C] for each pixel of z [n, C, h, w] (van den Oord et al. 2017)."""
+    pixels = z.movedim(1, -1)
+    chosen = torch.cdist(pixels.reshape(-1, pixels.shape[-1]), codebook).argmin(dim=1)
+    return codebook[chosen].view(pixels.shape).movedim(-1, 1)
 
 
 def _part(autoencoder: nn.Module, name: str) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepfusion.errors import CheckpointError
 from stepfusion.files.strict_model import StrictModel
-from stepfusion.latents.filled import built, fill, settings
+from stepfusion.latents.filled import FLOATS, built, fill, settings
 from stepfusion.latents.libraries import library
 
 KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -75,12 +75,15 @@ class TextModel(nn.Module):
         Args:
             config: what its ``config.json`` says; entries that say nothing of the architecture are left out.
             tensors: its weights by name, with or without the prefix ``text_model.``.
-            dtype: of the weights and of all that is computed.
+            dtype: of the weights and of all that is computed: float32, bfloat16 or float16.
 
         Raises:
             CheckpointError: the config or the tensors do not fit, or transformers is missing; it names the first.
+            ValueError: dtype is another one.
         """
         super().__init__()
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         kind, self.config = checked_text_config(config)
         self.projects = kind == "CLIPTextModelWithProjection"
         transformers = library("transformers", f"a text encoder ({kind})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepfusion.errors import CheckpointError
+from stepfusion.execution.decoder import decode_batches, decoder_on
 from stepfusion.latents.autoencoder import LatentDecoder, LatentEncoder, autoencoder_from
 from stepfusion_testing.latent_models import randomised
 
@@ -90,6 +93,23 @@ def test_a_decoder_is_small_frozen_and_its_own() -> None:
     assert not decoder.training
     assert not any(p.requires_grad for p in decoder.parameters())
     assert not any(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
+
+
+def test_a_codebook_is_searched_in_float32_whatever_the_dtype_is() -> None:
+    state = theirs(CONFIGS["vq"]).state_dict()
+    latents = torch.randn(2, 4, 4, 4)
+    wanted = LatentDecoder.from_config(CONFIGS["vq"], state)(latents)
+    given = LatentDecoder.from_config(CONFIGS["vq"], state, dtype=torch.bfloat16)(latents)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=0.1 * float(wanted.abs().max()))
+
+
+def test_a_decoder_is_what_an_engine_decodes_with() -> None:
+    decoder = LatentDecoder.from_config(CONFIGS["vq"], theirs(CONFIGS["vq"]).state_dict())
+    latents = torch.randn(3, 4, 4, 4)
+    ours = decoder_on(decoder, torch.device("cpu"))
+    assert ours is decoder
+    assert_near(decode_batches(ours, latents, 2), decoder(latents))
+    assert_near(decode_batches(copy.deepcopy(decoder), latents, 1), decoder(latents))
 
 
 def test_weights_with_the_names_of_2022_are_read() -> None:
@@ -219,6 +239,6 @@ def test_latents_that_do_not_fit_are_refused(latents: Any, error: type[Exception
 
 
 def test_without_diffusers_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(CheckpointError, match=r"needs the package 'diffusers': pip install stepfusion\[latent\]"):
         autoencoder_from(CONFIGS["kl"], {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,12 @@ from stepfusion.latents.autoencoder import autoencoder_from
 from stepfusion.latents.clip import TextModel, checked_text_config
 from stepfusion.latents.single_file import convert_open_clip, family_of, split_single_file
 from stepfusion.latents.single_file_configs import configs_of
+from stepfusion.networks.meta import Unfilled
 from stepfusion_testing.latent_models import condition_unet, randomised, text_model
 from stepfusion_testing.ldm_files import ldm_unet, ldm_vae, open_clip
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 VAE: dict[str, Any] = {
     "block_out_channels": [8, 16, 16],
@@ -148,6 +150,28 @@ def test_other_files_are_refused() -> None:
         configs_of("sd3")
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("sd1", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
+        ("sd2", {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}),
+        ("sdxl", {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}),
+    ],
+)
+def test_the_networks_of_a_family_have_as_many_weights_as_the_published_ones(
+    family: str, sizes: dict[str, int]
+) -> None:
+    for name, size in sizes.items():
+        config = configs_of(family)[name]
+        given = {key: value for key, value in config.items() if key not in ("_class_name", "architectures")}
+        with torch.device("meta"), Unfilled():
+            if name in ("unet", "vae"):
+                network = getattr(diffusers, config["_class_name"])(**given)
+            else:
+                network = getattr(transformers, config["architectures"][0])(transformers.CLIPTextConfig(**given))
+        assert sum(parameter.numel() for parameter in network.parameters()) == size
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
 def test_the_configs_of_a_family_are_configs(family: str) -> None:
     configs = configs_of(family)
@@ -157,6 +181,5 @@ def test_the_configs_of_a_family_are_configs(family: str) -> None:
         assert configs["unet"]["cross_attention_dim"] >= config.hidden_size
     with pytest.raises(CheckpointError, match="lacks the tensor"):
         autoencoder_from(configs["vae"], {})
-    known = set(diffusers.UNet2DConditionModel.__init__.__wrapped__.__annotations__)
-    known |= set(__import__("inspect").signature(diffusers.UNet2DConditionModel.__init__).parameters)
+    known = set(inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters)
     assert {key for key in configs["unet"] if key[0] != "_"} <= known

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -164,6 +166,15 @@ def test_lately_encoded_prompts_are_kept(directories: dict[str, Path], monkeypat
     assert all(torch.equal(one["encoder_hidden_states"], found[0]["encoder_hidden_states"]) for one in found)
 
 
+def test_nothing_is_asked_of_a_network(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: asked.append(arguments))
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    for name in directories:
+        TextEncoder.from_parts(part(directories[name], text_model(layers=1))).encode("cat")
+    assert asked == []
+
+
 def test_ambient_settings_change_nothing(directories: dict[str, Path]) -> None:
     model = part(directories["sd1"], text_model())
     wanted = TextEncoder.from_parts(model).encode("cat")["encoder_hidden_states"]
@@ -274,6 +285,6 @@ def test_without_transformers_a_sentence_says_what_to_install(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = part(directories["sd1"], text_model())
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"needs the package 'transformers': pip install stepfusion\[latent\]"):
         TextEncoder.from_parts(model)
