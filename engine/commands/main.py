@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait_passively()
     with standard_streams():
         given = sys.argv[1:] if arguments is None else list(arguments)
-        return _run(_parser(given).parse_args(given))
+        args = _parser(given).parse_args(given)
+        args.words = given
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:

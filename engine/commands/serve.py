@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.commands.provenance import add_metadata_argument
 from stepfusion.commands.streams import tell
 from stepfusion.options import ExecutionOptions
 from stepfusion.serving.http.stopping import exit_at_once, terminate_with
@@ -55,6 +56,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds after which a tick that has not ended makes the engine dead, and /healthz say so; start-up "
         "does not count; 0 is never (default: %(default)s)",
     )
+    add_metadata_argument(add)
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
     add = parser.add_argument_group("what runs it").add_argument
@@ -144,6 +146,7 @@ def _model(args: argparse.Namespace) -> ModelApp:
             body=args.max_body,
         ),
         max_steps=args.max_steps,
+        metadata=not args.no_metadata,
         host=args.host or None,
         allowed_hosts=None if hosts is None else check_hosts(host.strip() for host in hosts.split(",")),
     )

@@ -32,6 +32,7 @@ from stepfusion.serving.http.intake import Intake
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.metadata import engine_status, model_metadata
 from stepfusion.serving.http.openapi import describe
+from stepfusion.serving.http.origin import Origin
 from stepfusion.serving.http.page import page_headers, read_page
 from stepfusion.serving.http.previews import PreviewBuffer
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
@@ -49,6 +50,8 @@ def make_app(
     name: str = "model",
     host: str | None = None,
     allowed_hosts: Sequence[str] | None = None,
+    metadata: bool = True,
+    weights: str | None = None,
 ) -> Starlette:
     """The application. It starts ``service`` when a server starts it, and closes it at the end.
 
@@ -60,6 +63,9 @@ def make_app(
         allowed_hosts: other hosts that requests may name; ``*.example.org`` stands for every name that ends so, and
             ``*`` for all. By default, requests that arrive at a loopback address may name no other host, and others
             may name any.
+
+        metadata: PNG files say where they come from (:mod:`stepfusion.files.provenance`).
+        weights: SHA-256 of the model's file of weights, which is told there.
 
     Raises:
         ValueError: ``allowed_hosts`` has what is no host.
@@ -73,11 +79,12 @@ def make_app(
         limits = Limits(steps=service.engine.schedule.max_steps)
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     intake = Intake(service)
-    handlers = _Handlers(intake, limits, name)
+    origin = Origin(name, weights, metadata)
+    handlers = _Handlers(intake, limits, origin)
     routes = [
         Route(_GENERATE, handlers.generate, methods=["POST"]),
         Route(_STREAM, handlers.stream, methods=["POST"]),
-        *ImageHandlers(intake, limits, name).routes(),
+        *ImageHandlers(intake, limits, origin).routes(),
         Route("/v1/model", handlers.model),
         Route("/healthz", handlers.healthz),
         Route("/readyz", handlers.readyz),
@@ -100,8 +107,8 @@ def make_app(
 class _Handlers:
     """What the paths do."""
 
-    def __init__(self, intake: Intake, limits: Limits, name: str) -> None:
-        self._intake, self._limits, self._name = intake, limits, name
+    def __init__(self, intake: Intake, limits: Limits, origin: Origin) -> None:
+        self._intake, self._limits, self._origin = intake, limits, origin
         self._service = service = intake.service
         self._page = read_page()
         self._description = describe(limits, service.engine.schedule)
@@ -136,7 +143,8 @@ class _Handlers:
             events = EventQueue(PreviewBuffer())
             arguments = {**validated.arguments, "output": "uint8", "every": every}
             events.follow(self._service.submit(progress=events.send, **arguments))
-        return EventStream(self._service.engine, validated, events, self._encoder, self._intake.ending)
+        engine = self._service.engine
+        return EventStream(engine, validated, self._origin, events, self._encoder, self._intake.ending)
 
     async def _generate(self, request: Request) -> Response:
         with self._intake.counting_refusals():
@@ -145,7 +153,8 @@ class _Handlers:
                 messages.check_picture(self._service.engine)
         pixels = await self._intake.make(request, validated.arguments)
         if asked.format == "png":
-            return Response(await asyncio.to_thread(messages.picture, pixels), media_type="image/png")
+            texts = self._origin.of_all(self._service.engine, validated)
+            return Response(await asyncio.to_thread(messages.picture, pixels, texts), media_type="image/png")
         data = await asyncio.to_thread(messages.arrays, validated, pixels)
         saved_as = {"Content-Disposition": 'attachment; filename="images.npz"'}
         return Response(data, media_type="application/x-npz", headers=saved_as)
@@ -171,7 +180,7 @@ class _Handlers:
     # The model and the state of the engine
 
     async def model(self, request: Request) -> Response:
-        return JSONResponse(model_metadata(self._service.engine, self._limits, self._name))
+        return JSONResponse(model_metadata(self._service.engine, self._limits, self._origin.name))
 
     async def healthz(self, request: Request) -> Response:
         return self._health(self._service.live)
