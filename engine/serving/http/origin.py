@@ -42,7 +42,7 @@ class Origin:
             return None
         labels = None if request.labels is None else [request.labels[i] for i in images]
         scales = request.request.guidance
-        guidance = [scales[i] for i in images] if is_list(scales) else None if scales is None else [float(scales)]
+        guidance = None if scales is None else [scales[i] for i in images] if is_list(scales) else [scales]
         alone = edit is None and len(images) == 1
         return Provenance(
             model=self.name,
