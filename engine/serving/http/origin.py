@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stepfusion.engine import Engine
 from stepfusion.files.provenance import Provenance, command_line
@@ -41,7 +42,7 @@ class Origin:
         if not self.told:
             return None
         labels = None if request.labels is None else [request.labels[i] for i in images]
-        scales = request.request.guidance
+        scales: Any = request.request.guidance  # one for all, or a list
         guidance = None if scales is None else [scales[i] for i in images] if is_list(scales) else [scales]
         alone = edit is None and len(images) == 1
         return Provenance(
