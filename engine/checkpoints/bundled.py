@@ -7,6 +7,7 @@ from pathlib import Path
 from stepfusion.errors import CheckpointError
 
 MODELS = Path(__file__).parents[1] / "models"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a repository of models: owner/name
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -29,6 +30,19 @@ def model_directory(source: str | os.PathLike[str]) -> Path:
     if source != "" and path.is_dir():
         return path
     if not isinstance(source, str) or any(mark in source for mark in (os.sep, os.altsep) if mark):
-        raise CheckpointError(f"{path} is {'not a directory' if path.exists() else 'missing'}")
+        raise CheckpointError(f"{path} is {'not a directory' if path.exists() else 'missing'}{_how_to_get(source)}")
     names = ", ".join(bundled_models()) or "none"
     raise CheckpointError(f"{source!r} is neither a bundled model ({names}) nor a directory")
+
+
+def _how_to_get(source: str | os.PathLike[str]) -> str:
+    """What to do about a repository's name in place of a directory."""
+    if not isinstance(source, str) or _HUB_NAME.fullmatch(source) is None or Path(source).exists():
+        return ""
+    if Path(source).suffix in (".pt", ".safetensors") or Path(source).parent.exists():
+        return ""
+    name = source.rpartition("/")[2]
+    return (
+        f"; nothing is downloaded: if it is a repository of the Hugging Face hub, get its files with "
+        f"`hf download {source} --local-dir {name}`, and name the directory {name}"
+    )

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from stepfusion import _checks
 from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.commands.provenance import add_metadata_argument
 from stepfusion.commands.threads import add_threads_argument, use_threads
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
@@ -100,6 +101,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add_threads_argument(add)
     add_path_arguments(add)
     add("--quiet", action="store_true", help="no progress bar, no report")
+    add_metadata_argument(add)
 
 
 def open_figure_engine(args: argparse.Namespace) -> Engine:

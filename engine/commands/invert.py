@@ -20,6 +20,7 @@ from stepfusion.commands.figures import figure
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_figure, check_folder
 from stepfusion.commands.pictures import pixels_of, read_pictures
+from stepfusion.commands.provenance import figure_texts
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
 from stepfusion.files.images import Pixels, save_png
@@ -46,7 +47,7 @@ def run_encode(args: argparse.Namespace) -> int:
     engine, x, labels = _pictures(args)
     noise = engine.encode(x, steps=args.steps, labels=labels, progress=bar(args))
     cells = [*pixels_of(engine, x), *pixels_of(engine, noise / 3)]  # three standard deviations are black and white
-    save_png(args.out, figure(cells, ["picture", "noise / 3"], scale=args.scale))
+    save_png(args.out, figure(cells, ["picture", "noise / 3"], scale=args.scale), figure_texts(args))
     if args.noise is not None:
         atomic_write(args.noise, save({"noise": noise.cpu().contiguous()}))
     _report(args, f"mean {float(noise.mean()):.3f}, std {float(noise.std()):.3f}, {args.steps} steps: {args.out}")
@@ -73,7 +74,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
         rows.append(f"{steps} steps, {mean:.1f} dB")
         cells += list(pixels_of(engine, back))
         _report(args, f"{steps} steps: mean squared error {error:.2e}, PSNR mean {mean:.2f} dB, least {least:.2f} dB")
-    save_png(args.out, figure(cells, rows, scale=args.scale))
+    save_png(args.out, figure(cells, rows, scale=args.scale), figure_texts(args))
     _report(args, str(args.out))
     return 0
 
@@ -100,7 +101,7 @@ def run_interpolate(args: argparse.Namespace) -> int:
     columns = [f"{i / (weights - 1):.2f}" for i in range(weights)]
     draw = _between_pictures if args.images else _between_seeds
     rows, cells = draw(engine, args, weights)
-    save_png(args.out, figure(cells, rows, columns, scale=args.scale))
+    save_png(args.out, figure(cells, rows, columns, scale=args.scale), figure_texts(args))
     _report(args, str(args.out))
     return 0
 

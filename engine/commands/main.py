@@ -12,11 +12,14 @@ from types import FrameType
 from typing import NoReturn
 
 import stepfusion
+from stepfusion.commands.environment import EnvironmentParser
 from stepfusion.commands.streams import standard_streams, tell
 from stepfusion.commands.threads import wait_passively
 
 _EPILOG = """exit status: 0 done; 1 it could not be done, and one line says why; 2 the command line is wrong;
-130 (Ctrl-C) or 143 (SIGTERM) stopped, and what was finished is kept"""
+130 (Ctrl-C) or 143 (SIGTERM) stopped, and what was finished is kept
+
+An option that is not given has its default from a variable, if there is one: STEPFUSION_STEPS=25 is --steps 25."""
 
 Command = Callable[[argparse.Namespace], int]
 Declare = Callable[[argparse.ArgumentParser], None]
@@ -28,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait_passively()
     with standard_streams():
         given = sys.argv[1:] if arguments is None else list(arguments)
-        return _run(_parser(given).parse_args(given))
+        args = _parser(given).parse_args(given)
+        args.words = [*given, *args.words_of_environment]
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -46,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
         return 1
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(EnvironmentParser):
     """Says what is wrong in one line, without the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:

@@ -23,6 +23,7 @@ from stepfusion.commands.arguments import (
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
+from stepfusion.commands.provenance import SampleProvenance, add_metadata_argument
 from stepfusion.commands.threads import add_threads_argument
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, grid, grid_size, save_gif, save_png, why_no_picture
@@ -98,7 +99,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--single", action="store_true", help="no grid, but OUT/SEED-INDEX.png for each image, as soon as it is done")
     add("--animate", type=Path, metavar="GIF", help="also write an animation of the grid, from noise to images")
     add("--columns", type=int, help="of the grid (default: the number of classes, else a square)")
-    add("--scale", type=int, default=2, help="enlarge every pixel of the grid so many times (default: %(default)s)")
+    add(
+        "--scale",
+        type=int,
+        help="enlarge every pixel of the grid so many times (default: 2, or 1 for one image alone)",
+    )
+    add_metadata_argument(add)
     add("--quiet", action="store_true", help="no progress bar, no report")
 
     add = parser.add_argument_group("where and how to run").add_argument
@@ -124,13 +130,14 @@ def run_sample(args: argparse.Namespace) -> int:
     table = request.of(engine)
     labels = chosen_labels(engine, args.labels, args.num)
     edit = _edit(engine, args)
-    steps = len(table) if edit is None else len(edit.shorten(table))
+    walked = table if edit is None else edit.shorten(table)
+    steps, origin = len(walked), SampleProvenance(args, engine, walked, labels)
     shown = _shown_steps(steps) if args.animate else []
     _check_picture(engine, args, len(shown))
     frames = _Frames(engine, args, shown) if args.animate else None
     watchers: list[Callable[[Event], None]] = [frames] if frames else []
     if args.single:
-        watchers.append(_SingleFiles(engine, args))
+        watchers.append(_SingleFiles(engine, args, origin))
     started = time.perf_counter()
     images = engine.sample(
         args.num,
@@ -146,12 +153,15 @@ def run_sample(args: argparse.Namespace) -> int:
     pixels = pixels_of(engine, images)
     seconds = time.perf_counter() - started
     if not args.single:
-        save_png(args.out, _grid(args, engine, pixels))
+        save_png(args.out, _grid(args, engine, pixels), origin.of_grid())
     if frames:
         save_gif(args.animate, frames.grids())
     if not args.quiet:
         written = ", ".join(map(str, [args.out, args.animate] if frames else [args.out]))
-        print(f"{_count(args.num, 'image')}, {table.name}, {_count(steps, 'step')}, {seconds:.1f} s: {written}")
+        facts = f"{_count(args.num, 'image')}, {table.name}, {_count(steps, 'step')}, seed {args.seed}"
+        facts += "" if engine.null_label is None else f", guidance {1 if args.guidance is None else args.guidance:g}"
+        print(f"{facts}, {seconds:.1f} s, {args.num / max(seconds, 1e-9):.3g} images/s: {written}")
+        print(f"again: {origin.command}")
     return 0
 
 
@@ -182,8 +192,8 @@ class _Frames:
 class _SingleFiles:
     """The callback that writes every image as soon as it is done, so that those are kept when sampling stops."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
-        self._engine, self._args = engine, args
+    def __init__(self, engine: Engine, args: argparse.Namespace, origin: SampleProvenance) -> None:
+        self._engine, self._args, self._origin = engine, args, origin
 
     def __call__(self, event: Event) -> None:
         if event.step + 1 < event.steps:
@@ -192,7 +202,8 @@ class _SingleFiles:
         folder.mkdir(exist_ok=True)
         try:
             for image, pixels in zip(event.images, self._engine.to_uint8(event.x).cpu(), strict=True):
-                save_png(folder / f"{self._args.seed}-{first + image}.png", pixels.numpy())
+                name = f"{self._args.seed}-{first + image}.png"
+                save_png(folder / name, pixels.numpy(), self._origin.of_image(image))
         except BaseException:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty: not even one image could be written
@@ -240,7 +251,7 @@ def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> Non
         raise ValueError(f"{reason}; stepfusion generate --format npz writes arrays")
     if args.single and not frames:
         return
-    height, width = grid_size(args.num, *sizes, columns=_columns(args, engine), scale=args.scale)
+    height, width = grid_size(args.num, *sizes, columns=_columns(args, engine), scale=_scale(args), gap=_gap(args))
     if frames and max(height, width) > _MAX_GIF_SIDE:
         raise ValueError(f"a GIF is at most {_MAX_GIF_SIDE} pixels wide and high, got a grid of {width} x {height}")
     if height * width * max(1, frames) > _MAX_PIXELS:
@@ -258,7 +269,17 @@ def _columns(args: argparse.Namespace, engine: Engine) -> int | None:
 
 
 def _grid(args: argparse.Namespace, engine: Engine, pixels: Pixels) -> Pixels:
-    return grid(pixels, columns=_columns(args, engine), scale=args.scale)
+    return grid(pixels, columns=_columns(args, engine), scale=_scale(args), gap=_gap(args))
+
+
+def _scale(args: argparse.Namespace) -> int:
+    """How many times the pixels of a grid are enlarged; not at all if it is one image."""
+    default = 1 if args.num == 1 else 2
+    return default if args.scale is None else int(args.scale)
+
+
+def _gap(args: argparse.Namespace) -> int:
+    return 0 if args.num == 1 else 2
 
 
 def _count(n: int, noun: str) -> str:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.commands.provenance import add_metadata_argument
 from stepfusion.commands.streams import tell
 from stepfusion.options import ExecutionOptions
+from stepfusion.serving.http.logs import LEVELS
 from stepfusion.serving.http.stopping import exit_at_once, terminate_with
 
 if TYPE_CHECKING:
@@ -54,6 +56,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds after which a tick that has not ended makes the engine dead, and /healthz say so; start-up "
         "does not count; 0 is never (default: %(default)s)",
+    )
+    add_metadata_argument(add)
+    add(
+        "--log-level",
+        choices=LEVELS,
+        help="of what --local writes to stderr: info has a line for each request (default: info)",
     )
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
@@ -144,6 +152,7 @@ def _model(args: argparse.Namespace) -> ModelApp:
             body=args.max_body,
         ),
         max_steps=args.max_steps,
+        metadata=not args.no_metadata,
         host=args.host or None,
         allowed_hosts=None if hosts is None else check_hosts(host.strip() for host in hosts.split(",")),
     )
@@ -155,7 +164,7 @@ def _run_locally(args: argparse.Namespace, model: ModelApp) -> int:
     with listen(args.host, args.port) as listening:
         app = model.make()
         _announce(args, listening.getsockname()[1])
-        serve_locally(app, listening, drain=args.drain)
+        serve_locally(app, listening, drain=args.drain, log_level=args.log_level or "info")
     return _status(app.state.service)
 
 
@@ -199,6 +208,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number of at least 0, got {value}")
     if not (0 if args.local else 1) <= args.port < 1 << 16:
         raise ValueError(f"--port must be in [1, 65535], or 0 with --local, got {args.port}")
+    if args.log_level is not None and not args.local:
+        raise ValueError("--log-level is an option of --local, and Ray Serve has logs of its own")
     for name, default in (("ray", None), ("replicas", 1), ("cpus", None), ("gpus", None)):
         if args.local and getattr(args, name) != default:
             raise ValueError(f"--{name} is an option of Ray Serve, and --local does without it")

@@ -21,6 +21,7 @@ from stepfusion.commands.figures import figure, strip
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_figure
 from stepfusion.commands.pictures import pixels_of
+from stepfusion.commands.provenance import add_metadata_argument, figure_texts, print_metadata
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, save_png
@@ -30,6 +31,7 @@ from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
 _MAX_SIDE = 1024
+_METADATA = "print what a PNG file says of where it comes from, and the command that makes it again"
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +46,23 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
         command = figures.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         declare(command)
         command.set_defaults(draw=draw)
+    command = figures.add_parser("metadata", help=_METADATA, description=_METADATA[0].upper() + _METADATA[1:] + ".")
+    command.add_argument("file", type=Path, help="a PNG file of stepfusion's")
+    command.set_defaults(draw=None)
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Draw one figure; returns 0. ValueError before any work if it cannot be drawn or written."""
+    """Draw one figure, or print a file's metadata; returns 0.
+
+    Raises:
+        ValueError: before any work, if the figure cannot be drawn or written, or the file has no metadata.
+    """
+    if args.draw is None:
+        print_metadata(args.file)
+        return 0
     check_figure("--out", args.out)
     pixels: Pixels = args.draw(args)
-    save_png(args.out, pixels)
+    save_png(args.out, pixels, figure_texts(args))
     if not args.quiet:
         print(args.out)
     return 0
@@ -65,6 +77,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("schedule.png"), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=1, help="enlarge every pixel so many times (default: %(default)s)")
     add("--quiet", action="store_true", help="no report")
+    add_metadata_argument(add)
 
 
 def _show_schedule(args: argparse.Namespace) -> Pixels:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -130,7 +131,8 @@ def run_train(args: argparse.Namespace) -> int:
             device=args.device,
             workers=workers or 1,
             should_stop=lambda: bool(stopped),
-            report=_print_row,
+            begin=_describe,
+            report=partial(_print_row, config),
         )
     plot_loss(args.out)
     if stopped:
@@ -222,8 +224,19 @@ def _named(dataset: ImageDataset, names: str | None) -> ImageDataset:
     return ImageDataset(dataset.images, dataset.labels, split)
 
 
-def _print_row(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+def _describe(trainer: Trainer) -> None:
+    """Say what is trained, where, and how far it is."""
+    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else str(trainer.device)
+    images, shape = len(trainer.dataset), "x".join(map(str, trainer.dataset.images.shape[1:]))
+    network, steps = type(trainer.network).__name__, f"steps {trainer.step} to {trainer.config.steps}"
+    tell(f"stepfusion: {network} of {parameters:,} parameters on {device}, {images:,} images of {shape}, {steps}")
+
+
+def _print_row(config: TrainConfig, row: dict[str, Any]) -> None:
+    """Print a row of metrics, with the seconds that the steps left take at its pace."""
+    left = (config.steps - row["step"]) * config.batch_size / max(row["images_per_s"], 0.1)
+    print(json.dumps({**row, "left_s": round(left)}), flush=True)
 
 
 @contextmanager

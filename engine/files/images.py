@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stepfusion.files.atomic import atomic_write
+from stepfusion.files.png_text import png_info
 
 Pixels = NDArray[np.uint8]
 
@@ -46,15 +47,18 @@ def grid(pixels: Pixels, *, columns: int | None = None, scale: int = 1, gap: int
     return sheet
 
 
-def save_png(path: str | Path, pixels: Pixels) -> None:
-    """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG."""
-    _write(path, encode_png(pixels, optimize=True))
+def save_png(path: str | Path, pixels: Pixels, texts: Mapping[str, str] | None = None) -> None:
+    """One image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels, as a PNG with ``texts`` by their keywords."""
+    _write(path, encode_png(pixels, optimize=True, texts=texts))
 
 
-def encode_png(pixels: Pixels, *, optimize: bool = False) -> bytes:
-    """The PNG of one image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels; smaller and slower with ``optimize``."""
+def encode_png(pixels: Pixels, *, optimize: bool = False, texts: Mapping[str, str] | None = None) -> bytes:
+    """The PNG of one image, uint8 [H, W, C] with 1 (grey), 3 or 4 channels; smaller and slower with ``optimize``.
+
+    ``texts`` are what it carries beside its pixels, by their keywords.
+    """
     buffer = io.BytesIO()
-    _picture(pixels).save(buffer, format="PNG", optimize=optimize)
+    _picture(pixels).save(buffer, format="PNG", optimize=optimize, pnginfo=png_info(texts) if texts else None)
     return buffer.getvalue()
 
 

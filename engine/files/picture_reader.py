@@ -25,7 +25,7 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp",
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 29
 
-_PLUGINS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_PLUGINS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's names
 _ORIENTATION = 0x0112  # of EXIF 2.3, table 4
 _PAPER = 255  # what a transparent picture is seen on
 
@@ -45,13 +45,31 @@ def read_picture(path: str | Path, shape: Sequence[int]) -> Pixels:
     Raises:
         ValueError: the file is no sound picture, or of another size, or ``shape`` is not one of pictures.
     """
+    _check_channels(shape)
+    return decode_picture(path, _read(path), shape)[0]
+
+
+def decode_picture(
+    name: str | Path, data: bytes, shape: Sequence[int], *, formats: tuple[str, ...] = _PLUGINS
+) -> tuple[Pixels, Pixels | None]:
+    """The same of a file's bytes, and its alpha.
+
+    Args:
+        name: for messages.
+        formats: Pillow's names of those that are read.
+
+    Returns:
+        uint8 [H, W, C], and uint8 [H, W]: 0 where nothing of the picture is seen; None if it has no alpha.
+
+    Raises:
+        ValueError: as :func:`read_picture`; or the bytes are of another format.
+    """
+    _check_channels(shape)
     channels, height, width = shape
-    if channels not in CHANNELS:
-        raise ValueError(f"images must have 1, 3 or 4 channels to be read from a picture, got {channels}")
-    pixels = _convert(_decode(path, _read(path), (width, height)), channels)
-    if pixels.shape[:2] != (height, width):
-        raise _other_size(path, (pixels.shape[1], pixels.shape[0]), (width, height))
-    return pixels
+    decoded = _decode(name, data, (width, height), formats)
+    if decoded.shape[:2] != (height, width):
+        raise _other_size(name, (decoded.shape[1], decoded.shape[0]), (width, height))
+    return _convert(decoded, channels), decoded[..., -1] if decoded.shape[2] in (2, 4) else None
 
 
 def read_any_picture(path: str | Path) -> Pixels:
@@ -69,6 +87,11 @@ def decode_any_picture(name: str | Path, data: bytes) -> Pixels:
     return _convert(pixels, 1 if pixels.shape[2] <= 2 else 3)
 
 
+def _check_channels(shape: Sequence[int]) -> None:
+    if shape[0] not in CHANNELS:
+        raise ValueError(f"images must have 1, 3 or 4 channels to be read from a picture, got {shape[0]}")
+
+
 def _read(path: str | Path) -> bytes:
     try:
         return read_regular(path, MAX_BYTES, follow=True)
@@ -76,30 +99,38 @@ def _read(path: str | Path) -> bytes:
         raise PictureError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _decode(name: str | Path, data: bytes, size: tuple[int, int] | None) -> Pixels:
+def _decode(
+    name: str | Path, data: bytes, size: tuple[int, int] | None, formats: tuple[str, ...] = _PLUGINS
+) -> Pixels:
     """Grey, grey with alpha, RGB or RGBA, uint8 [H, W, C], as the picture is; `size` is (W, H), either way up."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata that is not used
             if data.startswith(SIGNATURE):
                 check_chunks(data)
-            return _decode_checked(name, io.BytesIO(data), size)
+            return _decode_checked(name, io.BytesIO(data), size, formats)
     except PictureError:
         raise
     except UnusableValuesError as error:
         raise PictureError(f"{name} is stored {error}; accepted are unsigned integers of at most 16 bits") from None
     except Exception as error:  # decoders meet damaged files with errors of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"{name} is not a sound picture ({FORMATS}): {reason[:200]}") from None
+        raise PictureError(f"{name} is not a sound picture ({_accepted(formats)}): {reason[:200]}") from None
 
 
-def _decode_checked(name: str | Path, file: IO[bytes], size: tuple[int, int] | None) -> Pixels:
+def _accepted(formats: tuple[str, ...]) -> str:
+    return FORMATS if formats is _PLUGINS else " or ".join(formats)
+
+
+def _decode_checked(
+    name: str | Path, file: IO[bytes], size: tuple[int, int] | None, formats: tuple[str, ...]
+) -> Pixels:
     try:
-        picture = Image.open(file, formats=_PLUGINS)
+        picture = Image.open(file, formats=formats)
     except Image.DecompressionBombError:
         raise PictureError(f"{name} declares more than the {MAX_PIXELS} pixels that a picture may have") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a sound picture ({FORMATS})") from None
+        raise PictureError(f"{name} is not a sound picture ({_accepted(formats)})") from None
     with picture:
         _check_declared(name, picture, size)
         pixels = pixels_of(picture, file)

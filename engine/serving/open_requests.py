@@ -76,8 +76,11 @@ class OpenRequests:
             self._tracing.ended(job, outcome, timings, error)
         with contained("the log"):
             logger.info(
-                "request %d: %s",
+                "request %d, %d images, %.3f s queued, %.3f s running: %s",
                 job.number,
+                len(job.request),
+                timings.queued,
+                timings.running,
                 outcome if error is None else f"{outcome}: {first_line(error)}",
                 extra={
                     "request": job.number,

@@ -32,6 +32,7 @@ def train(
     device: str | torch.device = "cpu",
     workers: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
+    begin: Callable[[Trainer], object] = lambda trainer: None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Trainer:
     """Train, or go on from the newest state in `directory`, until ``config.steps`` or until `should_stop`.
@@ -45,6 +46,7 @@ def train(
         device: the device to train on.
         workers: threads (see `Trainer`).
         should_stop: is called after every step; True ends the run.
+        begin: is called with the trainer as it is before the first step that is made now.
         report: is called with each row of metrics: step, loss (mean since the row before), lr, images_per_s and
             elapsed_s.
 
@@ -66,6 +68,7 @@ def train(
             trainer.restore(load_state(newest))
         check_room_for_states(directory, trainer.step)
         forget_rows_after(directory / METRICS, trainer.step)
+        begin(trainer)
         _go_on(trainer, directory, should_stop, report)
     return trainer
 

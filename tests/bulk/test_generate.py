@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stepfusion.bulk import shards
 from stepfusion.bulk.job import read_job
 from stepfusion.bulk.labels import read_labels
 from stepfusion.bulk.manifest import Manifest, Record, read_records, write_sorted
+from stepfusion.bulk.progress import Progress
 from stepfusion.bulk.shard_reading import read_shard
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.engine import Engine
@@ -167,9 +169,21 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("stepfusion.bulk.progress._SECONDS_BETWEEN_LINES", 0)
     generate(f"{TINY.replace('--quiet', '')} --out out")
-    first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("stepfusion: 8 of 22 images, ")
-    assert " images/s, " in first
+    lines = [line for line in capsys.readouterr().err.splitlines() if "none finished" not in line]
+    assert lines[0].startswith("stepfusion: 8 of 22 images, ")
+    assert " images/s, " in lines[0]
+
+
+def test_a_log_hears_of_a_long_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("stepfusion.bulk.progress._SECONDS_BETWEEN_LINES", 0.3)
+    with Progress(20, 8, quiet=False):
+        time.sleep(1.0)  # nothing is finished meanwhile
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3
+    assert set(lines) == {"stepfusion: 8 of 20 images, none finished in the 00:00 of this run yet"}
+    with Progress(20, 8, quiet=True):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
 
 
 def test_invariant_images_do_not_depend_on_the_unit() -> None:

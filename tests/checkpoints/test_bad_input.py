@@ -40,6 +40,12 @@ pytestmark = pytest.mark.usefixtures("bad_input_workspace")
 CHECKPOINTS = [
     Case("model name: with ../", lambda: sf.load_pretrained("../models/fashion-mnist"),
          sf.CheckpointError, "../models/fashion-mnist is missing"),
+    Case("model name: of a hub", lambda: sf.load_pretrained("google/ddpm-cifar10-32"),
+         sf.CheckpointError, "google/ddpm-cifar10-32 is missing; nothing is downloaded: if it is a repository of the "
+         "Hugging Face hub, get its files with `hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32`, "
+         "and name the directory ddpm-cifar10-32"),
+    Case("model name: of no folder", lambda: sf.load_pretrained("model/none"),
+         sf.CheckpointError, "model/none is missing"),
     Case("model name: unknown", lambda: sf.load_pretrained("imagenet"),
          sf.CheckpointError, f"'imagenet' is neither a bundled model ({MODELS}) nor a directory"),
     Case("model name: empty", lambda: sf.load_pretrained(""),

@@ -1,6 +1,7 @@
 """Training: exact resumption, the arithmetic of rate, average and dropout, and states that are whole or absent."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -312,7 +313,14 @@ def test_command_trains_exports_and_plots(tmp_path: Path, capsys: pytest.Capture
     names = ",".join(f"class {label}" for label in range(10))
     arguments = [str(SLICE), "--out", str(tmp_path), "--workers", "1", "--class-names", names, *TINY_ARGUMENTS]
     assert train_cli.main(arguments) == 0
-    assert "exported step 4" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "exported step 4" in said.out
+    rows = [json.loads(line) for line in said.out.splitlines() if line.startswith("{")]
+    assert rows[-1]["left_s"] == 0
+    assert rows[0]["left_s"] >= 0
+    assert re.search(
+        r"^stepfusion: UNet2D of [\d,]+ parameters on cpu, [\d,]+ images of 1x\d+x\d+, steps 0 to 4$", said.err, re.M
+    )
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((tmp_path / "model" / "stepfusion.json").read_text())
     assert facts["class_names"] == names.split(",")

@@ -7,13 +7,12 @@ It depends on no server: uvicorn runs it (:mod:`stepfusion.serving.http.local_se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -25,17 +24,19 @@ from stepfusion.serving.errors import EngineClosed, EngineDead
 from stepfusion.serving.events import EventQueue
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.bodies import read_body
-from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, InvalidRequest, as_bad_request, error_response
+from stepfusion.serving.http.errors import EXCEPTION_HANDLERS, as_bad_request, error_response
 from stepfusion.serving.http.event_stream import EventStream
 from stepfusion.serving.http.hosts import HostCheck, check_hosts
+from stepfusion.serving.http.image_api import EDITS, GENERATIONS, ImageHandlers
+from stepfusion.serving.http.intake import Intake
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.metadata import engine_status, model_metadata
 from stepfusion.serving.http.openapi import describe
+from stepfusion.serving.http.origin import Origin
 from stepfusion.serving.http.page import page_headers, read_page
 from stepfusion.serving.http.previews import PreviewBuffer
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 from stepfusion.serving.http.validation import ValidatedRequest, preview_interval, validate
-from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 
 _GENERATE, _STREAM = "/v1/generate", "/v1/stream"
 T = TypeVar("T")
@@ -49,6 +50,8 @@ def make_app(
     name: str = "model",
     host: str | None = None,
     allowed_hosts: Sequence[str] | None = None,
+    metadata: bool = True,
+    weights: str | None = None,
 ) -> Starlette:
     """The application. It starts ``service`` when a server starts it, and closes it at the end.
 
@@ -61,6 +64,9 @@ def make_app(
             ``*`` for all. By default, requests that arrive at a loopback address may name no other host, and others
             may name any.
 
+        metadata: PNG files say where they come from (:mod:`stepfusion.files.provenance`).
+        weights: SHA-256 of the model's file of weights, which is told there.
+
     Raises:
         ValueError: ``allowed_hosts`` has what is no host.
 
@@ -72,10 +78,13 @@ def make_app(
     if limits is None:
         limits = Limits(steps=service.engine.schedule.max_steps)
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
-    handlers = _Handlers(service, limits, name)
+    intake = Intake(service)
+    origin = Origin(name, weights, metadata)
+    handlers = _Handlers(intake, limits, origin)
     routes = [
         Route(_GENERATE, handlers.generate, methods=["POST"]),
         Route(_STREAM, handlers.stream, methods=["POST"]),
+        *ImageHandlers(intake, limits, origin).routes(),
         Route("/v1/model", handlers.model),
         Route("/healthz", handlers.healthz),
         Route("/readyz", handlers.readyz),
@@ -98,13 +107,13 @@ def make_app(
 class _Handlers:
     """What the paths do."""
 
-    def __init__(self, service: AsyncEngine, limits: Limits, name: str) -> None:
-        self._service, self._limits, self._name = service, limits, name
+    def __init__(self, intake: Intake, limits: Limits, origin: Origin) -> None:
+        self._intake, self._limits, self._origin = intake, limits, origin
+        self._service = service = intake.service
         self._page = read_page()
         self._description = describe(limits, service.engine.schedule)
         # One thread encodes the previews of all streams: Python code holds back the thread that runs the engine.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="stepfusion-previews")
-        self._ending = Ending()
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -120,39 +129,39 @@ class _Handlers:
 
     def end_requests(self) -> None:
         """End the requests under way, and those that still come."""
-        self._ending.end()
+        self._intake.ending.end()
 
     # Images
 
     async def generate(self, request: Request) -> Response:
-        return await self._until_the_end(self._generate, request)
+        return await self._intake.until_the_end(self._generate, request)
 
     async def stream(self, request: Request) -> Response:
-        validated, every = await self._until_the_end(self._stream_request, request)
+        validated, every = await self._intake.until_the_end(self._stream_request, request)
         # From here on nothing is awaited: a handler that is cancelled must not leave a request behind.
         with as_bad_request():
             events = EventQueue(PreviewBuffer())
             arguments = {**validated.arguments, "output": "uint8", "every": every}
             events.follow(self._service.submit(progress=events.send, **arguments))
-        return EventStream(self._service.engine, validated, events, self._encoder, self._ending)
+        engine = self._service.engine
+        return EventStream(engine, validated, self._origin, events, self._encoder, self._intake.ending)
 
     async def _generate(self, request: Request) -> Response:
-        with self._counting_refusals():
+        with self._intake.counting_refusals():
             asked, validated = await self._validated(request, PictureRequest)
             if asked.format == "png":
                 messages.check_picture(self._service.engine)
-        with as_bad_request():
-            future = self._service.submit(**validated.arguments, output="uint8")
-        pixels = messages.pixels_of(await wait_unless(disconnected(request), asyncio.wrap_future(future)))
+        pixels = await self._intake.make(request, validated.arguments)
         if asked.format == "png":
-            return Response(await asyncio.to_thread(messages.picture, pixels), media_type="image/png")
+            texts = self._origin.of_all(self._service.engine, validated)
+            return Response(await asyncio.to_thread(messages.picture, pixels, texts), media_type="image/png")
         data = await asyncio.to_thread(messages.arrays, validated, pixels)
         saved_as = {"Content-Disposition": 'attachment; filename="images.npz"'}
         return Response(data, media_type="application/x-npz", headers=saved_as)
 
     async def _stream_request(self, request: Request) -> tuple[ValidatedRequest, int]:
         """What is to be streamed, and the steps between two previews."""
-        with self._counting_refusals():
+        with self._intake.counting_refusals():
             asked, validated = await self._validated(request, StreamRequest)
             messages.check_picture(self._service.engine)
             return validated, preview_interval(validated, asked.every, self._limits)
@@ -163,31 +172,15 @@ class _Handlers:
             asked = kind.parse(body)
             return asked, validate(asked, self._service.engine, self._limits)
 
-    async def _until_the_end(self, handler: Callable[[Request], Awaitable[T]], request: Request) -> T:
-        """What a handler returns, unless the server was stopped before, or is now."""
-        if self._ending.ended:
-            self._service.count_rejected("closed")
-            await self._ending.wait()
-        return await wait_unless(self._ending.wait(), handler(request))
-
-    @contextmanager
-    def _counting_refusals(self) -> Iterator[None]:
-        """Count the requests that are refused here; those that the engine refuses, it counts itself."""
-        try:
-            yield
-        except (HTTPException, InvalidRequest):
-            self._service.count_rejected("invalid")
-            raise
-
     def refused_host(self, scope: Scope) -> None:
         """Count a request for images that named a host of others."""
-        if scope["method"] == "POST" and scope["path"] in (_GENERATE, _STREAM):
+        if scope["method"] == "POST" and scope["path"] in (_GENERATE, _STREAM, GENERATIONS, EDITS):
             self._service.count_rejected("invalid")
 
     # The model and the state of the engine
 
     async def model(self, request: Request) -> Response:
-        return JSONResponse(model_metadata(self._service.engine, self._limits, self._name))
+        return JSONResponse(model_metadata(self._service.engine, self._limits, self._origin.name))
 
     async def healthz(self, request: Request) -> Response:
         return self._health(self._service.live)

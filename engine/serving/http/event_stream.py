@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
+from functools import partial
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -13,6 +14,7 @@ from stepfusion.engine import Engine
 from stepfusion.serving.events import EventQueue
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.errors import status_and_message
+from stepfusion.serving.http.origin import Origin
 from stepfusion.serving.http.previews import Preview
 from stepfusion.serving.http.validation import ValidatedRequest
 from stepfusion.serving.http.waiting import Ending, wait_unless
@@ -25,19 +27,21 @@ class EventStream(StreamingResponse):
     """A response of server-sent events. However it ends, even before it began, its request is cancelled with it.
 
     Args:
-        encoder: what encodes previews. ending: of the server, which ends this with an error event.
+        origin: what the pictures say of themselves. encoder: what encodes previews. ending: of the server, which ends
+            this with an error event.
     """
 
     def __init__(
         self,
         engine: Engine,
         request: ValidatedRequest,
+        origin: Origin,
         events: EventQueue[Preview],
         encoder: Executor,
         ending: Ending,
     ) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._engine, self._request, self._queue = engine, request, events
+        self._engine, self._request, self._origin, self._queue = engine, request, origin, events
         self._encoder, self._ending = encoder, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +56,8 @@ class EventStream(StreamingResponse):
         try:
             while not isinstance(item := await self._next(), Result):
                 yield b": waiting\n\n" if item is None else await self._progress(item)
-            yield await asyncio.to_thread(messages.finished, self._engine, self._request, item)
+            texts = partial(self._origin.of_image, self._engine, self._request)
+            yield await asyncio.to_thread(messages.finished, self._engine, self._request, item, texts)
         except Exception as error:
             status, message = status_and_message(error)
             yield messages.sent_event("error", {"status": status, "error": message})

@@ -59,7 +59,7 @@ class HostCheck:
             strange = [host for host in named if not self._is_accepted(host, arrived_at)]
             if strange:
                 self._on_refusal(scope)
-                await _refusal(strange[0])(scope, receive, send)
+                await _refusal(strange[0], scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -73,8 +73,9 @@ class HostCheck:
         return any(_matches(host, pattern) for pattern in self._allowed)
 
 
-def _refusal(host: str) -> ASGIApp:
-    return error_response(421, f"Host must be a name of this server (--allowed-hosts adds some), got {shown(host)}")
+def _refusal(host: str, path: str) -> ASGIApp:
+    message = f"Host must be a name of this server (--allowed-hosts adds some), got {shown(host)}"
+    return error_response(421, message, path=path)
 
 
 def _plain(host: str) -> str:

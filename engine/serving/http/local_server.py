@@ -15,6 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from stepfusion.serving.http.connections import Connection, ConnectionKeeper, ConnectionLimits
+from stepfusion.serving.http.logs import REQUESTS, log_config
 from stepfusion.serving.http.stopping import stopping
 
 _KEEP_ALIVE_SECONDS = 5
@@ -31,12 +32,13 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
-def serve_locally(app: Starlette, listening: socket.socket, *, drain: float) -> None:
+def serve_locally(app: Starlette, listening: socket.socket, *, drain: float, log_level: str = "warning") -> None:
     """Serve until SIGINT or SIGTERM; then finish what is under way, for ``drain`` seconds at most.
 
     What is not finished then ends with status 503, or an error event on a stream. A second signal kills the process.
+    ``log_level`` as for :func:`stepfusion.serving.http.logs.log_config`.
     """
-    LocalServer(app, drain, ConnectionLimits(_allowed_connections())).run(sockets=[listening])
+    LocalServer(app, drain, ConnectionLimits(_allowed_connections()), log_level).run(sockets=[listening])
 
 
 class LocalServer(uvicorn.Server):
@@ -48,16 +50,17 @@ class LocalServer(uvicorn.Server):
     Args:
         app: made by :func:`stepfusion.serving.http.app.make_app`.
         drain: seconds that requests under way have from the signal on.
+        log_level: of what goes to stderr.
     """
 
-    def __init__(self, app: Starlette, drain: float, limits: ConnectionLimits) -> None:
+    def __init__(self, app: Starlette, drain: float, limits: ConnectionLimits, log_level: str = "warning") -> None:
         self._keeper = ConnectionKeeper(limits)
         self._app, self._drain = app, drain
         config = uvicorn.Config(
             app,
             lifespan="on",
-            log_level="warning",
-            access_log=False,
+            log_config=log_config(log_level),
+            access_log=log_level in REQUESTS,
             server_header=False,
             ws="none",
             http=cast("type[asyncio.Protocol]", partial(Connection, keeper=self._keeper)),

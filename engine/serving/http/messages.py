@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ def check_picture(engine: Engine) -> None:
         raise InvalidRequest(f"format must be 'npz' for this model: {reason}")
 
 
-def picture(pixels: Pixels) -> bytes:
-    """The PNG of one image, or of a grid of several; uint8 [n, H, W, C]."""
-    return encode_png(pixels[0] if len(pixels) == 1 else grid(pixels, gap=0))
+def picture(pixels: Pixels, texts: Mapping[str, str] | None = None) -> bytes:
+    """The PNG of one image, or of a grid of several, uint8 [n, H, W, C]; with these texts."""
+    return encode_png(pixels[0] if len(pixels) == 1 else grid(pixels, gap=0), texts=texts)
 
 
 def arrays(request: ValidatedRequest, pixels: Pixels) -> bytes:
@@ -58,20 +59,25 @@ def progress(preview: Preview) -> bytes:
             "steps": preview.steps,
             "timestep": preview.timestep,
             "images": list(preview.images),
-            "previews": [_base64_png(one) for one in to_uint8_reference(preview.x0).numpy()],
+            "previews": [base64_png(one) for one in to_uint8_reference(preview.x0).numpy()],
         },
     )
 
 
-def finished(engine: Engine, request: ValidatedRequest, result: Result) -> bytes:
-    """The server-sent event of a result: the images, what each is a function of, and the timings of the request."""
+def finished(
+    engine: Engine, request: ValidatedRequest, result: Result, texts: Callable[[int], Mapping[str, str] | None]
+) -> bytes:
+    """The server-sent event of a result: the images, what each is a function of, and the timings of the request.
+
+    ``texts`` are those of each image's PNG.
+    """
     images = []
     for image, pixels in enumerate(result.images.numpy()):
         described: dict[str, Any] = {
             "name": request.name(image),
             "seed": request.seeds[image],
             "index": request.indices[image],
-            "png": _base64_png(pixels),
+            "png": base64_png(pixels, texts(image)),
         }
         if request.labels is not None:
             label = request.labels[image]
@@ -100,5 +106,6 @@ def pixels_of(result: Result) -> Pixels:
     return pixels
 
 
-def _base64_png(pixels: Pixels) -> str:
-    return base64.b64encode(encode_png(pixels)).decode()
+def base64_png(pixels: Pixels, texts: Mapping[str, str] | None = None) -> str:
+    """The PNG of one image, uint8 [H, W, C], with these texts, for JSON."""
+    return base64.b64encode(encode_png(pixels, texts=texts)).decode()

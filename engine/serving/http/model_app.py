@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from starlette.applications import Starlette
 
+from stepfusion.checkpoints.weights_digest import weights_digest
 from stepfusion.engine import Engine
 from stepfusion.options import ExecutionOptions
 from stepfusion.serving.async_engine import AsyncEngine
@@ -25,6 +26,7 @@ class ModelApp:
         hang_after: seconds after which a tick that has not ended makes the engine dead; None for never.
         limits: of a request; their ``steps`` are replaced by ``max_steps``.
         max_steps: of one image; by default the model's timesteps.
+        metadata: PNG files say where they come from.
         host, allowed_hosts: as for :func:`stepfusion.serving.http.app.make_app`.
     """
 
@@ -35,6 +37,7 @@ class ModelApp:
     hang_after: float | None = 300.0
     limits: Limits = field(default_factory=Limits)
     max_steps: int | None = None
+    metadata: bool = True
     host: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
 
@@ -48,4 +51,6 @@ class ModelApp:
             name=self.name,
             host=self.host,
             allowed_hosts=self.allowed_hosts,
+            metadata=self.metadata,
+            weights=weights_digest(self.model) if self.metadata else None,
         )

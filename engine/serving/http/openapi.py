@@ -7,7 +7,9 @@ from typing import Any
 import stepfusion
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.registry import samplers_of
+from stepfusion.serving.http.image_requests import EditRequest, ImageRequest
 from stepfusion.serving.http.limits import Limits
+from stepfusion.serving.http.multipart import MEDIA_TYPE
 from stepfusion.serving.http.requests import GenerateRequest, PictureRequest, StreamRequest
 
 _HOST = "the Host header names a host that this server does not accept"
@@ -65,6 +67,10 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
                     _STREAM,
                 )
             },
+            "/v1/images/generations": {
+                "post": _images(ImageRequest, path, "Make images of a class", "application/json")
+            },
+            "/v1/images/edits": {"post": _images(EditRequest, path, "Make images from one", MEDIA_TYPE)},
             "/v1/model": {"get": _get("The model, its classes, the samplers and the limits", "application/json")},
             "/healthz": {"get": _get("200 while the engine lives", "application/json", 503)},
             "/readyz": {"get": _get("200 while requests are taken", "application/json", 503)},
@@ -72,7 +78,7 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
             "/openapi.json": {"get": _get("This description", "application/json")},
             "/": {"get": _get("A form to try it", "text/html")},
         },
-        "components": {"schemas": {"Error": _ERROR}},
+        "components": {"schemas": {"Error": _ERROR, "ImageError": _IMAGE_ERROR, "Images": _IMAGES}},
     }
 
 
@@ -81,6 +87,79 @@ _ERROR = {
     "properties": {"error": {"type": "string", "description": "one sentence"}},
     "required": ["error"],
 }
+_IMAGE_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string", "description": "one sentence"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "the field that is wrong"},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+_IMAGES = {
+    "type": "object",
+    "properties": {
+        "created": {"type": "integer", "description": "seconds since 1970"},
+        "background": {"const": "opaque"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "b64_json": {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"},
+                    "seed": {"type": "integer"},
+                    "index": {"type": "integer"},
+                    "label": {"type": "integer"},
+                    "class": {"type": ["string", "null"]},
+                },
+                "required": ["b64_json", "seed", "index"],
+            },
+        },
+        "output_format": {"const": "png"},
+        "size": {"type": "string", "examples": ["28x28"]},
+    },
+    "required": ["created", "background", "data", "output_format", "size"],
+}
+_FILES = {
+    "image": {
+        "type": "string",
+        "format": "binary",
+        "description": "PNG, JPEG or WebP, of the size of the model's images",
+    },
+    "mask": {
+        "type": "string",
+        "format": "binary",
+        "description": "a PNG of the same size, fully transparent where to paint anew; else the image's own alpha",
+    },
+}
+
+
+def _images(request: type[ImageRequest], path: Path, summary: str, media: str) -> dict[str, Any]:
+    """An operation of the image API."""
+    schema = request.model_json_schema()
+    schema["properties"]["sampler"]["enum"] = [*samplers_of(path), None]
+    problems = {**_PROBLEMS, 404: "the model is another than the served one"}
+    if media == MEDIA_TYPE:
+        schema["properties"] |= _FILES
+        schema["required"] = ["image", *schema["required"]]
+        problems[415] = "the body is not declared as a form"
+    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/ImageError"}}}
+    made = {"application/json": {"schema": {"$ref": "#/components/schemas/Images"}}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {media: {"schema": schema}}},
+        "responses": {
+            "200": {"description": "The images, each as a PNG in base64", "content": made},
+            **{str(code): {"description": text, "content": problem} for code, text in sorted(problems.items())},
+        },
+    }
 
 
 def _post(

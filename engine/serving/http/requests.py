@@ -7,7 +7,7 @@ on by that name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Self, TypeGuard, TypeVar
 
@@ -22,11 +22,11 @@ from stepfusion.serving.http.errors import InvalidRequest, shown
 _MAX_SEED = (1 << 64) - 1
 _MAX_INDEX = (1 << 32) - 1
 
-_Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
-_Index = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
+Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
+Index = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
 _Label = int | str | None
 T = TypeVar("T")
-_PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask for no image
+PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask for no image
 
 #: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors of an image's size.
 TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise"})
@@ -34,38 +34,11 @@ _TABLE_OPTIONS = tuple(field.name for field in fields(TableRequest))
 _IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in _TABLE_OPTIONS)
 
 
-class GenerateRequest(BaseModel):
-    """Images to make. Everything has a default; an image is a function of model, sampler, seed, index and label."""
+class RequestModel(BaseModel):
+    """The fields of a request, each described by what it must be."""
 
     # building at import would look for plugins in every installed package
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
-
-    n: int | None = Field(None, ge=1, description="an integer of at least 1")
-    sampler: str | None = Field(None, description="the name of a sampler; the model says which by default")
-    steps: int | None = Field(None, ge=1, description="an integer of at least 1")
-    eta: float | None = Field(None, description="a finite number")
-    spacing: str | None = Field(
-        None, pattern=f"^({'|'.join(EVERY_SPACING)})$", description=f"one of {', '.join(map(repr, EVERY_SPACING))}"
-    )
-    timesteps: list[_Index] | None = Field(
-        None, description="a list of integers from 0 on, each smaller than the one before"
-    )
-    guidance: float | _PerImage[float] | None = Field(
-        None, description="a finite number, or a list of one for each image"
-    )
-    labels: _Label | _PerImage[_Label] = Field(
-        None, description="a class's number or name, null for none, or a list of one for each image"
-    )
-    seed: _Seed | _PerImage[_Seed] = Field(
-        0, description="an integer from 0 to 2**64 - 1, or a list of one for each image"
-    )
-    indices: _PerImage[_Index] | None = Field(
-        None, description="a list of integers from 0 to 2**32 - 1, one for each image"
-    )
-    priority: int = Field(
-        0, ge=-1000, le=1000, description="an integer from -1000 to 1000, of which higher ones get lanes first"
-    )
-    deadline_s: float | None = Field(None, description="the seconds after which the images are of no use")
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -76,18 +49,62 @@ class GenerateRequest(BaseModel):
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
-            raise InvalidRequest(cls._sentence(error.errors(include_url=False)[0])) from None
+            raise cls._refusal(error.errors(include_url=False)[0]) from None
 
     @classmethod
-    def _sentence(cls, error: ErrorDetails) -> str:
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The request of these values; InvalidRequest as for :meth:`parse`."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise cls._refusal(error.errors(include_url=False)[0]) from None
+
+    @classmethod
+    def _refusal(cls, error: ErrorDetails) -> InvalidRequest:
         if error["type"] == "json_invalid":
-            return f"the body is not JSON: {error['ctx']['error']}"
+            return InvalidRequest(f"the body is not JSON: {error['ctx']['error']}", code="invalid_json")
         if not error["loc"]:
-            return f"the body must be a JSON object, got {shown(error['input'])}"
+            return InvalidRequest(f"the body must be a JSON object, got {shown(error['input'])}", code="invalid_type")
         name = str(error["loc"][0])
         if name not in cls.model_fields:
-            return f"unknown field {shown(name)}; accepted are {', '.join(cls.model_fields)}"
-        return f"{name} must be {cls.model_fields[name].description}, got {shown(error['input'])}"
+            accepted = ", ".join(cls.model_fields)
+            message = f"unknown field {shown(name)}; accepted are {accepted}"
+            return InvalidRequest(message, param=name, code="unknown_parameter")
+        expected = f"{name} must be {cls.model_fields[name].description}"
+        if error["type"] == "missing":
+            return InvalidRequest(f"{expected}, and is missing", param=name, code="missing_required_parameter")
+        return InvalidRequest(f"{expected}, got {shown(error['input'])}", param=name)
+
+
+class GenerateRequest(RequestModel):
+    """Images to make. Everything has a default; an image is a function of model, sampler, seed, index and label."""
+
+    n: int | None = Field(None, ge=1, description="an integer of at least 1")
+    sampler: str | None = Field(None, description="the name of a sampler; the model says which by default")
+    steps: int | None = Field(None, ge=1, description="an integer of at least 1")
+    eta: float | None = Field(None, description="a finite number")
+    spacing: str | None = Field(
+        None, pattern=f"^({'|'.join(EVERY_SPACING)})$", description=f"one of {', '.join(map(repr, EVERY_SPACING))}"
+    )
+    timesteps: list[Index] | None = Field(
+        None, description="a list of integers from 0 on, each smaller than the one before"
+    )
+    guidance: float | PerImage[float] | None = Field(
+        None, description="a finite number, or a list of one for each image"
+    )
+    labels: _Label | PerImage[_Label] = Field(
+        None, description="a class's number or name, null for none, or a list of one for each image"
+    )
+    seed: Seed | PerImage[Seed] = Field(
+        0, description="an integer from 0 to 2**64 - 1, or a list of one for each image"
+    )
+    indices: PerImage[Index] | None = Field(
+        None, description="a list of integers from 0 to 2**32 - 1, one for each image"
+    )
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="an integer from -1000 to 1000, of which higher ones get lanes first"
+    )
+    deadline_s: float | None = Field(None, description="the seconds after which the images are of no use")
 
     @property
     def table_request(self) -> TableRequest:
