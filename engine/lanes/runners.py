@@ -23,7 +23,8 @@ from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, check_images, make_request
-from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
+from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
+from stepfusion.lanes.runner_pool import RunnerPool
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
@@ -100,6 +101,8 @@ class Runners:
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
         request = make_request(self.spec, n, table, options, self._prompts)
+        if request.table.reuses is not None and self._kept(request) is None:
+            raise ValueError("reuse needs a UNet2D or UNet2DCondition of two levels or more, called by its parts")
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
@@ -154,7 +157,14 @@ class Runners:
             capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
             conditions=() if self._prepared is None else self._prepared.layout,
+            kept=self._kept(request),
         )
+
+    def _kept(self, request: Request) -> tuple[int, ...] | None:
+        """The shape of what the network keeps of an image, if rows of this request reuse it."""
+        if request.table.reuses is None or self.plan.network.value == "openvino":
+            return None
+        return self.evaluator.kept_shape(self.spec.shape)
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""
