@@ -18,7 +18,7 @@ from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
-from stepfusion.lanes.conditions import Prompts, blank_options
+from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
@@ -44,6 +44,7 @@ class Runners:
     Attributes:
         policy: captures ticks; None if the plan has no CUDA graphs.
         pool: idle runners.
+        prompts: on the plan's device.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Runners:
         self.policy = CapturePolicy() if plan.captures else None
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
-        self._prompts, self._encode = prompts, encode
+        self.prompts = prompts_on(prompts, plan.device)
+        self._encode = encode
         self._prepared = (
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
@@ -99,7 +101,7 @@ class Runners:
             check_process()
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
-        request = make_request(self.spec, n, table, options, self._prompts)
+        request = make_request(self.spec, n, table, options, self.prompts)
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
