@@ -146,8 +146,8 @@ class Engine:
         ``.safetensors`` file of EDM or Stable Diffusion (docs/models.md), or what :func:`stepfusion.load_pretrained`
         and its likes returned.
 
-        ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, whose weights are added to the model's
-        (:func:`stepfusion.load_pretrained`). A ``.pt`` file has a published name, or its flags in a JSON file beside it.
+        ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
+        A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.

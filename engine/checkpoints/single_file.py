@@ -127,8 +127,8 @@ def load_single_file(source: str | os.PathLike[str], *, lora: Lora | None = None
 
     Tokenizers are read from the folders ``tokenizer`` and ``tokenizer_2`` beside the file, in the layout of a
     diffusers pipeline; without them the model is read without its text encoders. A JSON object beside it
-    (``name.json`` for ``name.safetensors``) may say ``prediction_type`` and ``sample_size``, the sides of a latent, in
-    place of the file's ``modelspec`` metadata and its family.
+    (``name.json`` for ``name.safetensors``) may say ``prediction_type``, and ``sample_size``, the side of a latent,
+    in place of the file's ``modelspec`` metadata and its family.
 
     Args:
         source: a ``.safetensors`` file.
@@ -204,8 +204,8 @@ def _parts(found: SingleFile, configs: Mapping[str, Any], beside: Path, loras: L
         )
     elif absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
         missing = (
-            f"a single file has no tokenizer, and {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing: "
-            "copy the folder of that name from the model's diffusers directory, or give conditions, as tensors"
+            f"a single file holds no tokenizer, and its folder is missing: {' and '.join(absent)}; copy it from the "
+            "model's diffusers directory, or give conditions, as tensors"
         )
     if missing is not None:
         loras.merged_texts(states)  # for its errors: what is not used is checked all the same

@@ -20,8 +20,8 @@ from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.options import SamplingOptions
 
 #: Makes the conditions of one image, by name, of a prompt; of None, those that stand for no prompt. It may have a
-#: method ``negative`` of the same form for what an image is not to show, a method ``to`` that gives it for a device, an
-#: ``explanation``, and ``missing``: why it cannot make any, which is then said of every prompt.
+#: method ``negative`` of the same form for what an image is not to show, a method ``to`` that gives it for a device,
+#: an ``explanation``, and ``missing``: why it cannot make any, which is then said of every prompt.
 Prompts = Callable[[str | None], Mapping[str, Tensor]]
 
 _LONGEST_PROMPT = 10_000
@@ -90,10 +90,8 @@ def make_conditions(
             raise ValueError(f"{name} was given, and this engine has no text encoder: {missing or _TENSORS}")
     half = _Half(spec.conditions, prompts, _texts("prompt", given.get("prompt"), count))
     half.take("conditions", given.get("conditions", {}), count)
-    texts, negative = (
-        _texts("negative_prompt", given.get("negative_prompt"), count),
-        getattr(prompts, "negative", None),
-    )
+    negative: Prompts | None = getattr(prompts, "negative", None)
+    texts = _texts("negative_prompt", given.get("negative_prompt"), count)
     null = _Half(spec.conditions, negative or prompts, texts, "" if negative is None else "negative")
     null.take("null_conditions", given.get("null_conditions", {}), count)
     if guided and prompts is None and not null.tensors and spec.null_label is None:

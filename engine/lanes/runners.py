@@ -44,7 +44,6 @@ class Runners:
     Attributes:
         policy: captures ticks; None if the plan has no CUDA graphs.
         pool: idle runners.
-        prompts: on the plan's device.
     """
 
     def __init__(
@@ -62,8 +61,7 @@ class Runners:
         self.policy = CapturePolicy() if plan.captures else None
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
-        self.prompts = prompts_on(prompts, plan.device)
-        self._encode = encode
+        self._prompts, self._encode = prompts_on(prompts, plan.device), encode
         self._prepared = (
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
@@ -101,7 +99,7 @@ class Runners:
             check_process()
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
-        request = make_request(self.spec, n, table, options, self.prompts)
+        request = make_request(self.spec, n, table, options, self._prompts)
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
@@ -164,6 +162,11 @@ class Runners:
             self._weights.wait()
         ops = reference if key.whole_image else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables, self._prepared)
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """What makes conditions of texts, on the plan's device."""
+        return self._prompts
 
     def shrink(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because memory ran out, and drop the idle runners."""
