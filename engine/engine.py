@@ -143,19 +143,18 @@ class Engine:
     @plain_torch(gradients=False)
     def from_pretrained(cls, source: str | os.PathLike[str] | LoadedModel, **arguments: Any) -> Self:
         """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, a
-        ``.safetensors`` file of EDM, or what :func:`stepfusion.load_pretrained` and its likes returned.
+        ``.safetensors`` file of EDM or Stable Diffusion (docs/models.md), or what :func:`stepfusion.load_pretrained`
+        and its likes returned.
 
-        ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
-        file beside it, where a ``.safetensors`` file has its ``sigma_data``.
+        ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
+        A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        if isinstance(source, LoadedModel):
-            loaded = source
-        else:
-            loaded = load_model(source)
-            arguments.setdefault("copy", False)  # nobody else has what was loaded here
+        if not isinstance(source, LoadedModel):
+            arguments.setdefault("copy", False)  # nobody else has what is loaded here
+        loaded = load_model(source, arguments.pop("lora", None))
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         spec = loaded.spec_with(**known)
         return cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
@@ -392,7 +391,8 @@ class Engine:
         batch = runners.batch if runners.batch_is_known else None
         failures = explain.failure_lines(uncaptured, self.evaluator.declined)
         lanes = explain.lanes_line(batch, invariant=self.invariant)
-        return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes))
+        around = explain.around_lines(runners.prompts, self._decode)
+        return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes, around))
 
     def __repr__(self) -> str:
         shape, plan = "x".join(map(str, self.shape)), self.plan

@@ -18,7 +18,7 @@ from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
-from stepfusion.lanes.conditions import Prompts, blank_options
+from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
@@ -62,7 +62,7 @@ class Runners:
         self.policy = CapturePolicy() if plan.captures else None
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
-        self._prompts, self._encode = prompts, encode
+        self._prompts, self._encode = prompts_on(prompts, plan.device), encode
         self._prepared = (
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
@@ -172,6 +172,11 @@ class Runners:
             self._weights.wait()
         ops = reference if key.whole_image else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables, self._prepared)
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """What makes conditions of texts, on the plan's device."""
+        return self._prompts
 
     def shrink(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because memory ran out, and drop the idle runners."""
