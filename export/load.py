@@ -28,7 +28,7 @@ _Loads = TypeVar("_Loads")
 
 
 class ExportedNetwork:
-    """An exported network as :class:`stepfusion.Engine` takes one: ``network(x, timesteps[, labels], **conditions) -> out``.
+    """An exported network as :class:`stepfusion.Engine` takes one: ``network(x, timesteps[, labels], **conditions)``.
 
     Batches that the artefact was not made for are split, or filled up with zeros.
 
@@ -60,7 +60,7 @@ class ExportedNetwork:
         all those of the spec, [B, ...] each.
 
         Raises:
-            ExportError: labels or a condition are missing, or given and not taken; or a condition is not of its shape.
+            ExportError: labels or a condition are missing, or given and not taken, or a condition has another shape.
         """
         inputs = (x, timesteps) if labels is None else (x, timesteps, labels)
         inputs = (*inputs, *given_conditions(self.conditions, "the network", conditions, len(x)))

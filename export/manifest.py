@@ -47,8 +47,8 @@ class Manifest:
 
     Attributes:
         format: "onnx", "openvino", "torch-tensorrt", "tensorrt", "tensorrt-rtx", "aoti" or "triton-server".
-        kind: "network" (x, timesteps[, labels], conditions by name -> out) or "tick" (one step of a sampler, the network inside;
-            :class:`stepfusion.export.tick.Tick`).
+        kind: "network" (x, timesteps[, labels], conditions by name -> out) or "tick" (one step of a sampler, the
+            network inside; :class:`stepfusion.export.tick.Tick`).
         device: the kind of device it runs on: "cpu", "cuda", or "any".
         dtype: of the network: "float32", "float16" or "bfloat16".
         inputs, outputs: in the order of the call.
@@ -176,7 +176,9 @@ def _check_conditions(path: Path, given: _ManifestFile) -> None:
     accepted = [(prefix + one.name, one.integer, one.shape) for prefix in prefixes for one in given.model.conditions]
     if [(entry.name, entry.dtype == "int64", entry.shape[1:]) for entry in found] != accepted:
         inputs = ", ".join(f"{entry.name} {entry.dtype} {entry.shape}" for entry in found)
-        conditions = ", ".join(f"{name} {'int64' if whole else 'floating'} {shape}" for name, whole, shape in accepted)
+        conditions = ", ".join(
+            f"{name} {'int64' if whole else 'floating'} {shape}" for name, whole, shape in accepted
+        )
         raise ExportError(
             f"{path} has inputs for conditions: {inputs or 'none'}; those of its model are {conditions or 'none'}, "
             "[batch, ...] each"

@@ -45,7 +45,7 @@ class ModelEntries(FileModel):
     schedule: ScheduleEntries | None = None
     path: PathEntries | None = None
     options: dict[str, _Plain]
-    conditions: Annotated[list[ConditionEntry], Field(max_length=_MOST_CONDITIONS)] = []
+    conditions: Annotated[list[ConditionEntry], Field(max_length=_MOST_CONDITIONS, default_factory=list)]
     network: dict[str, _Plain]
     batch: Annotated[list[int], Field(min_length=3, max_length=3)] | None
     weights: Literal["included", "stripped"] | None = None
@@ -63,8 +63,8 @@ def model_to_json(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """A spec as JSON values: the schedule by its float64 betas, all else by the names of the fields.
 
-    A context size is left out: contexts are no input of an exported network. ``conditions`` are there if the model has
-    any, so that other manifests are what earlier releases read.
+    A context size is left out: contexts are no input of an exported network. ``conditions`` are there if the model
+    has any, so that other manifests are what earlier releases read.
     """
     conditions = [{"name": one.name, "shape": list(one.shape), "integer": one.integer} for one in spec.conditions]
     return {

@@ -45,13 +45,13 @@ class Tick(nn.Module):
     """One row of a table for every lane, network included.
 
     Args:
-        network: ``network(x, timesteps[, labels], *conditions)``, in eval mode; returns what the table's prediction says, or twice
-            as many channels if it learned its variance.
+        network: ``network(x, timesteps[, labels], *conditions)``, in eval mode; returns what the table's prediction
+            says, or twice as many channels if it learned its variance.
         dtype: of the network's input; the state is float32 in any case.
         null_label: the label without a condition, for a tick with classifier-free guidance (Ho & Salimans 2022),
             which then runs the network for both labels of each lane.
-        further: the names of the inputs after ``index``, of ``labels``, ``guidance``, the conditions, those that stand
-            for none, ``told``, ``in_scale`` and ``history``, in this order.
+        further: the names of the inputs after ``index``, of ``labels``, ``guidance``, the conditions, those that
+            stand for none, ``told``, ``in_scale`` and ``history``, in this order.
         conditions: the names of those that are conditions, in the network's order.
     """
 
@@ -90,8 +90,8 @@ class Tick(nn.Module):
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
             further: the inputs that the tick was made with: ``labels`` int64 [B]; ``guidance`` float32 [B], 1 is
-                none; conditions [B, ...], float32 or int64; ``told`` and ``in_scale`` float32 [R]; ``history`` float32 [B, K, C, H, W], what the lane's last
-                K rows that kept something kept, the latest first.
+                none; conditions float32 or int64 [B, ...]; ``told`` and ``in_scale`` float32 [R]; ``history`` float32
+                [B, K, C, H, W], what the lane's last K rows that kept something kept, the latest first.
 
         Returns:
             float32 [B, C, H, W], and with ``history`` also the next one. A row beyond the table gives NaN.
