@@ -179,7 +179,7 @@ class UNet2DCondition(ConditionedNetwork, LevelledNetwork):
         prepared = [torch.cat([text[..., :0], *keys_values], dim=2)]
         if self.add_embedding is not None:
             ids = conditions["time_ids"]
-            waves = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim or 0).view(len(ids), -1)
+            waves = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim or 0).view(ids.shape[0], -1)
             prepared.append(self.add_embedding(torch.cat((conditions["text_embeds"], waves), dim=1)))
         if self.concatenated_channels:
             prepared.append(conditions["concatenated"])
