@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Self, Unpack
 
@@ -16,7 +17,7 @@ from stepfusion.checkpoints.load import load_model
 from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.errors import SamplingCancelled
 from stepfusion.execution import explain
-from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
+from stepfusion.execution.decoder import Decode, decode_batches, decoded_shape, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
@@ -151,10 +152,8 @@ class Engine:
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        if isinstance(source, LoadedModel):
-            loaded = source
-        else:
-            loaded = load_model(source)
+        loaded = source if isinstance(source, LoadedModel) else load_model(source)
+        if loaded is not source:
             arguments.setdefault("copy", False)  # nobody else has what was loaded here
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         spec = loaded.spec_with(**known)
@@ -171,8 +170,7 @@ class Engine:
             ExportError: what is damaged, missing, or made for something else.
             ValueError: ``network`` asks for compiling what is compiled.
         """
-        way = arguments.get("network", "auto")
-        if way not in ("auto", "eager", "graph"):
+        if (way := arguments.get("network", "auto")) not in ("auto", "eager", "graph"):
             raise ValueError(f"network must be 'auto', 'eager' or 'graph' for an exported network, got {way!r}")
         # export depends on the engine, and not the engine on export: it is imported when it is asked for
         load = import_module("stepfusion.export.load").load_network
@@ -184,8 +182,7 @@ class Engine:
     @classmethod
     def _of_spec(cls, network: Network, spec: ModelSpec, arguments: Mapping[str, Any]) -> Self:
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
-        known = {name: getattr(spec, name) for name in SPEC_ARGUMENTS}
-        return cls(network, spec.schedule, **{**known, **arguments})
+        return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
 
     # What it does
 
@@ -380,6 +377,11 @@ class Engine:
         check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
         return decode_batches(self._decode, x.to(self.plan.device, torch.float32), self.batch)
 
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image as :meth:`decode_latents` gives it, (C, H, W)."""
+        return decoded_shape(self._decode, self.shape, self.plan.device)
+
     @property
     def batch(self) -> int:
         """The most lanes at a time."""
@@ -387,11 +389,9 @@ class Engine:
 
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
-        runners = self.runners
-        uncaptured = None if runners.policy is None else runners.policy.failure
-        batch = runners.batch if runners.batch_is_known else None
-        failures = explain.failure_lines(uncaptured, self.evaluator.declined)
-        lanes = explain.lanes_line(batch, invariant=self.invariant)
+        runners, policy = self.runners, self.runners.policy
+        failures = explain.failure_lines(None if policy is None else policy.failure, self.evaluator.declined)
+        lanes = explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant)
         return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes))
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.checkpoints.edm import load_edm
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.loaded import LoadedModel
-from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, SongUNet, UNet2D
+from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, DiT, SongUNet, UNet2D, UNet2DCondition
 
 
 def load_model(source: str | os.PathLike[str]) -> LoadedModel:
@@ -31,8 +31,8 @@ def network_config(network: object) -> Mapping[str, Any]:
     """What one of our networks was built from; of any other, no more than the name of its class."""
     if isinstance(network, UNet2D):
         return network.config.to_dict()
-    if isinstance(network, ContextUNet):
+    if isinstance(network, ContextUNet | UNet2DCondition):
         return network.to_config()
-    if isinstance(network, ADMUNet | SongUNet | DhariwalUNet):
+    if isinstance(network, ADMUNet | SongUNet | DhariwalUNet | DiT):
         return {"_class_name": type(network).__name__, **asdict(network.config)}
     return {"_class_name": type(network).__name__}

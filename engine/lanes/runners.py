@@ -70,6 +70,11 @@ class Runners:
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether conditions are made of texts."""
+        return self._prompts is not None
+
+    @property
     def batch(self) -> int:
         """The most lanes at a time; found by a trial at the first call if free memory decides it."""
         if self._batch is None:

@@ -6,7 +6,7 @@ The networks are those of diffusers, built from a checked config and tensors; no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,8 @@ from stepfusion.latents.norms import NormAct, join_norms
 from stepfusion.latents.tiles import decode_tiles
 
 MAX_SIDE = 1 << 16
+
+_IMAGE_CHANNELS = 3
 
 _OLD_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
 _OF_TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -124,6 +126,10 @@ class LatentDecoder(nn.Module):
         if self.tile is not None and max(z.shape[-2:]) > self.tile:
             return decode_tiles(self._decode, z, self.tile).float()
         return self._decode(z).float()
+
+    def image_shape(self, latent: Sequence[int]) -> tuple[int, ...]:
+        """The shape (3, f h, f w) of the image of a latent of shape (C, h, w)."""
+        return (_IMAGE_CHANNELS, *(self.space.factor * side for side in latent[1:]))
 
     def fuse(self, fused: bool | None) -> None:
         """Run norms and activations as one kernel always, never, or by default (None) where Triton drives a GPU."""
