@@ -97,7 +97,7 @@ class SampleProvenance:
             weights=self._weights,
             command=command,
             prompts=None if self._prompts is None else [self._prompts[i] for i in images],
-            negative=args.negative,
+            negatives=None if args.negative is None else [args.negative],
             others={name: str(getattr(args, name)) for name in _OTHERS if getattr(args, name) is not None},
         ).text()
 

@@ -32,7 +32,7 @@ class Provenance:
         classes: what each label is called, if it is.
         weights: SHA-256 of the file of weights; None if it is not known.
         command: what makes it again; None if no command does.
-        prompts: one for each picture. negative: what guidance leads away from.
+        prompts: one for each picture. negatives: what guidance leads away from, likewise.
         others: further facts by their names.
     """
 
@@ -47,7 +47,7 @@ class Provenance:
     weights: str | None = None
     command: str | None = None
     prompts: Sequence[str] | None = None
-    negative: str | None = None
+    negatives: Sequence[str] | None = None
     others: Mapping[str, str] | None = None
 
     def text(self) -> dict[str, str]:
@@ -63,7 +63,7 @@ class Provenance:
             "label": None if self.labels is None else listed(self.labels),
             "class": listed(self.classes or ()) if named else None,
             "prompt": None if self.prompts is None else _texts_of(self.prompts),
-            "negative": self.negative,
+            "negative": None if self.negatives is None else _texts_of(self.negatives),
             "guidance": None if self.guidance is None else listed(self.guidance),
             **(self.others or {}),
             "command": self.command,
