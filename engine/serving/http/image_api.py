@@ -80,7 +80,7 @@ class ImageHandlers:
         if asked.model not in (None, self._origin.name):
             message = f"model must be {self._origin.name!r} or absent, got {shown(asked.model)}"
             raise HTTPException(404, message) from InvalidRequest(message, param="model", code="model_not_found")
-        return validate(asked.generate_request(self._engine), self._engine, self._limits)
+        return validate(asked.generate_request(self._engine, self._limits), self._engine, self._limits)
 
     async def _made(self, request: Request, validated: ValidatedRequest, edit: dict[str, Any]) -> Response:
         pixels = await self._intake.make(request, {**validated.arguments, **edit})
