@@ -249,10 +249,7 @@ class Engine:
     ) -> Iterator[torch.Tensor]:
         """Make images in bulk, as pixels on the host: a batch is copied there while the next one is computed.
 
-        Arguments as for :meth:`sample`.
-
-        Yields:
-            uint8 [k, H, W, C], k at most :attr:`batch`, in order.
+        Arguments as for :meth:`sample`. Yields uint8 [k, H, W, C] in order, k at most :attr:`batch`.
         """
         return offline.generate(self.runners, self.runners.request(n, table, options), self.to_uint8)
 
@@ -288,6 +285,7 @@ class Engine:
         *,
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
@@ -295,13 +293,13 @@ class Engine:
         Args:
             x: float [n, C, H, W] in [-1, 1].
             table: a :func:`stepfusion.ddim_inversion`; without one, ``steps`` makes it.
-            labels, progress: as for :meth:`sample`.
+            labels, prompt, progress: as for :meth:`sample`.
 
         Returns:
             float32 [n, C, H, W]. TypeError or ValueError name the argument, or the path if it is not discrete.
         """
         table = climbing_table(self.spec, x, table, steps)
-        return self.sample(table=table, start=x, labels=labels, progress=progress)
+        return self.sample(table=table, start=x, labels=labels, prompt=prompt, progress=progress)
 
     def reconstruct(
         self,
@@ -309,23 +307,23 @@ class Engine:
         *,
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """Images to their noise by :meth:`encode`, and back by DDIM with eta 0 (Song et al. 2021, section 5.4).
 
-        Both walk the same timesteps without a clip, each by Euler's method on one differential equation: the more
-        steps, the closer what comes back is to ``x``.
+        Both walk the same timesteps without a clip, by Euler's method: the more steps, the closer ``x`` comes back.
 
         Args:
-            x, labels, progress: as for :meth:`encode`.
+            x, labels, prompt, progress: as for :meth:`encode`.
             steps: of each half, 50 by default.
 
         Returns:
             float32 [n, C, H, W], not clipped.
         """
-        noise = self.encode(x, steps=steps, labels=labels, progress=progress)
+        noise = self.encode(x, steps=steps, labels=labels, prompt=prompt, progress=progress)
         table = self.table("ddim", steps, eta=0.0, clip=None)
-        return self.sample(table=table, start=noise, labels=labels, progress=progress)
+        return self.sample(table=table, start=noise, labels=labels, prompt=prompt, progress=progress)
 
     def interpolate(
         self,
@@ -337,6 +335,7 @@ class Engine:
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """The images of the noises on the arc from ``a`` to ``b`` (:func:`stepfusion.slerp`), by DDIM with eta 0.
@@ -347,7 +346,7 @@ class Engine:
         Args:
             a, b: float [C, H, W], states to start from; or seeds in [0, 2**64), for that of their image 0.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
-            table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
+            table, steps, labels, guidance, prompt, progress: as for :meth:`sample`; one label for all or one each.
 
         Returns:
             float32 [k, C, H, W], one image for each weight.
@@ -355,7 +354,8 @@ class Engine:
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
         start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
-        return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
+        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt}
+        return self.sample(None, table, steps=steps, start=start, progress=progress, **options)
 
     @plain_torch(gradients=False)
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,13 +36,19 @@ def add_size_argument(add: Callable[..., object]) -> None:
     )
 
 
+def add_prompt_of_pictures(add: Callable[..., object], of: str) -> None:
+    """Declare ``--prompt`` where each prompt is ``of`` one thing."""
+    text = f"a prompt {of}, of models with a text encoder; may be repeated, and is then taken in turn (default: none)"
+    add("--prompt", action="append", metavar="TEXT", help=text)
+
+
 def chosen_prompts(engine: Engine, args: argparse.Namespace, count: int) -> list[str] | None:
     """The prompts of the command line, repeated to ``count``; None without.
 
     Raises:
         ValueError: the model takes none.
     """
-    for option, given in (("--prompt", args.prompt), ("--negative", args.negative)):
+    for option, given in (("--prompt", args.prompt), ("--negative", getattr(args, "negative", None))):
         if given is not None and not engine.runners.takes_prompts:
             raise ValueError(f"{option} was given, and this model has no text encoder")
     return None if args.prompt is None else [args.prompt[i % len(args.prompt)] for i in range(count)]

@@ -140,13 +140,13 @@ def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.soak
-def test_two_hundred_prompts_killed_ten_times(place: Path) -> None:
+def test_a_hundred_prompts_killed_five_times(place: Path) -> None:
     numbers = random.Random(12)
-    write([" ".join(numbers.choices(["cat", "dog", "on", "sat", "a"], k=4)) + f" {i}" for i in range(200)])
+    write([" ".join(numbers.choices(["cat", "dog", "on", "sat", "a"], k=4)) + f" {i}" for i in range(100)])
     torch.set_num_threads(1)
     command = JOB.replace("--unit 3", "--unit 5") + " {} --guidance 3 --negative on"
     generate(command.format("whole"))
-    for units in sorted(numbers.sample(range(38), 10)):
+    for units in sorted(numbers.sample(range(18), 5)):
         process = start(run_in, str(place), command.format("out"))
         while finished() < units and process.is_alive():
             time.sleep(0.002)
