@@ -71,6 +71,11 @@ class Runners:
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether conditions are made of texts."""
+        return self._prompts is not None
+
+    @property
     def batch(self) -> int:
         """The most lanes at a time; found by a trial at the first call if free memory decides it."""
         if self._batch is None:
@@ -137,6 +142,14 @@ class Runners:
         noise: torch.Tensor = self._ops.normal(seed, zero, zero, self.spec.shape, STREAM_INITIAL)[0]
         scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
         return noise if scale == 1.0 else scale * noise
+
+    @plain_torch(gradients=False)
+    def latents_of(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents of images float [n, C', H', W'] of the model's size; as they are if they are what is sampled."""
+        if self._encode is None:
+            return images
+        latents = in_latents({"image": images}, self._encode, self.spec, self.plan.device)["image"]
+        return images if latents is None else latents
 
     def key(self, request: Request, lanes: int) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""

@@ -17,7 +17,7 @@ from stepfusion.serving.http.errors import InvalidRequest, shown
 from stepfusion.serving.http.limits import Limits, check_limit
 from stepfusion.serving.http.messages import class_name
 from stepfusion.serving.http.multipart import Form
-from stepfusion.serving.http.requests import GenerateRequest, Index, PerImage, RequestModel, Seed
+from stepfusion.serving.http.requests import GenerateRequest, Index, PerImage, Prompt, RequestModel, Seed
 
 #: Fields of a form that are numbers, lists or truth values, and come as text.
 _PARSED = frozenset(
@@ -31,7 +31,12 @@ _NONE = ("", "none")  # prompts that name no class
 class ImageRequest(RequestModel):
     """Images of a class, in the words of the image API."""
 
-    prompt: str = Field(description="the name of a class of the model, or its number")
+    prompt: Prompt = Field(
+        description="what to show, or without a text encoder the name of a class of the model, or its number"
+    )
+    negative_prompt: Prompt | None = Field(
+        None, description="what guidance leads away from, of at most 10000 characters, of models with a text encoder"
+    )
     model: str | None = Field(None, description="the name of the served model, or absent")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     size: str | None = Field(None, description="'auto', or the size of the model's images, as in '28x28'")
@@ -70,6 +75,10 @@ class ImageRequest(RequestModel):
         if self.size not in (None, "auto", size):
             raise InvalidRequest(f"size must be {size!r} or 'auto' for this model, got {shown(self.size)}")
         given = {key: getattr(self, key) for key in _SAMPLING}
+        if engine.runners.takes_prompts:
+            return GenerateRequest(**given, prompt=self.prompt, negative_prompt=self.negative_prompt)
+        if self.negative_prompt is not None:
+            raise InvalidRequest("negative_prompt was given, and this model has no text encoder")
         asked = GenerateRequest(**given)
         labels = labels_of(engine, self.prompt)
         if labels is None:
@@ -99,7 +108,7 @@ class EditRequest(ImageRequest):
 
 def size_of(engine: Engine) -> str:
     """The size of an engine's images, in the words of the image API."""
-    return f"{engine.shape[-1]}x{engine.shape[-2]}"
+    return f"{engine.image_shape[-1]}x{engine.image_shape[-2]}"
 
 
 def labels_of(engine: Engine, prompt: str) -> list[int] | None:
