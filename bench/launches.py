@@ -236,10 +236,8 @@ def count_tick(
         unet = _with_classes(name, model.network) if guided else model.network
     prepare = network or (lambda module: prepare_network(module, META, torch.bfloat16, fused=True))
     evaluator = Evaluator(prepare(unet), labelled=guided)
-    null_label = _CLASSES - 1 if guided else None
-    runner = Runner(
-        evaluator, RunnerKey(batch, model.image_shape, META, torch.bfloat16, null_label=null_label), kernels
-    )
+    key = RunnerKey(batch, model.image_shape, META, torch.bfloat16, guided=guided, null_label=_CLASSES - 1)
+    runner = Runner(evaluator, key, kernels)
     runner.load(ddim(NoiseSchedule.linear(), 50))
     with counting(Tick()):
         runner.tick()  # what is done once is done before

@@ -164,6 +164,21 @@ def _add_bias(dtype: torch.dtype, size: int, channels: int, resize: str = "") ->
     return Variant(", ".join([*words, *[resize] * bool(resize)]), launch)
 
 
+def _layer_norm(dtype: torch.dtype, channels: int, tokens: int = 256, *, adds: bool = False) -> Variant:
+    """A modulated norm of a transformer, whose modulations are columns of one wider tensor."""
+
+    def launch() -> None:
+        x = torch.zeros(2, tokens, channels, dtype=dtype)
+        shift, scale, gate = torch.zeros(2, 3 * channels, dtype=dtype).chunk(3, dim=1)
+        if adds:
+            kernels.add_layer_norm_modulate(x, scale, shift, 1e-6, branch=x, gate=gate)
+        else:
+            kernels.layer_norm_modulate(x, scale, shift, 1e-6)
+
+    words = [f"{tokens} tokens", f"{channels} channels", _name(dtype)]
+    return Variant(", ".join([*words, *["residual"] * adds]), launch)
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -191,6 +206,8 @@ def variants() -> list[Variant]:
         _group_norm(brain, 16, 256, modulated=True),
         _add_group_norm(brain, 32, 128),
         _add_bias(brain, 32, 256),
+        _layer_norm(brain, 1152),
+        _layer_norm(brain, 1152, adds=True),
     ]
     return [replace(variant, every_target=True) for variant in everywhere] + [
         step(brain, "given"),
@@ -237,4 +254,7 @@ def variants() -> list[Variant]:
         _add_group_norm(brain, 64, 256, 128),
         _add_group_norm(brain, 16, 256, 256, residual=False),
         *(_add_bias(dtype, 32, 128, resize) for dtype in (brain, single) for resize in ("", "doubled", "padded")),
+        *(_layer_norm(dtype, 1152, adds=adds) for dtype in (half, single) for adds in (False, True)),
+        *(_layer_norm(brain, channels, adds=True) for channels in (384, 768, 1024, 1536, 4096)),
+        _layer_norm(brain, 1152, 255),
     ]

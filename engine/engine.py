@@ -21,12 +21,14 @@ from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
+from stepfusion.lanes.conditions import Prompts
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.inversion import climbing_table
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
+from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.path import Path
@@ -58,10 +60,14 @@ class Engine:
         invariant: keep one bucket of ``batch`` lanes for everything, so that an image's bits depend on nothing but
             its seed, index, label and table.
         options: default options of the samplers (clip, spacing, ...), as a checkpoint's scheduler config gives them.
+        conditions: what images are conditioned on beside labels, which the model takes as keyword arguments; by
+            default what a network of ours says.
+        prompts: makes the conditions of a prompt, by name, and of None those of no prompt.
         decode: what turns a final latent into an image, for latent diffusion: a module (moved to the device) or any
             callable, float32 [n, C, H, W] -> floating-point [n, C', H', W'] in [-1, 1]. Pixels are then of decoded
             images (:meth:`to_uint8`, :meth:`generate`), and :meth:`decode_latents` gives them as they are;
             :meth:`sample` still returns latents.
+        encode_images: its inverse, by which the ``image`` of a request becomes a latent.
         copy: False saves the memory of the copy if the module is already in eval mode on the device, in the dtype;
             its weights must not change then.
 
@@ -94,7 +100,10 @@ class Engine:
         batch: int | None = None,
         invariant: bool = False,
         options: Mapping[str, Any] | None = None,
+        conditions: Sequence[ConditionSpec] | None = None,
+        prompts: Prompts | None = None,
         decode: Decode | None = None,
+        encode_images: Decode | None = None,
         copy: bool = True,
     ) -> None:
         if not callable(model):
@@ -108,6 +117,7 @@ class Engine:
             null_label=null_label,
             class_names=class_names,
             options=options,
+            conditions=conditions,
         )
         self.schedule, self.prediction, self.shape = spec.schedule, spec.prediction, spec.shape
         self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
@@ -121,31 +131,33 @@ class Engine:
             self.network = prepare_network(
                 model, self.plan.device, self.plan.dtype, fused=self.plan.fuses_network, copied=copy
             )
-        self.evaluator = Evaluator(self.network, spec.num_classes is not None, self.plan.products, spec.told_dtype)
+        labelled, products = spec.num_classes is not None, self.plan.products
+        self.evaluator = Evaluator(self.network, labelled, products, spec.told_dtype, spec.conditions)
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
-        self.runners = Runners(spec, self.plan, self.evaluator, execution)
+        encoder = decoder_on(encode_images, self.plan.device, "encode_images")
+        self.runners = Runners(spec, self.plan, self.evaluator, execution, prompts, encoder)
         self._exported: str | None = None
 
     @classmethod
     @plain_torch(gradients=False)
     def from_pretrained(cls, source: str | os.PathLike[str] | LoadedModel, **arguments: Any) -> Self:
         """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, a
-        ``.safetensors`` file of EDM, or what :func:`stepfusion.load_pretrained` and its likes returned.
+        ``.safetensors`` file of EDM or Stable Diffusion (docs/models.md), or what :func:`stepfusion.load_pretrained`
+        and its likes returned.
 
-        ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
-        file beside it, where a ``.safetensors`` file has its ``sigma_data``.
+        ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
+        A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        if isinstance(source, LoadedModel):
-            loaded = source
-        else:
-            loaded = load_model(source)
-            arguments.setdefault("copy", False)  # nobody else has what was loaded here
+        if not isinstance(source, LoadedModel):
+            arguments.setdefault("copy", False)  # nobody else has what is loaded here
+        loaded = load_model(source, arguments.pop("lora", None))
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
-        return cls._of_spec(loaded.network, loaded.spec_with(**known), arguments)
+        spec = loaded.spec_with(**known)
+        return cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
 
     @classmethod
     @plain_torch(gradients=False)
@@ -288,10 +300,7 @@ class Engine:
             labels, progress: as for :meth:`sample`.
 
         Returns:
-            float32 [n, C, H, W].
-
-        Raises:
-            TypeError, ValueError: naming the argument, or the path if it is not discrete.
+            float32 [n, C, H, W]. TypeError or ValueError name the argument, or the path if it is not discrete.
         """
         table = climbing_table(self.spec, x, table, steps)
         return self.sample(table=table, start=x, labels=labels, progress=progress)
@@ -310,9 +319,8 @@ class Engine:
         steps, the closer what comes back is to ``x``.
 
         Args:
-            x: float [n, C, H, W] in [-1, 1].
+            x, labels, progress: as for :meth:`encode`.
             steps: of each half, 50 by default.
-            labels, progress: as for :meth:`sample`.
 
         Returns:
             float32 [n, C, H, W], not clipped.
@@ -380,19 +388,12 @@ class Engine:
         """Which path runs each part, and why, a line each."""
         runners = self.runners
         uncaptured = None if runners.policy is None else runners.policy.failure
-        lines = [
-            *self.plan.lines(),
-            explain.path_line(self.schedule, self.prediction),
-            *explain.whole_image_lines(self.plan),
-            *([] if self._exported is None else [f"{'exported':<14} {self._exported}"]),
-            *explain.failure_lines(uncaptured, self.evaluator.declined),
-            explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant),
-            explain.guidance_line(self.null_label),
-        ]
-        return "\n".join(lines)
+        batch = runners.batch if runners.batch_is_known else None
+        failures = explain.failure_lines(uncaptured, self.evaluator.declined)
+        lanes = explain.lanes_line(batch, invariant=self.invariant)
+        around = explain.around_lines(runners.prompts, self._decode)
+        return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes, around))
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return (
-            f"Engine({shape}, {self.prediction}, {self.schedule.name}, {self.plan.device}, {self.plan.backend.value})"
-        )
+        shape, plan = "x".join(map(str, self.shape)), self.plan
+        return f"Engine({shape}, {self.prediction}, {self.schedule.name}, {plan.device}, {plan.backend.value})"

@@ -9,12 +9,13 @@ from typing import Any, Self
 import torch
 
 from stepfusion import _checks
+from stepfusion.networks.conditioned import ConditionedNetwork, ConditionSpec
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.registry import check_options, make_table
 from stepfusion.samplers.table import StepTable
 
 #: The fields of a spec that are arguments of :class:`stepfusion.Engine`, beside the schedule.
-SPEC_ARGUMENTS = ("prediction", "shape", "num_classes", "null_label", "class_names", "options")
+SPEC_ARGUMENTS = ("prediction", "shape", "num_classes", "null_label", "class_names", "options", "conditions")
 _MOST_CLASSES = 1 << 31
 _MOST_PIXELS = 1 << 20
 
@@ -32,6 +33,7 @@ class ModelSpec:
         class_names: what the labels are called; the null label needs no name. None if they have no names.
         context_size: entries of a context vector, for networks that take one in place of a label; else None.
         options: default options of the samplers (clip, spacing, ...), as a checkpoint's scheduler config gives them.
+        conditions: what else an image is conditioned on, beside its label.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -45,6 +47,7 @@ class ModelSpec:
     class_names: tuple[str, ...] | None = None
     context_size: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: tuple[ConditionSpec, ...] = ()
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
@@ -60,6 +63,7 @@ class ModelSpec:
         object.__setattr__(self, "null_label", self._check_null_label())
         object.__setattr__(self, "class_names", self._check_class_names())
         object.__setattr__(self, "options", check_options(self.options))
+        object.__setattr__(self, "conditions", _check_conditions(self.conditions))
 
     @classmethod
     def of_network(
@@ -70,12 +74,14 @@ class ModelSpec:
         prediction: str | None = None,
         shape: Sequence[int] | None = None,
         num_classes: int | None = None,
+        conditions: Sequence[ConditionSpec] | None = None,
         **known: Any,
     ) -> Self:
-        """The spec of a network, which itself says what is not given: its image shape, classes and context size.
+        """The spec of a network, which itself says what is not given: image shape, classes, context size, conditions.
 
         Args:
-            network: read are ``in_channels`` and ``sample_size``, ``num_classes``, and ``context_size``.
+            network: read are ``image_channels`` or ``in_channels`` and ``sample_size``, ``num_classes``,
+                ``context_size`` and, of our own networks, ``conditions``.
             known: other fields of the spec.
         """
         _check_schedule(schedule)
@@ -85,6 +91,7 @@ class ModelSpec:
             shape=_shape_of(network) if shape is None else shape,  # type: ignore[arg-type]
             num_classes=getattr(network, "num_classes", None) if num_classes is None else num_classes,
             context_size=getattr(network, "context_size", None),
+            conditions=_conditions_of(network) if conditions is None else conditions,  # type: ignore[arg-type]
             **known,
         )
 
@@ -124,10 +131,25 @@ def _check_schedule(schedule: object) -> None:
 
 def _shape_of(network: object) -> tuple[int, ...]:
     """The image shape that a network states."""
-    channels, size = getattr(network, "in_channels", None), getattr(network, "sample_size", None)
+    channels = getattr(network, "image_channels", getattr(network, "in_channels", None))
+    size = getattr(network, "sample_size", None)
     if channels is None or size is None:
         raise ValueError("shape is needed, e.g. (3, 32, 32): the model has no in_channels and sample_size")
     return (channels, *((size, size) if isinstance(size, int) else size))
+
+
+def _conditions_of(network: object) -> tuple[ConditionSpec, ...]:
+    return network.conditions if isinstance(network, ConditionedNetwork) else ()
+
+
+def _check_conditions(conditions: Sequence[ConditionSpec]) -> tuple[ConditionSpec, ...]:
+    """Conditions whose names differ."""
+    if not isinstance(conditions, Sequence) or not all(isinstance(one, ConditionSpec) for one in conditions):
+        raise TypeError(f"conditions must be a sequence of ConditionSpec, got {conditions!r}")
+    names = [one.name for one in conditions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"conditions must have different names, got {', '.join(names)}")
+    return tuple(conditions)
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:

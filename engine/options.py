@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -49,6 +49,9 @@ class SamplingOptions(TypedDict, total=False):
 
     Attributes:
         sampler, steps, eta: of the table that is made if none is given (:meth:`stepfusion.Engine.table`).
+        reuse: run the whole network at every so-manieth row of that table, and at the others only the outermost level
+            of its UNet, with what the inner ones made before (Ma et al. 2024): faster, and not the same images. 1 is
+            off, the default.
         seed: in [0, 2**64), one for all images or one each; 0 by default.
         indices: the images' numbers under their seeds, in [0, 2**32); 0 to n - 1 by default. An image is a function
             of model, table, seed, index, label and guidance, and of nothing else (to the bit with
@@ -56,6 +59,11 @@ class SamplingOptions(TypedDict, total=False):
         labels: one for all images or one each; the null label by default. A context UNet
             (:class:`stepfusion.networks.ContextUNet`) also takes contexts: float [K] for all or [n, K], zeros for
             none.
+        prompt: a text for all images or one each, for models with a text encoder; no prompt by default.
+        negative_prompt: what guidance leads away from, likewise, instead of no prompt.
+        conditions: tensors by the names of the model's conditions (:attr:`stepfusion.ModelSpec.conditions`), each of
+            one image's shape, for all, or with one for each image [n, ...]. They go before what the prompt gives.
+        null_conditions: what guidance leads away from, likewise; what is not named is the image's own.
         guidance: classifier-free guidance scale (Ho & Salimans 2022), one for all images or one each; 1 is none.
         start: float [n, C, H, W], states to start from instead of noise.
         image: float [n, C, H, W] in [-1, 1], or [1, C, H, W] for all: images are made from this one, with
@@ -71,9 +79,14 @@ class SamplingOptions(TypedDict, total=False):
     sampler: str | None
     steps: int | None
     eta: float | None
+    reuse: int | None
     seed: int | Sequence[int]
     indices: Sequence[int] | None
     labels: int | Sequence[int] | torch.Tensor | None
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str] | None
+    conditions: Mapping[str, torch.Tensor] | None
+    null_conditions: Mapping[str, torch.Tensor] | None
     guidance: float | Sequence[float] | None
     start: torch.Tensor | None
     image: torch.Tensor | None

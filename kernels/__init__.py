@@ -13,6 +13,7 @@ from stepfusion.kernels.add_group_norm import add_group_norm_silu
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.coefficients import COLUMNS
 from stepfusion.kernels.group_norm import group_norm_silu
+from stepfusion.kernels.layer_norm_modulate import add_layer_norm_modulate, layer_norm_modulate
 from stepfusion.kernels.philox import STREAM_FORWARD, STREAM_INITIAL, STREAM_STEP, normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample
@@ -33,10 +34,12 @@ __all__ = [
     "add_bias_doubled",
     "add_bias_padded",
     "add_group_norm_silu",
+    "add_layer_norm_modulate",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",
     "group_norm_silu",
+    "layer_norm_modulate",
     "normal",
     "q_posterior_mean_variance",
     "q_sample",

@@ -1,7 +1,7 @@
 """The functions of :mod:`stepfusion.kernels.reference` in C++ for CPUs, with the same signatures and the same bits.
 
 They are compiled on first use (:mod:`stepfusion.kernels.cpu.sampling_library`). Float64, inputs that require a
-gradient and programs that are exported go to the reference. Group norms are the network's, and stay with it.
+gradient and programs that are exported go to the reference. Norms are the network's, and stay with it.
 """
 
 from stepfusion.kernels.cpu.forward import normal, q_posterior_mean_variance, q_sample
@@ -13,7 +13,9 @@ from stepfusion.kernels.reference import (
     add_bias_doubled,
     add_bias_padded,
     add_group_norm_silu,
+    add_layer_norm_modulate,
     group_norm_silu,
+    layer_norm_modulate,
 )
 
 __all__ = [
@@ -21,10 +23,12 @@ __all__ = [
     "add_bias_doubled",
     "add_bias_padded",
     "add_group_norm_silu",
+    "add_layer_norm_modulate",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",
     "group_norm_silu",
+    "layer_norm_modulate",
     "normal",
     "q_posterior_mean_variance",
     "q_sample",

@@ -30,7 +30,7 @@ from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
 from stepfusion.kernels.group_norm_geometry import geometry, lanes_in_cache
 from stepfusion.kernels.group_norm_reference import check_arguments, group_norm_silu_reference
-from stepfusion.kernels.group_norm_statistics import chunks, inside, moments, place, unite
+from stepfusion.kernels.group_norm_statistics import chunks, inside, moments, place, reciprocal_root, unite
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -163,13 +163,6 @@ def _gather(  # type: ignore[no-untyped-def]
     return mean, tl.sum(m2s + apart * apart * (pixels * U), axis=0)
 
 
-@triton.jit
-def _reciprocal_root(variance):  # type: ignore[no-untyped-def]
-    """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
-    small = variance < 2.0**-100
-    return tl.rsqrt(tl.where(small, variance * 2.0**64, variance)) * tl.where(small, 2.0**32, 1.0)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(  # type: ignore[no-untyped-def]
     out_ptr, h, mean, gain, offset, pixel, rows, c, there, C: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr
@@ -249,7 +242,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
         gain *= factor
         offset = offset * factor + tl.load(shift_ptr + lane * shift_stride + c, mask=known, other=0.0).to(tl.float32)
     mean = mean[None, :, None]
-    gain = chunks(gain[None, :], U) * _reciprocal_root(variance + eps)[None, :, None]
+    gain = chunks(gain[None, :], U) * reciprocal_root(variance + eps)[None, :, None]
     offset = chunks(offset[None, :], U)
 
     _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)

@@ -61,3 +61,10 @@ def unite(mean, m2, pixels, D: tl.constexpr, U: tl.constexpr, GROUPS: tl.constex
     apart = mean[None, :] - center[:, None]
     total = tl.sum(tl.where(same, m2[None, :] + apart * apart * (pixels * U), 0.0), axis=1)
     return center, total / (pixels * D)
+
+
+@triton.jit
+def reciprocal_root(variance):  # type: ignore[no-untyped-def]
+    """1 / sqrt(variance). The hardware's takes subnormals for 0, so small ones are scaled by a power of two."""
+    small = variance < 2.0**-100
+    return tl.rsqrt(tl.where(small, variance * 2.0**64, variance)) * tl.where(small, 2.0**32, 1.0)

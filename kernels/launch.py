@@ -162,6 +162,12 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` contiguous, in memory that starts at a multiple of 16 bytes, as for :func:`nhwc`."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 @contextmanager
 def plain_torch(*, gradients: bool) -> Iterator[None]:
     """Run a block, or as a decorator a function, under PyTorch's own defaults, and restore the caller's after it.

@@ -8,6 +8,8 @@ from stepfusion.kernels.add_bias import add_bias_padded_reference as add_bias_pa
 from stepfusion.kernels.add_bias import add_bias_reference as add_bias
 from stepfusion.kernels.group_norm_reference import add_group_norm_silu_reference as add_group_norm_silu
 from stepfusion.kernels.group_norm_reference import group_norm_silu_reference as group_norm_silu
+from stepfusion.kernels.layer_norm_reference import add_layer_norm_modulate_reference as add_layer_norm_modulate
+from stepfusion.kernels.layer_norm_reference import layer_norm_modulate_reference as layer_norm_modulate
 from stepfusion.kernels.philox import normal_reference as normal
 from stepfusion.kernels.posterior import q_posterior_mean_variance_reference as q_posterior_mean_variance
 from stepfusion.kernels.q_sample import q_sample_reference as q_sample
@@ -21,10 +23,12 @@ __all__ = [
     "add_bias_doubled",
     "add_bias_padded",
     "add_group_norm_silu",
+    "add_layer_norm_modulate",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",
     "group_norm_silu",
+    "layer_norm_modulate",
     "normal",
     "q_posterior_mean_variance",
     "q_sample",

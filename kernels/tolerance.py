@@ -17,6 +17,8 @@ UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-1
 #: Roundings of one fused operation: products, sums, and the table entries' own.
 #: group_norm_silu: 24 of a mean (time, a tree of 13 sums over a tile and of 8 over its splits, weights), 14 of a root
 #: of a variance (half as many, and its own 2), 8 of the affine part, 8 of SiLU.
+#: layer_norm_modulate: 60 of a mean (48 sums in a thread, 5 in a warp, 4 of warps, 3 more), 32 of a root of a
+#: variance (half as many, and its own 2), 8 of the modulation.
 #: winograd_conv2d, relative to the sum of absolute values: 6 of the input's transform, 1 of the weight's, 1 of the
 #: sum of products (whose terms have either sign), 10 of the output's transform.
 #: resnet_block: two norms, two convolutions, and 2 of the residual. attention_block: a norm, 18 of three products in
@@ -26,6 +28,7 @@ ROUNDINGS = {
     "q_sample": 5,
     "q_posterior_mean_variance": 5,
     "group_norm_silu": 54,
+    "layer_norm_modulate": 100,
     "winograd_conv2d": 18,
     "resnet_block": 146,
     "attention_block": 128,

@@ -30,7 +30,7 @@ FLOORS = (
     ("diffusion",),
     ("lanes",),
     ("execution", "checkpoints"),
-    ("model_spec",),
+    ("model_spec", "latents"),
     ("networks", "samplers"),
     ("options", "files"),
     ("errors", "_checks"),

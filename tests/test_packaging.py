@@ -31,7 +31,7 @@ DATA = (
     *("kernels/cpu/*.cpp", "kernels/cpu/*.h", "bench/classifier/**/*"),
 )
 NEVER_EAGER = {"diffusers", "matplotlib", "scipy", "PIL.ImageShow", "onnx", "openvino", "tensorrt", "torch_tensorrt"}
-NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray"}
+NEVER_EAGER |= {"prometheus_client", "opentelemetry", "mlperf_loadgen", "ray", "transformers", "tokenizers"}
 
 
 def run_python(*args: str, cwd: Path, stdin: str = "", **env: str) -> str:

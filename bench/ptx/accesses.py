@@ -230,7 +230,7 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
     """ldmatrix and stmatrix of 8 x 8 elements of 16 bits.
 
     Row r of matrix k lies at the address of lane 8 k + r, in the k-th register of lanes 4 r .. 4 r + 3, two elements
-    each.
+    each; with .trans, of the matrix transposed.
     """
     base, *words = instruction.op.split(".")
     load = base == "ldmatrix"
@@ -238,8 +238,10 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
     registers, address = operands if len(operands) == 2 else ((), None)
     if not isinstance(registers, tuple) or not isinstance(address, Address):
         raise Fault("unknown matrix")
-    if words != ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"]:
+    transposed = "trans" in words
+    if words != ["sync", "aligned", "m8n8", f"x{len(registers)}", *["trans"] * transposed, "shared", "b16"]:
         raise Fault("unknown matrix")
+    turned = _transposed if transposed else lambda words: words
     addresses = _addresses(threads, address)
     targets = [threads.registers.target(register, "b32") for register in registers if load]
     sources = [threads.registers.source(register, "b32") for register in registers if not load]
@@ -254,11 +256,18 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
         for k, target in enumerate(targets):
             where, givers = rows(who, k)
             values, holes = threads.load("shared", where, 4, 4, givers)
-            target.write(lanes, values.reshape(-1), None if holes is None else holes.reshape(-1))
+            target.write(lanes, turned(values).reshape(-1), None if holes is None else turned(holes).reshape(-1))
         for k, source in enumerate(sources):
             where, givers = rows(who, k)
             hole = source.holes(who)
-            values = np.broadcast_to(source.read(who), who.shape).reshape(-1, 4)
-            threads.store("shared", where, values, None if hole is None else hole.reshape(-1, 4), givers)
+            values = turned(np.broadcast_to(source.read(who), who.shape).reshape(-1, 4))
+            holes = None if hole is None else turned(np.broadcast_to(hole, who.shape).reshape(-1, 4))
+            threads.store("shared", where, values, holes, givers)
 
     return step
+
+
+def _transposed(words: Array) -> Array:
+    """Matrices of 8 x 8 elements of 16 bits, as words [8 matrices, 4], each with rows and columns exchanged."""
+    elements = np.ascontiguousarray(words).view("u2").reshape(-1, 8, 8)
+    return np.ascontiguousarray(elements.transpose(0, 2, 1)).reshape(-1, 8).view(words.dtype)

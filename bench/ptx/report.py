@@ -13,6 +13,7 @@ from stepfusion.bench.ptx.agreement import Disagreement
 from stepfusion.bench.ptx.coverage import Coverage, total
 from stepfusion.bench.ptx.executor import NVIDIA, Executor
 from stepfusion.bench.ptx.inputs import Case
+from stepfusion.bench.ptx.layer_norm_cases import layer_norm_cases
 from stepfusion.bench.ptx.norm_cases import norm_cases
 from stepfusion.bench.ptx.other_cases import other_cases
 from stepfusion.bench.ptx.step_cases import step_cases
@@ -82,7 +83,7 @@ class Report:
 
 def every_case() -> list[Case]:
     """The cases of all kernels."""
-    return [*step_cases(), *other_cases(), *norm_cases(), *added_cases()]
+    return [*step_cases(), *other_cases(), *norm_cases(), *added_cases(), *layer_norm_cases()]
 
 
 def run(

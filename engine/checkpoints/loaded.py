@@ -27,6 +27,10 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     null_label: int | None
 
+    def around(self, spec: ModelSpec) -> Mapping[str, Any]:
+        """What stands around the network of a model with this spec, by the names of an engine's arguments."""
+        return {}
+
     @cached_property
     def spec(self) -> ModelSpec:
         """What is known of the model beside its weights.

@@ -12,9 +12,18 @@ from stepfusion.errors import CheckpointError
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
 
-_READ_PARTS = ("unet", "scheduler")
+NETWORK_PARTS = ("unet", "transformer")
 #: Parts that look at finished images, or prepare what a caller gives; the network's own images do not depend on them.
 _HARMLESS_PARTS = ("safety_checker", "feature_extractor", "image_processor", "watermarker")
+#: What stands around the network of a latent pipeline, and the classes of it that are read.
+_AROUND = {
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vqvae": ("VQModel",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
 _DECODERS = ("vae", "vqvae", "movq", "vqgan", "image_decoder", "decoder_vae")
 
 
@@ -27,12 +36,16 @@ class Layout:
         network: the folder of ``config.json`` and the weights.
         scheduler: ``scheduler_config.json``; None if the directory has none.
         scheduler_class: of diffusers, which the pipeline loads that file into; None if it does not say.
+        around: the folders of autoencoder, text encoders and tokenizers, by their names in the pipeline.
+        settings: what else the pipeline says, such as ``id2label``.
     """
 
     root: Path
     network: Path
     scheduler: Path | None
     scheduler_class: str | None
+    around: Mapping[str, Path]
+    settings: Mapping[str, Any]
 
 
 def find_layout(path: Path) -> Layout:
@@ -42,17 +55,18 @@ def find_layout(path: Path) -> Layout:
         CheckpointError: the pipeline has a part without which the network's images are not the pipeline's; or the
             network's folder and the pipeline around it have different schedulers.
     """
-    if (path / "unet").is_dir():
-        return Layout(path, path / "unet", path / "scheduler" / SCHEDULER_FILE, _check_parts(path))
+    for name in NETWORK_PARTS:
+        if (path / name).is_dir():
+            return Layout(path, path / name, path / "scheduler" / SCHEDULER_FILE, *_check_parts(path))
     own, around = path / SCHEDULER_FILE, path.absolute().parent
     theirs = around / "scheduler" / SCHEDULER_FILE
-    inside = path.absolute().name.startswith("unet") and (theirs.is_file() or (around / INDEX_FILE).is_file())
+    inside = path.absolute().name.startswith(NETWORK_PARTS) and (theirs.is_file() or (around / INDEX_FILE).is_file())
     if not inside:
-        return Layout(path, path, own if own.exists() else None, _check_parts(path))
+        return Layout(path, path, own if own.exists() else None, *_check_parts(path))
     if own.exists() and theirs.is_file() and _settings(own) != _settings(theirs):
         raise CheckpointError(f"{own} and {theirs} say different things; remove the one that is not this network's")
     found = [file for file in (theirs, own) if file.is_file()]
-    return Layout(around, path, found[0] if found else None, _check_parts(around))
+    return Layout(around, path, found[0] if found else None, *_check_parts(around))
 
 
 def read_scheduler(layout: Layout) -> dict[str, Any]:
@@ -75,20 +89,29 @@ def _settings(path: Path) -> dict[str, Any]:
     return {key: value for key, value in _read(path).items() if not key.startswith("_")}
 
 
-def _check_parts(root: Path) -> str | None:
-    """Refuse a pipeline of more than a network and a scheduler; the class of its scheduler, if it says one."""
+def _check_parts(root: Path) -> tuple[str | None, dict[str, Path], dict[str, Any]]:
+    """Refuse a pipeline with parts that are not implemented.
+
+    Returns:
+        the class of its scheduler, if it says one; the folders of what stands around its network; its settings.
+    """
     index = root / INDEX_FILE
     if not index.is_file():
         for name in _DECODERS:
-            if (root / name / "config.json").is_file():
+            if name not in _AROUND and (root / name / "config.json").is_file():
                 raise CheckpointError(_missing_part(root / name, name, None))
-        return None
+        return None, {name: root / name for name in _AROUND if (root / name).is_dir()}, {}
     parts = _parts(index)
     for name, (_, kind) in parts.items():
-        if name not in _READ_PARTS and name not in _HARMLESS_PARTS:
+        if kind in _AROUND.get(name, ()):
+            if not (root / name).is_dir():
+                raise CheckpointError(f"{index} has the part {name!r}, and the folder {root / name} is missing")
+        elif name not in (*NETWORK_PARTS, "scheduler", *_HARMLESS_PARTS):
             raise CheckpointError(_missing_part(index, name, kind))
     library, kind = parts.get("scheduler", ("", ""))
-    return kind if library == "diffusers" else None
+    settings = {name: value for name, value in read_object(index).items() if not isinstance(value, list)}
+    around = {name: root / name for name in _AROUND if name in parts}
+    return kind if library == "diffusers" else None, around, settings
 
 
 def _parts(index: Path) -> Mapping[str, tuple[str, str]]:

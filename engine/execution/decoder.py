@@ -1,4 +1,4 @@
-"""The hook that turns final latents into images."""
+"""The hooks that turn final latents into images, and images into latents."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from stepfusion import _checks
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def decoder_on(decode: Decode | None, device: torch.device) -> Decode | None:
-    """A decoder on a device: a module is copied there in eval mode, unless it is already there; others stay.
+def decoder_on(decode: Decode | None, device: torch.device, name: str = "decode") -> Decode | None:
+    """A hook on a device: a module is copied there in eval mode, unless it is already there; others stay.
+
+    ``name`` is the argument's.
 
     Raises:
         TypeError: it is not callable.
     """
     if decode is not None and not callable(decode):
-        raise TypeError(f"decode must be callable, got {type(decode).__name__}")
+        raise TypeError(f"{name} must be callable, got {type(decode).__name__}")
     if not isinstance(decode, torch.nn.Module):
         return decode
     tensors = (*decode.parameters(), *decode.buffers())

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stepfusion.execution.plan import REFERENCE_ONLY, Plan
+from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
 
 
 def line(name: str, value: str, reason: str) -> str:
     """One decision: what was decided, how, and why."""
     return f"{name:<14} {value:<13} {reason}"
+
+
+def engine_lines(
+    plan: Plan, spec: ModelSpec, exported: str | None, failures: Sequence[str], lanes: str, around: Sequence[str] = ()
+) -> list[str]:
+    """All lines of an engine; ``exported`` names a bundle; ``failures``, ``lanes``, ``around`` are lines of below."""
+    return [
+        *plan.lines(),
+        path_line(spec.schedule, spec.prediction),
+        *whole_image_lines(plan),
+        *([] if exported is None else [f"{'exported':<14} {exported}"]),
+        *failures,
+        lanes,
+        guidance_line(spec),
+        *([line("conditions", "", ", ".join(one.name for one in spec.conditions))] if spec.conditions else []),
+        *around,
+    ]
 
 
 def path_line(path: Path, prediction: str) -> str:
@@ -44,6 +64,24 @@ def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:
     return lines
 
 
+def around_lines(prompts: object, decode: object) -> list[str]:
+    """What encodes prompts and what decodes latents; no line for what there is not."""
+    lines = []
+    missing = getattr(prompts, "missing", None)
+    if missing is not None:
+        lines.append(line("text encoder", "none", missing))
+    elif prompts is not None:
+        lines.append(line("text encoder", "", _explained(prompts)))
+    if decode is not None:
+        lines.append(line("decoder", "", _explained(decode)))
+    return lines
+
+
+def _explained(part: object) -> str:
+    """What a part says of itself, or what it is called."""
+    return str(getattr(part, "explanation", getattr(part, "__name__", type(part).__name__)))
+
+
 def lanes_line(batch: int | None, *, invariant: bool) -> str:
     """The buckets of lanes; ``batch`` is None if it is found later."""
     if batch is None:
@@ -55,9 +93,10 @@ def lanes_line(batch: int | None, *, invariant: bool) -> str:
     return line("lanes", "", bucket)
 
 
-def guidance_line(null_label: int | None) -> str:
+def guidance_line(spec: ModelSpec) -> str:
     """Whether lanes can be guided."""
-    known = null_label is not None
-    return line(
-        "guidance", "", "classifier-free, by the null label" if known else "none: the model has no null label"
-    )
+    if spec.null_label is not None:
+        return line("guidance", "", "classifier-free, by the null label")
+    if spec.conditions:
+        return line("guidance", "", "classifier-free, by a negative prompt or conditions that stand for none")
+    return line("guidance", "", "none: the model has no null label")

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.nn import functional
 
 from stepfusion import _checks
+from stepfusion.execution.decoder import Decode
 from stepfusion.kernels import STREAM_FORWARD
+from stepfusion.model_spec import ModelSpec
+from stepfusion.options import SamplingOptions
 from stepfusion.samplers.table import StepTable
+
+#: The condition of networks for inpainting: a mask, and the latent of what it does not hide.
+CONCATENATED = "concatenated"
 
 _ROUNDING = 1e-9  # of strength * steps: 0.07 * 100 is above 7
 
@@ -68,6 +75,55 @@ def make_edit(
         raise ValueError("image needs a strength in (0, 1], or a mask, got neither")
     strength = 1.0 if strength is None else _checks.number("strength", strength, 0.0, 1.0, open_low=True)
     return Edit(image, strength, mask)
+
+
+def in_latents(options: SamplingOptions, encode: Decode, spec: ModelSpec, device: torch.device) -> SamplingOptions:
+    """The options with image and mask as latents of ``spec.shape``; as they are if the image already is a latent.
+
+    A latent's pixel is kept where the mask keeps all of the image under it. A network for inpainting, whose
+    condition ``concatenated`` is a mask and the latent of the image without what it hides, is shown these instead.
+
+    Args:
+        encode: makes latents [n, C, h, w] of images float32 [n, C', H, W] in [-1, 1].
+
+    Raises:
+        ValueError: the image has another size than the model's latents stand for.
+    """
+    image, mask = options.get("image"), options.get("mask")
+    if not isinstance(image, torch.Tensor) or image.ndim != 4 or tuple(image.shape[1:]) == spec.shape:
+        return options
+    if not image.is_floating_point() or image.is_meta or not bool(image.isfinite().all()):
+        raise ValueError("image must be finite floating-point values in [-1, 1]")
+    image = image.to(device, torch.float32)
+    changed: SamplingOptions = {**options, "image": _encoded(image, encode, spec.shape)}
+    fits = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2:] == image.shape[2:]
+    if not isinstance(mask, torch.Tensor) or not fits or mask.is_meta or len(mask) not in (1, len(image)):
+        return changed
+    hidden = (mask != 0).any(1, keepdim=True).to(device, torch.float32)
+    if CONCATENATED in (one.name for one in spec.conditions):
+        return _concatenated(changed, _encoded(image * (1 - hidden), encode, spec.shape), hidden)
+    return {**changed, "mask": functional.adaptive_max_pool2d(hidden, spec.shape[-2:])}
+
+
+def _concatenated(options: SamplingOptions, shown: torch.Tensor, hidden: torch.Tensor) -> SamplingOptions:
+    """The options of a network for inpainting: latents of what is shown, and where something is hidden."""
+    small = functional.interpolate(hidden, shown.shape[-2:])  # the nearest pixel, as the networks were trained
+    condition = torch.cat((small.expand(len(shown), -1, -1, -1), shown), dim=1)
+    given = {CONCATENATED: condition[0] if len(condition) == 1 else condition}
+    options = {**options, "mask": None, "conditions": {**given, **(options.get("conditions") or {})}}
+    strength = options.get("strength")
+    return {**options, "image": None, "strength": None} if strength in (None, 1) else options
+
+
+def _encoded(images: torch.Tensor, encode: Decode, shape: tuple[int, ...]) -> torch.Tensor:
+    """Latents [n, ...] of images [n, ...], one at a time; ValueError unless they have this shape."""
+    latents = torch.cat([encode(one) for one in torch.split(images, 1)])
+    if tuple(latents.shape[1:]) != shape:
+        raise ValueError(
+            f"image must have the size of the model's, whose latents are {list(shape)}, "
+            f"got {list(images.shape[1:])} with latents {list(latents.shape[1:])}"
+        )
+    return latents
 
 
 def check_edit(edit: Edit, count: int, shape: tuple[int, ...]) -> None:

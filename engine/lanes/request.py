@@ -12,6 +12,7 @@ import torch
 from stepfusion import _checks
 from stepfusion._checks import Same, any_other, contexts, integers, numbers
 from stepfusion.errors import NonFiniteError
+from stepfusion.lanes.conditions import CONDITION_OPTIONS, LaneConditions, Prompts, images_of, make_conditions
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
@@ -39,6 +40,7 @@ class LaneStart:
     index: int
     label: Condition = 0
     guidance: float = 1.0
+    conditions: LaneConditions | None = None
     start_scale: float = 1.0
     in_scale: float = 1.0
 
@@ -65,9 +67,9 @@ class LaneStarts(Sequence[LaneStart]):
             return LaneStarts(self._table, self._parts[image], *(column[image] for column in self._columns))
         part = self._parts[image]
         row = self._table.starts[part]
-        seed, index, label, guidance = (column[image] for column in self._columns)
+        seed, index, label, guidance, conditions = (column[image] for column in self._columns)
         scales = self._table.start_scales[part], self._table.in_scale(row)
-        return LaneStart(row, seed, index, label, guidance, *scales)
+        return LaneStart(row, seed, index, label, guidance, conditions, *scales)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Request:
     def steps(self, image: int) -> int:
         """How many ticks an image takes."""
         return self.table.steps(self.parts[image])
+
+    def reuses(self, image: int, step: int) -> bool:
+        """Whether an image's step, counted from 0, reuses what the network made at an earlier one."""
+        table = self.table
+        return table.reuses is not None and bool(table.reuses[table.starts[self.parts[image]] + step])
 
     def part(self, first: int, last: int) -> Request:
         """The request for images ``first`` to ``last`` - 1 of this one."""
@@ -170,13 +177,17 @@ class ActiveRequest:
         return error
 
 
-def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
+def make_request(
+    spec: ModelSpec, n: int | None, table: Tables | None, options: SamplingOptions, prompts: Prompts | None = None
+) -> Request:
     """The request for ``n`` images of a model with these options (:class:`stepfusion.options.SamplingOptions`).
+
+    ``prompts`` makes conditions of texts, if the model has an encoder.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_names(options)
+    _check_names(spec, options)
     start, noise = options.get("start"), options.get("noise")
     tables = _chosen_table(spec, table, options)
     image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
@@ -186,7 +197,7 @@ def make_request(spec: ModelSpec, n: int | None, table: Tables | None, options: 
     if edit is not None:
         check_edit(edit, count, spec.shape)
     joined, parts = _join(spec, count, tables, edit)
-    starts, guided = _lane_starts(spec, count, joined, parts, options)
+    starts, guided = _lane_starts(spec, count, joined, parts, options, prompts)
     _check_tensors(spec, count, joined, parts, start, noise)
     return Request(
         joined,
@@ -212,20 +223,28 @@ def check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
+def _check_names(spec: ModelSpec, options: Mapping[str, Any]) -> None:
     """``**options`` takes any name at run time; a wrong one is refused as a wrong keyword argument is."""
     accepted = SamplingOptions.__annotations__
     for name in options:
         if name not in accepted:
             raise TypeError(f"{name!r} is not a sampling option; the options are {', '.join(accepted)}")
+        if name in CONDITION_OPTIONS and options[name] is not None and not spec.conditions:
+            raise ValueError(f"{name} was given, and this engine's model takes none")
 
 
 def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOptions) -> Tables:
     """The table as given, or the one that sampler, steps and eta describe."""
-    sampler, steps, eta = options.get("sampler"), options.get("steps"), options.get("eta")
+    sampler, steps, eta, reuse = (
+        options.get("sampler"),
+        options.get("steps"),
+        options.get("eta"),
+        options.get("reuse"),
+    )
     if table is None:
-        return spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
-    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta)):
+        made = spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
+        return made if reuse is None else made.reusing(_checks.integer("reuse", reuse, 1, 1 << 31))
+    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta), ("reuse", reuse)):
         if value is not None:
             raise ValueError(f"table and {name} exclude each other, got both")
     return table
@@ -252,7 +271,7 @@ def _count(spec: ModelSpec, n: int | None, tables: Tables, edit: Edit | None, op
             return len(value)
         if isinstance(value, Sequence) and not isinstance(value, str):
             return len(value)
-    return 1
+    return images_of(options, spec.conditions) or 1 if spec.conditions else 1
 
 
 def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tuple[StepTable, Sequence[int]]:
@@ -282,7 +301,12 @@ def _check_table(spec: ModelSpec, table: StepTable) -> None:
 
 
 def _lane_starts(
-    spec: ModelSpec, count: int, table: StepTable, parts: Sequence[int], options: SamplingOptions
+    spec: ModelSpec,
+    count: int,
+    table: StepTable,
+    parts: Sequence[int],
+    options: SamplingOptions,
+    prompts: Prompts | None,
 ) -> tuple[LaneStarts, bool]:
     """How each image starts, and whether some image is guided."""
     seeds = integers("seed", options.get("seed", 0), count, 0, _LAST_SEED)
@@ -293,10 +317,13 @@ def _lane_starts(
     guidance = options.get("guidance")
     scales = numbers("guidance", 1.0 if guidance is None else guidance, count, 0.0, _LARGEST_GUIDANCE)
     guided = any_other(scales, 1.0)
-    if guided and spec.null_label is None:
+    if guided and spec.null_label is None and not spec.conditions:
         raise ValueError("guidance needs a null label, and this engine's model has none")
-    conditions = _conditions(spec, options.get("labels"), count)
-    return LaneStarts(table, parts, seeds, places, conditions, scales), guided
+    labels = _conditions(spec, options.get("labels"), count)
+    conditions: Sequence[LaneConditions | None] = Same(None, count)
+    if spec.conditions:
+        conditions = make_conditions(spec, prompts, options, count, guided=guided)
+    return LaneStarts(table, parts, seeds, places, labels, scales, conditions), guided
 
 
 def _check_tensors(

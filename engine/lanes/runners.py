@@ -10,6 +10,7 @@ import torch
 from stepfusion import _checks
 from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
+from stepfusion.execution.decoder import Decode
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import REFERENCE_ONLY, Plan
@@ -17,10 +18,13 @@ from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
+from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
 from stepfusion.lanes.device_tables import DeviceTables
-from stepfusion.lanes.editing import noised
+from stepfusion.lanes.editing import in_latents, noised
+from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, check_images, make_request
-from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
+from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
+from stepfusion.lanes.runner_pool import RunnerPool
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
@@ -35,19 +39,33 @@ class Runners:
     Args:
         spec, plan, evaluator: the model, how it is run, and what calls its network.
         options: of which ``batch`` and ``invariant`` are read.
+        prompts: makes conditions of texts, if the model has an encoder.
+        encode: makes latents of images, if the model's are latents and there is an encoder.
 
     Attributes:
         policy: captures ticks; None if the plan has no CUDA graphs.
         pool: idle runners.
     """
 
-    def __init__(self, spec: ModelSpec, plan: Plan, evaluator: Evaluator, options: ExecutionOptions) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: Plan,
+        evaluator: Evaluator,
+        options: ExecutionOptions,
+        prompts: Prompts | None = None,
+        encode: Decode | None = None,
+    ) -> None:
         self.spec, self.plan, self.evaluator, self.invariant = spec, plan, evaluator, options.invariant
         check_process()
         self._process = os.getpid()
         self.policy = CapturePolicy() if plan.captures else None
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
+        self._prompts, self._encode = prompts_on(prompts, plan.device), encode
+        self._prepared = (
+            PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
+        )
         self._batch = default_batch(options, plan.device)
         # Weights are copied and cast on the stream of this thread, and others will read them.
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
@@ -80,7 +98,11 @@ class Runners:
         """
         if os.getpid() != self._process:
             check_process()
-        request = make_request(self.spec, n, table, options)
+        if self._encode is not None:
+            options = in_latents(options, self._encode, self.spec, self.plan.device)
+        request = make_request(self.spec, n, table, options, self._prompts)
+        if request.table.reuses is not None and self._kept(request) is None:
+            raise ValueError("reuse needs a UNet2D or UNet2DCondition of two levels or more, called by its parts")
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
@@ -124,7 +146,8 @@ class Runners:
             spec.shape,
             plan.device,
             plan.dtype,
-            null_label=spec.null_label if request.guided else None,
+            guided=request.guided,
+            null_label=spec.null_label or 0,
             separate=self.invariant,  # one batch size for guided and unguided calls, or bits would differ
             learned_variance=request.table.learned_variance,
             history=request.table.history,
@@ -133,14 +156,27 @@ class Runners:
             # room for the longest table at once: growing would throw captured ticks away
             capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
+            conditions=() if self._prepared is None else self._prepared.layout,
+            kept=self._kept(request),
         )
+
+    def _kept(self, request: Request) -> tuple[int, ...] | None:
+        """The shape of what the network keeps of an image, if rows of this request reuse it."""
+        if request.table.reuses is None or self.plan.network.value == "openvino":
+            return None
+        return self.evaluator.kept_shape(self.spec.shape)
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""
         if self._weights is not None:
             self._weights.wait()
         ops = reference if key.whole_image else self._ops
-        return Runner(self.evaluator, key, ops, self.policy, tables)
+        return Runner(self.evaluator, key, ops, self.policy, tables, self._prepared)
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """What makes conditions of texts, on the plan's device."""
+        return self._prompts
 
     def shrink(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because memory ran out, and drop the idle runners."""
@@ -149,12 +185,11 @@ class Runners:
 
     def _fitting_batch(self) -> int:
         """The largest batch that the free memory allows, by trial."""
-        labels = 0 if self.spec.num_classes else None
-        request = make_request(self.spec, 1, self.spec.table("ddim", 1), {"labels": labels})
+        request = self.request(1, self.spec.table("ddim", 1), blank_options(self.spec))
 
         def peak(lanes: int) -> int:
             def run() -> None:
-                runner = Runner(self.evaluator, self.key(request, lanes), self.plan.ops)
+                runner = Runner(self.evaluator, self.key(request, lanes), self.plan.ops, prepared=self._prepared)
                 runner.load(request.table)
                 with torch.no_grad():
                     runner.tick()

@@ -1,4 +1,4 @@
-"""Self-attention by the fastest route that the head size allows."""
+"""Attention by the fastest route that the head size allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` for every head of D = C / heads channels (Vaswani et al. 2017).
 
     Args:
-        q, k, v: [B, N, C], N positions.
+        q: [B, N, C], N positions.
+        k, v: [B, M, C], M positions that it attends to; any strides whose last is 1.
 
     Returns:
         [B, N, C].

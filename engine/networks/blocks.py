@@ -28,8 +28,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class BlockConfig(Protocol):
-    """What the blocks read of a network's config; :class:`stepfusion.networks.UNet2DConfig` is one."""
+class ResnetConfig(Protocol):
+    """What residual blocks read of a network's config."""
 
     @property
     def norm_num_groups(self) -> int: ...
@@ -43,6 +43,11 @@ class BlockConfig(Protocol):
     def time_embed_dim(self) -> int: ...
     @property
     def dropout(self) -> float: ...
+
+
+class BlockConfig(ResnetConfig, Protocol):
+    """What the blocks read of a network's config; :class:`stepfusion.networks.UNet2DConfig` is one."""
+
     def head_dim(self, channels: int) -> int: ...
 
 
@@ -139,7 +144,7 @@ class ResnetBlock(Conditioned):
 
     def __init__(
         self,
-        config: BlockConfig,
+        config: ResnetConfig,
         in_channels: int,
         out_channels: int,
         resample: Literal["up", "down"] | None = None,
@@ -245,15 +250,18 @@ class DownBlock(nn.Module):
         elif resamples:
             self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)])
 
-    def forward(self, x: Activation, projections: Tensor) -> list[Activation]:
-        """Return what the way up will concatenate, in order; the last entry is this level's output."""
+    def forward(self, x: Activation, projections: Tensor, *, resamples: bool = True) -> list[Activation]:
+        """Return what the way up will concatenate, in order; the last entry is this level's output.
+
+        Without ``resamples`` the downsampler does not run.
+        """
         skips: list[Activation] = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, projections)
             if self.attentions is not None:
                 x = self.attentions[index](x)
             skips.append(x)
-        if self.downsamplers is not None:
+        if self.downsamplers is not None and resamples:
             skips.append(_run_resampler(self.downsamplers[0], x, projections))
         return skips
 

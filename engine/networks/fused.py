@@ -25,6 +25,7 @@ from stepfusion.networks.attention import attend
 if TYPE_CHECKING:
     from stepfusion.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
     from stepfusion.networks.norm import GroupNormAct
+    from stepfusion.networks.unet2d_condition.transformer import SelfAttention, Transformer
 
 
 @final
@@ -117,6 +118,26 @@ def attention_block(block: Attention, x: Value) -> Value:
     # in place: nobody else reads what a residual block made for this one
     _matrix(x.x).addmm_(attended.reshape(-1, attended.shape[2]), result.weight.t())
     return Value(x.x, None, _total(block, "out", result.bias, x.bias))
+
+
+def transformer(layer: Transformer, x: Value, keys_values: Tensor) -> Value:
+    """:meth:`Transformer.forward`."""
+    normed = normalised(layer.norm, x)
+    batch, channels, height, width = normed.shape
+    tokens = _matrix(normed).view(batch, height * width, channels)
+    tokens = functional.linear(tokens, layer.proj_in.weight.flatten(1), layer.proj_in.bias)
+    for block in layer.transformer_blocks:
+        tokens = block(tokens, keys_values, joined=True)
+    # in place, as in an attention block
+    _matrix(x.x).addmm_(tokens.reshape(-1, channels), layer.proj_out.weight.flatten(1).t())
+    return Value(x.x, None, _total(layer, "out", layer.proj_out.bias, x.bias))
+
+
+def joined_queries(layer: SelfAttention, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, N, C] of tokens [B, N, C], by one matrix product."""
+    layers = layer.to_q, layer.to_k, layer.to_v
+    weight = folded(layer, "weight", lambda: torch.cat([each.weight for each in layers]))
+    return functional.linear(tokens, weight).chunk(3, dim=2)
 
 
 def downsampled(layer: Downsample, x: Value) -> Value:

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from stepfusion.networks.adm.unet import ADMUNet
 from stepfusion.networks.blocks import Attention, ResnetBlock
+from stepfusion.networks.dit.network import DiT
+from stepfusion.networks.layer_norm import LayerNormModulate
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.networks.unet2d.unet import UNet2D
+from stepfusion.networks.unet2d_condition.unet import UNet2DCondition
 
 
 def prepare_network(
@@ -48,7 +51,7 @@ def fuse(network: nn.Module, fused: bool) -> None:
         norm.fused = fused
     for part in network.modules():
         part.__dict__.pop("folded", None)
-        if isinstance(part, UNet2D | ADMUNet):
+        if isinstance(part, UNet2D | ADMUNet | UNet2DCondition | DiT):
             part.fused = fused and all(map(_is_plain, part.modules()))
             for block in part.modules():
                 if isinstance(block, ResnetBlock):
@@ -64,8 +67,8 @@ def _is_plain(part: nn.Module) -> bool:
     return type(part).__module__.startswith(("stepfusion.networks.", "torch.nn.modules."))
 
 
-def _norms(network: nn.Module) -> list[GroupNormAct]:
-    return [module for module in network.modules() if isinstance(module, GroupNormAct)]
+def _norms(network: nn.Module) -> list[GroupNormAct | LayerNormModulate]:
+    return [module for module in network.modules() if isinstance(module, GroupNormAct | LayerNormModulate)]
 
 
 def _at_home(tensor: Tensor, device: torch.device, dtype: torch.dtype, nhwc: bool) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from stepfusion.kernels.coefficients import HISTORY
+from stepfusion.lanes.conditions import blank_options
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.lane_engine import Departure, Image, LaneEngine
 from stepfusion.lanes.request import Event, Request
@@ -122,8 +123,9 @@ class Scheduler:
         engine = self._engine
         engine.to_uint8(engine.runners.first_state("seed", 0)[None])
         table = engine.table("ddim", 1)
-        for guidance in (1.0,) if engine.null_label is None else (1.0, 2.0):
-            request = engine.request(1, table, labels=None if engine.num_classes is None else 0, guidance=guidance)
+        guided = engine.null_label is not None or engine.spec.conditions
+        for guidance in (1.0, 2.0) if guided else (1.0,):
+            request = engine.request(1, table, **blank_options(engine.spec, guidance))
             while True:
                 pool = self._pool(request)
                 try:

@@ -199,6 +199,26 @@ def test_group_norm_has_the_same_bits_every_time_and_in_every_batch(shape: tuple
         assert_same_bits("out", kernels.group_norm_silu(**alone), want[lane : lane + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels", [384, 768, 1024, 1152, 1536, 4096])
+def test_layer_norms_at_real_sizes(channels: int, dtype: torch.dtype) -> None:
+    x, branch = (torch.randn(16, 256, channels, device=CUDA).to(dtype) for _ in range(2))
+    shift, scale, gate = torch.randn(16, 3 * channels, device=CUDA).to(dtype).chunk(3, dim=1)
+    given = {"scale": scale, "shift": shift, "eps": 1e-6, "branch": branch, "gate": gate}
+    out, h = kernels.add_layer_norm_modulate(x, **given)
+    added = gate.double()[:, None] * branch.double()
+    assert_within("sum", h, x.double() + added, tolerance(dtype, float((x.double().abs() + added.abs()).max()), 2))
+    truth = reference.layer_norm_modulate(h.double(), scale.double(), shift.double(), 1e-6)
+    largest = float((h.double().abs() / h.double().std(2, keepdim=True)).max() * (1 + scale.double()).abs().max())
+    bound = tolerance(dtype, largest + float(shift.abs().max()), ROUNDINGS["layer_norm_modulate"])
+    assert_within("out", out, truth, bound)
+    assert_same_bits("out", kernels.layer_norm_modulate(h, scale, shift, 1e-6), out)
+    for _ in range(20):
+        assert torch.equal(kernels.add_layer_norm_modulate(x, **given)[0], out)
+    alone = {name: value if name == "eps" else value[-1:] for name, value in given.items()}
+    assert_same_bits("out", kernels.add_layer_norm_modulate(x[-1:], **alone)[0], out[-1:])
+
+
 def test_group_norm_with_a_large_mean() -> None:
     given = _norm_arguments(2, 128, 0, 256, torch.float32)
     del given["time"]

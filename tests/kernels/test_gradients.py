@@ -75,6 +75,11 @@ def norm(**options: Any) -> Arguments:
     }
 
 
+def layer_norm(*more: str) -> Arguments:
+    modulations = {name: torch.randn(2, 5).double() for name in ("scale", "shift", *more)}
+    return {"x": torch.randn(2, 3, 5).double(), **modulations, "eps": 1e-2}
+
+
 def images() -> torch.Tensor:
     return torch.randn(SHAPE).double()
 
@@ -132,6 +137,11 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
             bias=torch.randn(9).double(),
             **{name: torch.randn(2, 9).double() for name in ("time", "scale", "shift")},
         ),
+    ),
+    "layer norm": ("layer_norm_modulate", layer_norm),
+    "layer norm of a sum": (
+        "add_layer_norm_modulate",
+        lambda: layer_norm("gate") | {"branch": torch.randn(2, 3, 5).double()},
     ),
 }  # fmt: skip
 

@@ -1,12 +1,23 @@
 """What a UNet is made of: the fields of a diffusers ``UNet2DModel`` config, each checked before anything is built."""
 
-import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from stepfusion.errors import CheckpointError
+from stepfusion.networks.rules import (
+    BOOLEAN,
+    EMA_KEYS,
+    Rule,
+    choice,
+    height_and_width,
+    integer,
+    number,
+    optional,
+    per_level,
+    refusal,
+)
 
 MAX_CHANNELS = 16_384
 MAX_LAYERS = 32
@@ -17,10 +28,6 @@ MAX_PARAMETERS = 10_000_000_000
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 _OLD_PREFIX = "UNetRes"  # of the block types' names before diffusers 0.3
-#: What an exponential moving average adds to the config of the network that it saves (diffusers' ``EMAModel``).
-_EMA_KEYS = frozenset(
-    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
-)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class UNet2DConfig:
                 object.__setattr__(self, field.name, value)
             rule = _RULES[field.name]
             if not rule.holds(value):
-                raise _refusal(field.name, value, rule.accepts)
+                raise refusal(field.name, value, rule.accepts)
         _check_levels(self)
         _check_embeddings(self)
         count = self.parameter_count
@@ -92,9 +99,9 @@ class UNet2DConfig:
             raise CheckpointError(f"a UNet config is {reprlib.repr(config)}; accepted is a JSON object")
         name = config.get("_class_name", "UNet2DModel")
         if name != "UNet2DModel":
-            raise _refusal("_class_name", name, "'UNet2DModel'")
+            raise refusal("_class_name", name, "'UNet2DModel'")
         given = {
-            str(key): value for key, value in config.items() if not str(key).startswith("_") and key not in _EMA_KEYS
+            str(key): value for key, value in config.items() if not str(key).startswith("_") and key not in EMA_KEYS
         }
         known = {field.name for field in fields(cls)}
         unknown = sorted(given.keys() - known)
@@ -152,91 +159,36 @@ class UNet2DConfig:
         return _count_parameters(self)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What a field accepts: a predicate, and the words that say so."""
-
-    accepts: str
-    holds: Callable[[object], bool]
-
-
-def _is_integer(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _integer(low: int, high: int) -> _Rule:
-    return _Rule(f"an integer from {low} to {high}", lambda value: _is_integer(value, low, high))
-
-
-def _number(words: str, holds: Callable[[float], bool]) -> _Rule:
-    def check(value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return (isinstance(value, int) or math.isfinite(value)) and holds(value)
-
-    return _Rule(words, check)
-
-
-def _choice(*names: str) -> _Rule:
-    return _Rule(
-        f"{' or '.join(map(repr, names))} (nothing else is implemented)",
-        lambda value: isinstance(value, str) and value in names,
-    )
-
-
-def _optional(rule: _Rule) -> _Rule:
-    return _Rule(f"null or {rule.accepts}", lambda value: value is None or rule.holds(value))
-
-
-def _levels(item: _Rule) -> _Rule:
-    return _Rule(
-        f"a list of 1 to {MAX_LEVELS} entries, each {item.accepts}",
-        lambda value: isinstance(value, tuple) and 1 <= len(value) <= MAX_LEVELS and all(map(item.holds, value)),
-    )
-
-
-def _is_size(value: object) -> bool:
-    sizes = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    return all(_is_integer(size, 1, MAX_SIZE) for size in sizes)
-
-
-_BOOLEAN = _Rule("true or false", lambda value: isinstance(value, bool))
-
-_RULES: dict[str, _Rule] = {
-    "sample_size": _optional(_Rule(f"an integer from 1 to {MAX_SIZE}, or a pair of them", _is_size)),
-    "in_channels": _integer(1, MAX_CHANNELS),
-    "out_channels": _integer(1, MAX_CHANNELS),
-    "center_input_sample": _BOOLEAN,
-    "time_embedding_type": _choice("positional", "learned"),
-    "time_embedding_dim": _optional(_integer(1, 4 * MAX_CHANNELS)),
-    "freq_shift": _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
-    "flip_sin_to_cos": _BOOLEAN,
-    "down_block_types": _levels(_choice(*_DOWN_BLOCKS)),
-    "mid_block_type": _optional(_choice("UNetMidBlock2D")),
-    "up_block_types": _levels(_choice(*_UP_BLOCKS)),
-    "block_out_channels": _levels(_integer(1, MAX_CHANNELS)),
-    "layers_per_block": _integer(1, MAX_LAYERS),
-    "mid_block_scale_factor": _number("a number above 0, up to 1000", lambda value: 0 < value <= 1000),
-    "downsample_padding": _integer(0, 1),
-    "downsample_type": _choice("conv", "resnet"),
-    "upsample_type": _choice("conv", "resnet"),
-    "dropout": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "act_fn": _choice("silu", "swish", "mish", "gelu", "relu"),
-    "attention_head_dim": _optional(_integer(1, MAX_CHANNELS)),
-    "norm_num_groups": _integer(1, MAX_CHANNELS),
-    "attn_norm_num_groups": _optional(_integer(1, MAX_CHANNELS)),
-    "norm_eps": _number("a number above 0, up to 1", lambda value: 0 < value <= 1),
-    "resnet_time_scale_shift": _choice("default", "scale_shift"),
-    "add_attention": _BOOLEAN,
-    "class_embed_type": _optional(_choice("timestep", "identity")),
-    "num_class_embeds": _optional(_integer(1, 1_000_000)),
-    "num_train_timesteps": _optional(_integer(1, 1_000_000)),
+_RULES: dict[str, Rule] = {
+    "sample_size": optional(height_and_width(MAX_SIZE)),
+    "in_channels": integer(1, MAX_CHANNELS),
+    "out_channels": integer(1, MAX_CHANNELS),
+    "center_input_sample": BOOLEAN,
+    "time_embedding_type": choice("positional", "learned"),
+    "time_embedding_dim": optional(integer(1, 4 * MAX_CHANNELS)),
+    "freq_shift": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "flip_sin_to_cos": BOOLEAN,
+    "down_block_types": per_level(choice(*_DOWN_BLOCKS), MAX_LEVELS),
+    "mid_block_type": optional(choice("UNetMidBlock2D")),
+    "up_block_types": per_level(choice(*_UP_BLOCKS), MAX_LEVELS),
+    "block_out_channels": per_level(integer(1, MAX_CHANNELS), MAX_LEVELS),
+    "layers_per_block": integer(1, MAX_LAYERS),
+    "mid_block_scale_factor": number("a number above 0, up to 1000", lambda value: 0 < value <= 1000),
+    "downsample_padding": integer(0, 1),
+    "downsample_type": choice("conv", "resnet"),
+    "upsample_type": choice("conv", "resnet"),
+    "dropout": number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "act_fn": choice("silu", "swish", "mish", "gelu", "relu"),
+    "attention_head_dim": optional(integer(1, MAX_CHANNELS)),
+    "norm_num_groups": integer(1, MAX_CHANNELS),
+    "attn_norm_num_groups": optional(integer(1, MAX_CHANNELS)),
+    "norm_eps": number("a number above 0, up to 1", lambda value: 0 < value <= 1),
+    "resnet_time_scale_shift": choice("default", "scale_shift"),
+    "add_attention": BOOLEAN,
+    "class_embed_type": optional(choice("timestep", "identity")),
+    "num_class_embeds": optional(integer(1, 1_000_000)),
+    "num_train_timesteps": optional(integer(1, 1_000_000)),
 }
-
-
-def _refusal(key: str, value: object, accepts: str) -> CheckpointError:
-    given = reprlib.repr(list(value) if isinstance(value, tuple) else value)
-    return CheckpointError(f"the UNet config has {key} = {given}; accepted is {accepts}")
 
 
 def _check_levels(config: UNet2DConfig) -> None:
@@ -245,19 +197,19 @@ def _check_levels(config: UNet2DConfig) -> None:
     for key in ("down_block_types", "up_block_types"):
         types = getattr(config, key)
         if len(types) != levels:
-            raise _refusal(key, types, f"a list of {levels} entries, one for each of block_out_channels")
+            raise refusal(key, types, f"a list of {levels} entries, one for each of block_out_channels")
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if any(size is not None and size % 2 ** (levels - 1) for size in sizes):
-        raise _refusal("sample_size", config.sample_size, f"a multiple of {2 ** (levels - 1)}, with {levels} levels")
+        raise refusal("sample_size", config.sample_size, f"a multiple of {2 ** (levels - 1)}, with {levels} levels")
     if any(channels % config.norm_num_groups for channels in config.block_out_channels):
         channels = list(config.block_out_channels)
-        raise _refusal("norm_num_groups", config.norm_num_groups, f"a divisor of every block_out_channels {channels}")
+        raise refusal("norm_num_groups", config.norm_num_groups, f"a divisor of every block_out_channels {channels}")
     last = config.block_out_channels[-1]
     if last % (config.attn_norm_num_groups or 1):
-        raise _refusal("attn_norm_num_groups", config.attn_norm_num_groups, f"null or a divisor of {last}")
+        raise refusal("attn_norm_num_groups", config.attn_norm_num_groups, f"null or a divisor of {last}")
     attended = _attended_channels(config)
     if attended and config.attention_head_dim is not None and config.attention_head_dim > min(attended):
-        raise _refusal("attention_head_dim", config.attention_head_dim, f"null or at most {min(attended)}")
+        raise refusal("attention_head_dim", config.attention_head_dim, f"null or at most {min(attended)}")
 
 
 def _attended_channels(config: UNet2DConfig) -> set[int]:
@@ -273,9 +225,9 @@ def _attended_channels(config: UNet2DConfig) -> set[int]:
 def _check_embeddings(config: UNet2DConfig) -> None:
     """Refuse embeddings that have no size: a sinusoid without frequencies, a table without rows."""
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
-        raise _refusal("num_train_timesteps", None, "an integer, since time_embedding_type is 'learned'")
+        raise refusal("num_train_timesteps", None, "an integer, since time_embedding_type is 'learned'")
     if config.time_embedding_type == "positional" and config.block_out_channels[0] // 2 <= config.freq_shift:
-        raise _refusal("freq_shift", config.freq_shift, "below half of the first of block_out_channels")
+        raise refusal("freq_shift", config.freq_shift, "below half of the first of block_out_channels")
 
 
 def _count_parameters(config: UNet2DConfig) -> int:

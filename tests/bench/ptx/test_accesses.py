@@ -215,6 +215,25 @@ def test_ldmatrix_reads_them_back(count: int) -> None:
     assert np.array_equal(run(body, words=count), np.stack(swapped, axis=1))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("stores", [False, True])
+def test_trans_exchanges_rows_and_columns(count: int, stores: bool) -> None:
+    """Lane 4 r + c then holds column r, rows 2 c and 2 c + 1: 16 bits each."""
+    stored, loaded = (", ".join(f"%r{first + i}" for i in range(count)) for first in (5, 20))
+    words = [".trans" if turns else "" for turns in (stores, not stores)]
+    body = (
+        f"{FRAGMENTS} stmatrix.sync.aligned.m8n8.x{count}{words[0]}.shared.b16 [%r9], {{{stored}}}; bar.sync 0;"
+        f"ldmatrix.sync.aligned.m8n8.x{count}{words[1]}.shared.b16 {{{loaded}}}, [%r9];"
+        f"mad.wide.u32 %rd6, %r1, {4 * count}, %rd1;"
+    ) + "".join(f"st.global.b32 [%rd6+{4 * i}], %r{20 + i};" for i in range(count))
+    wanted = []
+    for matrix in MATRICES[:count]:
+        elements = [[int(word) >> shift & 0xFFFF for word in row for shift in (0, 16)] for row in matrix]
+        wanted.append([elements[2 * c][r] | elements[2 * c + 1][r] << 16 for r in range(8) for c in range(4)])
+    assert np.array_equal(run(body, words=count), np.array(wanted).T)
+    assert not np.array_equal(run(body.replace(".trans", ""), words=count), np.array(wanted).T)
+
+
 def test_memory_that_is_not_shared_is_a_fault_for_lanes_that_are_missing() -> None:
     apart = "setp.lt.u32 %p1, %r1, 5; @%p1 bra A; {} A: st.global.b32 OUT, %r1;"
     shuffle = "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"

@@ -92,7 +92,7 @@ bar.arrive 0, 32;
 bar.warp.sync 15;
 shfl.sync.bfly.b32 %r5|%p1, %r1, 1, 31, -1;
 shfl.bfly.b32 %r5, %r1, 1, 31;
-stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%r1], {%r1, %r1};
+stmatrix.sync.aligned.m16n8.x2.trans.shared.b8 [%r1], {%r1, %r1};
 bra.div A;
 bra NOWHERE;
 trap;
