@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Self, Unpack
 
@@ -16,7 +17,7 @@ from stepfusion.checkpoints.load import load_model
 from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.errors import SamplingCancelled
 from stepfusion.execution import explain
-from stepfusion.execution.decoder import Decode, decode_batches, decoder_on
+from stepfusion.execution.decoder import Decode, decode_batches, decoded_shape, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.plan import make_plan
 from stepfusion.kernels.launch import plain_torch
@@ -149,8 +150,7 @@ class Engine:
         ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
         A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
-        Raises:
-            CheckpointError: what is missing or wrong in the directory or file.
+        CheckpointError says what is missing or wrong in the directory or file.
         """
         if not isinstance(source, LoadedModel):
             arguments.setdefault("copy", False)  # nobody else has what is loaded here
@@ -170,8 +170,7 @@ class Engine:
             ExportError: what is damaged, missing, or made for something else.
             ValueError: ``network`` asks for compiling what is compiled.
         """
-        way = arguments.get("network", "auto")
-        if way not in ("auto", "eager", "graph"):
+        if (way := arguments.get("network", "auto")) not in ("auto", "eager", "graph"):
             raise ValueError(f"network must be 'auto', 'eager' or 'graph' for an exported network, got {way!r}")
         # export depends on the engine, and not the engine on export: it is imported when it is asked for
         load = import_module("stepfusion.export.load").load_network
@@ -183,8 +182,7 @@ class Engine:
     @classmethod
     def _of_spec(cls, network: Network, spec: ModelSpec, arguments: Mapping[str, Any]) -> Self:
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
-        known = {name: getattr(spec, name) for name in SPEC_ARGUMENTS}
-        return cls(network, spec.schedule, **{**known, **arguments})
+        return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
 
     # What it does
 
@@ -251,10 +249,7 @@ class Engine:
     ) -> Iterator[torch.Tensor]:
         """Make images in bulk, as pixels on the host: a batch is copied there while the next one is computed.
 
-        Arguments as for :meth:`sample`.
-
-        Yields:
-            uint8 [k, H, W, C], k at most :attr:`batch`, in order.
+        Arguments as for :meth:`sample`. Yields uint8 [k, H, W, C] in order, k at most :attr:`batch`.
         """
         return offline.generate(self.runners, self.runners.request(n, table, options), self.to_uint8)
 
@@ -290,6 +285,7 @@ class Engine:
         *,
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
@@ -297,13 +293,13 @@ class Engine:
         Args:
             x: float [n, C, H, W] in [-1, 1].
             table: a :func:`stepfusion.ddim_inversion`; without one, ``steps`` makes it.
-            labels, progress: as for :meth:`sample`.
+            labels, prompt, progress: as for :meth:`sample`.
 
         Returns:
             float32 [n, C, H, W]. TypeError or ValueError name the argument, or the path if it is not discrete.
         """
         table = climbing_table(self.spec, x, table, steps)
-        return self.sample(table=table, start=x, labels=labels, progress=progress)
+        return self.sample(table=table, start=x, labels=labels, prompt=prompt, progress=progress)
 
     def reconstruct(
         self,
@@ -311,23 +307,23 @@ class Engine:
         *,
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """Images to their noise by :meth:`encode`, and back by DDIM with eta 0 (Song et al. 2021, section 5.4).
 
-        Both walk the same timesteps without a clip, each by Euler's method on one differential equation: the more
-        steps, the closer what comes back is to ``x``.
+        Both walk the same timesteps without a clip, by Euler's method: the more steps, the closer ``x`` comes back.
 
         Args:
-            x, labels, progress: as for :meth:`encode`.
+            x, labels, prompt, progress: as for :meth:`encode`.
             steps: of each half, 50 by default.
 
         Returns:
             float32 [n, C, H, W], not clipped.
         """
-        noise = self.encode(x, steps=steps, labels=labels, progress=progress)
+        noise = self.encode(x, steps=steps, labels=labels, prompt=prompt, progress=progress)
         table = self.table("ddim", steps, eta=0.0, clip=None)
-        return self.sample(table=table, start=noise, labels=labels, progress=progress)
+        return self.sample(table=table, start=noise, labels=labels, prompt=prompt, progress=progress)
 
     def interpolate(
         self,
@@ -339,6 +335,7 @@ class Engine:
         steps: int | None = None,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
+        prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
         """The images of the noises on the arc from ``a`` to ``b`` (:func:`stepfusion.slerp`), by DDIM with eta 0.
@@ -349,7 +346,7 @@ class Engine:
         Args:
             a, b: float [C, H, W], states to start from; or seeds in [0, 2**64), for that of their image 0.
             weights: each in [0, 1], where 0 is ``a`` and 1 is ``b``; or how many, evenly spaced with both ends.
-            table, steps, labels, guidance, progress: as for :meth:`sample`; one label for all or one each.
+            table, steps, labels, guidance, prompt, progress: as for :meth:`sample`; one label for all or one each.
 
         Returns:
             float32 [k, C, H, W], one image for each weight.
@@ -357,7 +354,8 @@ class Engine:
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
         start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
-        return self.sample(None, table, steps=steps, start=start, labels=labels, guidance=guidance, progress=progress)
+        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt}
+        return self.sample(None, table, steps=steps, start=start, progress=progress, **options)
 
     @plain_torch(gradients=False)
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
@@ -379,6 +377,11 @@ class Engine:
         check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
         return decode_batches(self._decode, x.to(self.plan.device, torch.float32), self.batch)
 
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image as :meth:`decode_latents` gives it, (C, H, W)."""
+        return decoded_shape(self._decode, self.shape, self.plan.device)
+
     @property
     def batch(self) -> int:
         """The most lanes at a time."""
@@ -386,11 +389,9 @@ class Engine:
 
     def explain(self) -> str:
         """Which path runs each part, and why, a line each."""
-        runners = self.runners
-        uncaptured = None if runners.policy is None else runners.policy.failure
-        batch = runners.batch if runners.batch_is_known else None
-        failures = explain.failure_lines(uncaptured, self.evaluator.declined)
-        lanes = explain.lanes_line(batch, invariant=self.invariant)
+        runners, policy = self.runners, self.runners.policy
+        failures = explain.failure_lines(None if policy is None else policy.failure, self.evaluator.declined)
+        lanes = explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant)
         around = explain.around_lines(runners.prompts, self._decode)
         return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes, around))
 

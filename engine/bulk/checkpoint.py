@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.checkpoints.load import load_model, network_config
 from stepfusion.checkpoints.loaded import LoadedModel
@@ -30,7 +32,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of every weight's name, dtype, shape and value, and of all configs.
+        """SHA-256 of every weight's name, dtype, shape and value, and of all configs, of all parts of a latent model.
 
         The layout of the directory and of its files does not count.
         """
@@ -38,8 +40,9 @@ class Checkpoint:
         configs = [network_config(model.network), model.scheduler_config, model.class_names, model.null_label]
         digest.update(json.dumps(configs, sort_keys=True).encode())
         for name, tensor in sorted(model.network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            _add(digest, name, tensor)
+        for name, content in model.contents():
+            _add(digest, name, content)
         return digest.hexdigest()
 
     @property
@@ -61,3 +64,12 @@ def read_checkpoint(source: str) -> Checkpoint:
     """
     check_process()
     return Checkpoint(source, load_model(source))
+
+
+def _add(digest: hashlib._Hash, name: str, content: Tensor | str) -> None:
+    """Let a digest depend on a tensor or a text, and on its name."""
+    if isinstance(content, str):
+        digest.update(f"{name} {len(content)}\n{content}\n".encode())
+        return
+    digest.update(f"{name} {content.dtype} {list(content.shape)}\n".encode())
+    digest.update(content.detach().cpu().contiguous().numpy().data)

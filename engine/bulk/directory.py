@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stepfusion.bulk.job import ENGINE, IMAGES, JOB, LABELS, SUFFIXES, read_job
+from stepfusion.bulk.job import ENGINE, IMAGES, JOB, LABELS, PROMPTS, SUFFIXES, read_job
 from stepfusion.errors import BulkError
 from stepfusion.files.regular import Folder, folder_below
 
@@ -21,7 +21,7 @@ LOCK, FINISH_LOCK = ".lock", ".finish.lock"
 
 _FILE, _FOLDER = "a file", "a folder"
 _FILES = re.compile(
-    rf"{'|'.join(map(re.escape, (JOB, ENGINE, LABELS, REPORT)))}"
+    rf"{'|'.join(map(re.escape, (JOB, ENGINE, LABELS, PROMPTS, REPORT)))}"
     r"|manifest(-\d+)?\.jsonl|samples_\d+(x\d+){3}\.npz"
 )
 _LOCKS = re.compile(rf"{re.escape(LOCK)}(-\d+)?|{re.escape(FINISH_LOCK)}")

@@ -5,6 +5,7 @@
     DIR/job.json           what is made: model, table, seed, labels, guidance, format, unit
     DIR/engine.json        how: device, dtype, paths, batch, versions; written by the first worker
     DIR/labels.npy         the labels, if they came from a file
+    DIR/prompts.txt        the prompts, if there are some, one on a line
     DIR/images/            one shard a unit
     DIR/manifest.jsonl     one line for each finished unit
     DIR/report.json        the last complete run
@@ -32,7 +33,7 @@ from stepfusion.files.atomic import publish_once
 from stepfusion.files.json_files import FileModel, read_typed
 
 VERSION = "stepfusion bulk 1"
-JOB, ENGINE, LABELS, IMAGES = "job.json", "engine.json", "labels.npy", "images"
+JOB, ENGINE, LABELS, PROMPTS, IMAGES = "job.json", "engine.json", "labels.npy", "prompts.txt", "images"
 #: The formats of shards, and how their names end.
 SUFFIXES = {"webdataset": ".tar", "png": "", "npz": ".npz"}
 DEFAULT_UNIT = 512
@@ -47,12 +48,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive images that are made together and become one shard; ``labels`` has one for each, or is None."""
+    """Consecutive images that are made together and become one shard.
+
+    ``labels`` and ``prompts`` have one for each, or are None.
+    """
 
     number: int
     seed: int
     indices: Sequence[int]
     labels: list[int] | None
+    prompts: list[str] | None = None
 
     @property
     def name(self) -> str:
@@ -63,7 +68,8 @@ class Unit:
         """The unit without the images of these indices."""
         kept = [place for place, index in enumerate(self.indices) if index not in left_out]
         labels = None if self.labels is None else [self.labels[place] for place in kept]
-        return replace(self, indices=[self.indices[place] for place in kept], labels=labels)
+        prompts = None if self.prompts is None else [self.prompts[place] for place in kept]
+        return replace(self, indices=[self.indices[place] for place in kept], labels=labels, prompts=prompts)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Job:
         guidance: classifier-free guidance scale, or None.
         format: of the shards.
         unit: images a unit; the last one has what is left.
+        prompts_sha256: of prompts.txt, if every image has a prompt.
+        negative: what guidance leads away from, or None for no prompt.
 
     Raises:
         TypeError, ValueError: naming the entry.
@@ -98,10 +106,12 @@ class Job:
     guidance: float | None
     format: str
     unit: int
+    prompts_sha256: str | None = None
+    negative: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "table_sha256", "labels_sha256"):
-            check_digest(name, getattr(self, name), may_be_none=name == "labels_sha256")
+        for name in ("model", "table_sha256", "labels_sha256", "prompts_sha256"):
+            check_digest(name, getattr(self, name), may_be_none=name in ("labels_sha256", "prompts_sha256"))
         _check_shape(self.shape)
         _checks.integer("num", self.num, 1, MAX_INDEX)
         _checks.integer("first_index", self.first_index, 0, MAX_INDEX - self.num)
@@ -133,15 +143,16 @@ class Job:
         start = self.first_index + number * self.unit
         return range(start, min(start + self.unit, self.first_index + self.num))
 
-    def unit_at(self, number: int, labels: NDArray[np.int64] | None) -> Unit:
-        """Unit ``number``; ``labels`` are int64 [num] if they came from a file."""
+    def unit_at(self, number: int, labels: NDArray[np.int64] | None, prompts: Sequence[str] | None = None) -> Unit:
+        """Unit ``number``; ``labels``, if they came from a file, are int64 [num], and so many are ``prompts``."""
         indices = self.indices(number)
+        places = slice(indices.start - self.first_index, indices.stop - self.first_index)
         each: list[int] | None = None
         if labels is not None:
-            each = labels[indices.start - self.first_index : indices.stop - self.first_index].tolist()
+            each = labels[places].tolist()
         elif self.classes is not None:
             each = [self.classes[index % len(self.classes)] for index in indices]
-        return Unit(number, self.seed, indices, each)
+        return Unit(number, self.seed, indices, each, None if prompts is None else list(prompts[places]))
 
 
 def write_job(job: Job, out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from stepfusion.bulk.labels import read_labels, write_labels
 from stepfusion.bulk.manifest import Manifest, Record, parts, read_records, write_sorted
 from stepfusion.bulk.placement import Placement
 from stepfusion.bulk.progress import Progress
+from stepfusion.bulk.prompts import read_prompts, write_prompts
 from stepfusion.bulk.report import make_report, read_report, write_report, write_samples
 from stepfusion.bulk.settings import read_settings, refuse_other_options
 from stepfusion.bulk.shards import FORMATS, shard_size
@@ -46,6 +47,7 @@ def run(
     placement: Placement,
     labels: NDArray[np.int64] | None = None,
     *,
+    prompts: Sequence[str] | None = None,
     checkpoint: Checkpoint | None = None,
     samples: bool = False,
     quiet: bool = False,
@@ -56,6 +58,7 @@ def run(
         config: the job and how to run it.
         placement: where to run it.
         labels: int64 [num], if every image has its own.
+        prompts: one for each image, if there are some.
         checkpoint: the model, if this process has read it already.
         samples: also write ``samples_NxHxWxC.npz``, as evaluators read it.
         quiet: no progress.
@@ -78,6 +81,8 @@ def run(
             refuse_other_options(out, recorded, config.execution, config.threads)
         if labels is not None:
             write_labels(labels, out)
+        if prompts is not None:
+            write_prompts(prompts, out)
         (out / IMAGES).mkdir(exist_ok=True)
         started = time.perf_counter()
         made = _make_missing(config, placement, checkpoint, quiet)
@@ -107,6 +112,7 @@ def verify(out: Path) -> Job:
         BulkError: the first faults, and how many there are.
     """
     job = read_job(out)
+    read_prompts(job, out)  # they must be as they were
     faults = find_faults(job, out, read_labels(job, out), read_records(out))
     told, more, _ = _told(chain(_faults_of_records(out), faults))
     if told:

@@ -83,7 +83,7 @@ def settings_of(engine: Engine, threads: int, *, pictures: bool) -> RecordedSett
         batch=engine.batch,
         invariant=engine.invariant,
         threads=threads if plan.device.type == "cpu" else None,
-        versions=_versions(plan.backend.value, plan.network.value, pictures),
+        versions=_versions(engine, pictures),
     )
 
 
@@ -131,11 +131,14 @@ def _kind(device: torch.device) -> str:
     return device.type
 
 
-def _versions(backend: str, network: str, pictures: bool) -> dict[str, str]:
+def _versions(engine: Engine, pictures: bool) -> dict[str, str]:
+    backend, network = engine.plan.backend.value, engine.plan.network.value
     packages = ["torch"]
     packages += ["triton"] if backend == "triton" or "compile" in network else []
     packages += ["openvino"] if network == "openvino" else []
     packages += ["pillow"] if pictures else []
+    packages += ["transformers", "tokenizers"] if engine.runners.takes_prompts else []
+    packages += ["diffusers"] if engine.image_shape != engine.shape else []
     found = {"stepfusion": stepfusion.__version__}
     for package in packages:
         try:

@@ -15,6 +15,7 @@ from stepfusion.bulk.job import IMAGES, Job, Unit, refuse_differences
 from stepfusion.bulk.labels import read_labels
 from stepfusion.bulk.manifest import MOST_LEFT_OUT, Record
 from stepfusion.bulk.new_job import table_digest
+from stepfusion.bulk.prompts import read_prompts
 from stepfusion.bulk.settings import (
     RecordedSettings,
     read_settings,
@@ -27,7 +28,7 @@ from stepfusion.bulk.shards import FORMATS, shard_digest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
 from stepfusion.execution.forking import check_process
-from stepfusion.options import ExecutionOptions
+from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.table_request import TableRequest
 
 _ENCODERS = 8
@@ -80,7 +81,7 @@ class Worker:
         if checkpoint.digest != config.job.model:
             raise BulkError(f"the model {config.model} is not the one that this job was begun with")
         self._config, self._format = config, FORMATS[config.job.format]
-        self._labels = read_labels(config.job, config.out)
+        self._labels, self._prompts = read_labels(config.job, config.out), read_prompts(config.job, config.out)
         self._engine, self.settings = _start(config, checkpoint)
         self._table = config.table.of(self._engine)
         if table_digest(self._table) != config.job.table_sha256:
@@ -100,7 +101,7 @@ class Worker:
             OSError: the shard cannot be written.
         """
         job, out = self._config.job, self._config.out
-        unit = job.unit_at(number, self._labels)
+        unit = job.unit_at(number, self._labels, self._prompts)
         name = f"{unit.name}{self._format.suffix}"
         refuse_other_shard(out, name)
         left_out, images = self._finite_images(unit)
@@ -139,6 +140,11 @@ class Worker:
     def _images(self, unit: Unit, places: list[int]) -> list[bytes]:
         """The unit's images at these places, encoded while the device makes the next batch."""
         job, images = self._config.job, list[bytes]()
+        texts: SamplingOptions = {}
+        if unit.prompts is not None:
+            texts["prompt"] = [unit.prompts[place] for place in places]
+        if job.negative is not None:
+            texts["negative_prompt"] = job.negative
         batches = self._engine.generate(
             len(places),
             self._table,
@@ -146,6 +152,7 @@ class Worker:
             indices=[unit.indices[place] for place in places],
             labels=None if unit.labels is None else [unit.labels[place] for place in places],
             guidance=job.guidance,
+            **texts,
         )
         for pixels in batches:
             if self._engine.batch != self.settings.batch:

@@ -6,11 +6,13 @@ The context UNet, which diffusers does not have, is kept in the same layout unde
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stepfusion.checkpoints.bundled import model_directory
 from stepfusion.checkpoints.json_file import read_object
@@ -55,6 +57,10 @@ class Pretrained(LoadedModel):
     def around(self, spec: ModelSpec) -> dict[str, Any]:
         """Text encoder, decoder and encoder of a latent pipeline, by the names of an engine's arguments."""
         return self.parts.arguments(spec)
+
+    def contents(self) -> Iterator[tuple[str, Tensor | str]]:
+        """What text encoder and autoencoder hold."""
+        yield from self.parts.contents()
 
 
 def load_pretrained(

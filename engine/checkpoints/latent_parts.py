@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -81,6 +81,15 @@ class LatentParts:
             height, width = (factor * side for side in spec.shape[-2:])
             arguments["prompts"] = PromptConditions(self.text, ids, height, width)
         return arguments
+
+    def contents(self) -> Iterator[tuple[str, Tensor | str]]:
+        """By name, every weight of the parts, and what else decides their results."""
+        for name, part in (("decoder", self.decoder), ("encoder", self.encoder)):
+            if part is not None:
+                yield f"{name}.space", repr(part.space)
+                yield from ((f"{name}.{key}", value) for key, value in sorted(part.state_dict().items()))
+        if self.text is not None:
+            yield from self.text.contents()
 
 
 def read_parts(

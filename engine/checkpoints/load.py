@@ -14,7 +14,7 @@ from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.checkpoints.lora_files import Lora
 from stepfusion.checkpoints.single_file import holds_single_file, load_single_file
 from stepfusion.errors import CheckpointError
-from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, SongUNet, UNet2D
+from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, DiT, SongUNet, UNet2D, UNet2DCondition
 
 _PICKLES = (".ckpt", ".pkl")
 
@@ -53,7 +53,7 @@ def network_config(network: object) -> Mapping[str, Any]:
     """What one of our networks was built from; of any other, no more than the name of its class."""
     if isinstance(network, UNet2D):
         return network.config.to_dict()
-    if isinstance(network, ContextUNet):
+    if isinstance(network, ContextUNet | UNet2DCondition | DiT):
         return network.to_config()
     if isinstance(network, ADMUNet | SongUNet | DhariwalUNet):
         return {"_class_name": type(network).__name__, **asdict(network.config)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.scheduler_config import read_config
@@ -30,6 +30,10 @@ class LoadedModel:
     def around(self, spec: ModelSpec) -> Mapping[str, Any]:
         """What stands around the network of a model with this spec, by the names of an engine's arguments."""
         return {}
+
+    def contents(self) -> Iterator[tuple[str, Tensor | str]]:
+        """By name, all that images depend on beside the network and what this object says of it."""
+        yield from ()
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from stepfusion import _checks
 from stepfusion.checkpoints.bundled import bundled_models
+from stepfusion.commands.prompts import model_of_size
 from stepfusion.commands.provenance import add_metadata_argument
 from stepfusion.commands.threads import add_threads_argument, use_threads
 from stepfusion.engine import Engine
@@ -107,7 +108,11 @@ def execution_options(args: argparse.Namespace) -> ExecutionOptions:
 def open_engine(args: argparse.Namespace) -> Engine:
     """The engine that ``args`` describe, with as many threads."""
     use_threads(args)
-    return Engine.from_pretrained(args.model, lora=chosen_lora(args), **asdict(execution_options(args)))
+    execution, lora = asdict(execution_options(args)), chosen_lora(args)
+    if getattr(args, "size", None) is None:
+        return Engine.from_pretrained(args.model, lora=lora, **execution)
+    model, shape = model_of_size(args.model, args.size, lora)
+    return Engine.from_pretrained(model, shape=shape, copy=False, **execution)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -126,8 +131,9 @@ def open_figure_engine(args: argparse.Namespace) -> Engine:
     """The engine that ``args`` describe; ValueError if its images are no pictures."""
     _checks.integer("--scale", args.scale, 1, 64)
     engine = open_engine(args)
-    if engine.shape[0] not in CHANNELS[:2] or len(engine.shape) != 3:
-        raise ValueError(f"a figure is of images with 1 or 3 channels, and this model's have shape {engine.shape}")
+    shape = engine.image_shape
+    if shape[0] not in CHANNELS[:2] or len(shape) != 3:
+        raise ValueError(f"a figure is of images with 1 or 3 channels, and this model's have shape {shape}")
     return engine
 
 

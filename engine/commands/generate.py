@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stepfusion.bulk.job import DEFAULT_UNIT, MAX_INDEX, MAX_UNITS, Job
 from stepfusion.bulk.labels import read_labels_file
 from stepfusion.bulk.new_job import make_job
 from stepfusion.bulk.placement import MOST_WORKERS, Launch, Placement
+from stepfusion.bulk.prompts import read_prompts_file
 from stepfusion.bulk.run import run, verify
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import WorkerConfig
@@ -33,6 +35,7 @@ _EXAMPLES = """examples:
   stepfusion generate path/to/model --num 1000000 --out images --devices cuda:0,cuda:1
   stepfusion generate path/to/model --num 1000000 --out /shared/images --ray auto
   torchrun --nproc-per-node 8 -m stepfusion.commands.main generate path/to/model -n 1000000 --out images
+  stepfusion generate path/to/stable-diffusion --prompts prompts.txt --guidance 7.5 --out images
   stepfusion generate --verify images"""
 
 
@@ -54,6 +57,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--labels-file", type=Path, metavar="FILE", help="a label for each image: one on a line, or int64 [N] in .npy"
     )
+    text = "a text file of prompts in UTF-8, one on a line, an image each, of models with a text encoder"
+    add("--prompts", type=Path, metavar="FILE", help=text)
+    add("--negative", metavar="TEXT", help="what guidance leads away from (default: no prompt)")
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
     add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
     add(
@@ -94,6 +100,9 @@ def run_generate(args: argparse.Namespace) -> int:
     """Generate as ``args`` say; returns 0. Everything is checked before any work, and before anything is written."""
     if args.verify is not None:
         return _verify(args)
+    prompts = None if args.prompts is None else read_prompts_file(args.prompts, name="--prompts")
+    if prompts is not None and args.num is None:
+        args.num = len(prompts)
     _check_numbers(args)
     request = table_request(args)
     check_out(args.out)
@@ -104,7 +113,7 @@ def run_generate(args: argparse.Namespace) -> int:
     )
     _check_devices(placement, execution)
     checkpoint = read_checkpoint(args.model)
-    job, labels = _job(args, request, checkpoint)
+    job, labels = _job(args, request, checkpoint, prompts)
     config = WorkerConfig(
         job=job,
         out=args.out.absolute(),
@@ -115,7 +124,9 @@ def run_generate(args: argparse.Namespace) -> int:
         cpu_workers=len(placement.devices) if launch is None else launch.local_world,
         leave_out=args.leave_out_nonfinite,
     )
-    report = run(config, placement, labels, checkpoint=checkpoint, samples=args.npz, quiet=args.quiet)
+    report = run(
+        config, placement, labels, prompts=prompts, checkpoint=checkpoint, samples=args.npz, quiet=args.quiet
+    )
     if not args.quiet:
         print(_summary(args, report) if report else f"rank {placement.rank} is done; others are not yet")
     return 0
@@ -182,7 +193,7 @@ def _check_devices(placement: Placement, execution: ExecutionOptions) -> None:
 
 
 def _job(
-    args: argparse.Namespace, request: TableRequest, checkpoint: Checkpoint
+    args: argparse.Namespace, request: TableRequest, checkpoint: Checkpoint, prompts: Sequence[str] | None
 ) -> tuple[Job, NDArray[np.int64] | None]:
     """The job that ``args`` describe, and labels int64 [num] if they come from a file."""
     spec = checkpoint.model.spec
@@ -195,6 +206,8 @@ def _job(
         seed=args.seed,
         classes=None if labels is not None else read_classes(spec, args.labels),
         labels=labels,
+        prompts=prompts,
+        negative=args.negative,
         guidance=args.guidance,
         format=args.format,
         unit=args.unit,

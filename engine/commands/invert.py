@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +21,7 @@ from stepfusion.commands.figures import figure
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_figure, check_folder
 from stepfusion.commands.pictures import pixels_of, read_pictures
+from stepfusion.commands.prompts import add_prompt_of_pictures, chosen_prompts
 from stepfusion.commands.provenance import figure_texts
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
@@ -44,8 +46,8 @@ def run_encode(args: argparse.Namespace) -> int:
         if args.noise.suffix != ".safetensors" or args.noise.is_dir():
             raise ValueError(f"--noise must be a file that ends in .safetensors, got {args.noise}")
         check_folder("--noise", args.noise, args.noise.parent)
-    engine, x, labels = _pictures(args)
-    noise = engine.encode(x, steps=args.steps, labels=labels, progress=bar(args))
+    engine, x, labels, prompts = _pictures(args)
+    noise = engine.encode(x, steps=args.steps, labels=labels, prompt=prompts, progress=bar(args))
     cells = [*pixels_of(engine, x), *pixels_of(engine, noise / 3)]  # three standard deviations are black and white
     save_png(args.out, figure(cells, ["picture", "noise / 3"], scale=args.scale), figure_texts(args))
     if args.noise is not None:
@@ -65,10 +67,10 @@ def add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
 def run_reconstruct(args: argparse.Namespace) -> int:
     """Pictures, and what comes back of them after more and more steps (Song et al. 2021, section 5.4); returns 0."""
     check_figure("--out", args.out)
-    engine, x, labels = _pictures(args)
+    engine, x, labels, prompts = _pictures(args)
     rows, cells = ["picture"], list(pixels_of(engine, x))
     for steps in integers("--steps", args.steps, 1, engine.schedule.max_steps):
-        back = engine.reconstruct(x, steps=steps, labels=labels, progress=bar(args))
+        back = engine.reconstruct(x, steps=steps, labels=labels, prompt=prompts, progress=bar(args))
         mean, least = float(psnr(back, x).mean()), float(psnr(back, x).min())
         error = float((back - x).square().mean())
         rows.append(f"{steps} steps, {mean:.1f} dB")
@@ -89,6 +91,7 @@ def add_interpolate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=int, default=7, metavar="K", help="how many points (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="K", help="of DDIM (default: 50; 200 with --images)")
     parser.add_argument("--labels", metavar="LIST", help="a class for each row, or for both pictures (default: none)")
+    add_prompt_of_pictures(parser.add_argument, "for each row, or for both pictures")
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance (default: 1, none)")
     add_run_arguments(parser, "interpolated.png")
 
@@ -117,11 +120,11 @@ def _between_seeds(engine: Engine, args: argparse.Namespace, weights: int) -> tu
         raise ValueError(f"--seeds must be pairs, got {args.seeds!r}")
     pairs = list(zip(seeds[::2], seeds[1::2], strict=True))
     labels = chosen_labels(engine, args.labels, len(pairs)) if args.labels else [None] * len(pairs)
+    prompts = chosen_prompts(engine, args, len(pairs)) or [None] * len(pairs)
     cells: list[Pixels] = []
-    for (a, b), label in zip(pairs, labels or [], strict=True):
-        x = engine.interpolate(
-            a, b, weights, steps=args.steps, labels=label, guidance=args.guidance, progress=bar(args)
-        )
+    for (a, b), label, prompt in zip(pairs, labels or [], prompts, strict=True):
+        options: Any = {"labels": label, "prompt": prompt, "guidance": args.guidance}
+        x = engine.interpolate(a, b, weights, steps=args.steps, progress=bar(args), **options)
         cells += list(pixels_of(engine, x))
     return [f"seeds {a}, {b}" for a, b in pairs], cells
 
@@ -130,10 +133,12 @@ def _between_pictures(engine: Engine, args: argparse.Namespace, weights: int) ->
     """Both ends come back as they were, up to the steps' error: the tables have no clip."""
     steps = 200 if args.steps is None else args.steps
     label = chosen_labels(engine, args.labels, 1)[0] if args.labels else None  # type: ignore[index]
-    x = read_pictures(engine, args.images).to(engine.plan.device)
-    a, b = engine.encode(x, steps=steps, labels=label, progress=bar(args))
+    prompts = chosen_prompts(engine, args, 1)
+    options: Any = {"labels": label, "prompt": prompts[0] if prompts else None, "progress": bar(args)}
+    x = engine.runners.latents_of(read_pictures(engine, args.images).to(engine.plan.device))
+    a, b = engine.encode(x, steps=steps, **options)
     table = engine.table("ddim", steps, eta=0.0, clip=None)
-    mixed = engine.interpolate(a, b, weights, table, labels=label, guidance=args.guidance, progress=bar(args))
+    mixed = engine.interpolate(a, b, weights, table, guidance=args.guidance, **options)
     return [""], list(pixels_of(engine, mixed))
 
 
@@ -143,13 +148,15 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "images", type=Path, nargs="+", help="pictures (PNG, JPEG, WebP, BMP, TIFF) of the model's size"
     )
     parser.add_argument("--labels", metavar="LIST", help=_LABELS)
+    add_prompt_of_pictures(parser.add_argument, "for each picture")
 
 
-def _pictures(args: argparse.Namespace) -> tuple[Engine, Tensor, list[int] | None]:
-    """The engine, the pictures, and their labels: the null label by default."""
+def _pictures(args: argparse.Namespace) -> tuple[Engine, Tensor, list[int] | None, list[str] | None]:
+    """The engine, the pictures or their latents, and their labels and prompts: by default none."""
     engine = open_figure_engine(args)
-    x = read_pictures(engine, args.images).to(engine.plan.device)
-    return engine, x, chosen_labels(engine, args.labels, len(x)) if args.labels else None
+    x = engine.runners.latents_of(read_pictures(engine, args.images).to(engine.plan.device))
+    labels = chosen_labels(engine, args.labels, len(x)) if args.labels else None
+    return engine, x, labels, chosen_prompts(engine, args, len(x))
 
 
 def _report(args: argparse.Namespace, text: str) -> None:

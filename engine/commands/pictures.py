@@ -24,7 +24,7 @@ def read_pictures(engine: Engine, paths: Sequence[Path]) -> Tensor:
     Raises:
         ValueError: naming the file that is no sound picture, or of another size.
     """
-    pixels = torch.stack([torch.from_numpy(read_picture(path, engine.shape)) for path in paths])
+    pixels = torch.stack([torch.from_numpy(read_picture(path, engine.image_shape)) for path in paths])
     return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
 
 
@@ -34,7 +34,7 @@ def read_mask(engine: Engine, path: Path) -> Tensor:
     Raises:
         ValueError: the file is no sound picture, or not of the size of the model's images.
     """
-    pixels = read_picture(path, (1, *engine.shape[1:]))
+    pixels = read_picture(path, (1, *engine.image_shape[1:]))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] >= _BRIGHT
 
 

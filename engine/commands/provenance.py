@@ -17,7 +17,7 @@ from stepfusion.samplers.table import StepTable
 
 _SAMPLER = ("sampler", "steps", "timesteps", "spacing", "eta")
 _RUN = ("device", "dtype", "backend", "network", "batch", "invariant")
-_EDIT = ("lora", "image", "strength", "mask")
+_OTHERS = ("size", "lora", "image", "strength", "mask")
 
 
 def add_metadata_argument(add: Callable[..., object]) -> None:
@@ -44,13 +44,18 @@ class SampleProvenance:
     """Where the pictures of ``stepfusion sample`` come from.
 
     Args:
-        table: that is walked. labels: of all images; None for a model without.
+        table: that is walked. labels, prompts: of all images; None for a model without, or if none were given.
     """
 
     def __init__(
-        self, args: argparse.Namespace, engine: Engine, table: StepTable, labels: Sequence[int] | None
+        self,
+        args: argparse.Namespace,
+        engine: Engine,
+        table: StepTable,
+        labels: Sequence[int] | None,
+        prompts: Sequence[str] | None = None,
     ) -> None:
-        self._args, self._engine, self._table, self._labels = args, engine, table, labels
+        self._args, self._engine, self._table, self._labels, self._prompts = args, engine, table, labels, prompts
         self._weights = None if args.no_metadata else weights_digest(args.model)
 
     @property
@@ -60,7 +65,8 @@ class SampleProvenance:
         labels = None
         if args.labels is not None and self._labels is not None:
             labels = ",".join(map(str, self._labels[: args.labels.count(",") + 1]))
-        return self._command(args.num, args.first_index, labels, {name: getattr(args, name) for name in _GRID})
+        grid = {name: getattr(args, name) for name in _GRID}
+        return self._command(args.num, args.first_index, labels, args.prompt, grid)
 
     def of_grid(self) -> dict[str, str] | None:
         """The texts of the grid; None with ``--no-metadata``."""
@@ -69,7 +75,8 @@ class SampleProvenance:
     def of_image(self, image: int) -> dict[str, str] | None:
         """The texts of one image's own file; None with ``--no-metadata``."""
         label = None if self._labels is None else str(self._labels[image])
-        command = self._command(1, self._args.first_index + image, label, {"single": True})
+        prompt = None if self._prompts is None else [self._prompts[image]]
+        command = self._command(1, self._args.first_index + image, label, prompt, {"single": True})
         return self._texts([image], command)
 
     def _texts(self, images: Sequence[int], command: str) -> dict[str, str] | None:
@@ -89,10 +96,14 @@ class SampleProvenance:
             guidance=None if args.guidance is None else [args.guidance],
             weights=self._weights,
             command=command,
-            others={name: str(getattr(args, name)) for name in _EDIT if getattr(args, name) is not None},
+            prompts=None if self._prompts is None else [self._prompts[i] for i in images],
+            negatives=None if args.negative is None else [args.negative],
+            others={name: str(getattr(args, name)) for name in _OTHERS if getattr(args, name) is not None},
         ).text()
 
-    def _command(self, num: int, first: int, labels: str | None, others: dict[str, object]) -> str:
+    def _command(
+        self, num: int, first: int, labels: str | None, prompt: Sequence[str] | None, others: dict[str, object]
+    ) -> str:
         args = self._args
         run = {name: getattr(args, name) for name in _RUN}
         return command_line(
@@ -101,10 +112,12 @@ class SampleProvenance:
             options={
                 "num": num,
                 "labels": labels,
+                "prompt": prompt,
+                "negative": args.negative,
                 "guidance": args.guidance,
                 "seed": args.seed,
                 "first_index": first or None,
-                **{name: getattr(args, name) for name in (*_EDIT, *_SAMPLER)},
+                **{name: getattr(args, name) for name in (*_OTHERS, *_SAMPLER)},
                 **{name: value for name, value in run.items() if value != "auto"},
                 **others,
             },

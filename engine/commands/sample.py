@@ -24,6 +24,7 @@ from stepfusion.commands.arguments import (
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
+from stepfusion.commands.prompts import add_prompt_arguments, add_size_argument, chosen_prompts, prompt_options
 from stepfusion.commands.provenance import SampleProvenance, add_metadata_argument
 from stepfusion.commands.threads import add_threads_argument
 from stepfusion.engine import Engine
@@ -36,7 +37,8 @@ _EXAMPLES = """examples:
   stepfusion sample fashion-mnist --animate samples.gif
   stepfusion sample fashion-mnist --sampler dpmpp_2m --steps 15
   stepfusion sample fashion-mnist --image shoe.png --strength 0.6 --labels sneaker
-  stepfusion sample path/to/model -n 1000 --single --out images"""
+  stepfusion sample path/to/model -n 1000 --single --out images
+  stepfusion sample path/to/stable-diffusion --prompt "a cat on a dog" --negative blurry --guidance 7.5"""
 _FRAMES = 40
 _MAX_COUNT = 1 << 20
 _MAX_PIXELS = 1 << 30  # of a grid, or of all frames of an animation
@@ -55,13 +57,15 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("what to make").add_argument
-    add("-n", "--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
+    text = "how many images (default: as many as there are prompts, else 64)"
+    add("-n", "--num", type=int, metavar="N", help=text)
     add(
         "--labels",
         metavar="LIST",
         help="names or numbers of classes, separated by commas and repeated as needed; 'none' stands for no label "
         "(default: all classes in turn)",
     )
+    add_prompt_arguments(add)
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
     add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
     add(
@@ -72,6 +76,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the images I, I+1, ... of the seed (default: %(default)s)",
     )
 
+    add_size_argument(add)
     add(
         "--image",
         type=Path,
@@ -127,15 +132,17 @@ def run_sample(args: argparse.Namespace) -> int:
     """Sample as ``args`` say; returns 0. Everything is checked, the output paths included, before any work."""
     if args.out is None:
         args.out = Path("samples" if args.single else "samples.png")
+    if args.num is None:
+        args.num = 64 if args.prompt is None else len(args.prompt)
     _check_numbers(args)
     request = table_request(args)
     _check_outputs(args)
     engine = open_engine(args)
     table = request.of(engine)
-    labels = chosen_labels(engine, args.labels, args.num)
+    labels, prompts = chosen_labels(engine, args.labels, args.num), chosen_prompts(engine, args, args.num)
     edit = _edit(engine, args)
     walked = table if edit is None else edit.shorten(table)
-    steps, origin = len(walked), SampleProvenance(args, engine, walked, labels)
+    steps, origin = len(walked), SampleProvenance(args, engine, walked, labels, prompts)
     shown = _shown_steps(steps) if args.animate else []
     _check_picture(engine, args, len(shown))
     frames = _Frames(engine, args, shown) if args.animate else None
@@ -150,6 +157,7 @@ def run_sample(args: argparse.Namespace) -> int:
         indices=range(args.first_index, args.first_index + args.num),
         labels=labels,
         guidance=args.guidance,
+        **prompt_options(prompts, args),
         **({} if edit is None else asdict(edit)),
         progress=bar(args),
         callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
@@ -163,7 +171,8 @@ def run_sample(args: argparse.Namespace) -> int:
     if not args.quiet:
         written = ", ".join(map(str, [args.out, args.animate] if frames else [args.out]))
         facts = f"{_count(args.num, 'image')}, {table.name}, {_count(steps, 'step')}, seed {args.seed}"
-        facts += "" if engine.null_label is None else f", guidance {1 if args.guidance is None else args.guidance:g}"
+        guided = engine.null_label is not None or engine.runners.takes_prompts
+        facts += f", guidance {1 if args.guidance is None else args.guidance:g}" if guided else ""
         print(f"{facts}, {seconds:.1f} s, {args.num / max(seconds, 1e-9):.3g} images/s: {written}")
         print(f"again: {origin.command}")
     return 0
@@ -181,7 +190,7 @@ class _Frames:
 
     def __init__(self, engine: Engine, args: argparse.Namespace, shown: list[int]) -> None:
         self._engine, self._args, self._shown = engine, args, shown
-        channels, height, width = engine.shape
+        channels, height, width = engine.image_shape
         self._pixels = torch.zeros((len(shown), args.num, height, width, channels), dtype=torch.uint8)
 
     def __call__(self, event: Event) -> None:
@@ -250,7 +259,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _check_picture(engine: Engine, args: argparse.Namespace, frames: int) -> None:
     """Refuse images that have no picture, and pictures or animations that are too large."""
-    channels, *sizes = engine.shape
+    channels, *sizes = engine.image_shape
     if (reason := why_no_picture(channels)) is not None:
         raise ValueError(f"{reason}; stepfusion generate --format npz writes arrays")
     if args.single and not frames:

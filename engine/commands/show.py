@@ -22,6 +22,7 @@ from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_figure
 from stepfusion.commands.pictures import pixels_of
 from stepfusion.commands.provenance import add_metadata_argument, figure_texts, print_metadata
+from stepfusion.commands.show_model import print_model
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, save_png
@@ -31,6 +32,7 @@ from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
 _MAX_SIDE = 1024
+_MODEL = "print what is known of a model: images, classes, conditions, autoencoder, text encoder"
 _METADATA = "print what a PNG file says of where it comes from, and the command that makes it again"
 
 
@@ -45,20 +47,23 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         command = figures.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         declare(command)
-        command.set_defaults(draw=draw)
+        command.set_defaults(draw=draw, tell=None)
     command = figures.add_parser("metadata", help=_METADATA, description=_METADATA[0].upper() + _METADATA[1:] + ".")
     command.add_argument("file", type=Path, help="a PNG file of stepfusion's")
-    command.set_defaults(draw=None)
+    command.set_defaults(tell=lambda args: print_metadata(args.file))
+    command = figures.add_parser("model", help=_MODEL, description=_MODEL[0].upper() + _MODEL[1:] + ".")
+    add_model_argument(command)
+    command.set_defaults(tell=lambda args: print_model(args.model))
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Draw one figure, or print a file's metadata; returns 0.
+    """Draw one figure, or print a file's metadata or what is known of a model; returns 0.
 
     Raises:
         ValueError: before any work, if the figure cannot be drawn or written, or the file has no metadata.
     """
-    if args.draw is None:
-        print_metadata(args.file)
+    if args.tell is not None:
+        args.tell(args)
         return 0
     check_figure("--out", args.out)
     pixels: Pixels = args.draw(args)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from stepfusion import _checks
+from stepfusion.kernels.launch import plain_torch
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,3 +42,20 @@ def decode_batches(decode: Decode, latents: torch.Tensor, batch: int) -> torch.T
             raise ValueError(f"decode must return floating-point images [{len(latent)}, C, H, W], got {given}")
         parts.append(part)
     return torch.cat(parts)
+
+
+@plain_torch(gradients=False)
+def decoded_shape(decode: Decode | None, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[int, ...]:
+    """The shape (C', H', W') of the image that a hook makes of a latent of ``shape``; without a hook, of the latent.
+
+    A hook may say it, by a method ``image_shape`` of a latent's shape; any other decodes a latent of zeros.
+
+    Raises:
+        ValueError: it returns no image.
+    """
+    if decode is None:
+        return tuple(shape)
+    says: Callable[[Sequence[int]], tuple[int, ...]] | None = getattr(decode, "image_shape", None)
+    if callable(says):
+        return says(shape)
+    return tuple(decode_batches(decode, torch.zeros((1, *shape), device=device), 1).shape[1:])

@@ -6,6 +6,7 @@ the machine is among them but one that a user typed.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Provenance:
         classes: what each label is called, if it is.
         weights: SHA-256 of the file of weights; None if it is not known.
         command: what makes it again; None if no command does.
+        prompts: one for each picture. negatives: what guidance leads away from, likewise.
         others: further facts by their names.
     """
 
@@ -44,6 +46,8 @@ class Provenance:
     guidance: Sequence[float] | None = None
     weights: str | None = None
     command: str | None = None
+    prompts: Sequence[str] | None = None
+    negatives: Sequence[str] | None = None
     others: Mapping[str, str] | None = None
 
     def text(self) -> dict[str, str]:
@@ -58,6 +62,8 @@ class Provenance:
             "index": listed(self.indices),
             "label": None if self.labels is None else listed(self.labels),
             "class": listed(self.classes or ()) if named else None,
+            "prompt": None if self.prompts is None else _texts_of(self.prompts),
+            "negative": None if self.negatives is None else _texts_of(self.negatives),
             "guidance": None if self.guidance is None else listed(self.guidance),
             **(self.others or {}),
             "command": self.command,
@@ -93,16 +99,28 @@ def listed(values: Sequence[Any]) -> str:
 def command_line(*words: str, options: Mapping[str, object]) -> str:
     """The line that a shell runs: ``stepfusion``, ``words``, and those options that are neither None nor False.
 
-    True stands for a flag; ``first_index`` is written ``--first-index``.
+    True stands for a flag, and a list for an option that is given once for each of its texts; ``first_index`` is
+    written ``--first-index``.
     """
     line = ["stepfusion", *words]
     for name, value in options.items():
-        if value is None or value is False:
-            continue
-        line.append("--" + name.replace("_", "-"))
-        if value is not True:
-            line.append(_shown(value))
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            line.append(option)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                # a text that begins as an option does is joined to its own
+                line += [f"{option}={one}"] if isinstance(one, str) and one.startswith("-") else [option, _shown(one)]
     return shlex.join(line)
+
+
+def _texts_of(prompts: Sequence[str]) -> str:
+    """The prompt of all pictures, or a JSON list, once if it repeats itself: prompts have commas of their own."""
+    if len(set(prompts)) == 1:
+        return prompts[0]
+    period = next((k for k in range(2, min(_MOST_VALUES, len(prompts))) if _repeats(prompts, k)), len(prompts))
+    shown = json.dumps(list(prompts[: min(period, _MOST_VALUES)]), ensure_ascii=False)
+    return shown + (" and so on" if period > _MOST_VALUES else " in turn" if period < len(prompts) else "")
 
 
 def _repeats(values: Sequence[Any], period: int) -> bool:

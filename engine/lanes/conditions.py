@@ -214,4 +214,8 @@ def _text(option: str, value: object) -> str:
         raise ValueError(f"{option} must have at most {_LONGEST_PROMPT} characters, got {len(value)}")
     if "\0" in value:
         raise ValueError(f"{option} must not have a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{option} must be text that UTF-8 can hold, got a lone surrogate") from None
     return value

@@ -23,7 +23,8 @@ from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, check_images, make_request
-from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
+from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
+from stepfusion.lanes.runner_pool import RunnerPool
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
@@ -70,6 +71,11 @@ class Runners:
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether conditions are made of texts."""
+        return self._prompts is not None and getattr(self._prompts, "missing", None) is None
+
+    @property
     def batch(self) -> int:
         """The most lanes at a time; found by a trial at the first call if free memory decides it."""
         if self._batch is None:
@@ -100,6 +106,8 @@ class Runners:
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
         request = make_request(self.spec, n, table, options, self._prompts)
+        if request.table.reuses is not None and self._kept(request) is None:
+            raise ValueError("reuse needs a UNet2D or UNet2DCondition of two levels or more, called by its parts")
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
@@ -135,6 +143,14 @@ class Runners:
         scale = table.start_scales[0] if isinstance(table, StepTable) else 1.0
         return noise if scale == 1.0 else scale * noise
 
+    @plain_torch(gradients=False)
+    def latents_of(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents of images float [n, C', H', W'] of the model's size; as they are if they are what is sampled."""
+        if self._encode is None:
+            return images
+        latents = in_latents({"image": images}, self._encode, self.spec, self.plan.device)["image"]
+        return images if latents is None else latents
+
     def key(self, request: Request, lanes: int) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""
         spec, plan = self.spec, self.plan
@@ -154,7 +170,14 @@ class Runners:
             capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
             conditions=() if self._prepared is None else self._prepared.layout,
+            kept=self._kept(request),
         )
+
+    def _kept(self, request: Request) -> tuple[int, ...] | None:
+        """The shape of what the network keeps of an image, if rows of this request reuse it."""
+        if request.table.reuses is None or self.plan.network.value == "openvino":
+            return None
+        return self.evaluator.kept_shape(self.spec.shape)
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""

@@ -25,6 +25,8 @@ MAX_SIDE = 1 << 16
 #: more at a time is no faster, for four such images keep a GPU busy.
 PIXELS_AT_ONCE = 1 << 20
 
+_IMAGE_CHANNELS = 3
+
 _OLD_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
 _OF_TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -139,6 +141,10 @@ class LatentDecoder(nn.Module):
 
     def _pixels(self, sides: Sequence[int]) -> int:
         return self.space.factor**2 * sides[0] * sides[1]
+
+    def image_shape(self, latent: Sequence[int]) -> tuple[int, ...]:
+        """The shape (3, f h, f w) of the image of a latent of shape (C, h, w)."""
+        return (_IMAGE_CHANNELS, *(self.space.factor * side for side in latent[1:]))
 
     def fuse(self, fused: bool | None) -> None:
         """Run norms and activations as one kernel always, never, or by default (None) where Triton drives a GPU."""

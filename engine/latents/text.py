@@ -7,10 +7,11 @@ last layer of two models side by side, and the second's projection of the prompt
 from __future__ import annotations
 
 import copy
+import json
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -170,6 +171,16 @@ class TextEncoder:
         if not self._zeros:
             return self.encode("")
         return {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in self.shapes.items()}
+
+    def contents(self) -> Iterator[tuple[str, Tensor | str]]:
+        """By name, every weight of the models, and what their tokenizers and the empty prompt are."""
+        yield "text.zeros_for_empty", str(self._zeros)
+        for number, (model, tokenizer) in enumerate(zip(self._models, self._tokenizers, strict=True)):
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+            yield f"text.{number}.tokenizer", f"{tokenizer.model_max_length} {tokenizer.pad_token_id} {rules}"
+            yield f"text.{number}.config", repr(model.config)
+            yield from ((f"text.{number}.{name}", value) for name, value in sorted(model.state_dict().items()))
 
     def _lookup(self, key: tuple[str, str, int | None]) -> _Encoded:
         with self._keeping:

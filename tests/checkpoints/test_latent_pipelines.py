@@ -15,50 +15,14 @@ from torch import Tensor
 
 import stepfusion as sf
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
-from stepfusion_testing.latent_models import condition_unet, randomised, text_model, write_tokenizer
+from stepfusion_testing.latent_models import condition_unet, randomised, text_model
+from stepfusion_testing.stable_diffusion import autoencoder, scheduler, stable_diffusion, tokenizer
 from stepfusion_testing.twins import assert_same_bits
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 PROMPTS, NEGATIVE, SCALE, STEPS = ["cat on dog", "dog sat"], "on", 4.0, 20
-
-
-def autoencoder(kind: str = "AutoencoderKL", **options: Any) -> Any:
-    """One whose latents are half as large as images."""
-    torch.manual_seed(1)
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 16],
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-    }
-    return randomised(getattr(diffusers, kind)(**{**blocks, **options}), 0.05)
-
-
-def scheduler(**options: Any) -> Any:
-    known = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
-    return diffusers.DDIMScheduler(**{**known, "set_alpha_to_one": False, "steps_offset": 1, **options})
-
-
-def tokenizer(path: Path) -> Any:
-    return transformers.CLIPTokenizer.from_pretrained(str(write_tokenizer(path)), local_files_only=True)
-
-
-def stable_diffusion(path: Path, **options: Any) -> Any:
-    torch.manual_seed(0)
-    parts = {
-        "vae": autoencoder(),
-        "text_encoder": text_model(),
-        "tokenizer": tokenizer(path),
-        "unet": condition_unet(),
-        "scheduler": scheduler(),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    kind = options.pop("kind", diffusers.StableDiffusionPipeline)
-    return kind(**{**parts, **options}, requires_safety_checker=False)
 
 
 def stable_diffusion_2(path: Path) -> Any:

@@ -73,14 +73,10 @@ def test_the_script_converts_a_pickle(tmp_path: Path) -> None:
 def test_the_commands_parse() -> None:
     parser = argparse.ArgumentParser()
     add_sample_arguments(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
     commands = [row[2].strip("`") for row in rows("What is read")]
     assert len(commands) == 12
     for command in commands:
         words = shlex.split(command)
-        if "--prompt" in words and "--prompt" not in known:
-            place = words.index("--prompt")
-            del words[place : place + 2]
         assert words[:2] == ["stepfusion", "sample"]
         parser.parse_args(words[2:])
     (named,) = (row[1] for row in rows("What is read") if row[0] == "bundled")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import stepfusion as sf
 from stepfusion.commands.arguments import open_engine
+from stepfusion.commands.main import main
 from stepfusion.commands.sample import add_sample_arguments
 from stepfusion.latents import single_file as names
 from stepfusion_testing.single_files import TinyFile
@@ -23,12 +24,13 @@ from stepfusion_testing.twins import assert_same_bits
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+Made = Callable[[str], TinyFile]
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], TinyFile]:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     return lambda family: TinyFile(tmp_path, family, monkeypatch)
 
 
@@ -37,7 +39,7 @@ def opened(path: Path, **arguments: Any) -> sf.Engine:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_a_single_file_makes_the_pipelines_latents(made: Callable[[str], TinyFile], family: str) -> None:
+def test_a_single_file_makes_the_pipelines_latents(made: Made, family: str) -> None:
     file = made(family)
     path, given = file.write(), {"prediction": "v_prediction"} if family == "sd2" else {}
     pipeline = file.pipeline(given.get("prediction", "epsilon"))
@@ -56,7 +58,7 @@ def test_a_single_file_makes_the_pipelines_latents(made: Callable[[str], TinyFil
 
 
 def test_without_tokenizers_a_model_takes_conditions_and_says_where_they_are_looked_for(
-    made: Callable[[str], TinyFile],
+    made: Made,
 ) -> None:
     file = made("sd1")
     engine = opened(file.write())
@@ -72,10 +74,12 @@ def test_without_tokenizers_a_model_takes_conditions_and_says_where_they_are_loo
         engine.sample(1, steps=2, prompt="cat")
     with pytest.raises(ValueError, match="conditions must have 'encoder_hidden_states'"):
         engine.sample(1, steps=2)
+    assert not engine.runners.takes_prompts
+    assert list(sf.load_single_file(file.path).contents())
     assert f"holds no tokenizer, and its folder is missing: {file.path.parent / 'tokenizer'}" in engine.explain()
 
 
-def test_what_sd2_predicts_must_be_said(made: Callable[[str], TinyFile]) -> None:
+def test_what_sd2_predicts_must_be_said(made: Made) -> None:
     file = made("sd2")
     path = file.write()
     with pytest.raises(sf.CheckpointError, match=r"does not say what its network predicts.*give prediction="):
@@ -89,7 +93,7 @@ def test_what_sd2_predicts_must_be_said(made: Callable[[str], TinyFile]) -> None
         opened(path)
 
 
-def test_metadata_and_marks_in_a_file_are_read(made: Callable[[str], TinyFile]) -> None:
+def test_metadata_and_marks_in_a_file_are_read(made: Made) -> None:
     file = made("sd2")
     noted = {"modelspec.prediction_type": "v", "modelspec.resolution": "128x64"}
     engine = opened(file.write(metadata=noted))
@@ -103,7 +107,7 @@ def test_metadata_and_marks_in_a_file_are_read(made: Callable[[str], TinyFile]) 
         opened(file.write(edm_mean=torch.zeros(4)))
 
 
-def test_an_inpainting_file_is_known_by_its_first_convolution(made: Callable[[str], TinyFile]) -> None:
+def test_an_inpainting_file_is_known_by_its_first_convolution(made: Made) -> None:
     file = made("sd1")
     name = "model.diffusion_model.input_blocks.0.0.weight"
     engine = opened(file.write(**{name: torch.randn(8, 9, 3, 3)}))
@@ -111,7 +115,7 @@ def test_an_inpainting_file_is_known_by_its_first_convolution(made: Callable[[st
     assert engine.shape == (4, 8, 8)
 
 
-def test_files_that_do_not_fit_are_refused(made: Callable[[str], TinyFile]) -> None:
+def test_files_that_do_not_fit_are_refused(made: Made) -> None:
     file = made("sd1")
     name = "model.diffusion_model.out.2.weight"
     with pytest.raises(sf.CheckpointError, match=r"does not fit its family sd1: 1 misshapen \(conv_out.weight"):
@@ -124,9 +128,7 @@ def test_files_that_do_not_fit_are_refused(made: Callable[[str], TinyFile]) -> N
         opened(path)
 
 
-def test_a_file_without_text_encoders_takes_conditions(
-    made: Callable[[str], TinyFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_text_encoders_takes_conditions(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made("sd1")
     file.tensors = {name: one for name, one in file.tensors.items() if not name.startswith("cond_stage")}
     monkeypatch.setitem(names._BY_CONTEXT, 32, "sd1")
@@ -153,7 +155,7 @@ def lora(path: Path, network: Any, text: Any = None) -> tuple[Path, dict[str, Te
     return path, products
 
 
-def test_lora_files_are_added_to_a_single_files_weights(made: Callable[[str], TinyFile], tmp_path: Path) -> None:
+def test_lora_files_are_added_to_a_single_files_weights(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     path = file.write()
     first, one = lora(tmp_path / "first.safetensors", file.unet, file.texts["text_encoder"])
@@ -185,7 +187,7 @@ def test_lora_files_are_added_to_a_single_files_weights(made: Callable[[str], Ti
     assert not torch.allclose(*states, atol=1e-3)
 
 
-def test_lora_files_that_do_not_fit_are_refused(made: Callable[[str], TinyFile], tmp_path: Path) -> None:
+def test_lora_files_that_do_not_fit_are_refused(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     path = file.write()
     for name, sentence in (
@@ -214,7 +216,7 @@ def test_lora_files_that_do_not_fit_are_refused(made: Callable[[str], TinyFile],
         opened(tmp_path / "model.pt", lora="a.safetensors")
 
 
-def test_lora_files_are_added_to_a_directory(made: Callable[[str], TinyFile], tmp_path: Path) -> None:
+def test_lora_files_are_added_to_a_directory(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     file.pipeline("epsilon").save_pretrained(tmp_path / "model")
     added, products = lora(tmp_path / "lora.safetensors", file.unet, file.texts["text_encoder"])
@@ -228,7 +230,7 @@ def test_lora_files_are_added_to_a_directory(made: Callable[[str], TinyFile], tm
     assert_same_bits("states", ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
 
 
-def test_a_command_takes_single_files_and_lora(made: Callable[[str], TinyFile], tmp_path: Path) -> None:
+def test_a_command_takes_single_files_and_lora(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     added, products = lora(tmp_path / "style:1.safetensors", file.unet)
     parser = argparse.ArgumentParser()
@@ -244,3 +246,51 @@ def test_a_command_takes_single_files_and_lora(made: Callable[[str], TinyFile], 
     )
     with pytest.raises(ValueError, match="--lora must be files, each with a number after a colon"):
         open_engine(parser.parse_args([*words, "--lora", "a.safetensors:strong"]))
+
+
+def test_commands_say_where_a_tokenizer_is_missing(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(made("sd1").write())
+    assert main(["sample", path, "-n", "1", "--steps", "1", "--prompt", "cat", "--device", "cpu"]) == 1
+    assert "--prompt was given, and this model has no text encoder: a single file holds" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("cat\n")
+    words = ["generate", path, "--prompts", "prompts.txt", "--num", "1", "--out", "out", "--devices", "cpu"]
+    assert main(words) == 1
+    assert "has no text encoder: a single file holds no tokenizer" in capsys.readouterr().err
+    assert main(["show", "model", path]) == 0
+    assert "text encoder none: a single file holds no tokenizer" in capsys.readouterr().out
+
+
+def test_a_command_makes_pictures_of_a_single_file(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = made("sd1")
+    file.tokenizers()
+    lora(tmp_path / "style.safetensors", file.unet)
+    file.write()
+    words = [
+        "sample",
+        "model.safetensors",
+        "--prompt",
+        "cat",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--network",
+        "eager",
+    ]
+    assert main([*words, "--out", "plain.png"]) == 0
+    assert main([*words, "--out", "styled.png", "--lora", "style.safetensors:0.5"]) == 0
+    assert main(["show", "metadata", "styled.png"]) == 0
+    assert "--lora style.safetensors:0.5" in capsys.readouterr().out
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "styled.png").read_bytes()

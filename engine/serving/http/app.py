@@ -138,11 +138,10 @@ class _Handlers:
 
     async def stream(self, request: Request) -> Response:
         validated, every = await self._intake.until_the_end(self._stream_request, request)
-        # From here on nothing is awaited: a handler that is cancelled must not leave a request behind.
-        with as_bad_request():
-            events = EventQueue(PreviewBuffer())
-            arguments = {**validated.arguments, "output": "uint8", "every": every}
-            events.follow(self._service.submit(progress=events.send, **arguments))
+        events = EventQueue(PreviewBuffer())
+        arguments = {**validated.arguments, "output": "uint8", "every": every, "progress": events.send}
+        # From its submission on nothing is awaited: a handler that is cancelled must not leave a request behind.
+        events.follow(await self._intake.submit(arguments))
         engine = self._service.engine
         return EventStream(engine, validated, self._origin, events, self._encoder, self._intake.ending)
 

@@ -25,7 +25,7 @@ IMAGES = "/v1/images/"
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status of a response that nobody reads
 _MAX_SHOWN = 60  # characters of a value in a message
 _FIELD = re.compile(
-    "(prompt|image|mask|n|size|seed|sampler|steps|eta|guidance|indices|strength|model|[a-z]+_format)\\b"
+    "(prompt|negative_prompt|image|mask|n|size|seed|sampler|steps|eta|guidance|indices|strength|model|[a-z]+_format)\\b"
 )
 _KINDS: dict[int, tuple[str, str | None]] = {  # of errors of the image API, beside the general ones
     404: ("invalid_request_error", "not_found"),

@@ -63,22 +63,24 @@ class ImageHandlers:
     async def _edits(self, request: Request) -> Response:
         with self._intake.counting_refusals():
             boundary = boundary_of(request.headers.get("content-type", ""))
-            body = await read_bytes(request, form_limit(self._limits, self._engine.shape), self._limits.body_seconds)
+            body = await read_bytes(
+                request, form_limit(self._limits, self._engine.image_shape), self._limits.body_seconds
+            )
             with as_bad_request():
                 form = parse_form(body, boundary)
                 asked = EditRequest.of_form(form)
                 validated = self._validated(asked)
                 pictures = form.file("image"), form.file("mask")
-                edit = await asyncio.to_thread(edit_options, self._engine.shape, *pictures, asked.strength)
+                edit = await asyncio.to_thread(edit_options, self._engine.image_shape, *pictures, asked.strength)
         return await self._made(request, validated, edit)
 
     def _validated(self, asked: ImageRequest) -> ValidatedRequest:
-        if (reason := why_no_picture(self._engine.shape[0])) is not None:
+        if (reason := why_no_picture(self._engine.image_shape[0])) is not None:
             raise InvalidRequest(f"{reason}: /v1/generate with format 'npz' has arrays")
         if asked.model not in (None, self._origin.name):
             message = f"model must be {self._origin.name!r} or absent, got {shown(asked.model)}"
             raise HTTPException(404, message) from InvalidRequest(message, param="model", code="model_not_found")
-        return validate(asked.generate_request(self._engine), self._engine, self._limits)
+        return validate(asked.generate_request(self._engine, self._limits), self._engine, self._limits)
 
     async def _made(self, request: Request, validated: ValidatedRequest, edit: dict[str, Any]) -> Response:
         pixels = await self._intake.make(request, {**validated.arguments, **edit})

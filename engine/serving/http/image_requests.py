@@ -7,15 +7,17 @@ to the server. What asks for something else is refused, so that nobody gets anot
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field
 
 from stepfusion.engine import Engine
 from stepfusion.serving.http.errors import InvalidRequest, shown
+from stepfusion.serving.http.limits import Limits, check_limit
 from stepfusion.serving.http.messages import class_name
 from stepfusion.serving.http.multipart import Form
-from stepfusion.serving.http.requests import GenerateRequest, Index, PerImage, RequestModel, Seed
+from stepfusion.serving.http.requests import GenerateRequest, Index, PerImage, Prompt, RequestModel, Seed
 
 #: Fields of a form that are numbers, lists or truth values, and come as text.
 _PARSED = frozenset(
@@ -29,7 +31,12 @@ _NONE = ("", "none")  # prompts that name no class
 class ImageRequest(RequestModel):
     """Images of a class, in the words of the image API."""
 
-    prompt: str = Field(description="the name of a class of the model, or its number")
+    prompt: Prompt = Field(
+        description="what to show, or without a text encoder the name of a class of the model, or its number"
+    )
+    negative_prompt: Prompt | None = Field(
+        None, description="what guidance leads away from, of at most 10000 characters, of models with a text encoder"
+    )
     model: str | None = Field(None, description="the name of the served model, or absent")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     size: str | None = Field(None, description="'auto', or the size of the model's images, as in '28x28'")
@@ -58,21 +65,26 @@ class ImageRequest(RequestModel):
         None, description="a list of integers from 0 to 2**32 - 1, one for each image"
     )
 
-    def generate_request(self, engine: Engine) -> GenerateRequest:
-        """The request for images that these fields stand for.
+    def generate_request(self, engine: Engine, limits: Limits) -> GenerateRequest:
+        """The request for images that these fields stand for; it has no more labels than ``limits`` allow images.
 
         Raises:
-            InvalidRequest: a field does not fit the model.
+            InvalidRequest: a field does not fit the model, or there would be too many images.
         """
         size = size_of(engine)
         if self.size not in (None, "auto", size):
             raise InvalidRequest(f"size must be {size!r} or 'auto' for this model, got {shown(self.size)}")
         given = {key: getattr(self, key) for key in _SAMPLING}
+        if engine.runners.takes_prompts:
+            return GenerateRequest(**given, prompt=self.prompt, negative_prompt=self.negative_prompt)
+        if self.negative_prompt is not None:
+            raise InvalidRequest("negative_prompt was given, and this model has no text encoder")
         asked = GenerateRequest(**given)
         labels = labels_of(engine, self.prompt)
         if labels is None:
             return asked
         count = len(labels) if asked.count == 1 and self.n is None else asked.count
+        check_limit("n", count, limits.images, "images")
         return GenerateRequest(**{**given, "n": count}, labels=[labels[i % len(labels)] for i in range(count)])
 
 
@@ -96,7 +108,7 @@ class EditRequest(ImageRequest):
 
 def size_of(engine: Engine) -> str:
     """The size of an engine's images, in the words of the image API."""
-    return f"{engine.shape[-1]}x{engine.shape[-2]}"
+    return f"{engine.image_shape[-1]}x{engine.image_shape[-2]}"
 
 
 def labels_of(engine: Engine, prompt: str) -> list[int] | None:
@@ -112,8 +124,9 @@ def labels_of(engine: Engine, prompt: str) -> list[int] | None:
         if prompt.strip().lower() not in _NONE:
             raise InvalidRequest(f"prompt must be empty, for this model has no classes, got {shown(prompt)}")
         return None
-    whole = _label_of(engine, prompt)
-    found = [whole] if whole is not None else [_label_of(engine, part) for part in prompt.split(",")]
+    names = {(class_name(engine, label) or "").lower(): label for label in range(engine.num_classes)}
+    whole = _label_of(engine, names, prompt)
+    found = [whole] if whole is not None else [_label_of(engine, names, part) for part in prompt.split(",")]
     if None not in found:
         return [label for label in found if label is not None]
     accepted = [", ".join(map(repr, engine.class_names[:12]))] if engine.class_names else []
@@ -122,10 +135,9 @@ def labels_of(engine: Engine, prompt: str) -> list[int] | None:
     raise InvalidRequest(f"prompt must be among {'; '.join(accepted)} (GET /v1/model has all), got {shown(prompt)}")
 
 
-def _label_of(engine: Engine, text: str) -> int | None:
+def _label_of(engine: Engine, names: Mapping[str, int], text: str) -> int | None:
     """The label of a class by name, in any case, or by number; the null label for none; None if there is no such."""
     text = text.strip().lower()
-    names = {(class_name(engine, label) or "").lower(): label for label in range(engine.num_classes or 0)}
     if text and text in names:
         return names[text]
     if text in _NONE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,8 +16,10 @@ from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http import messages
 from stepfusion.serving.http.errors import InvalidRequest, as_bad_request
 from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
+from stepfusion.serving.served_request import Result
 
 T = TypeVar("T")
+_ENCODED = ("prompt", "negative_prompt", "image")
 
 
 class Intake:
@@ -48,6 +51,29 @@ class Intake:
             HTTPException: 400, naming the argument that the engine refuses. What else
                 :meth:`stepfusion.serving.AsyncEngine.submit` raises. ClientDisconnect: the client is gone.
         """
-        with as_bad_request():
-            future = self.service.submit(**arguments, output="uint8")
+        future = await self.submit({**arguments, "output": "uint8"})
         return messages.pixels_of(await wait_unless(disconnected(request), asyncio.wrap_future(future)))
+
+    async def submit(self, arguments: dict[str, Any]) -> Future[Result]:
+        """:meth:`stepfusion.serving.AsyncEngine.submit`, in a thread if encoders have texts or a picture to work on.
+
+        A request whose caller is cancelled meanwhile is cancelled with it.
+
+        Raises:
+            HTTPException: 400, naming the argument that the engine refuses.
+        """
+        with as_bad_request():
+            if all(arguments.get(name) is None for name in _ENCODED):
+                return self.service.submit(**arguments)
+            submitting = asyncio.ensure_future(asyncio.to_thread(self.service.submit, **arguments))
+            try:
+                return await asyncio.shield(submitting)
+            except asyncio.CancelledError:
+                submitting.add_done_callback(_withdraw)
+                raise
+
+
+def _withdraw(submitting: asyncio.Future[Future[Result]]) -> None:
+    """Cancel what was submitted, if it was."""
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()

@@ -22,7 +22,7 @@ from stepfusion.serving.served_request import Result
 
 def check_picture(engine: Engine) -> None:
     """InvalidRequest if the engine's images are not written as pictures."""
-    if (reason := why_no_picture(engine.shape[0])) is not None:
+    if (reason := why_no_picture(engine.image_shape[0])) is not None:
         raise InvalidRequest(f"format must be 'npz' for this model: {reason}")
 
 

@@ -20,10 +20,11 @@ def model_metadata(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "version": stepfusion.__version__,
-        "shape": list(engine.shape),
+        "shape": list(engine.image_shape),
         "classes": _classes(engine),
         "null_label": engine.null_label,
-        "guidance": engine.null_label is not None,
+        "prompts": engine.runners.takes_prompts,
+        "guidance": engine.null_label is not None or engine.runners.takes_prompts,
         "samplers": list(samplers),
         "default_sampler": engine.options.get("sampler", default_sampler(engine.schedule)),
         "eta": {sampler: eta for sampler, eta in SAMPLERS_WITH_ETA.items() if sampler in samplers},

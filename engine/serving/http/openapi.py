@@ -39,8 +39,8 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
         "info": {
             "title": "stepfusion",
             "version": stepfusion.__version__,
-            "description": "An image is a function of model, sampler, seed, index, label "
-            f"and guidance. Limits of a request: {limits.images} images, {limits.steps} steps an image, "
+            "description": "An image is a function of model, sampler, seed, index, label, "
+            f"prompts and guidance. Limits of a request: {limits.images} images, {limits.steps} steps an image, "
             f"{limits.evaluations} evaluations of the network (n * steps, twice that with guidance), "
             f"{limits.elements} elements (n * C * H * W), {limits.previews} previews (n * steps / every, of "
             f"/v1/stream) and a body of {limits.body} bytes.",
@@ -68,7 +68,7 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
                 )
             },
             "/v1/images/generations": {
-                "post": _images(ImageRequest, path, "Make images of a class", "application/json")
+                "post": _images(ImageRequest, path, "Make images of a prompt or a class", "application/json")
             },
             "/v1/images/edits": {"post": _images(EditRequest, path, "Make images from one", MEDIA_TYPE)},
             "/v1/model": {"get": _get("The model, its classes, the samplers and the limits", "application/json")},

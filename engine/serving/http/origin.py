@@ -56,6 +56,8 @@ class Origin:
             guidance=guidance,
             weights=self.weights,
             command=self._command(engine, request, images[0], guidance) if alone else None,
+            prompts=None if request.prompts is None else [request.prompts[i] for i in images],
+            negatives=None if request.negatives is None else [request.negatives[i] for i in images],
             others=None if edit is None else {"edit": _described(edit)},
         ).text()
 
@@ -71,6 +73,8 @@ class Origin:
             options={
                 "num": 1,
                 "labels": None if request.labels is None else request.labels[image],
+                "prompt": None if request.prompts is None else request.prompts[image],
+                "negative": None if request.negatives is None else request.negatives[image],
                 "guidance": None if guidance is None else guidance[0],
                 "seed": request.seeds[image],
                 "first_index": request.indices[image] or None,

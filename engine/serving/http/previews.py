@@ -35,9 +35,10 @@ class Preview:
 
     @classmethod
     def of_event(cls, event: Event) -> Preview:
-        """The preview of an event, whose larger tensors it does not hold."""
-        stride = math.ceil(max(event.x0.shape[2:]) / _LONGER_SIDE)
-        small = event.x0[:, :, ::stride, ::stride].clone(memory_format=torch.contiguous_format)
+        """The preview of an event, whose larger tensors it does not hold; of latents, their first three channels."""
+        stride, channels = math.ceil(max(event.x0.shape[2:]) / _LONGER_SIDE), event.x0.shape[1]
+        shown = channels if channels in (1, 3) else 3 if channels > 3 else 1
+        small = event.x0[:, :shown, ::stride, ::stride].clone(memory_format=torch.contiguous_format)
         return cls(event.step + 1, event.steps, event.timestep, event.images, small)
 
     def without(self, images: set[int]) -> Preview | None:

@@ -28,8 +28,10 @@ _Label = int | str | None
 T = TypeVar("T")
 PerImage = Annotated[list[T], Field(min_length=1)]  # an empty list would ask for no image
 
-#: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors of an image's size.
-TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise"})
+Prompt = Annotated[str, Field(max_length=10_000)]
+
+#: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors, or about one.
+TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise", "conditions", "null_conditions"})
 _TABLE_OPTIONS = tuple(field.name for field in fields(TableRequest))
 _IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in _TABLE_OPTIONS)
 
@@ -94,6 +96,12 @@ class GenerateRequest(RequestModel):
     )
     labels: _Label | PerImage[_Label] = Field(
         None, description="a class's number or name, null for none, or a list of one for each image"
+    )
+    prompt: Prompt | PerImage[Prompt] | None = Field(
+        None, description="a text of at most 10000 characters, or a list of one for each image"
+    )
+    negative_prompt: Prompt | PerImage[Prompt] | None = Field(
+        None, description="a text of at most 10000 characters, or a list of one for each image"
     )
     seed: Seed | PerImage[Seed] = Field(
         0, description="an integer from 0 to 2**64 - 1, or a list of one for each image"

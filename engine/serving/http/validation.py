@@ -20,7 +20,8 @@ _PREVIEWS = 10  # of one image at most, if the request does not say how many
 class ValidatedRequest:
     """A request that an engine can serve within the limits.
 
-    ``seeds``, ``indices`` and ``labels`` have one entry an image; ``labels`` is None for a model without classes.
+    ``seeds``, ``indices`` and ``labels`` have one entry an image; ``labels`` is None for a model without classes, and
+    ``prompts`` and ``negatives`` are if there are none.
     """
 
     request: GenerateRequest
@@ -28,6 +29,8 @@ class ValidatedRequest:
     seeds: list[int]
     indices: list[int]
     labels: list[int] | None
+    prompts: list[str] | None = None
+    negatives: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -61,7 +64,8 @@ def validate(request: GenerateRequest, engine: Engine, limits: Limits) -> Valida
         raise InvalidRequest(f"priority must be at most {limits.priority} on this server, got {request.priority}")
     count = request.count
     check_limit("n", count, limits.images, "images")
-    check_limit("n", count * math.prod(engine.shape), limits.elements, "elements (n * C * H * W)")
+    elements = max(math.prod(engine.shape), math.prod(engine.image_shape))
+    check_limit("n", count * elements, limits.elements, "elements (n * C * H * W)")
     table = _table(request, engine, limits)
     guided = any(scale not in (None, 1.0) for scale in _each("guidance", request.guidance, count))
     evaluations = count * len(table) * (2 if guided else 1)
@@ -72,6 +76,8 @@ def validate(request: GenerateRequest, engine: Engine, limits: Limits) -> Valida
         _each("seed", request.seed, count),
         _each("indices", list(range(count)) if request.indices is None else request.indices, count),
         _labels(engine, request.labels, count),
+        _texts(engine, "prompt", request.prompt, count),
+        _texts(engine, "negative_prompt", request.negative_prompt, count),
     )
 
 
@@ -109,6 +115,18 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise InvalidRequest(f"{name} must be one value or one for each of the {count} images, got {len(value)}")
     return list(value)
+
+
+def _texts(engine: Engine, name: str, value: Any, count: int) -> list[str] | None:
+    """One text for each image; None if none was given."""
+    if value is None:
+        return None
+    if not engine.runners.takes_prompts:
+        raise InvalidRequest(f"{name} was given, and this model has no text encoder", param=name)
+    texts: list[str] = _each(name, value, count)
+    if any("\0" in text for text in texts):
+        raise InvalidRequest(f"{name} must not have a NUL character", param=name)
+    return texts
 
 
 def _labels(engine: Engine, labels: Any, count: int) -> list[int] | None:

@@ -232,6 +232,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": "4"}, "prompt must be among", "prompt"),
     ({"n": 0}, "n must be an integer of at least 1, got 0", "n"),
     ({"n": 9}, "n is too large: 9 images, and a request may have 8", "n"),
+    ({"n": 10**30}, "n is too large", "n"),  # before anything of that size is made
     ({"n": 8, "steps": 50}, r"n \* steps is too large", "n"),
     ({"size": "1024x1024"}, "size must be '8x8' or 'auto' for this model, got '1024x1024'", "size"),
     ({"response_format": "url"}, r"response_format must be 'b64_json' \(images are kept nowhere", "response_format"),
