@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,10 @@ class SingleFileModel(LoadedModel):
     def around(self, spec: ModelSpec) -> dict[str, Any]:
         """Text encoder, decoder and encoder, by the names of an engine's arguments."""
         return self.parts.arguments(spec)
+
+    def contents(self) -> Iterator[tuple[str, Tensor | str]]:
+        """What text encoder and autoencoder hold."""
+        yield from self.parts.contents()
 
 
 def holds_single_file(source: str | os.PathLike[str]) -> bool:

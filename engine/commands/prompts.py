@@ -49,9 +49,11 @@ def chosen_prompts(engine: Engine, args: argparse.Namespace, count: int) -> list
     Raises:
         ValueError: the model takes none.
     """
+    missing = getattr(engine.runners.prompts, "missing", None)
     for option, given in (("--prompt", args.prompt), ("--negative", getattr(args, "negative", None))):
         if given is not None and not engine.runners.takes_prompts:
-            raise ValueError(f"{option} was given, and this model has no text encoder")
+            why = "" if missing is None else f": {missing}"
+            raise ValueError(f"{option} was given, and this model has no text encoder{why}")
     return None if args.prompt is None else [args.prompt[i % len(args.prompt)] for i in range(count)]
 
 

@@ -74,7 +74,7 @@ class Runners:
     @property
     def takes_prompts(self) -> bool:
         """Whether conditions are made of texts."""
-        return self._prompts is not None
+        return self._prompts is not None and getattr(self._prompts, "missing", None) is None
 
     @property
     def batch(self) -> int:
