@@ -353,9 +353,10 @@ class Engine:
         """
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
-        start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
-        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt}
-        return self.sample(None, table, steps=steps, start=start, progress=progress, **options)
+        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt, "steps": steps}
+        first = self.runners.first_state
+        options["start"] = slerp(first("a", a, table), first("b", b, table), weights)
+        return self.sample(None, table, progress=progress, **options)
 
     @plain_torch(gradients=False)
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
