@@ -184,8 +184,6 @@ class Engine:
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
         return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
 
-    # What it does
-
     def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
 
@@ -284,7 +282,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -306,7 +304,7 @@ class Engine:
         x: torch.Tensor,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -333,7 +331,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
