@@ -126,6 +126,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
+    add_lora_argument(add)
     add_device_argument(add)
     add_threads_argument(add)
     add_path_arguments(add)

@@ -57,6 +57,30 @@ def test_a_single_file_makes_the_pipelines_latents(made: Made, family: str) -> N
     assert any(line.startswith("decoder") and "AutoencoderKL, images 2 times as large" in line for line in lines)
 
 
+def test_the_refiner_of_a_single_file_is_guided_away_from_a_low_score(made: Made) -> None:
+    file = made("sdxl-refiner")
+    pipeline = file.pipeline("epsilon")
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ids = [torch.tensor([[16, 16, 0, 0, score]], dtype=torch.float32) for score in (6.0, 2.5)]
+    engine = opened(file.write())
+    for negative in ("on", None):
+        states, null, pooled, null_pooled = pipeline.encode_prompt("cat", None, "cpu", 1, True, negative)
+        latent = x.clone()
+        pipeline.scheduler.set_timesteps(5)
+        with torch.no_grad():
+            for step in pipeline.scheduler.timesteps:
+                given, none = (
+                    pipeline.unet(
+                        latent, step, text, added_cond_kwargs={"text_embeds": pool, "time_ids": numbers}
+                    ).sample
+                    for text, pool, numbers in zip((states, null), (pooled, null_pooled), ids, strict=True)
+                )
+                latent = pipeline.scheduler.step(none + 4.0 * (given - none), step, latent).prev_sample
+        asked = {"negative_prompt": negative, "guidance": 4.0, "sampler": "ddim", "steps": 5}
+        ours = engine.sample(start=x, prompt="cat", **asked)
+        torch.testing.assert_close(ours, latent, rtol=0, atol=1e-3)
+
+
 def test_without_tokenizers_a_model_takes_conditions_and_says_where_they_are_looked_for(
     made: Made,
 ) -> None:

@@ -40,17 +40,20 @@ class TinyFile:
         import transformers
 
         torch.manual_seed(0)
-        self.path, self.large = folder / "model.safetensors", family == "sdxl"
+        self.path, self.large = folder / "model.safetensors", family.startswith("sdxl")
         self.unet = condition_unet(large=self.large)
         self.vae = randomised(diffusers.AutoencoderKL(**VAE), 0.05)
         size = 16 if self.large else 32
         self.texts = {"text_encoder": text_model(size=size)}
         texts = {"cond_stage_model.transformer.": _full(self.texts["text_encoder"].state_dict())}
-        if self.large:
+        if family == "sdxl":
             self.texts["text_encoder_2"] = text_model(projection=16, size=16)
             second = open_clip(self.texts["text_encoder_2"].state_dict())
             first = _full(self.texts["text_encoder"].state_dict())
             texts = {"conditioner.embedders.0.transformer.": first, "conditioner.embedders.1.model.": second}
+        if family == "sdxl-refiner":
+            self.texts = {"text_encoder_2": text_model(projection=20)}
+            texts = {"conditioner.embedders.0.model.": open_clip(self.texts["text_encoder_2"].state_dict())}
         if family == "sd2":
             whole = text_model(projection=16, layers=4)
             texts = {"cond_stage_model.model.": open_clip(whole.state_dict())}
@@ -68,6 +71,8 @@ class TinyFile:
             **{prefix + name: tensor for prefix, state in texts.items() for name, tensor in state.items()},
         }
         configs = {name: _settings(network) for name, network in (("unet", self.unet), ("vae", self.vae))}
+        if family == "sdxl-refiner":
+            configs["unet"]["num_time_ids"] = 5
         configs |= {name: model.config.to_dict() for name, model in self.texts.items()}
         monkeypatch.setattr(single_file, "configs_of", lambda given: {family: configs}[given])
 
@@ -98,7 +103,9 @@ class TinyFile:
             folder = name.replace("text_encoder", "tokenizer")
             parts[folder] = transformers.CLIPTokenizer.from_pretrained(str(self.path.parent / folder))
         if self.large:
-            return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+            without = {"text_encoder": None, "tokenizer": None} if len(self.texts) == 1 else {}
+            options = {"add_watermarker": False, "force_zeros_for_empty_prompt": not without}
+            return diffusers.StableDiffusionXLPipeline(**parts, **without, **options)
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
