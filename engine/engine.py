@@ -184,8 +184,6 @@ class Engine:
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
         return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
 
-    # What it does
-
     def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
 
@@ -284,7 +282,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -306,7 +304,7 @@ class Engine:
         x: torch.Tensor,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -333,7 +331,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
@@ -353,9 +351,10 @@ class Engine:
         """
         if table is None:
             table, steps = self.table("ddim", steps, eta=0.0), None
-        start = slerp(self.runners.first_state("a", a, table), self.runners.first_state("b", b, table), weights)
-        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt}
-        return self.sample(None, table, steps=steps, start=start, progress=progress, **options)
+        options: SamplingOptions = {"labels": labels, "guidance": guidance, "prompt": prompt, "steps": steps}
+        first = self.runners.first_state
+        options["start"] = slerp(first("a", a, table), first("b", b, table), weights)
+        return self.sample(None, table, progress=progress, **options)
 
     @plain_torch(gradients=False)
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:

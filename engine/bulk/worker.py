@@ -28,7 +28,7 @@ from stepfusion.bulk.shards import FORMATS, shard_digest
 from stepfusion.engine import Engine
 from stepfusion.errors import BulkError, NonFiniteError
 from stepfusion.execution.forking import check_process
-from stepfusion.options import ExecutionOptions, SamplingOptions
+from stepfusion.options import ExecutionOptions
 from stepfusion.samplers.table_request import TableRequest
 
 _ENCODERS = 8
@@ -140,19 +140,15 @@ class Worker:
     def _images(self, unit: Unit, places: list[int]) -> list[bytes]:
         """The unit's images at these places, encoded while the device makes the next batch."""
         job, images = self._config.job, list[bytes]()
-        texts: SamplingOptions = {}
-        if unit.prompts is not None:
-            texts["prompt"] = [unit.prompts[place] for place in places]
-        if job.negative is not None:
-            texts["negative_prompt"] = job.negative
         batches = self._engine.generate(
             len(places),
             self._table,
             seed=unit.seed,
             indices=[unit.indices[place] for place in places],
             labels=None if unit.labels is None else [unit.labels[place] for place in places],
+            prompt=None if unit.prompts is None else [unit.prompts[place] for place in places],
+            negative_prompt=job.negative,
             guidance=job.guidance,
-            **texts,
         )
         for pixels in batches:
             if self._engine.batch != self.settings.batch:

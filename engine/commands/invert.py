@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def _between_seeds(engine: Engine, args: argparse.Namespace, weights: int) -> tu
         raise ValueError(f"--seeds must be pairs, got {args.seeds!r}")
     pairs = list(zip(seeds[::2], seeds[1::2], strict=True))
     labels = chosen_labels(engine, args.labels, len(pairs)) if args.labels else [None] * len(pairs)
-    prompts = chosen_prompts(engine, args, len(pairs)) or [None] * len(pairs)
+    given = chosen_prompts(engine, args, len(pairs))
+    prompts: Sequence[str | None] = [None] * len(pairs) if given is None else given
     cells: list[Pixels] = []
     for (a, b), label, prompt in zip(pairs, labels or [], prompts, strict=True):
         options: Any = {"labels": label, "prompt": prompt, "guidance": args.guidance}

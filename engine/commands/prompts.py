@@ -12,7 +12,6 @@ from stepfusion.checkpoints.lora_files import Lora
 from stepfusion.engine import Engine
 from stepfusion.execution.decoder import decoded_shape
 from stepfusion.lanes.editing import CONCATENATED
-from stepfusion.options import SamplingOptions
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -55,16 +54,6 @@ def chosen_prompts(engine: Engine, args: argparse.Namespace, count: int) -> list
             why = "" if missing is None else f": {missing}"
             raise ValueError(f"{option} was given, and this model has no text encoder{why}")
     return None if args.prompt is None else [args.prompt[i % len(args.prompt)] for i in range(count)]
-
-
-def prompt_options(prompts: list[str] | None, args: argparse.Namespace) -> SamplingOptions:
-    """Prompts and negative prompt as :meth:`stepfusion.Engine.sample` takes them."""
-    options: SamplingOptions = {}
-    if prompts is not None:
-        options["prompt"] = prompts
-    if args.negative is not None:
-        options["negative_prompt"] = args.negative
-    return options
 
 
 def model_of_size(source: str, size: str, lora: Lora | None = None) -> tuple[LoadedModel, tuple[int, ...]]:

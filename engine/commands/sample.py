@@ -24,7 +24,7 @@ from stepfusion.commands.arguments import (
 from stepfusion.commands.labels import chosen_labels
 from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
-from stepfusion.commands.prompts import add_prompt_arguments, add_size_argument, chosen_prompts, prompt_options
+from stepfusion.commands.prompts import add_prompt_arguments, add_size_argument, chosen_prompts
 from stepfusion.commands.provenance import SampleProvenance, add_metadata_argument
 from stepfusion.commands.threads import add_threads_argument
 from stepfusion.engine import Engine
@@ -157,7 +157,8 @@ def run_sample(args: argparse.Namespace) -> int:
         indices=range(args.first_index, args.first_index + args.num),
         labels=labels,
         guidance=args.guidance,
-        **prompt_options(prompts, args),
+        prompt=prompts,
+        negative_prompt=args.negative,
         **({} if edit is None else asdict(edit)),
         progress=bar(args),
         callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,

@@ -34,9 +34,6 @@ class ImageRequest(RequestModel):
     prompt: Prompt = Field(
         description="what to show, or without a text encoder the name of a class of the model, or its number"
     )
-    negative_prompt: Prompt | None = Field(
-        None, description="what guidance leads away from, of at most 10000 characters, of models with a text encoder"
-    )
     model: str | None = Field(None, description="the name of the served model, or absent")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     size: str | None = Field(None, description="'auto', or the size of the model's images, as in '28x28'")
@@ -50,6 +47,9 @@ class ImageRequest(RequestModel):
     moderation: Literal["auto", "low"] | None = Field(None, description="'auto' or 'low'")
     stream: Literal[False] | None = Field(None, description="false (/v1/stream tells of progress)")
     partial_images: Literal[0] | None = Field(None, description="0 (/v1/stream tells of progress)")
+    negative_prompt: Prompt | None = Field(
+        None, description="what guidance leads away from, of at most 10000 characters, of models with a text encoder"
+    )
     user: str | None = Field(None, description="a string, which is ignored")
     safety_identifier: str | None = Field(None, description="a string, which is ignored")
     seed: Seed | PerImage[Seed] = Field(
