@@ -93,9 +93,9 @@ CHECKPOINTS = [
          config_with(in_channels=True)),
     Case("config: other class", lambda: sf.load_pretrained("model"),
          sf.CheckpointError,
-         "model/unet/config.json: the UNet config has _class_name = 'UNet2DConditionModel'; accepted is "
+         "model/unet/config.json: the UNet config has _class_name = 'UNet3DConditionModel'; accepted is "
         "'UNet2DModel'",
-         config_with(_class_name="UNet2DConditionModel")),
+         config_with(_class_name="UNet3DConditionModel")),
     Case("class names: too few", lambda: sf.load_pretrained("model"),
          sf.CheckpointError, "model/stepfusion.json: class_names has 1 entries; accepted are 3",
          facts_with(class_names=["Cat"])),

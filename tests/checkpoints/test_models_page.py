@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,13 @@ def test_the_code_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(styled.float(), plain.float() + 1.0, rtol=0, atol=1e-6)
 
 
-def test_the_script_converts_a_pickle(tmp_path: Path) -> None:
+def test_the_script_converts_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a.weight": torch.randn(2, 3).T, "b": torch.ones(1)}
     torch.save({"state_dict": tensors, "global_step": 3}, tmp_path / "model.ckpt")
     (tmp_path / "convert.py").write_text(blocks(PAGE)[1], encoding="utf-8")
-    subprocess.run([sys.executable, "convert.py", "model.ckpt"], check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "model.ckpt"])
+    runpy.run_path("convert.py")
     written = load_file(tmp_path / "model.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())

@@ -139,6 +139,19 @@ def test_an_inpainting_file_is_known_by_its_first_convolution(made: Made) -> Non
     assert engine.shape == (4, 8, 8)
 
 
+def test_half_precision_and_training_state_are_read_past(made: Made) -> None:
+    file = made("sd1")
+    file.tokenizers()
+    whole = {name: one.half() if one.is_floating_point() else one for name, one in file.tensors.items()}
+    others = {"model_ema.decay": torch.ones(1), "betas": torch.zeros(1000), "first_stage_model.loss.x": torch.ones(1)}
+    model = sf.load_single_file(file.write(**whole, **others))
+    for name, tensor in model.network.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, file.unet.state_dict()[name].half().float()), name
+    assert model.parts.text is not None
+    assert model.parts.text.encode("cat")["encoder_hidden_states"].dtype == torch.float32
+
+
 def test_files_that_do_not_fit_are_refused(made: Made) -> None:
     file = made("sd1")
     name = "model.diffusion_model.out.2.weight"

@@ -45,11 +45,13 @@ class TinyFile:
         self.vae = randomised(diffusers.AutoencoderKL(**VAE), 0.05)
         size = 16 if self.large else 32
         self.texts = {"text_encoder": text_model(size=size)}
-        texts = {"cond_stage_model.transformer.": _full(self.texts["text_encoder"].state_dict())}
+        first = _full(self.texts["text_encoder"].state_dict())
+        # as files of before 2023 have them
+        first["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        texts = {"cond_stage_model.transformer.": first}
         if family == "sdxl":
             self.texts["text_encoder_2"] = text_model(projection=16, size=16)
             second = open_clip(self.texts["text_encoder_2"].state_dict())
-            first = _full(self.texts["text_encoder"].state_dict())
             texts = {"conditioner.embedders.0.transformer.": first, "conditioner.embedders.1.model.": second}
         if family == "sdxl-refiner":
             self.texts = {"text_encoder_2": text_model(projection=20)}
