@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepfusion import kernels, networks, serving
+    from stepfusion import kernels, latents, networks, serving
     from stepfusion._public import (
         BackendError,
         BulkError,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         load_edm,
         load_guided_diffusion,
         load_pretrained,
+        load_single_file,
         plms,
         save_pretrained,
         slerp,
@@ -90,10 +91,12 @@ __all__ = [
     "heun",
     "ipndm",
     "kernels",
+    "latents",
     "lcm",
     "load_edm",
     "load_guided_diffusion",
     "load_pretrained",
+    "load_single_file",
     "networks",
     "plms",
     "save_pretrained",
@@ -113,6 +116,8 @@ if not TYPE_CHECKING:  # a type checker is to see the names above, and no others
         """
         if name == "kernels":
             import stepfusion.kernels as value
+        elif name == "latents":
+            import stepfusion.latents as value
         elif name == "networks":
             import stepfusion.networks as value
         elif name == "serving":

@@ -6,6 +6,7 @@ from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.checkpoints.edm import load_edm
 from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.save_directory import save_pretrained
+from stepfusion.checkpoints.single_file import load_single_file
 from stepfusion.diffusion.gaussian_diffusion import GaussianDiffusion
 from stepfusion.diffusion.likelihood import bits_per_dimension
 from stepfusion.engine import Engine
@@ -80,6 +81,7 @@ __all__ = [
     "load_edm",
     "load_guided_diffusion",
     "load_pretrained",
+    "load_single_file",
     "plms",
     "save_pretrained",
     "slerp",

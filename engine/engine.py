@@ -144,17 +144,17 @@ class Engine:
     @plain_torch(gradients=False)
     def from_pretrained(cls, source: str | os.PathLike[str] | LoadedModel, **arguments: Any) -> Self:
         """An engine for a bundled model (by name), a diffusers directory, a ``.pt`` file of guided-diffusion, a
-        ``.safetensors`` file of EDM, or what :func:`stepfusion.load_pretrained` and its likes returned.
+        ``.safetensors`` file of EDM or Stable Diffusion (docs/models.md), or what :func:`stepfusion.load_pretrained`
+        and its likes returned.
 
-        ``arguments`` as for :class:`Engine`. A ``.pt`` file is one with a published name, or has its flags in a JSON
-        file beside it, where a ``.safetensors`` file has its ``sigma_data``.
+        ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
+        A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
         Raises:
             CheckpointError: what is missing or wrong in the directory or file.
         """
-        loaded = source if isinstance(source, LoadedModel) else load_model(source)
-        if loaded is not source:
-            arguments.setdefault("copy", False)  # nobody else has what was loaded here
+        arguments = {"copy": isinstance(source, LoadedModel), **arguments}  # nobody else has what is loaded here
+        loaded = load_model(source, arguments.pop("lora", None))
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         spec = loaded.spec_with(**known)
         return cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
@@ -172,8 +172,7 @@ class Engine:
         """
         if (way := arguments.get("network", "auto")) not in ("auto", "eager", "graph"):
             raise ValueError(f"network must be 'auto', 'eager' or 'graph' for an exported network, got {way!r}")
-        # export depends on the engine, and not the engine on export: it is imported when it is asked for
-        load = import_module("stepfusion.export.load").load_network
+        load = import_module("stepfusion.export.load").load_network  # which itself depends on the engine
         network = load(directory, arguments.pop("device", "auto"), arguments.pop("dtype", "auto"))
         engine = cls._of_spec(network, network.spec, {"device": network.device, "dtype": network.dtype, **arguments})
         engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
@@ -393,7 +392,8 @@ class Engine:
         runners, policy = self.runners, self.runners.policy
         failures = explain.failure_lines(None if policy is None else policy.failure, self.evaluator.declined)
         lanes = explain.lanes_line(runners.batch if runners.batch_is_known else None, invariant=self.invariant)
-        return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes))
+        around = explain.around_lines(runners.prompts, self._decode)
+        return "\n".join(explain.engine_lines(self.plan, self.spec, self._exported, failures, lanes, around))
 
     def __repr__(self) -> str:
         shape, plan = "x".join(map(str, self.shape)), self.plan

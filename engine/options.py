@@ -49,6 +49,9 @@ class SamplingOptions(TypedDict, total=False):
 
     Attributes:
         sampler, steps, eta: of the table that is made if none is given (:meth:`stepfusion.Engine.table`).
+        reuse: run the whole network at every so-manieth row of that table, and at the others only the outermost level
+            of its UNet, with what the inner ones made before (Ma et al. 2024): faster, and not the same images. 1 is
+            off, the default.
         seed: in [0, 2**64), one for all images or one each; 0 by default.
         indices: the images' numbers under their seeds, in [0, 2**32); 0 to n - 1 by default. An image is a function
             of model, table, seed, index, label and guidance, and of nothing else (to the bit with
@@ -76,6 +79,7 @@ class SamplingOptions(TypedDict, total=False):
     sampler: str | None
     steps: int | None
     eta: float | None
+    reuse: int | None
     seed: int | Sequence[int]
     indices: Sequence[int] | None
     labels: int | Sequence[int] | torch.Tensor | None

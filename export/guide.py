@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepfusion.export.manifest import Manifest, Tensorspec
+from stepfusion.export.manifest import INPUTS, NULL, Manifest, Tensorspec
 from stepfusion.samplers.table import StepTable
 
 _RUN = {
@@ -116,6 +116,12 @@ x = loaded.sample(seed, index{given})  # every row of the table
 x = loaded.start(seed, index)
 {returned} = loaded.tick({names})  # one row
 ```"""
+_ENGINE = """\
+```python
+import stepfusion as sf
+
+engine = sf.Engine.from_exported("DIR"){sampled}
+```"""
 _SCALED = 'x *= numpy.float32(table["levels"]["start_scales"][0])\n'
 
 
@@ -134,10 +140,11 @@ def guide(manifest: Manifest, table: StepTable | None, notes: str | None = None)
         "## Run it",
         run,
         "Back in stepfusion, which verifies every hash in `manifest.json` first:",
-        '```python\nimport stepfusion as sf\n\nengine = sf.Engine.from_exported("DIR")\n```'
-        if manifest.kind == "network"
-        else _TICK.format(**words),
+        _ENGINE.format(**words) if manifest.kind == "network" else _TICK.format(**words),
     ]
+    conditions = _conditions(manifest)
+    if conditions:
+        parts += ["## Conditions", _about_conditions(manifest, conditions)]
     if table is not None:
         parts += ["## The sampler", _sampler(table)]
     if notes:
@@ -154,11 +161,21 @@ def _words(manifest: Manifest) -> dict[str, object]:
     kept = "history" in names
     sizes = next((", ".join(map(str, spec.shape[1:])) for spec in manifest.inputs if spec.name == "history"), "")
     given = [f", {name}={name}" for name in ("labels", "guidance") if name in names]
+    conditions = [spec.name for spec in _conditions(manifest)]
+    if conditions:
+        by_name = "{" + ", ".join(f'"{name}": {name}' for name in conditions) + "}"
+        null = "{" + ", ".join(f'"{name}": {NULL}{name}' for name in conditions) + "}"
+        given.append(f", conditions={by_name}" + (f", null_conditions={null}" if "guidance" in names else ""))
+        label = "labels=labels, " if "labels" in names else ""
+        sampled = f"\nimages = engine.sample({label}conditions={by_name})  # tensors of one image, or [n, ...] of n"
     return {
+        "sampled": sampled if conditions else "",
         "names": ", ".join(names),
         "lanes": min(max(4, low), high),
         "image": str(list(manifest.inputs[0].shape)).replace("'", ""),
-        "condition": "".join(_CONDITION.get(name, "") for name in names).replace("SIZES", sizes),
+        "condition": "".join(
+            _CONDITION.get(spec.name, "") or _fed(spec, manifest) for spec in manifest.inputs
+        ).replace("SIZES", sizes),
         "feed": ", ".join(f'"{name}": {name}' for name in names),
         "device": manifest.device,
         "openvino_type": {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(manifest.dtype, "f32"),
@@ -168,6 +185,34 @@ def _words(manifest: Manifest) -> dict[str, object]:
         "run_to": 'x, feed["history"]' if kept else "(x,)",
         "given": "".join(given),
     }
+
+
+def _conditions(manifest: Manifest) -> list[Tensorspec]:
+    """The inputs that are conditions of the model, those that stand for none left out."""
+    names = [one["name"] for one in manifest.model.get("conditions", ())]
+    return [spec for spec in manifest.inputs if spec.name in names]
+
+
+def _about_conditions(manifest: Manifest, conditions: list[Tensorspec]) -> str:
+    """What an image is conditioned on, and what a consumer has to bring."""
+    each = ", ".join(f"`{spec.name}`" for spec in conditions)
+    text = (
+        f"Each image has conditions of its own beside x: {each}, with the shapes above. They are tensors: what makes "
+        "them of a prompt, a text encoder, is not in this bundle. They stay the same in all steps of an image."
+    )
+    if manifest.kind == "network":
+        return f"{text} For guidance call the network again with what stands for none of them, as an empty prompt."
+    if "guidance" in [spec.name for spec in manifest.inputs]:
+        return f"{text} The inputs whose names begin with `{NULL}` stand for none of them, as an empty prompt does."
+    return text
+
+
+def _fed(spec: Tensorspec, manifest: Manifest) -> str:
+    """A condition in the feed of a tick, zeros for a reader to replace; nothing for an input that is none."""
+    if spec.name in INPUTS["tick"] or manifest.kind != "tick":
+        return ""
+    sizes = ", ".join(map(str, spec.shape[1:]))
+    return f'    "{spec.name}": numpy.zeros((len(index), {sizes}), numpy.{spec.dtype}),  # put yours here\n'
 
 
 def _sampler(table: StepTable) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,9 +17,10 @@ from stepfusion.export.batch import Batch
 from stepfusion.export.bundle import Bundle, read_bundle
 from stepfusion.export.environment import check_runs_here, require
 from stepfusion.export.formats import FORMATS
-from stepfusion.export.manifest import ANY_DEVICE, Manifest
+from stepfusion.export.manifest import ANY_DEVICE, NULL, Manifest
 from stepfusion.export.runtimes import OnnxRuntimeNetwork, OpenVINONetwork, Runtime, TensorRTNetwork, TickRuntime
 from stepfusion.export.tick_loop import walk
+from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.samplers.table import StepTable
 
 Loader = Callable[[Bundle, torch.device], Runtime]
@@ -27,14 +28,14 @@ _Loads = TypeVar("_Loads")
 
 
 class ExportedNetwork:
-    """An exported network as :class:`stepfusion.Engine` takes one: ``network(x, timesteps[, labels]) -> out``.
+    """An exported network as :class:`stepfusion.Engine` takes one: ``network(x, timesteps[, labels], **conditions)``.
 
     Batches that the artefact was not made for are split, or filled up with zeros.
 
     Attributes:
         spec: of the model that was exported.
-        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options: what the
-            spec says, under the names that an engine looks for.
+        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options,
+            conditions: what the spec says, under the names that an engine looks for.
         device, dtype: where it runs, and the dtype of x and out.
         bundle: where it comes from.
         turns: in which calls must be launched; None if they need not take turns.
@@ -47,16 +48,22 @@ class ExportedNetwork:
         self.in_channels, self.sample_size = spec.shape[0], spec.shape[1:]
         self.num_classes, self.null_label, self.class_names = spec.num_classes, spec.null_label, spec.class_names
         self.schedule, self.prediction, self.options = spec.schedule, spec.prediction, spec.options
+        self.conditions = spec.conditions
         self._run = run
         self.turns: Turns | None = getattr(run, "turns", None)
         self._batch = bundle.batch or Batch(1, 1, 1 << 16)
 
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Map x [B, C, H, W], timesteps [B] and labels int64 [B], if it takes any, to [B, C', H, W].
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        """Map x [B, C, H, W], timesteps [B], labels int64 [B], if it takes any, and conditions to [B, C', H, W].
 
-        Timesteps are int64; on a path that is not discrete they are what the path tells, float32.
+        Timesteps are int64; on a path that is not discrete they are what the path tells, float32. ``conditions`` are
+        all those of the spec, [B, ...] each.
+
+        Raises:
+            ExportError: labels or a condition are missing, or given and not taken, or a condition has another shape.
         """
         inputs = (x, timesteps) if labels is None else (x, timesteps, labels)
+        inputs = (*inputs, *given_conditions(self.conditions, "the network", conditions, len(x)))
         most = self._batch.high
         parts = [tuple(value[i : i + most] for value in inputs) for i in range(0, len(x), most)]
         outputs = [self._run_filled(part) for part in parts]
@@ -69,6 +76,25 @@ class ExportedNetwork:
         if missing > 0:
             inputs = tuple(torch.cat((value, value.new_zeros(missing, *value.shape[1:]))) for value in inputs)
         return self._run(*inputs)[:size]
+
+
+def given_conditions(
+    specs: Sequence[ConditionSpec], what: str, conditions: Mapping[str, Tensor], batch: int
+) -> tuple[Tensor, ...]:
+    """The conditions [batch, ...] in the order of their specs.
+
+    Raises:
+        ExportError: one is missing, unknown, or of another shape or kind; ``what`` takes them.
+    """
+    names = [spec.name for spec in specs]
+    for name in (*conditions, *names):
+        if name not in names or name not in conditions:
+            state = f"takes no condition {name}" if name in conditions else f"needs the condition {name}"
+            raise ExportError(f"{what} {state}; it has {', '.join(names) or 'none'}")
+    try:
+        return tuple(spec.check(conditions[spec.name], batch) for spec in specs)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{what} cannot take a condition: {error}") from None
 
 
 def load_network(
@@ -113,18 +139,23 @@ class ExportedTick:
         *,
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+        null_conditions: Mapping[str, Tensor] | None = None,
         part: int = 0,
     ) -> Tensor:
         """Images by sampler ``part`` of the bundle's table: every row of it, from :meth:`start` on.
 
         Args:
             seed, index: int64 [B]. labels: int64 [B]. guidance: float32 [B].
+            conditions: of every image, by name, [B, ...] each. null_conditions: what stands for none of them, in a
+                guided tick; those of ``conditions`` by default, of a model that has a null label.
 
         Returns:
             float32 [B, C, H, W].
 
         Raises:
-            ExportError: the bundle has no table, or labels or guidance are missing, or given and not taken.
+            ExportError: the bundle has no table, or labels, guidance or conditions are missing, or given and not
+                taken.
         """
         table, inputs = self._table, self.bundle.manifest.inputs
         given = {name: value for name, value in (("labels", labels), ("guidance", guidance)) if value is not None}
@@ -132,9 +163,27 @@ class ExportedTick:
             if (name in given) != (name in [spec.name for spec in inputs]):
                 state = "was given, and the tick takes none" if name in given else "is missing, and the tick takes it"
                 raise ExportError(f"{name} {state}")
+        given |= self._conditions(conditions or {}, null_conditions, len(seed))
         x, first = self.start(seed, index, part), table.starts[part]
         lanes = {name: value.to(x.device) for name, value in (("seed", seed), ("index", index), *given.items())}
         return walk(self.tick, inputs, table, range(first, first + table.steps(part)), x, lanes)
+
+    def _conditions(
+        self, conditions: Mapping[str, Tensor], null: Mapping[str, Tensor] | None, batch: int
+    ) -> dict[str, Tensor]:
+        """The tick's inputs that are conditions, by name."""
+        spec = self.bundle.spec
+        guided = "guidance" in [one.name for one in self.bundle.manifest.inputs]
+        if null is not None and not guided:
+            raise ExportError("null_conditions was given, and the tick is not guided")
+        names = [one.name for one in spec.conditions]
+        inputs = dict(zip(names, given_conditions(spec.conditions, "the tick", conditions, batch), strict=True))
+        if guided:
+            if names and null is None and spec.null_label is None:
+                raise ExportError("null_conditions is missing, and the tick takes it: the model has none of its own")
+            both = given_conditions(spec.conditions, "the tick", {**conditions, **(null or {})}, batch)
+            inputs |= {NULL + name: value for name, value in zip(names, both, strict=True)}
+        return inputs
 
     @property
     def _table(self) -> StepTable:

@@ -19,6 +19,15 @@ MANIFEST = "manifest.json"
 KINDS = ("network", "tick")
 ANY_DEVICE = "any"
 MAX_JSON_BYTES = 16 << 20
+#: The inputs of each kind that are no conditions.
+INPUTS = {
+    "network": ("x", "timesteps", "labels"),
+    "tick": (
+        *("x", "row", "coefficients", "timesteps", "seed", "index", "labels", "guidance"),
+        *("told", "in_scale", "history"),
+    ),
+}
+NULL = "null_"  #: before the name of a condition: what stands for none, in a guided tick
 _MOST_TENSORS = 64
 _LARGEST_SIZE = 1 << 31
 
@@ -38,8 +47,8 @@ class Manifest:
 
     Attributes:
         format: "onnx", "openvino", "torch-tensorrt", "tensorrt", "tensorrt-rtx", "aoti" or "triton-server".
-        kind: "network" (x, timesteps[, labels] -> out) or "tick" (one step of a sampler, the network inside;
-            :class:`stepfusion.export.tick.Tick`).
+        kind: "network" (x, timesteps[, labels], conditions by name -> out) or "tick" (one step of a sampler, the
+            network inside; :class:`stepfusion.export.tick.Tick`).
         device: the kind of device it runs on: "cpu", "cuda", or "any".
         dtype: of the network: "float32", "float16" or "bfloat16".
         inputs, outputs: in the order of the call.
@@ -138,6 +147,7 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
             f"{path} has the first input {x.name}, {x.dtype} {x.shape}; accepted is x, floating, [batch, *{image}]"
         )
     _check_history(path, given)
+    _check_conditions(path, given)
     out, expected = given.outputs[0], 1 + len(_histories(given))
     if len(given.outputs) != expected or out.dtype == "int64" or len(out.shape) != len(x.shape):
         raise ExportError(
@@ -157,6 +167,22 @@ def _check_history(path: Path, given: _ManifestFile) -> None:
         returned = [(entry.dtype, entry.shape) for entry in given.outputs[1:]]
         if returned != [(history.dtype, history.shape)]:
             raise ExportError(f"{path} has after the first output {returned}; accepted is one like the input history")
+
+
+def _check_conditions(path: Path, given: _ManifestFile) -> None:
+    """Refuse inputs that are neither those of every network or tick nor the model's conditions, in their order."""
+    found = [entry for entry in given.inputs if entry.name not in INPUTS[given.kind]]
+    prefixes = ("", NULL) if "guidance" in [entry.name for entry in given.inputs] else ("",)
+    accepted = [(prefix + one.name, one.integer, one.shape) for prefix in prefixes for one in given.model.conditions]
+    if [(entry.name, entry.dtype == "int64", entry.shape[1:]) for entry in found] != accepted:
+        inputs = ", ".join(f"{entry.name} {entry.dtype} {entry.shape}" for entry in found)
+        conditions = ", ".join(
+            f"{name} {'int64' if whole else 'floating'} {shape}" for name, whole, shape in accepted
+        )
+        raise ExportError(
+            f"{path} has inputs for conditions: {inputs or 'none'}; those of its model are {conditions or 'none'}, "
+            "[batch, ...] each"
+        )
 
 
 def _histories(given: _ManifestFile) -> list[_TensorEntry]:

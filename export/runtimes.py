@@ -1,4 +1,4 @@
-"""Networks in other runtimes, called with PyTorch's tensors: ``(x, timesteps[, labels]) -> out``."""
+"""Networks in other runtimes, called with PyTorch's tensors: ``(x, timesteps[, labels], *conditions) -> out``."""
 
 from __future__ import annotations
 

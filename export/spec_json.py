@@ -14,6 +14,7 @@ from stepfusion.errors import ExportError
 from stepfusion.export.batch import Batch
 from stepfusion.files.json_files import FileModel
 from stepfusion.model_spec import ModelSpec
+from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.path_json import PathEntries, ScheduleEntries, path_from_json, path_to_json
 from stepfusion.samplers.registry import SAMPLERS, check_options, make_table, options_of
@@ -21,6 +22,16 @@ from stepfusion.samplers.schedule import NoiseSchedule
 
 _Scalar: TypeAlias = bool | int | float | str | None
 _Plain: TypeAlias = _Scalar | list[_Scalar]
+_MOST_CONDITIONS = 16
+_MOST_DIMENSIONS = 8
+
+
+class ConditionEntry(FileModel):
+    """One condition that the network takes: the fields of :class:`stepfusion.networks.ConditionSpec`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    shape: Annotated[list[int], Field(max_length=_MOST_DIMENSIONS)]
+    integer: bool
 
 
 class ModelEntries(FileModel):
@@ -34,6 +45,7 @@ class ModelEntries(FileModel):
     schedule: ScheduleEntries | None = None
     path: PathEntries | None = None
     options: dict[str, _Plain]
+    conditions: Annotated[list[ConditionEntry], Field(max_length=_MOST_CONDITIONS, default_factory=list)]
     network: dict[str, _Plain]
     batch: Annotated[list[int], Field(min_length=3, max_length=3)] | None
     weights: Literal["included", "stripped"] | None = None
@@ -51,8 +63,10 @@ def model_to_json(engine: Engine, batch: Batch | None = None) -> dict[str, Any]:
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """A spec as JSON values: the schedule by its float64 betas, all else by the names of the fields.
 
-    A context size is left out: contexts are no input of an exported network.
+    A context size is left out: contexts are no input of an exported network. ``conditions`` are there if the model
+    has any, so that other manifests are what earlier releases read.
     """
+    conditions = [{"name": one.name, "shape": list(one.shape), "integer": one.integer} for one in spec.conditions]
     return {
         "shape": list(spec.shape),
         "num_classes": spec.num_classes,
@@ -61,6 +75,7 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
         "prediction": spec.prediction,
         **path_to_json(spec.schedule),
         "options": _plain(spec.options),
+        **({"conditions": conditions} if conditions else {}),
     }
 
 
@@ -79,6 +94,9 @@ def spec_from_json(model: Mapping[str, Any]) -> ModelSpec:
             null_label=model["null_label"],
             class_names=model["class_names"],
             options=model["options"],
+            conditions=tuple(
+                ConditionSpec(one["name"], tuple(one["shape"]), one["integer"]) for one in model.get("conditions", ())
+            ),
         )
         for name, value in spec.options.items():
             _check_option(spec.schedule, name, value)

@@ -1,11 +1,15 @@
 """A tick as one program: the network, the table's step and its noise, for consumers that have no stepfusion.
 
-    x_next = tick(x, row, coefficients, timesteps, seed, index[, labels[, guidance]][, told, in_scale][, history])
+    x_next = tick(x, row, coefficients, timesteps, seed, index[, labels][, guidance][, conditions]
+                  [, null conditions][, told, in_scale][, history])
     z      = initial_noise(seed, index)
 
 A consumer starts from ``start_scale`` * z, 1 if the table names none, calls the tick for row 0 (``starts`` of another
 sampler of the table), goes on with ``next_row`` of the table until that is -1, and has the image. Everything that
 tells samplers apart is data: another table needs no other program.
+
+Conditions are the network's, [B, ...] each, and in a guided tick there is another of each, named ``null_...``, that
+stands for none. The tick prepares them in every row, which an engine does once for an image.
 
 ``told`` and ``in_scale`` are there on a path that is not discrete: what the network is told at each row, and what x
 is multiplied with before the network sees it. ``history`` is there if the program was made for samplers that use what
@@ -20,12 +24,13 @@ words, and comparisons in place of reading a float's bits. No branch depends on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepfusion.export.manifest import NULL
 from stepfusion.kernels import COLUMNS, launch, philox
 from stepfusion.kernels import philox_numbers as numbers
 from stepfusion.kernels.coefficients import HISTORY, WHOLE_IMAGE
@@ -40,13 +45,14 @@ class Tick(nn.Module):
     """One row of a table for every lane, network included.
 
     Args:
-        network: ``network(x, timesteps[, labels])``, in eval mode; returns what the table's prediction says, or twice
-            as many channels if it learned its variance.
+        network: ``network(x, timesteps[, labels], *conditions)``, in eval mode; returns what the table's prediction
+            says, or twice as many channels if it learned its variance.
         dtype: of the network's input; the state is float32 in any case.
         null_label: the label without a condition, for a tick with classifier-free guidance (Ho & Salimans 2022),
             which then runs the network for both labels of each lane.
-        further: the names of the inputs after ``index``, of ``labels``, ``guidance``, ``told``, ``in_scale`` and
-            ``history``, in this order.
+        further: the names of the inputs after ``index``, of ``labels``, ``guidance``, the conditions, those that
+            stand for none, ``told``, ``in_scale`` and ``history``, in this order.
+        conditions: the names of those that are conditions, in the network's order.
     """
 
     def __init__(
@@ -55,12 +61,14 @@ class Tick(nn.Module):
         dtype: torch.dtype = torch.float32,
         null_label: int | None = None,
         further: Sequence[str] = (),
+        conditions: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
         self.null_label = null_label
         self.further = tuple(further)
+        self.conditions = tuple(conditions)
 
     def forward(
         self,
@@ -82,8 +90,8 @@ class Tick(nn.Module):
             seed: int64 [B], the 64 bits of each lane's seed.
             index: int64 [B], in [0, 2**32), the image's number under its seed.
             further: the inputs that the tick was made with: ``labels`` int64 [B]; ``guidance`` float32 [B], 1 is
-                none; ``told`` and ``in_scale`` float32 [R]; ``history`` float32 [B, K, C, H, W], what the lane's last
-                K rows that kept something kept, the latest first.
+                none; conditions float32 or int64 [B, ...]; ``told`` and ``in_scale`` float32 [R]; ``history`` float32
+                [B, K, C, H, W], what the lane's last K rows that kept something kept, the latest first.
 
         Returns:
             float32 [B, C, H, W], and with ``history`` also the next one. A row beyond the table gives NaN.
@@ -99,7 +107,7 @@ class Tick(nn.Module):
         if guidance is not None:
             guidance = torch.where(columns[:, COLUMNS.index("unguided")] == 0, guidance, 1.0)
         shown = x if in_scale is None else launch.per_lane(in_scale[safe], x) * x
-        out = self._evaluate(shown.to(self.dtype), t if told is None else told[safe], given.get("labels"), guidance)
+        out = self._evaluate(shown.to(self.dtype), t if told is None else told[safe], given, guidance)
         z = normal(seed, index, t, tuple(x.shape[1:]), philox.STREAM_STEP)
         active = launch.per_lane(row >= 0, x)
         x0 = predict(x, out, columns, 0 if history is None else history.shape[1], scaled=in_scale is not None)
@@ -108,19 +116,25 @@ class Tick(nn.Module):
             return moved
         return moved, torch.where(active[:, None], remember(x, x0, columns, history), history)
 
-    def _evaluate(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
+    def _evaluate(self, x: Tensor, t: Tensor, given: Mapping[str, Tensor], guidance: Tensor | None) -> Tensor:
         """The network's output in float32, guided if the tick is; a learned variance is that of the condition."""
-        if labels is None:
-            return self._call(x, t)
-        if self.null_label is None or guidance is None:
-            return self._call(x, t, labels)
-        nothing = torch.full_like(labels, self.null_label)
-        both = self._call(torch.cat((x, x)), torch.cat((t, t)), torch.cat((labels, nothing)))
+        labels = [given["labels"]] if "labels" in given else []
+        shown = [x, t, *labels, *self._conditions(given)]
+        if guidance is None:
+            return self._call(*shown)
+        nothing = [label if self.null_label is None else torch.full_like(label, self.null_label) for label in labels]
+        null = [x, t, *nothing, *self._conditions(given, NULL)]
+        both = self._call(*(torch.cat(pair) for pair in zip(shown, null, strict=True)))
         lanes, channels = x.shape[:2]
         out, uncond = both[:lanes, :channels], both[lanes:, :channels]
         scale = launch.per_lane(guidance, x)
         guided = torch.where(scale == 1.0, out, uncond + scale * (out - uncond))
         return guided if both.shape[1] == channels else torch.cat((guided, both[:lanes, channels:]), dim=1)
+
+    def _conditions(self, given: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
+        """The conditions in the network's dtype, or int64."""
+        values = [given[prefix + name] for name in self.conditions]
+        return [value.to(self.dtype) if value.is_floating_point() else value for value in values]
 
     def _call(self, *arguments: Tensor) -> Tensor:
         out: Any = self.network(*arguments)

@@ -25,8 +25,8 @@ def walk(
     Args:
         inputs: of the tick, as a manifest lists them. A tick that was made when tables had fewer columns is given the
             first ones.
-        x: the states to start from. lanes: ``seed`` and ``index``, and ``labels`` and ``guidance`` if the tick takes
-            them.
+        x: the states to start from. lanes: ``seed`` and ``index``, and ``labels``, ``guidance`` and conditions if the
+            tick takes them.
     """
     sizes = {spec.name: [int(size) for size in spec.shape[1:]] for spec in inputs}
     values = table.on(x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,16 @@ from stepfusion import _checks
 from stepfusion.engine import Engine
 from stepfusion.errors import ExportError
 from stepfusion.export.batch import Batch
-from stepfusion.export.manifest import KINDS, Tensorspec
-from stepfusion.export.program import check_close, example_inputs, plain_network, trace
+from stepfusion.export.manifest import KINDS, NULL, Tensorspec
+from stepfusion.export.program import (
+    check_close,
+    condition_specs,
+    example_conditions,
+    example_inputs,
+    input_names,
+    plain_network,
+    trace,
+)
 from stepfusion.export.runtimes import Runtime, TickRuntime
 from stepfusion.export.tick import InitialNoise, Tick
 from stepfusion.export.tick_loop import level_inputs, outputs_of, walk
@@ -57,15 +66,18 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
         raise ExportError(f"a tick has no dynamic thresholding and no rescaled guidance, and {table!r} asks for it")
     if engine.schedule.discrete and (table.column("net_scale") != 1).any():
         raise ExportError(f"a tick shows the network x as it is, and {table!r} scales it")
-    if guided and engine.null_label is None:
+    if guided and engine.null_label is None and not engine.spec.conditions:
         raise ExportError("a guided tick needs a null label, and the model has none")
 
 
 def further_inputs(engine: Engine, *, guided: bool = False, history: int = 0) -> tuple[str, ...]:
     """The inputs of the engine's tick after ``index``; ``history`` is how many entries of it the tick keeps."""
+    conditions = input_names(engine)[-len(engine.spec.conditions) :] if engine.spec.conditions else ()
     present = {
         "labels": engine.num_classes is not None,
         "guidance": guided,
+        **dict.fromkeys(conditions, True),
+        **dict.fromkeys((NULL + name for name in conditions), guided),
         "told": not engine.schedule.discrete,
         "in_scale": not engine.schedule.discrete,
         "history": history > 0,
@@ -76,7 +88,9 @@ def further_inputs(engine: Engine, *, guided: bool = False, history: int = 0) ->
 def tick_module(engine: Engine, *, guided: bool = False, history: int = 0) -> Tick:
     """The engine's tick, with its network in plain operators."""
     further = further_inputs(engine, guided=guided, history=history)
-    return Tick(plain_network(engine), engine.plan.dtype, engine.null_label if guided else None, further).eval()
+    null_label = engine.null_label if guided else None
+    conditions = [one.name for one in engine.spec.conditions]
+    return Tick(plain_network(engine), engine.plan.dtype, null_label, further, conditions).eval()
 
 
 def tick_program(engine: Engine, batch: Batch, *, guided: bool = False, history: int = 0) -> ExportedProgram:
@@ -108,7 +122,8 @@ def initial_noise_program(engine: Engine, batch: Batch) -> ExportedProgram:
 
 def tick_example(engine: Engine, batch: int, *, guided: bool = False, history: int = 0) -> tuple[Tensor, ...]:
     """Inputs of the engine's tick for a batch, in order: lanes all over the table of a sampler that draws noise."""
-    x, _, *labels = example_inputs(engine, batch)
+    x, _, *rest = example_inputs(engine, batch)
+    labels = rest[: engine.num_classes is not None]
     discrete = engine.schedule.discrete
     sampler = "ddpm" if discrete and not history else _EXAMPLES[min(history, 1)]
     rows = engine.table(sampler, min(_EXAMPLE_ROWS, engine.schedule.max_steps))
@@ -118,7 +133,8 @@ def tick_example(engine: Engine, batch: int, *, guided: bool = False, history: i
     levels = [] if discrete else list(level_inputs(rows, x.device))
     kept = [x.float()[:, None].expand(-1, history, *engine.shape).contiguous()] if history else []
     seed = (lane + 1) * _EXAMPLE_SEED
-    further = (*labels, *scale, *levels, *kept)
+    conditions = [example_conditions(engine, batch, torch.float32, seed) for seed in range(1 + guided)]
+    further = (*labels, *scale, *itertools.chain(*conditions), *levels, *kept)
     return (x.float(), lane % len(rows), table.coefficients, table.timesteps, seed, lane + 7, *further)
 
 
@@ -128,7 +144,9 @@ def tick_specs(
     """The inputs and outputs of the engine's tick, for a manifest."""
     lanes, image = (batch.dimension,), (batch.dimension, *engine.shape)
     kept = (batch.dimension, history, *engine.shape)
+    conditions = [condition_specs(engine, batch, "float32", prefix) for prefix in ("", NULL)]
     further = {
+        **{spec.name: spec for spec in itertools.chain(*conditions)},
         "labels": Tensorspec("labels", "int64", lanes),
         "guidance": Tensorspec("guidance", "float32", lanes),
         "told": Tensorspec("told", "float32", ("rows",)),

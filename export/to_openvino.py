@@ -76,4 +76,5 @@ def _in_float32(engine: Engine) -> Engine:
         backend="reference",
         network="eager",
         options=engine.options,
+        conditions=engine.spec.conditions,
     )

@@ -40,6 +40,8 @@ import torch
 import torch.utils.dlpack
 import triton_python_backend_utils as pb_utils
 
+INPUTS = {}  # what each image has of each
+
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -54,7 +56,7 @@ class TritonPythonModel:
         for request in requests:
             tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in INPUTS]
             inputs = [torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).to(self.device) for tensor in tensors]
-            inputs[1:] = [values.reshape(-1) for values in inputs[1:]]
+            inputs = [values.reshape(-1, *shape) for values, shape in zip(inputs, INPUTS.values())]
             out = self.network(*inputs).contiguous()
             result = pb_utils.Tensor.from_dlpack("out", torch.utils.dlpack.to_dlpack(out))
             responses.append(pb_utils.InferenceResponse(output_tensors=[result]))
@@ -110,8 +112,8 @@ def _build(export: NetworkExport, folder: Path, *, backend: str, name: str) -> s
 def _write_python_model(export: NetworkExport, folder: Path) -> None:
     _make_contiguous(export.program)
     torch.export.save(export.program, folder / "program.pt2")
-    names = tuple(spec.name for spec in export.manifest.inputs)
-    (folder / "model.py").write_text(_PYTHON_MODEL.replace("INPUTS", repr(names)))
+    shapes = {spec.name: spec.shape[1:] for spec in export.manifest.inputs}
+    (folder / "model.py").write_text(_PYTHON_MODEL.replace("INPUTS = {}", f"INPUTS = {shapes!r}"))
 
 
 def _write_tensorrt_model(export: NetworkExport, folder: Path) -> None:

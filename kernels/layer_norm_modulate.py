@@ -12,11 +12,11 @@ sum takes no barrier. Tokens are cut by D and N alone: no bit depends on the bat
 If h is wanted as well, it is written rounded to the dtype of x, and what is normalised is what was written.
 
 Cost, s the size of the dtype: 2 s an element alone, 4 s with the residual, and the modulations, s a channel of every
-program, which come from L2; 8 to 10 operations an element. Eager PyTorch moves 6 s (the norm, a product, a sum), and
-9 s with the residual. In a block of DiT-XL/2, 64 images of 256 tokens in bfloat16, that is 302 MB in place of 679 MB
-for both norms and both residuals: at the 4.8 TB/s of an H200 2.2 ms less in 28 blocks, beside some 25 ms of matrix
-products at 600 TFLOP/s. This is a count and not a measurement. On sm_90 it takes 18 instructions an element, and 24
-with the residual, which an H200 can issue at 6 TB/s and more in half precision, so memory is the limit.
+program, which come from L2; 8 to 10 operations an element. Eager PyTorch moves 4 s (the norm, a product with a sum),
+and 7 s with the residual. In a block of DiT-XL/2, 64 images of 256 tokens in bfloat16, that is 302 MB in place of
+528 MB for both norms and both residuals: at the 4.8 TB/s of an H200 1.3 ms less in 28 blocks, beside some 25 ms of
+matrix products at 600 TFLOP/s. This is a count and not a measurement. On sm_90 it takes 16 instructions an element,
+and 22 with the residual, which an H200 can issue at 7 TB/s in half precision, so memory is the limit.
 """
 
 from __future__ import annotations

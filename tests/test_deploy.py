@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,23 @@ def test_panels_lie_beside_each_other() -> None:
 
 
 # Containers
+
+
+def test_the_requirements_are_those_of_the_extras() -> None:
+    """All that ``pip install .[http]`` asks for, whatever extras it names in turn."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted, names = set(project["dependencies"]), ["http"]
+    while names:
+        for line in project["optional-dependencies"][names.pop()]:
+            if ours := re.fullmatch(r"stepfusion\[(.*)\]", line):
+                names += ours[1].split(",")
+            else:
+                wanted.add(line)
+    (words,) = re.findall(r"RUN python (requirements\.py .*) > ", DOCKERFILES[0].read_text(encoding="utf-8"))
+    script, *named = words.split()
+    command = [sys.executable, str(DEPLOY / script), *named]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.splitlines()) == sorted(wanted)
 
 
 def serving(words: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from stepfusion.files.images import why_no_picture
 from stepfusion.lanes.conditions import Prompts, blank_options
 from stepfusion.lanes.editing import CONCATENATED
 from stepfusion.lanes.request import make_request
+from stepfusion.latents.prompts import NoPrompts
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
 from stepfusion.samplers.path import Path
@@ -73,7 +74,9 @@ def make_job(
         "prompt": None if prompts is None else prompts[0],
         "negative_prompt": negative,
     }
-    make_request(spec, 1, table, asked, _unencoded(spec) if "prompts" in around else None)  # checks them all
+    missing = around["prompts"] if isinstance(around.get("prompts"), NoPrompts) else None
+    encoder = missing or (_unencoded(spec) if "prompts" in around else None)
+    make_request(spec, 1, table, asked, encoder)  # checks them all
     shape = decoded_shape(around.get("decode"), spec.shape)
     if FORMATS[format].picture and (reason := why_no_picture(shape[0])) is not None:
         raise ValueError(f"{mark}format {format} cannot be used: {reason}; use {mark}format npz")

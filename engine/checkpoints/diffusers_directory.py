@@ -19,6 +19,7 @@ from stepfusion.checkpoints.json_file import read_object
 from stepfusion.checkpoints.labels import LABELS_FILE, LabelMetadata, check_labels, read_labels
 from stepfusion.checkpoints.latent_parts import LatentParts, read_parts
 from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.checkpoints.lora_files import Lora, LoraFiles
 from stepfusion.checkpoints.pipeline import INDEX_FILE, Layout, find_layout, read_scheduler
 from stepfusion.checkpoints.weight_files import find_weights, read_weights
 from stepfusion.errors import CheckpointError
@@ -62,7 +63,9 @@ class Pretrained(LoadedModel):
         yield from self.parts.contents()
 
 
-def load_pretrained(source: str | os.PathLike[str], *, variant: str | None = None) -> Pretrained:
+def load_pretrained(
+    source: str | os.PathLike[str], *, variant: str | None = None, lora: Lora | None = None
+) -> Pretrained:
     """Read a bundled model or a model directory. Nothing is downloaded.
 
     Args:
@@ -74,18 +77,23 @@ def load_pretrained(source: str | os.PathLike[str], *, variant: str | None = Non
         variant: which weights, if there are several: the part of their file's name, such as "fp16" or "ema". By
             default those without one; then safetensors files, then ``.bin`` files, which are read without executing
             anything. Shards are read by their ``.index.json`` file.
+        lora: safetensors files of LoRA weights, which are added to those of network and text encoders in their
+            order: one path, several, or each with how strongly it is added, ``[("style.safetensors", 0.7), ...]``
+            or ``{"style.safetensors": 0.7, ...}``.
 
     Raises:
         CheckpointError: a file, key, shape or value is missing or wrong, or the pipeline has a part that is not
             implemented; the sentence names it.
     """
     layout = find_layout(model_directory(source))
-    parts = read_parts(layout.around)
+    loras = LoraFiles(lora)
+    parts = read_parts(layout.around, layout.settings, loras)
     network = _read_network(layout.network / "config.json", parts)
     parts.check(network, layout.root)
     scheduler = read_scheduler(layout)
     labels = _read_labels(layout, network)
-    network.load_state_dict(read_weights(find_weights(layout.network, variant), network), strict=True, assign=True)
+    weights = loras.merged_network(read_weights(find_weights(layout.network, variant), network))
+    network.load_state_dict(weights, strict=True, assign=True)
     return Pretrained(network.eval(), scheduler, labels.class_names, labels.null_label, layout.root, parts)
 
 

@@ -77,6 +77,24 @@ def add_path_arguments(add: Callable[..., object]) -> None:
     add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
 
 
+def add_lora_argument(add: Callable[..., object]) -> None:
+    """Declare ``--lora``, which :func:`chosen_lora` reads."""
+    text = "LoRA weights to add to the model's, and how strongly (default: 1)"
+    add("--lora", metavar="FILE[:SCALE][,FILE...]", help=text)
+
+
+def chosen_lora(args: argparse.Namespace) -> list[tuple[str, float]] | None:
+    """The LoRA files of a command line with their scales; None without. ValueError if a scale is no number."""
+    if getattr(args, "lora", None) is None:
+        return None
+    chosen = []
+    for one in args.lora.split(","):
+        path, found, scale = one.rpartition(":")
+        named = (path, scale) if found and not scale.endswith(".safetensors") else (one, "1")
+        chosen.append((named[0], numbers("--lora", named[1], float, "files, each with a number after a colon")[0]))
+    return chosen
+
+
 def execution_options(args: argparse.Namespace) -> ExecutionOptions:
     """Where and how ``args`` say that the model runs; what a command does not declare keeps its default.
 
@@ -90,10 +108,10 @@ def execution_options(args: argparse.Namespace) -> ExecutionOptions:
 def open_engine(args: argparse.Namespace) -> Engine:
     """The engine that ``args`` describe, with as many threads."""
     use_threads(args)
-    execution = asdict(execution_options(args))
+    execution, lora = asdict(execution_options(args)), chosen_lora(args)
     if getattr(args, "size", None) is None:
-        return Engine.from_pretrained(args.model, **execution)
-    model, shape = model_of_size(args.model, args.size)
+        return Engine.from_pretrained(args.model, lora=lora, **execution)
+    model, shape = model_of_size(args.model, args.size, lora)
     return Engine.from_pretrained(model, shape=shape, copy=False, **execution)
 
 

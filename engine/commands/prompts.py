@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from stepfusion.checkpoints.load import load_model
 from stepfusion.checkpoints.loaded import LoadedModel
+from stepfusion.checkpoints.lora_files import Lora
 from stepfusion.engine import Engine
 from stepfusion.execution.decoder import decoded_shape
 from stepfusion.lanes.editing import CONCATENATED
@@ -48,13 +49,13 @@ def chosen_prompts(engine: Engine, args: argparse.Namespace, count: int) -> list
         ValueError: the model takes none.
     """
     for option, given in (("--prompt", args.prompt), ("--negative", getattr(args, "negative", None))):
-        if given is not None and not engine.runners.takes_prompts:
+        if given is not None and engine.runners.prompts is None:
             raise ValueError(f"{option} was given, and this model has no text encoder")
     return None if args.prompt is None else [args.prompt[i % len(args.prompt)] for i in range(count)]
 
 
-def model_of_size(source: str, size: str) -> tuple[LoadedModel, tuple[int, ...]]:
-    """A model of latents, and the shape of its latents for images of this size, ``HxW``.
+def model_of_size(source: str, size: str, lora: Lora | None = None) -> tuple[LoadedModel, tuple[int, ...]]:
+    """A model of latents, with LoRA weights or without, and the shape of its latents for images of a size ``HxW``.
 
     Raises:
         ValueError: the size is none, or not one that the model can have.
@@ -63,7 +64,7 @@ def model_of_size(source: str, size: str) -> tuple[LoadedModel, tuple[int, ...]]
     if found is None:
         raise ValueError(f"--size must be height and width in pixels, as in 512x768, got {size!r}")
     height, width = int(found[1]), int(found[2])
-    model = load_model(source)
+    model = load_model(source, lora)
     spec = model.spec
     decode = model.around(spec).get("decode")
     if decode is None:

@@ -17,7 +17,7 @@ from stepfusion.samplers.table import StepTable
 
 _SAMPLER = ("sampler", "steps", "timesteps", "spacing", "eta")
 _RUN = ("device", "dtype", "backend", "network", "batch", "invariant")
-_OTHERS = ("size", "image", "strength", "mask")
+_OTHERS = ("lora", "size", "image", "strength", "mask")
 
 
 def add_metadata_argument(add: Callable[..., object]) -> None:

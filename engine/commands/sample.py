@@ -14,6 +14,7 @@ import torch
 from stepfusion.checkpoints.bundled import bundled_models
 from stepfusion.commands.arguments import (
     add_device_argument,
+    add_lora_argument,
     add_path_arguments,
     add_sampler_arguments,
     bar,
@@ -51,7 +52,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         help=f"a bundled model ({names}), or the path of a diffusers model directory, or of a .pt file of "
-        "guided-diffusion (with a published name, or its flags in a .json file beside it)",
+        "guided-diffusion (with a published name, or its flags in a .json file beside it), or of a .safetensors file "
+        "of EDM or Stable Diffusion",
     )
 
     add = parser.add_argument_group("what to make").add_argument
@@ -95,6 +97,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep the picture where this one is dark, and repaint the bright part (default: keep nothing)",
     )
+
+    add_lora_argument(add)
 
     add = parser.add_argument_group("how to sample").add_argument
     add_sampler_arguments(add)

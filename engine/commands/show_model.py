@@ -9,7 +9,7 @@ from torch import Tensor
 from stepfusion.checkpoints.load import load_model
 from stepfusion.execution.decoder import decoded_shape
 from stepfusion.latents.autoencoder import LatentDecoder, LatentEncoder
-from stepfusion.latents.prompts import PromptConditions
+from stepfusion.latents.prompts import NoPrompts, PromptConditions
 from stepfusion.model_spec import ModelSpec
 
 
@@ -49,6 +49,8 @@ def _around(around: Mapping[str, object], spec: ModelSpec) -> Iterator[tuple[str
         if isinstance(encode, LatentEncoder):
             parts += f", encoder of {_count(encode.state_dict().values())}"
         yield "autoencoder", f"{space.factor} pixels a latent pixel, scaling {space.scaling:g}; {parts}"
+    if isinstance(prompts, NoPrompts):
+        yield "text encoder", f"none: {prompts.missing}"
     if isinstance(prompts, PromptConditions):
         made = ", ".join(f"{name} {list(shape)}" for name, shape in prompts.text.shapes.items())
         tensors = (value for _, value in prompts.text.contents() if isinstance(value, Tensor))

@@ -7,6 +7,7 @@ product for the pixels under each output.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ _TILES_A_MATRIX = 24  # 4 bytes of a weight at 10 GB/s take as long as its 24 pr
 
 _BLOCKS = ResnetBlock, Attention, Upsample, Downsample
 _PARTS = {*_BLOCKS, GroupNormAct, nn.Conv2d, nn.Linear, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList}
+_PREDICTING = "predict", "predict_keeping", "predict_outer"
 _Shapes = tuple[torch.Size, ...]
 
 
@@ -278,9 +280,13 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
     roots = {name: network for name, network in shadow.named_modules() if isinstance(network, TimeConditioned)}
     predicting, shapes, foreign = False, dict[str, _Shapes](), False
 
-    for network in roots.values():
+    for network, name in itertools.product(roots.values(), _PREDICTING):
+        if not hasattr(network, name):
+            continue
 
-        def predict(*inputs: Tensor, original: Callable[..., Tensor] = network.predict) -> Tensor:
+        method: Callable[..., Tensor] = getattr(network, name)
+
+        def predict(*inputs: Tensor, original: Callable[..., Tensor] = method) -> Tensor:
             nonlocal predicting
             before, predicting = predicting, True
             try:
@@ -288,7 +294,7 @@ def _trace(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[dict[str, _S
             finally:
                 predicting = before
 
-        setattr(network, "predict", predict)  # noqa: B010 -- a method, which mypy would not let go
+        setattr(network, name, predict)
     for name, layer in shadow.named_modules():
         if not isinstance(layer, (*_BLOCKS, GroupNormAct)) and next(layer.children(), None) is not None:
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stepfusion.execution.streams import Turns
 from stepfusion.networks.conditioned import ConditionedNetwork, ConditionSpec
+from stepfusion.networks.levels import LevelledNetwork
 from stepfusion.networks.time_conditioned import TimeConditioned
 
 Network = Callable[..., Any]
@@ -70,9 +72,43 @@ class Evaluator:
 
     def compile_with(self, compiler: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
         """Call the network through what `compiler` makes of its form from now on."""
+        self._compiler = compiler
         self.compiled = call = compiler(self.form)
         network = call if self._labelled else lambda x, features, labels, *prepared: call(x, features, *prepared)
         self.network = network if self._products is nullcontext else self._in_context(network)
+        self.__dict__.pop("keeping", None)
+        self.__dict__.pop("outer", None)
+
+    def kept_shape(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """Of what a network keeps of an image of a shape (C, H, W) to reuse it; None if it keeps nothing."""
+        network = self._network
+        if not isinstance(network, LevelledNetwork) or not self.hoisted:
+            return None
+        # A subclass that has its own `predict` has not told what it keeps.
+        kinds = type(network).__mro__
+        owners = [next(k for k in kinds if name in vars(k)) for name in ("predict", "predict_outer")]
+        return network.kept_shape(shape) if owners[0] is owners[1] else None
+
+    @cached_property
+    def keeping(self) -> Callable[..., Tensor]:
+        """``keeping(x, kept, features, labels, *prepared)``: as `network`; what is kept is written to ``kept``."""
+        return self._reusing("predict_keeping")
+
+    @cached_property
+    def outer(self) -> Callable[..., Tensor]:
+        """The same, which runs the outermost level alone with what is ``kept``."""
+        return self._reusing("predict_outer")
+
+    def _reusing(self, method: str) -> Callable[..., Tensor]:
+        assert isinstance(self._network, TimeConditioned)
+        form = self._compiler(_Reusing(self._network, self._labelled, method))
+
+        def call(x: Tensor, kept: Tensor, features: Tensor, labels: Tensor, *prepared: Tensor) -> Tensor:
+            given = (labels, *prepared) if self._labelled else prepared
+            with self._products():
+                return form(x, kept, features, *given)
+
+        return call
 
     @property
     def declined(self) -> str | None:
@@ -156,6 +192,25 @@ class _Conditioned(nn.Module):
         labels, prepared = (rest[0], rest[1:]) if self._labelled else (None, rest)
         projections = self.network.condition(features, labels, *prepared) if self._projects else features
         return self.network.predict(x, projections, *prepared)
+
+
+class _Reusing(nn.Module):
+    """A network that keeps what its inner levels made, or reuses it: ``(x, kept, features[, labels], *prepared)``.
+
+    ``method`` is one of those in :mod:`stepfusion.networks.levels`.
+    """
+
+    def __init__(self, network: TimeConditioned, labelled: bool, method: str) -> None:
+        super().__init__()
+        self.network = network
+        self._labelled, self._method = labelled, method
+        self._projects = labelled or (isinstance(network, ConditionedNetwork) and network.projects_conditions)
+
+    def forward(self, x: Tensor, kept: Tensor, features: Tensor, *rest: Tensor) -> Tensor:
+        labels, prepared = (rest[0], rest[1:]) if self._labelled else (None, rest)
+        projections = self.network.condition(features, labels, *prepared) if self._projects else features
+        out: Tensor = getattr(self.network, self._method)(x, kept, projections, *prepared)
+        return out
 
 
 class _Whole(nn.Module):

@@ -14,8 +14,10 @@ def line(name: str, value: str, reason: str) -> str:
     return f"{name:<14} {value:<13} {reason}"
 
 
-def engine_lines(plan: Plan, spec: ModelSpec, exported: str | None, failures: Sequence[str], lanes: str) -> list[str]:
-    """All lines of an engine; ``exported`` names a bundle, and ``failures`` and ``lanes`` are lines of below."""
+def engine_lines(
+    plan: Plan, spec: ModelSpec, exported: str | None, failures: Sequence[str], lanes: str, around: Sequence[str] = ()
+) -> list[str]:
+    """All lines of an engine; ``exported`` names a bundle; ``failures``, ``lanes``, ``around`` are lines of below."""
     return [
         *plan.lines(),
         path_line(spec.schedule, spec.prediction),
@@ -25,6 +27,7 @@ def engine_lines(plan: Plan, spec: ModelSpec, exported: str | None, failures: Se
         lanes,
         guidance_line(spec),
         *([line("conditions", "", ", ".join(one.name for one in spec.conditions))] if spec.conditions else []),
+        *around,
     ]
 
 
@@ -59,6 +62,24 @@ def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:
     if declined is not None:
         lines.append(line("", "declined", declined))
     return lines
+
+
+def around_lines(prompts: object, decode: object) -> list[str]:
+    """What encodes prompts and what decodes latents; no line for what there is not."""
+    lines = []
+    missing = getattr(prompts, "missing", None)
+    if missing is not None:
+        lines.append(line("text encoder", "none", missing))
+    elif prompts is not None:
+        lines.append(line("text encoder", "", _explained(prompts)))
+    if decode is not None:
+        lines.append(line("decoder", "", _explained(decode)))
+    return lines
+
+
+def _explained(part: object) -> str:
+    """What a part says of itself, or what it is called."""
+    return str(getattr(part, "explanation", getattr(part, "__name__", type(part).__name__)))
 
 
 def lanes_line(batch: int | None, *, invariant: bool) -> str:

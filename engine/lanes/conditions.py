@@ -19,10 +19,13 @@ from stepfusion.model_spec import ModelSpec
 from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.options import SamplingOptions
 
-#: Makes the conditions of one image, by name, of a prompt; of None, those that stand for no prompt.
+#: Makes the conditions of one image, by name, of a prompt; of None, those that stand for no prompt. It may have a
+#: method ``negative`` of the same form for what an image is not to show, a method ``to`` that gives it for a device,
+#: an ``explanation``, and ``missing``: why it cannot make any, which is then said of every prompt.
 Prompts = Callable[[str | None], Mapping[str, Tensor]]
 
 _LONGEST_PROMPT = 10_000
+_TENSORS = "give conditions, as tensors"
 _ENCODED_AT_ONCE = 64  # prompts of a request whose faults are found before any work is done
 
 #: The options that are about conditions.
@@ -80,12 +83,16 @@ def make_conditions(
         TypeError, ValueError: naming the option or the condition.
     """
     given = {name: options.get(name) for name in CONDITION_OPTIONS if options.get(name) is not None}
+    missing = getattr(prompts, "missing", None)
+    prompts = prompts if missing is None else None
     for name in ("prompt", "negative_prompt"):
         if name in given and prompts is None:
-            raise ValueError(f"{name} was given, and this engine has no text encoder: give conditions, as tensors")
+            raise ValueError(f"{name} was given, and this engine has no text encoder: {missing or _TENSORS}")
     half = _Half(spec.conditions, prompts, _texts("prompt", given.get("prompt"), count))
     half.take("conditions", given.get("conditions", {}), count)
-    null = _Half(spec.conditions, prompts, _texts("negative_prompt", given.get("negative_prompt"), count))
+    negative: Prompts | None = getattr(prompts, "negative", None)
+    texts = _texts("negative_prompt", given.get("negative_prompt"), count)
+    null = _Half(spec.conditions, negative or prompts, texts, "" if negative is None else "negative")
     null.take("null_conditions", given.get("null_conditions", {}), count)
     if guided and prompts is None and not null.tensors and spec.null_label is None:
         raise ValueError("guidance needs null_conditions: this model has none of its own")
@@ -93,6 +100,12 @@ def make_conditions(
     if guided:
         null.complete(half.tensors)
     return LaneConditionsOfImages(half, null if guided else half, range(count))
+
+
+def prompts_on(prompts: Prompts | None, device: torch.device) -> Prompts | None:
+    """What encodes prompts on a device, if it has a method ``to``; else as it is."""
+    move: Callable[[torch.device], Prompts] | None = getattr(prompts, "to", None)
+    return prompts if move is None else move(device)
 
 
 def images_of(options: SamplingOptions, conditions: Sequence[ConditionSpec]) -> int | None:
@@ -127,8 +140,10 @@ def blank_options(spec: ModelSpec, guidance: float = 1.0) -> SamplingOptions:
 class _Half:
     """The conditions of all images, or what stands for none: texts for an encoder, and tensors, which go before."""
 
-    def __init__(self, specs: Sequence[ConditionSpec], prompts: Prompts | None, texts: Sequence[str | None]) -> None:
-        self._specs, self._prompts, self._texts = tuple(specs), prompts, texts
+    def __init__(
+        self, specs: Sequence[ConditionSpec], prompts: Prompts | None, texts: Sequence[str | None], side: str = ""
+    ) -> None:
+        self._specs, self._prompts, self._texts, self._side = tuple(specs), prompts, texts, side
         self._encoded: dict[str | None, Mapping[str, Tensor]] = {}
         #: by name: the tensor, whether it is one for all images, and what its key holds
         self.tensors: dict[str, tuple[Tensor, bool, object]] = {}
@@ -178,7 +193,7 @@ class _Half:
             found.update((name, tensor if for_all else tensor[image]) for name, (tensor, for_all, _) in own.items())
             return {spec.name: spec.check(found.get(spec.name)) for spec in self._specs}
 
-        return ConditionSet((text if prompts is not None else None, *key), load)
+        return ConditionSet(((self._side, text) if prompts is not None else None, *key), load)
 
 
 def _texts(option: str, value: object, count: int) -> Sequence[str | None]:

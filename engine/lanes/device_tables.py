@@ -31,7 +31,8 @@ class _Place:
 class DeviceTables:
     """Room for the rows of tables: what a tick reads of them.
 
-    ``coefficients`` float32 [R, 21], ``timesteps`` and ``next_row`` int64 [R], ``features`` [R, ...] of the network.
+    ``coefficients`` float32 [R, 21], ``timesteps`` and ``next_row`` int64 [R], ``reuses`` bool [R], ``features``
+    [R, ...] of the network.
     The last row is no table's: parked lanes, whose row is -1, read it.
 
     Args:
@@ -69,7 +70,7 @@ class DeviceTables:
     def buffers(self) -> list[Tensor]:
         """Every tensor that a tick reads of them."""
         features = () if self._features is None else (self._features,)
-        return [self.coefficients, self.timesteps, self.next_row, *features]
+        return [self.coefficients, self.timesteps, self.next_row, self.reuses, *features]
 
     @property
     def held(self) -> int:
@@ -84,6 +85,7 @@ class DeviceTables:
         self.coefficients = torch.zeros((size, len(COLUMNS)), dtype=torch.float32, device=self._device)
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
         self.next_row = torch.full_like(self.timesteps, PARKED)
+        self.reuses = torch.zeros(size, dtype=torch.bool, device=self._device)
         self._features: Tensor | None = None  # their shape is not known before the network is asked
 
     def hold(self, table: StepTable) -> int | None:
@@ -132,6 +134,7 @@ class DeviceTables:
         self.coefficients[where] = values.coefficients
         self.timesteps[where] = values.timesteps
         self.next_row[where] = torch.where(values.next_row == PARKED, PARKED, values.next_row + first)
+        self.reuses[where] = False if table.reuses is None else torch.from_numpy(table.reuses.copy()).to(self._device)
         # Here, once for each row: of the 356 operators of the CIFAR-10 UNet some 55 depend on the timestep alone.
         features = self._evaluator.features(values.told)
         if self._features is None:

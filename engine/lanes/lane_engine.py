@@ -16,7 +16,7 @@ from torch import Tensor
 from stepfusion.errors import NonFiniteError
 from stepfusion.kernels import FINITE
 from stepfusion.lanes.request import ActiveRequest, Event, Request
-from stepfusion.lanes.runner import Runner
+from stepfusion.lanes.runner import Part, Runner
 from stepfusion.lanes.transfer import HostCopy, as_index
 
 Image = tuple[ActiveRequest, int]
@@ -135,7 +135,8 @@ class LaneEngine:
 
     def tick(self) -> None:
         """Move every image one step on."""
-        self.runner.tick(self._noise() if self._given_noise else None, keep_x0=self._watched)
+        noise = self._noise() if self._given_noise else None
+        self.runner.tick(noise, keep_x0=self._watched, part=self._part())
         self._now += 1
         due = self._due.pop(self._now, [])
         self._finishing = [occupant for occupant in due if self._occupants.get(occupant.lane) is occupant]
@@ -224,6 +225,16 @@ class LaneEngine:
             None if request.start is None else request.start[places],
             None if request.known is None else request.known[places],
         )
+
+    def _part(self) -> Part:
+        """What of the network this tick runs: what the rows of the images in lanes need."""
+        if not self.runner.keeps:
+            return Part.WHOLE
+        reuse = {occupant.active.request.reuses(occupant.image, self._now - occupant.entered)
+                 for occupant in self._occupants.values()}  # fmt: skip
+        if len(reuse) > 1:
+            return Part.BOTH
+        return Part.OUTER if True in reuse else Part.WHOLE
 
     def _noise(self) -> Tensor:
         """The z of this tick for every lane [lanes, ...], as the requests brought it."""

@@ -100,6 +100,11 @@ class Request:
         """How many ticks an image takes."""
         return self.table.steps(self.parts[image])
 
+    def reuses(self, image: int, step: int) -> bool:
+        """Whether an image's step, counted from 0, reuses what the network made at an earlier one."""
+        table = self.table
+        return table.reuses is not None and bool(table.reuses[table.starts[self.parts[image]] + step])
+
     def part(self, first: int, last: int) -> Request:
         """The request for images ``first`` to ``last`` - 1 of this one."""
         return replace(
@@ -230,10 +235,16 @@ def _check_names(spec: ModelSpec, options: Mapping[str, Any]) -> None:
 
 def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOptions) -> Tables:
     """The table as given, or the one that sampler, steps and eta describe."""
-    sampler, steps, eta = options.get("sampler"), options.get("steps"), options.get("eta")
+    sampler, steps, eta, reuse = (
+        options.get("sampler"),
+        options.get("steps"),
+        options.get("eta"),
+        options.get("reuse"),
+    )
     if table is None:
-        return spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
-    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta)):
+        made = spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
+        return made if reuse is None else made.reusing(_checks.integer("reuse", reuse, 1, 1 << 31))
+    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta), ("reuse", reuse)):
         if value is not None:
             raise ValueError(f"table and {name} exclude each other, got both")
     return table

@@ -12,9 +12,9 @@ as a CUDA graph, and another table, seed, label or guidance scale is other data 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from types import ModuleType
 from typing import Self
 
@@ -53,6 +53,7 @@ class RunnerKey:
         capacity: rows of a table to make room for.
         context_size: labels are contexts with so many entries, all zero if there is no condition; else None.
         conditions: shape and dtype of what is prepared of one image's other conditions.
+        kept: shape of what the network keeps of one image, if rows reuse it; else None.
     """
 
     lanes: int
@@ -69,6 +70,15 @@ class RunnerKey:
     capacity: int = 0
     context_size: int | None = None
     conditions: Layout = ()
+    kept: tuple[int, ...] | None = None
+
+
+class Part(Enum):
+    """What of the network a tick runs: all of it, its outermost level, or both, each lane taking its row's."""
+
+    WHOLE = "whole"
+    OUTER = "outer"
+    BOTH = "both"
 
 
 class Runner:
@@ -99,7 +109,10 @@ class Runner:
         self.x = torch.zeros((lanes, *key.shape), dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
-        self._x_net = torch.zeros((copies * lanes, *key.shape), device=device, dtype=key.dtype)
+        # Free lanes show the network a wave: norms of an image of zeros amplify rounding, and a compiled network is
+        # compared with the eager one on whatever its first call brings.
+        wave = torch.arange(math.prod(key.shape), dtype=torch.float32, device=device).sin().reshape(key.shape)
+        self._x_net = wave.to(key.dtype).expand(copies * lanes, *key.shape).contiguous()
         if ops is kernels and evaluator.hoisted:  # our networks are NHWC on a GPU, and the fused step is either
             self._x_net = self._x_net.to(memory_format=torch.channels_last)
         self._known = torch.full_like(self.x, math.nan) if key.known else None
@@ -119,18 +132,26 @@ class Runner:
             self._conditions = torch.zeros(2, lanes, key.context_size, device=device, dtype=key.dtype)
         self._labels, self._nothing = self._conditions[0], self._conditions[1]
         halves = 2 if key.guided else 1
+        self._kept = (
+            None if key.kept is None else torch.zeros((halves, lanes, *key.kept), device=device, dtype=key.dtype)
+        )
         self._prepared = [
             torch.zeros((halves, lanes, *shape), dtype=dtype, device=device) for shape, dtype in key.conditions
         ]
         self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
         self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
-        self._graphs: dict[tuple[bool, bool], Graph] = {}
+        self._graphs: dict[tuple[bool, bool, Part], Graph] = {}
 
     @property
     def lanes(self) -> int:
         """How many lanes there are."""
         return self._key.lanes
+
+    @property
+    def keeps(self) -> bool:
+        """Whether some row may reuse what the network made at an earlier one."""
+        return self._kept is not None
 
     @property
     def captures(self) -> int:
@@ -151,15 +172,19 @@ class Runner:
 
     def prepare(self, *, noise: bool, keep_x0: bool) -> None:
         """Capture the kind of tick that is to come, if ticks are captured; every lane must be parked."""
-        kind = (noise, keep_x0)
         if noise and self._noise is None:
             # A replay reads the noise at the address that the capture saw, so given noise is copied to this buffer.
             self._noise = torch.zeros_like(self.x)
+        for part in Part if self.keeps else (Part.WHOLE,):
+            self._capture((noise, keep_x0, part))
+
+    def _capture(self, kind: tuple[bool, bool, Part]) -> None:
+        noise, keep_x0, part = kind
         policy = self._policy
         if policy is None or kind in self._graphs or not policy.captures(whole_image=self._key.whole_image):
             return
         graph = policy.capture(
-            lambda: self._launch(self._noise if noise else None, keep_x0), self.x.device, self.tables.graph_pool
+            lambda: self._launch(self._noise if noise else None, keep_x0, part), self.x.device, self.tables.graph_pool
         )
         if graph is not None:
             turns = self._evaluator.turns
@@ -201,15 +226,15 @@ class Runner:
         self._guidance[where] = upload(torch.tensor([s.guidance for s in starts], dtype=torch.float32), device)
         self.flags[where] = FINITE
 
-    def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False) -> None:
+    def tick(self, noise: Tensor | None = None, *, keep_x0: bool = False, part: Part = Part.WHOLE) -> None:
         """Move every lane one row on.
 
         ``noise`` [lanes, ...] replaces the counter-based noise; ``keep_x0`` writes the predictions to ``x0``. Both as
-        :meth:`prepare` was told.
+        :meth:`prepare` was told. ``part`` is what the rows of the lanes need, if this runner :attr:`keeps`.
         """
-        graph = self._graphs.get((noise is not None, keep_x0))
+        graph = self._graphs.get((noise is not None, keep_x0, part))
         if graph is None:
-            self._launch(noise, keep_x0)
+            self._launch(noise, keep_x0, part)
             return
         if noise is not None and self._noise is not None:
             self._noise.copy_(noise)
@@ -256,25 +281,58 @@ class Runner:
         known = () if self._known is None else (self._known,)
         history = () if self._history is None else (self._history,)
         copies = self._x_net.view(-1, *self.x.shape)
-        return [copies, *history, *self._prepared, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
+        kept = () if self._kept is None else (self._kept,)
+        return [copies, *history, *self._prepared, *kept, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
 
-    def _launch(self, noise: Tensor | None, keep_x0: bool) -> None:
-        """The launches of a tick, which read and write nothing but this runner's buffers."""
-        tables, network, key = self.tables, self._evaluator.network, self._key
-        guided, labels, prepared = key.guided, self._labels, [halves[0] for halves in self._prepared]
-        if guided and not key.separate:  # both halves of the batch in one call
-            features, labels = tables.features[self.rows.expand(2, -1)].flatten(0, 1), self._conditions.flatten(0, 1)
+    def _evaluate(self, part: Part) -> list[Tensor]:
+        """What the network returns for all lanes, and with guidance what it returns without a condition."""
+        tables, key, kept = self.tables, self._key, self._kept
+        rows = self.rows
+        if key.guided and not key.separate:  # both halves of the batch in one call
+            rows = rows.expand(2, -1)
             prepared = [halves.flatten(0, 1) for halves in self._prepared]
+            calls = [(self._conditions.flatten(0, 1), prepared, None if kept is None else kept.flatten(0, 1))]
         else:
-            features = tables.features[self.rows]  # parked lanes, row -1, read the last
-        outputs = [network(self._x_net, features, labels, *prepared)]
-        if guided and key.separate:
-            outputs.append(network(self._x_net, features, self._nothing, *(halves[1] for halves in self._prepared)))
+            calls = [
+                (self._conditions[i], [halves[i] for halves in self._prepared], None if kept is None else kept[i])
+                for i in range(2 if key.guided else 1)
+            ]
+        features = tables.features[rows]  # parked lanes, row -1, read the last
+        features = features if rows.ndim == 1 else features.flatten(0, 1)
+        outputs = [self._call(part, rows, features, *call) for call in calls]
         for output in outputs:
             self._check_output(output)
-        if guided and not key.separate:
-            outputs = list(outputs[0].chunk(2))
-        out, out_uncond = outputs if guided else (outputs[0], None)
+        return list(outputs[0].chunk(2)) if key.guided and not key.separate else outputs
+
+    def _call(
+        self,
+        part: Part,
+        rows: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        prepared: Sequence[Tensor],
+        kept: Tensor | None,
+    ) -> Tensor:
+        """One call of the network, or one of each of its parts."""
+        x, evaluator = self._x_net, self._evaluator
+        if kept is None:
+            return evaluator.network(x, features, labels, *prepared)
+        if part is Part.WHOLE:
+            return evaluator.keeping(x, kept, features, labels, *prepared)
+        before = kept.clone() if part is Part.BOTH else kept
+        outer = evaluator.outer(x, before, features, labels, *prepared)
+        if part is Part.OUTER:
+            return outer
+        whole = evaluator.keeping(x, kept, features, labels, *prepared)
+        reuses = self.tables.reuses[rows].view(-1, *[1] * (whole.ndim - 1))
+        kept.copy_(torch.where(reuses, before, kept))
+        return torch.where(reuses, outer, whole)
+
+    def _launch(self, noise: Tensor | None, keep_x0: bool, part: Part = Part.WHOLE) -> None:
+        """The launches of a tick, which read and write nothing but this runner's buffers."""
+        tables = self.tables
+        outputs = self._evaluate(part)
+        out, out_uncond = outputs if self._key.guided else (outputs[0], None)
         self._ops.diffusion_step(
             self.x,
             out,
@@ -309,63 +367,6 @@ class Runner:
             reason = "the sampler's learned variance needs" if learned else "this shape of x needs"
             raise ValueError(f"the network returned shape {list(out.shape)}, and {reason} {wanted}")
         self.learned = tuple(out.shape) == doubled
-
-
-@dataclass(frozen=True)
-class _Idle:
-    """A runner that nobody has, and the end of what was launched on it."""
-
-    key: RunnerKey
-    runner: Runner
-    reached: Reached | None  # None on a device without streams
-
-
-class RunnerPool:
-    """Idle runners by what they are made for: a request borrows one, requests of other threads get their own.
-
-    At most ``keep`` runners stay idle; the one that was idle longest goes first.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._lock = threading.Lock()
-        self._idle: list[_Idle] = []
-
-    @property
-    def idle(self) -> list[Runner]:
-        """The idle runners, the one that was idle longest first."""
-        with self._lock:
-            return [idle.runner for idle in self._idle]
-
-    def take(self, key: RunnerKey, make: Callable[[RunnerKey], Runner]) -> Runner:
-        """An idle runner with this key, or a new one."""
-        found = self._find(key)
-        if found is None:
-            return make(key)
-        if found.reached is not None:
-            # Its last user may have launched on another stream, and its launches may still be under way.
-            found.reached.wait(found.runner.buffers)
-        return found.runner
-
-    def give(self, key: RunnerKey, runner: Runner) -> None:
-        """Bring a runner back, its lanes in whatever state."""
-        runner.park()
-        idle = _Idle(key, runner, runner.reached())
-        with self._lock:
-            self._idle.append(idle)
-            del self._idle[: -self._keep]
-
-    def clear(self) -> None:
-        """Drop every idle runner, and the memory it holds."""
-        with self._lock:
-            self._idle.clear()
-
-    def _find(self, key: RunnerKey) -> _Idle | None:
-        with self._lock:
-            for position in reversed(range(len(self._idle))):
-                if self._idle[position].key == key:
-                    return self._idle.pop(position)
-        return None
 
 
 def _scaled(images: Tensor, scales: Sequence[float]) -> Tensor:

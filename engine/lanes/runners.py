@@ -18,13 +18,15 @@ from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
-from stepfusion.lanes.conditions import Prompts, blank_options
+from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, check_images, make_request
-from stepfusion.lanes.runner import Runner, RunnerKey, RunnerPool, as_int64
+from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
+from stepfusion.lanes.runner_pool import RunnerPool
 from stepfusion.lanes.transfer import upload
+from stepfusion.latents.prompts import NoPrompts
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.table import StepTable
@@ -61,7 +63,7 @@ class Runners:
         self.policy = CapturePolicy() if plan.captures else None
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
-        self._prompts, self._encode = prompts, encode
+        self._prompts, self._encode = prompts_on(prompts, plan.device), encode
         self._prepared = (
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
@@ -71,8 +73,8 @@ class Runners:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether conditions are made of texts."""
-        return self._prompts is not None
+        """Whether conditions are made of texts: there is an encoder, and not one that is missing."""
+        return self._prompts is not None and not isinstance(self._prompts, NoPrompts)
 
     @property
     def batch(self) -> int:
@@ -105,6 +107,8 @@ class Runners:
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
         request = make_request(self.spec, n, table, options, self._prompts)
+        if request.table.reuses is not None and self._kept(request) is None:
+            raise ValueError("reuse needs a UNet2D or UNet2DCondition of two levels or more, called by its parts")
         backend = self.plan.backend
         if request.table.whole_image and backend.value != "reference" and backend.asked:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
@@ -167,7 +171,14 @@ class Runners:
             capacity=0 if self.policy is None else spec.schedule.max_steps,
             context_size=spec.context_size if request.mixed else None,
             conditions=() if self._prepared is None else self._prepared.layout,
+            kept=self._kept(request),
         )
+
+    def _kept(self, request: Request) -> tuple[int, ...] | None:
+        """The shape of what the network keeps of an image, if rows of this request reuse it."""
+        if request.table.reuses is None or self.plan.network.value == "openvino":
+            return None
+        return self.evaluator.kept_shape(self.spec.shape)
 
     def make(self, key: RunnerKey, tables: DeviceTables | None = None) -> Runner:
         """A new runner; dynamic thresholding and rescaled guidance run on the reference path."""
@@ -175,6 +186,11 @@ class Runners:
             self._weights.wait()
         ops = reference if key.whole_image else self._ops
         return Runner(self.evaluator, key, ops, self.policy, tables, self._prepared)
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """What makes conditions of texts, on the plan's device."""
+        return self._prompts
 
     def shrink(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because memory ran out, and drop the idle runners."""

@@ -6,7 +6,7 @@ The networks are those of diffusers, built from a checked config and tensors; no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,10 @@ from stepfusion.latents.norms import NormAct, join_norms
 from stepfusion.latents.tiles import decode_tiles
 
 MAX_SIDE = 1 << 16
+#: Of images that are coded at a time: four of 512 x 512, or one of 1024 x 1024. A decoder of Stable Diffusion holds
+#: about 2 KiB for each pixel while its last blocks run, so that 64 images of 512 x 512 at once would take 32 GiB;
+#: more at a time is no faster, for four such images keep a GPU busy.
+PIXELS_AT_ONCE = 1 << 20
 
 _IMAGE_CHANNELS = 3
 
@@ -83,7 +87,7 @@ class LatentDecoder(nn.Module):
             ValueError, TypeError: naming the argument.
         """
         super().__init__()
-        self.space = space
+        self.space, self.kind = space, type(autoencoder).__name__
         self.tile = None if tile is None else _checks.integer("tile", tile, 8, MAX_SIDE)
         self.quantize = getattr(autoencoder, "quantize", None)
         self.post_quant_conv = getattr(autoencoder, "post_quant_conv", None)
@@ -123,9 +127,20 @@ class LatentDecoder(nn.Module):
         if self.quantize is not None and len(z):  # one at a time: a near tie must not depend on the batch
             z = torch.cat([_nearest(one, self.quantize.embedding.weight.float()) for one in torch.split(z, 1)])
         z = z.to(dtype)
-        if self.tile is not None and max(z.shape[-2:]) > self.tile:
-            return decode_tiles(self._decode, z, self.tile).float()
-        return self._decode(z).float()
+        tile = self.tile
+        if tile is not None and max(z.shape[-2:]) > tile:
+            sides = [min(tile, side) for side in z.shape[-2:]]
+            return _few_at_once(lambda few: decode_tiles(self._decode, few, tile), z, self._pixels(sides))
+        return _few_at_once(self._decode, z, self._pixels(z.shape[-2:]))
+
+    @property
+    def explanation(self) -> str:
+        """What decodes latents, and how large images are, for people."""
+        dtype = str(next(self.decoder.parameters()).dtype).removeprefix("torch.")
+        return f"{self.kind}, images {self.space.factor} times as large as latents, in {dtype}"
+
+    def _pixels(self, sides: Sequence[int]) -> int:
+        return self.space.factor**2 * sides[0] * sides[1]
 
     def image_shape(self, latent: Sequence[int]) -> tuple[int, ...]:
         """The shape (3, f h, f w) of the image of a latent of shape (C, h, w)."""
@@ -187,12 +202,17 @@ class LatentEncoder(nn.Module):
             raise ValueError(
                 f"images must have sides that are multiples of {self.space.factor}, got {list(images.shape[-2:])}"
             )
-        h = self.encoder(images.to(next(self.encoder.parameters()).dtype))
-        if self.quant_conv is not None:
-            h = self.quant_conv(h)
-        z = h[:, : self.space.channels].float()  # of a Gaussian's mean and log variance the first: its mode
+        images = images.to(next(self.encoder.parameters()).dtype)
+        z = _few_at_once(self._encode, images, images.shape[-2] * images.shape[-1])
         latents: Tensor = (z - self.mean) * self.space.scaling / self.std
         return latents
+
+    def _encode(self, images: Tensor) -> Tensor:
+        h = self.encoder(images)
+        if self.quant_conv is not None:
+            h = self.quant_conv(h)
+        mode: Tensor = h[:, : self.space.channels]  # of a Gaussian's mean and log variance the first
+        return mode
 
     def fuse(self, fused: bool | None) -> None:
         """Run norms and activations as one kernel always, never, or by default (None) where Triton drives a GPU."""
@@ -224,6 +244,11 @@ def _add_scaling(module: nn.Module, space: LatentSpace) -> None:
     for name, values in (("mean", space.mean), ("std", space.std or (1.0,))):
         buffer = torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
         module.register_buffer(name, buffer, persistent=False)
+
+
+def _few_at_once(code: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+    """What ``code`` makes of x [n, ...], float32, at most :data:`PIXELS_AT_ONCE` at a time if images have so many."""
+    return torch.cat([code(few).float() for few in torch.split(x, max(1, PIXELS_AT_ONCE // pixels))])
 
 
 def _fuse(module: nn.Module, fused: bool | None) -> None:

@@ -32,6 +32,7 @@ _FLAT_PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _ROLES = {"lora_A": "down", "lora_B": "up"}
 _SUFFIXES = (
@@ -100,6 +101,15 @@ def merge_lora(
     return merged
 
 
+def part_of(key: str) -> str:
+    """The part of a pipeline that a tensor of a LoRA file is for: "unet", "text_encoder" or "text_encoder_2".
+
+    Raises:
+        CheckpointError: its name is of no known form.
+    """
+    return _parted(_split(key)[0])[0]
+
+
 class _Modules:
     """The weights of a pipeline by the names that LoRA files have for them."""
 
@@ -116,12 +126,8 @@ class _Modules:
     def place(self, key: str) -> tuple[str, str, str]:
         """The part of the pipeline, the name of the weight, and "down", "up" or "alpha"."""
         module, role = _split(key)
-        for prefix, part in (_PREFIXES | _FLAT_PREFIXES).items():
-            if module.startswith(prefix):
-                name = self._find(part, module.removeprefix(prefix), key)
-                break
-        else:
-            part, name = "unet", self._find("unet", module, key)
+        part, inside = _parted(module)
+        name = self._find(part, inside, key)
         if name is None:
             raise CheckpointError(f"the LoRA has {shown(key)}, and the {part} has no weight for it")
         return part, name, role
@@ -136,6 +142,14 @@ class _Modules:
                 if known is not None:
                     return known
         return None
+
+
+def _parted(module: str) -> tuple[str, str]:
+    """The part of the pipeline, and the module inside of it; what has no prefix is the UNet's."""
+    for prefix, part in (_PREFIXES | _FLAT_PREFIXES).items():
+        if module.startswith(prefix):
+            return part, module.removeprefix(prefix)
+    return "unet", module
 
 
 def _split(key: object) -> tuple[str, str]:

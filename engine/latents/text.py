@@ -6,6 +6,7 @@ last layer of two models side by side, and the second's projection of the prompt
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import warnings
@@ -90,6 +91,7 @@ class TextEncoder:
         self._size = _checks.integer("cache", cache, 0, 1 << 20)
         self._kept: OrderedDict[tuple[str, str, int | None], _Encoded] = OrderedDict()
         self._keeping, self._encoding = threading.Lock(), threading.Lock()
+        self._device = next(models[0].parameters()).device
         _check_parts(self._models, self._tokenizers)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.shapes[STATES] = (tokenizers[0].model_max_length, sum(m.config.hidden_size for m in models))
@@ -117,6 +119,23 @@ class TextEncoder:
         ]
         return cls(models, tokenizers, zeros_for_empty=zeros_for_empty, cache=cache)
 
+    def to(self, device: torch.device | str) -> Self:
+        """This encoder if its models are on the device, else a copy of it there; nothing is kept of its prompts."""
+        there = torch.device(device)
+        if there == self._device:
+            return self
+        models = [copy.deepcopy(model).to(there) for model in self._models]
+        moved = type(self)(models, self._tokenizers, zeros_for_empty=self._zeros, cache=self._size)
+        moved._encoding = self._encoding  # tokenizers are shared, and are no thread's alone
+        return moved
+
+    @property
+    def explanation(self) -> str:
+        """What encodes prompts, and where, for people."""
+        sizes = " and ".join(f"{m.config.num_hidden_layers} layers of {m.config.hidden_size}" for m in self._models)
+        dtype = str(next(self._models[0].parameters()).dtype).removeprefix("torch.")
+        return f"CLIP, {sizes}, {self.shapes[STATES][0]} tokens, on {self._device} in {dtype}"
+
     def encode(self, prompt: str, prompt_2: str | None = None, *, clip_skip: int | None = None) -> dict[str, Tensor]:
         """The conditions of a prompt.
 
@@ -127,7 +146,8 @@ class TextEncoder:
             clip_skip: take the states so many layers earlier.
 
         Returns:
-            float32 tensors of :attr:`shapes`, on the models' device; they are the caller's own.
+            float32 tensors of :attr:`shapes`, on the CPU, where any thread's stream may read them; they are the
+            caller's own.
 
         Raises:
             ValueError: naming the argument.
@@ -150,8 +170,7 @@ class TextEncoder:
         """The conditions of no prompt, for classifier-free guidance (Ho & Salimans 2022)."""
         if not self._zeros:
             return self.encode("")
-        device = next(self._models[0].parameters()).device
-        return {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in self.shapes.items()}
+        return {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in self.shapes.items()}
 
     def contents(self) -> Iterator[tuple[str, Tensor | str]]:
         """By name, every weight of the models, and what their tokenizers and the empty prompt are."""
@@ -180,16 +199,16 @@ class TextEncoder:
         with self._encoding, plain_torch(gradients=False):
             for model, tokenizer, text in zip(self._models, self._tokenizers, (prompt, prompt_2), strict=False):
                 tokens, cut = _tokens(tokenizer, text)
-                said = model(tokens.to(next(model.parameters()).device))
+                said = model(tokens.to(self._device))
                 cuts += [cut] if cut is not None else []
                 projected = said.projected
                 if self._projects:  # SDXL: not normalised
                     states.append(said.layers[-2 - (clip_skip or 0)])
                 else:
                     states.append(said.last if clip_skip is None else model.normalise(said.layers[-1 - clip_skip]))
-            conditions = {STATES: torch.cat(states, dim=-1).float()}
+            conditions = {STATES: torch.cat(states, dim=-1).to("cpu", torch.float32)}
             if projected is not None:
-                conditions[POOLED] = projected.float()
+                conditions[POOLED] = projected.to("cpu", torch.float32)
         return _Encoded(conditions, cuts[0] if cuts else None)
 
 

@@ -250,15 +250,18 @@ class DownBlock(nn.Module):
         elif resamples:
             self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)])
 
-    def forward(self, x: Activation, projections: Tensor) -> list[Activation]:
-        """Return what the way up will concatenate, in order; the last entry is this level's output."""
+    def forward(self, x: Activation, projections: Tensor, *, resamples: bool = True) -> list[Activation]:
+        """Return what the way up will concatenate, in order; the last entry is this level's output.
+
+        Without ``resamples`` the downsampler does not run.
+        """
         skips: list[Activation] = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, projections)
             if self.attentions is not None:
                 x = self.attentions[index](x)
             skips.append(x)
-        if self.downsamplers is not None:
+        if self.downsamplers is not None and resamples:
             skips.append(_run_resampler(self.downsamplers[0], x, projections))
         return skips
 

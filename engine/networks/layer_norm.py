@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,7 +28,7 @@ class LayerNormModulate(nn.Module):
         if self.fused:
             return kernels.layer_norm_modulate(x, scale, shift, self.eps)
         norm = functional.layer_norm(x, (self.width,), eps=self.eps)
-        return norm * (1 + scale[:, None]) + shift[:, None]
+        return torch.addcmul(shift[:, None], norm, 1 + scale[:, None])
 
     def of_sum(self, x: Tensor, scale: Tensor, shift: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` makes of h = x + gate * branch, and h, by the kernel: branch [B, N, D], gate [B, D]."""

@@ -28,7 +28,8 @@ class StepTable:
     :class:`stepfusion.FlowPath`. ``coefficients`` float64 [R, 21], the columns :data:`stepfusion.kernels.COLUMNS`;
     ``timesteps`` int64 [R], what keys the noise, and on a discrete schedule what the network is told; ``next_row``
     int64 [R], the row after each, or -1; ``starts``, the first row of each of the samplers in it, whose rows stand
-    one after the other; ``levels``, where the rows start on a path that is not discrete, else None. Made by
+    one after the other; ``levels``, where the rows start on a path that is not discrete, else None; ``reuses`` bool
+    [R], the rows at which a network may reuse what its inner levels made before, None for none. Made by
     :func:`stepfusion.ddpm`, :func:`stepfusion.ddim`, :func:`stepfusion.dpmpp_2m`,
     :func:`stepfusion.euler_ancestral` and :func:`stepfusion.ddim_inversion`; :meth:`concatenate` joins several, and
     :meth:`last` takes the end of one.
@@ -47,6 +48,7 @@ class StepTable:
     starts: tuple[int, ...] = (0,)
     learned_variance: bool = False
     levels: RowLevels | None = None
+    reuses: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Path):
@@ -58,6 +60,7 @@ class StepTable:
         self._check_coefficients()
         self._check_walks()
         self._check_levels()
+        self._check_reuses()
         for array in (self.coefficients, self.timesteps, self.next_row):
             array.flags.writeable = False
 
@@ -130,6 +133,14 @@ class StepTable:
             )
         if not np.array_equal(self.column("net_scale"), self.levels.net_scale(self.next_row)):
             raise ValueError("net_scale must be the in_scale of the row after each")
+
+    def _check_reuses(self) -> None:
+        if self.reuses is None:
+            return
+        if not isinstance(self.reuses, np.ndarray) or self.reuses.dtype != np.bool_ or len(self.reuses) != len(self):
+            raise TypeError(f"reuses must be an array of bool [{len(self)}], got {self.reuses!r}"[:200])
+        if self.reuses[list(self.starts)].any():
+            raise ValueError("reuses must be False where a sampler starts: nothing was made before")
 
     def __len__(self) -> int:
         """The number of rows, of all its samplers together."""
@@ -209,13 +220,27 @@ class StepTable:
             timesteps=self.timesteps[-steps:].copy(),
             next_row=following,
             levels=None if self.levels is None else self.levels.last(steps),
+            reuses=None if self.reuses is None else np.append(False, self.reuses[len(self) - steps + 1 :]),
         )
+
+    def reusing(self, every: int) -> StepTable:
+        """The same table: every ``every``-th row runs the whole network, and the others its outermost level.
+
+        They reuse what the inner levels made at the last of those rows (Ma et al. 2024). At 1 every row is
+        whole, as without this.
+        """
+        every = _checks.integer("every", every, 1, 1 << 31)
+        if every == 1:
+            return replace(self, reuses=None)
+        place = np.arange(len(self)) - np.repeat(self.starts, [self.steps(part) for part in range(len(self.starts))])
+        return replace(self, name=f"{self.name}, whole every {every} rows", reuses=place % every != 0)
 
     @cached_property
     def digest(self) -> bytes:
         """What tells its rows from those of other tables: a hash of all that a lane reads of them, 32 bytes."""
         levels = () if self.levels is None else (self.levels.told, self.levels.in_scale)
-        arrays = (self.coefficients, self.timesteps, self.next_row, *levels)
+        reuses = () if self.reuses is None else (self.reuses,)
+        arrays = (self.coefficients, self.timesteps, self.next_row, *levels, *reuses)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).digest()
 
     @classmethod
@@ -284,6 +309,9 @@ class StepTable:
             None
             if first.levels is None
             else RowLevels.concatenate([t.levels for t in tables if t.levels is not None]),
+            None
+            if all(table.reuses is None for table in tables)
+            else np.concatenate([np.zeros(len(t), np.bool_) if t.reuses is None else t.reuses for t in tables]),
         )
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DeviceTable:

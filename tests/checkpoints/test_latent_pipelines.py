@@ -190,6 +190,24 @@ def test_a_diffusion_transformer(saved: Callable[[Any], Path]) -> None:
     torch.testing.assert_close(engine.decode_latents(mine), decoded, rtol=0, atol=1e-4)
 
 
+def test_what_no_prompt_is_follows_from_the_pipeline(saved: Callable[[Any], Path], tmp_path: Path) -> None:
+    pipeline = sdxl(tmp_path / "tokenizer")
+    model = saved(pipeline)
+    index = model / "model_index.json"
+    for setting, zeros in ((None, True), (True, True), (False, False)):
+        change(index, **({} if setting is None else {"force_zeros_for_empty_prompt": setting}))
+        text = load_pretrained(model).parts.text
+        assert text is not None
+        null = text.null()
+        assert bool((null["text_embeds"] == 0).all()) is zeros
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        states, pooled = pipeline.encode_prompt("cat", "cat", "cpu", 1, True)[1::2]
+        torch.testing.assert_close(null["encoder_hidden_states"], states[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(null["text_embeds"], pooled[0], rtol=0, atol=1e-4)
+    change(index, force_zeros_for_empty_prompt="no")
+    assert "force_zeros_for_empty_prompt must be true or false, got 'no'" in refusal(model)
+
+
 # Refusals
 
 

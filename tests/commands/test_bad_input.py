@@ -88,7 +88,7 @@ COMMANDS = [
     ("columns: 0", "sample model --columns 0", 1, "stepfusion: --columns must be in [1, 1048576], got 0"),
     ("scale: 0", "sample model --scale 0", 1, "stepfusion: --scale must be in [1, 1048576], got 0"),
     ("scale: an enormous picture", "sample model -n 1 --scale 100000",
-     1, "stepfusion: the grid must have at most 1073741824 pixels, got 800004 x 800004: lower --scale or "
+     1, "stepfusion: the grid must have at most 1073741824 pixels, got 800000 x 800000: lower --scale or "
         "--num"),
     ("scale: too wide for a GIF", "sample model -n 100 --scale 1000 --animate a.gif",
      1, "stepfusion: a GIF is at most 65535 pixels wide and high, got a grid of 24008 x 272070"),

@@ -21,7 +21,8 @@ from stepfusion.export.load import load_network
 from stepfusion.export.manifest import Manifest, Tensorspec
 from stepfusion.export.spec_json import ModelEntries, batch_from_json, model_to_json, spec_from_json
 from stepfusion.export.table_json import read_table, table_to_json
-from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, UNet2D, UNet2DConfig
+from stepfusion.networks import ADMUNet, ADMUNetConfig, ContextUNet, DiT, UNet2D, UNet2DCondition, UNet2DConfig
+from stepfusion_testing.condition_networks import condition_network
 from stepfusion_testing.exports import cpu_engine
 from stepfusion_testing.networks import smooth, tiny_unet
 
@@ -154,6 +155,8 @@ def test_an_export_and_its_loading_hash_each_file_once(
 NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Any]], Any]]] = {
     "UNet2D": (tiny_unet, lambda config: UNet2D(UNet2DConfig.from_dict(config))),
     "ContextUNet": (lambda: ContextUNet(1, 8, 5, 8, 50), ContextUNet.from_config),
+    "UNet2DCondition": (lambda: condition_network("everything"), UNet2DCondition.from_config),
+    "DiT": (lambda: condition_network("dit"), DiT.from_config),
     "ADMUNet": (
         lambda: ADMUNet(ADMUNetConfig(8, 32, 1, channel_mult=(1, 1), attention_resolutions=(), num_heads=1)),
         lambda config: ADMUNet(ADMUNetConfig(**{k: v for k, v in config.items() if not k.startswith("_")})),

@@ -286,3 +286,48 @@ def test_hooks_are_seen_and_their_network_is_called_whole() -> None:
     assert seen == [2] * 3
     assert not engine.evaluator.hoisted
     torch.testing.assert_close(images, text_engine(batch=2).sample(2, steps=3, prompt=["a boat", "two cats"]))
+
+
+class _Signed(Prompts):
+    """An encoder whose negative prompts are encoded otherwise, and which is told where it is to run."""
+
+    device: torch.device | None = None
+
+    def negative(self, prompt: str | None) -> dict[str, Tensor]:
+        return {name: -value for name, value in self(prompt).items()}
+
+    def to(self, device: torch.device) -> _Signed:
+        moved = _Signed()
+        moved.device = device
+        return moved
+
+
+def test_negative_prompts_are_encoded_by_a_method_of_their_own() -> None:
+    prompts = _Signed()
+    engine = text_engine(prompts=prompts)
+    moved = engine.runners.prompts
+    assert isinstance(moved, _Signed)
+    assert (prompts.device, moved.device) == (None, torch.device("cpu"))
+    both = engine.sample(2, steps=3, prompt="a boat", negative_prompt=["a boat", "two cats"], guidance=2.0, seed=1)
+    negative = {"text": -torch.stack((A["text"], B["text"]))}
+    by_tensor = engine.sample(2, steps=3, conditions=A, null_conditions=negative, guidance=2.0, seed=1)
+    assert_same_bits("images", both, by_tensor)
+    assert "text encoder                 _Signed" in engine.explain()
+
+
+def test_prompts_that_cannot_be_encoded_say_why() -> None:
+    class Missing:
+        missing = "it is on holiday"
+
+        def __call__(self, prompt: str | None) -> dict[str, Tensor]:
+            raise AssertionError
+
+    engine = text_engine(prompts=Missing())
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(ValueError, match=f"^{name} was given, and .* no text encoder: it is on holiday$"):
+            engine.sample(1, **{name: "a boat"})  # type: ignore[arg-type]
+    nothing = text_engine(prompts=None)
+    given = {"conditions": A, "null_conditions": B, "guidance": 2.0, "steps": 2}
+    assert_same_bits("images", engine.sample(1, **given), nothing.sample(1, **given))
+    assert "text encoder   none          it is on holiday" in engine.explain()
+    assert "text encoder" not in nothing.explain()

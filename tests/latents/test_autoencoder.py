@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepfusion.errors import CheckpointError
 from stepfusion.execution.decoder import decode_batches, decoder_on
+from stepfusion.latents import autoencoder
 from stepfusion.latents.autoencoder import LatentDecoder, LatentEncoder, autoencoder_from
 from stepfusion_testing.latent_models import randomised
 
@@ -101,6 +102,27 @@ def test_a_codebook_is_searched_in_float32_whatever_the_dtype_is() -> None:
     wanted = LatentDecoder.from_config(CONFIGS["vq"], state)(latents)
     given = LatentDecoder.from_config(CONFIGS["vq"], state, dtype=torch.bfloat16)(latents)
     torch.testing.assert_close(given, wanted, rtol=0, atol=0.1 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_few_images_are_coded_at_a_time(monkeypatch: pytest.MonkeyPatch, tile: int | None) -> None:
+    config = CONFIGS["kl"]
+    tensors = theirs(config).state_dict()
+    coders = LatentDecoder.from_config(config, tensors, tile=tile), LatentEncoder.from_config(config, tensors)
+    latents = torch.randn(5, 4, 12, 8)
+    images = coders[0](latents)
+    both = images, coders[1](images)
+    sizes: dict[str, list[int]] = {"decoder": [], "encoder": []}
+    for coder, name in zip(coders, sizes, strict=True):
+        part = getattr(coder, name)
+        part.register_forward_pre_hook(lambda module, given, name=name: sizes[name].append(len(given[0])))
+    pixels = images.shape[-1] ** 2 if tile else images.shape[-1] * images.shape[-2]
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 2 * pixels + 1)
+    assert_near(coders[0](latents), both[0])
+    assert sizes["decoder"] == ([2, 2, 2, 2, 1, 1] if tile else [2, 2, 1])
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 1)
+    assert_near(coders[1](images), both[1])
+    assert sizes["encoder"] == [1] * 5
 
 
 def test_a_decoder_is_what_an_engine_decodes_with() -> None:

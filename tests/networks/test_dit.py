@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stepfusion as sf
 from stepfusion import kernels
+from stepfusion.bench.launches import Tick, counting
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import reference
+from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.networks import DiT, DiTConfig, prepare_network
 from stepfusion.networks.dit.author_keys import author_config, from_author_keys, is_authors, shares_embeddings
 from stepfusion.networks.dit.positions import position_embedding
@@ -354,6 +356,24 @@ def test_a_fused_network_runs_by_the_kernels() -> None:
     network = make_network()
     inputs = make_inputs(network)
     assert_near(prepare_network(network, CPU, torch.float32, fused=True)(*inputs), network(*inputs))
+
+
+@torch.no_grad()
+def test_a_fused_tick_has_few_launches() -> None:
+    """Products: of the patches, the modulations, four a block, and the last; norms: two a block, and the last."""
+    meta = torch.device("meta")
+    network = prepare_network(make_network(shared_embeddings=True), meta, torch.bfloat16, fused=True)
+    key = RunnerKey(2, (3, 8, 8), meta, torch.bfloat16, null_label=network.null_label)
+    runner = Runner(Evaluator(network, labelled=True), key, kernels)
+    runner.load(sf.ddim(sf.NoiseSchedule.linear(1000), 10))
+    with counting(Tick()):
+        runner.tick()  # what is done once is done before
+    tick = Tick()
+    with counting(tick):
+        runner.tick()
+    count = {kind: number for kind, (number, _) in tick.kinds().items()}
+    assert (count["matrix product"], count["norm"], count["attention"]) == (3 + 4 * 3, 1 + 2 * 3, 3)
+    assert count["elementwise"] <= 3 + 6  # an activation a block, and what makes conditions and the two halves
 
 
 def test_gradients_reach_every_parameter() -> None:

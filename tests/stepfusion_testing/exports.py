@@ -26,6 +26,7 @@ def back_in(network: ExportedNetwork) -> sf.Engine:
         null_label=network.null_label,
         class_names=network.class_names,
         options=network.options,
+        conditions=network.conditions,
         device=network.device,
         dtype=network.dtype,
     )
@@ -35,5 +36,9 @@ def back_in(network: ExportedNetwork) -> sf.Engine:
 def difference(engine: sf.Engine, network: ExportedNetwork, batch: int) -> float:
     """The largest difference of one evaluation, as a fraction of the largest output where that is above 1."""
     example = example_inputs(engine, batch)
-    expected = engine.network(*example)
-    return float((network(*example) - expected).abs().max() / max(1.0, float(expected.abs().max())))
+    plain = 2 if engine.num_classes is None else 3
+    conditions = dict(zip((one.name for one in engine.spec.conditions), example[plain:], strict=True))
+    expected = engine.network(*example[:plain], **conditions)
+    return float(
+        (network(*example[:plain], **conditions) - expected).abs().max() / max(1.0, float(expected.abs().max()))
+    )

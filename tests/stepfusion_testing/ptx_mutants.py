@@ -67,8 +67,8 @@ MUTANTS = {
     ),
     "a variance below the least normal number": Mutant(
         *("group_norm.py", "group_norm_silu"),
-        old="small = variance < 2.0**-100",
-        new="small = variance < 0.0",
+        old="reciprocal_root(variance + eps)",
+        new="tl.rsqrt(variance + eps)",
         call=TINY,
     ),
     "a masked load of a weight of the history without other": Mutant(

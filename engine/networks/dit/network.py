@@ -58,7 +58,7 @@ class DiT(TimeConditioned):
         num_classes: labels that it takes, the null label too. null_label: the last of them, for no class.
         projection_size: P, the columns of the modulations: 6 D for each block, and 2 D.
         fused: modulations, and queries with keys and values, are made by one matrix product each; the weights may not
-            change afterwards.
+            change afterwards. What stands side by side for that is a copy: half as much memory again.
     """
 
     def __init__(self, config: DiTConfig) -> None:

@@ -4,13 +4,16 @@ It has the state-dict keys of diffusers' ``UNet2DModel`` and the same outputs. I
 :class:`stepfusion.networks.time_conditioned.TimeConditioned`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from stepfusion import _checks
 from stepfusion.networks.blocks import DownBlock, MidBlock, ResnetBlock, TimeMLP, UpBlock, activation, sinusoid
-from stepfusion.networks.fused import Activation, convolve, normalised, projected
+from stepfusion.networks.fused import convolve, normalised, projected
 from stepfusion.networks.inputs import check_batch, check_image, check_projections, check_timesteps
+from stepfusion.networks.levels import LevelledNetwork, kept_shape, run_levels
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.time_conditioned import TimeConditioned
 from stepfusion.networks.unet2d.config import UNet2DConfig
@@ -18,7 +21,7 @@ from stepfusion.networks.unet2d.config import UNet2DConfig
 _NO_LABELS = "class_labels is None; this network is conditioned on a class and needs them"
 
 
-class UNet2D(TimeConditioned):
+class UNet2D(TimeConditioned, LevelledNetwork):
     """A UNet over images, conditioned on a timestep and, if the config says so, on a class label.
 
     Args:
@@ -113,27 +116,31 @@ class UNet2D(TimeConditioned):
 
     def predict(self, x: Tensor, projections: Tensor) -> Tensor:
         """Run the part of `forward` that depends on `x`, with projections [B, projection_size] from `condition`."""
+        return self._predict(x, projections)
+
+    def predict_keeping(self, x: Tensor, kept: Tensor, projections: Tensor, *prepared: Tensor) -> Tensor:
+        """`predict`, which also writes what is kept (`kept_shape`) to ``kept``."""
+        return self._predict(x, projections, kept)
+
+    def predict_outer(self, x: Tensor, kept: Tensor, projections: Tensor, *prepared: Tensor) -> Tensor:
+        """Run the outermost level alone, with what is ``kept``."""
+        return self._predict(x, projections, kept, outer=True)
+
+    def kept_shape(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """Of what `predict_keeping` keeps of an image of a shape (C, H, W); None if there is one level."""
+        return kept_shape(self.config.block_out_channels, shape)
+
+    def _predict(self, x: Tensor, projections: Tensor, kept: Tensor | None = None, *, outer: bool = False) -> Tensor:
         check_image(x, self.in_channels, self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1))
         check_projections(projections, x, self.projection_size)
         x = 2 * x - 1 if self.config.center_input_sample else x
         if self.defers:
-            last = normalised(self.conv_norm_out, self._blocks(convolve(self.conv_in, x), projections))
+            value = run_levels(self, convolve(self.conv_in, x), (projections,), kept, outer=outer)
+            last = normalised(self.conv_norm_out, value)
         else:
-            last = self.conv_norm_out(self._blocks(self.conv_in(x), projections))
+            last = self.conv_norm_out(run_levels(self, self.conv_in(x), (projections,), kept, outer=outer))
         out: Tensor = self.conv_out(last)
         return out
-
-    def _blocks(self, x: Activation, projections: Tensor) -> Activation:
-        """Down, and up again."""
-        skips = [x]
-        for down in self.down_blocks:
-            skips += down(skips[-1], projections)
-        x = skips[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, projections)
-        for up in self.up_blocks:
-            x = up(x, skips, projections)
-        return x
 
     def _make_class_embedding(self) -> nn.Module | None:
         config = self.config

@@ -23,15 +23,20 @@ class DownBlock(nn.Module):
         if level.resamples:
             self.downsamplers = nn.ModuleList([Downsample(level.channels, config.downsample_padding)])
 
-    def forward(self, x: Activation, projections: Tensor, keys_values: Tensor) -> list[Activation]:
-        """Return what the way up will concatenate, in order; the last entry is this level's output."""
+    def forward(
+        self, x: Activation, projections: Tensor, keys_values: Tensor, *, resamples: bool = True
+    ) -> list[Activation]:
+        """Return what the way up will concatenate, in order; the last entry is this level's output.
+
+        Without ``resamples`` the downsampler does not run.
+        """
         skips: list[Activation] = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, projections)
             if self.attentions is not None:
                 x = self.attentions[index](x, keys_values)
             skips.append(x)
-        if self.downsamplers is not None:
+        if self.downsamplers is not None and resamples:
             skips.append(self.downsamplers[0](x))
         return skips
 

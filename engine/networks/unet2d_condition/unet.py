@@ -7,7 +7,7 @@ are prepared once for an image, and not in every step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,8 +18,9 @@ from stepfusion import _checks
 from stepfusion.errors import CheckpointError
 from stepfusion.networks.blocks import ResnetBlock, TimeMLP, sinusoid
 from stepfusion.networks.conditioned import ConditionedNetwork, ConditionSpec
-from stepfusion.networks.fused import Activation, convolve, normalised, projected
+from stepfusion.networks.fused import convolve, normalised, projected
 from stepfusion.networks.inputs import check_batch, check_image, check_labels, check_projections, check_timesteps
+from stepfusion.networks.levels import LevelledNetwork, kept_shape, run_levels
 from stepfusion.networks.norm import GroupNormAct
 from stepfusion.networks.unet2d.config import MAX_CHANNELS
 from stepfusion.networks.unet2d_condition.blocks import DownBlock, MidBlock, UpBlock
@@ -31,7 +32,7 @@ _POOLED = 1280  # of SDXL's second text encoder
 _TIME_IDS = 6  # of SDXL: original size, crop, target size; its refiner has an aesthetic score for the last two
 
 
-class UNet2DCondition(ConditionedNetwork):
+class UNet2DCondition(ConditionedNetwork, LevelledNetwork):
     """A UNet over latent images, conditioned on a timestep, a text and, if the config says so, on more.
 
     Its conditions, by name, each floating point:
@@ -178,7 +179,7 @@ class UNet2DCondition(ConditionedNetwork):
         prepared = [torch.cat([text[..., :0], *keys_values], dim=2)]
         if self.add_embedding is not None:
             ids = conditions["time_ids"]
-            waves = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim or 0).view(len(ids), -1)
+            waves = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim or 0).view(ids.shape[0], -1)
             prepared.append(self.add_embedding(torch.cat((conditions["text_embeds"], waves), dim=1)))
         if self.concatenated_channels:
             prepared.append(conditions["concatenated"])
@@ -232,6 +233,29 @@ class UNet2DCondition(ConditionedNetwork):
         Raises:
             ValueError: an argument's shape or dtype does not fit.
         """
+        return self._predict(x, projections, prepared)
+
+    def predict_keeping(self, x: Tensor, kept: Tensor, projections: Tensor, *prepared: Tensor) -> Tensor:
+        """`predict`, which also writes what is kept (`kept_shape`) to ``kept``."""
+        return self._predict(x, projections, prepared, kept)
+
+    def predict_outer(self, x: Tensor, kept: Tensor, projections: Tensor, *prepared: Tensor) -> Tensor:
+        """Run the outermost level alone, with what is ``kept``."""
+        return self._predict(x, projections, prepared, kept, outer=True)
+
+    def kept_shape(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """Of what `predict_keeping` keeps of an image of a shape (C, H, W); None if there is one level."""
+        return kept_shape(self.config.block_out_channels, shape)
+
+    def _predict(
+        self,
+        x: Tensor,
+        projections: Tensor,
+        prepared: tuple[Tensor, ...],
+        kept: Tensor | None = None,
+        *,
+        outer: bool = False,
+    ) -> Tensor:
         check_image(x, self.image_channels, self.conv_in.weight.dtype, 2 ** (self.config.num_levels - 1))
         check_projections(projections, x, self.projection_size)
         self._check_count(prepared)
@@ -241,24 +265,14 @@ class UNet2DCondition(ConditionedNetwork):
             raise ValueError(f"prepared keys and values are {_checks.describe(keys_values)}; accepted are {accepted}")
         if self.concatenated_channels:
             x = self._concatenated(x, prepared[-1])
+        arguments = projections, keys_values
         if self.defers:
-            last = normalised(self.conv_norm_out, self._blocks(convolve(self.conv_in, x), projections, keys_values))
+            value = run_levels(self, convolve(self.conv_in, x), arguments, kept, outer=outer)
+            last = normalised(self.conv_norm_out, value)
         else:
-            last = self.conv_norm_out(self._blocks(self.conv_in(x), projections, keys_values))
+            last = self.conv_norm_out(run_levels(self, self.conv_in(x), arguments, kept, outer=outer))
         out: Tensor = self.conv_out(last)
         return out
-
-    def _blocks(self, x: Activation, projections: Tensor, keys_values: Tensor) -> Activation:
-        """Down, and up again."""
-        skips = [x]
-        for down in self.down_blocks:
-            skips += down(skips[-1], projections, keys_values)
-        x = skips[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, projections, keys_values)
-        for up in self.up_blocks:
-            x = up(x, skips, projections, keys_values)
-        return x
 
     def _concatenated(self, x: Tensor, other: Tensor) -> Tensor:
         wanted = [x.shape[0], self.concatenated_channels, *x.shape[2:]]

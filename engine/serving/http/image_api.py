@@ -36,13 +36,14 @@ class ImageHandlers:
 
     def __init__(self, intake: Intake, limits: Limits, origin: Origin) -> None:
         self._intake, self._limits, self._origin = intake, limits, origin
-        self._engine = intake.service.engine
+        self._engine, self._created = intake.service.engine, int(time.time())
 
     def routes(self) -> list[Route]:
         """The paths."""
         return [
             Route(GENERATIONS, self.generations, methods=["POST"]),
             Route(EDITS, self.edits, methods=["POST"]),
+            Route("/v1/models", self.models),
         ]
 
     async def generations(self, request: Request) -> Response:
@@ -52,6 +53,11 @@ class ImageHandlers:
     async def edits(self, request: Request) -> Response:
         """Images made from one."""
         return await self._intake.until_the_end(self._edits, request)
+
+    async def models(self, request: Request) -> Response:
+        """The one model that is served, in the words of the API."""
+        model = {"id": self._origin.name, "object": "model", "created": self._created, "owned_by": "stepfusion"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     async def _generations(self, request: Request) -> Response:
         with self._intake.counting_refusals():

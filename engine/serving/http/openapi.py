@@ -71,6 +71,7 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
                 "post": _images(ImageRequest, path, "Make images of a prompt or a class", "application/json")
             },
             "/v1/images/edits": {"post": _images(EditRequest, path, "Make images from one", MEDIA_TYPE)},
+            "/v1/models": {"get": _get("The served model, as a list", "application/json")},
             "/v1/model": {"get": _get("The model, its classes, the samplers and the limits", "application/json")},
             "/healthz": {"get": _get("200 while the engine lives", "application/json", 503)},
             "/readyz": {"get": _get("200 while requests are taken", "application/json", 503)},

@@ -393,6 +393,12 @@ def test_latents_are_no_pictures() -> None:
     assert "'npz'" in response.json()["error"]["message"]
 
 
+def test_clients_find_the_model(here: Here) -> None:
+    (model,) = here.client.models.list().data
+    assert (model.id, model.owned_by) == ("pets", "stepfusion")
+    assert here.generate("cat", model=model.id).data
+
+
 def test_the_description_has_the_paths(here: Here) -> None:
     document = json.loads(httpx2.get(f"{here.url}/openapi.json").content)
     generations = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]

@@ -26,11 +26,8 @@ from stepfusion_testing.http_service import JSON, gated_engine, idle, until
 ROUNDS = 300
 ODD = (-1, 10**400, 1.5, "", "\0", "x" * 300, True, [], [[]], [None], {}, [2**64], "🦉", 0, "none", None, "1", 1e308)
 INSERTED = (b"\r\n", b"--b", b"\0", b'"', b"\r\n\r\n", b"\xff\xfe", b";", b"name*=utf-8''x", b"[]", b"1e999", b"NaN")
-KINDS = (
-    'multipart/form-data; boundary="b"',
-    "multipart/form-data; boundary*=utf-8''b",
-    'multipart/form-data; boundary="',
-)
+PLAIN = "multipart/form-data; boundary=b"
+KINDS = (PLAIN.replace("=b", '="b"'), PLAIN.replace("=b", "*=utf-8''b"), PLAIN.replace("=b", '="'))
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +81,10 @@ def mutated(rng: random.Random, whole: bytes) -> bytes:
 
 def test_forms(client: TestClient) -> None:
     rng, whole = random.Random(1), whole_form()
-    plain = "multipart/form-data; boundary=b"
-    assert client.post("/v1/images/edits", content=whole, headers={"Content-Type": plain}).status_code == 200
+    assert client.post("/v1/images/edits", content=whole, headers={"Content-Type": PLAIN}).status_code == 200
     for _ in range(ROUNDS):
         body = mutated(rng, whole)
-        kind = rng.choice(KINDS) if rng.random() < 0.1 else plain
+        kind = rng.choice(KINDS) if rng.random() < 0.1 else PLAIN
         check(client.post("/v1/images/edits", content=body, headers={"Content-Type": kind}), body)
 
 
