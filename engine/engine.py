@@ -150,10 +150,10 @@ class Engine:
         ``arguments`` as for :class:`Engine`, and ``lora``: LoRA files, which :func:`stepfusion.load_pretrained` adds.
         A ``.pt`` file has a published name, or its flags in a JSON file beside it.
 
-        Raises:
-            CheckpointError: what is missing or wrong in the directory or file.
+        CheckpointError says what is missing or wrong in the directory or file.
         """
-        arguments = {"copy": isinstance(source, LoadedModel), **arguments}  # nobody else has what is loaded here
+        if not isinstance(source, LoadedModel):
+            arguments.setdefault("copy", False)  # nobody else has what is loaded here
         loaded = load_model(source, arguments.pop("lora", None))
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         spec = loaded.spec_with(**known)
@@ -172,7 +172,8 @@ class Engine:
         """
         if (way := arguments.get("network", "auto")) not in ("auto", "eager", "graph"):
             raise ValueError(f"network must be 'auto', 'eager' or 'graph' for an exported network, got {way!r}")
-        load = import_module("stepfusion.export.load").load_network  # which itself depends on the engine
+        # export depends on the engine, and not the engine on export: it is imported when it is asked for
+        load = import_module("stepfusion.export.load").load_network
         network = load(directory, arguments.pop("device", "auto"), arguments.pop("dtype", "auto"))
         engine = cls._of_spec(network, network.spec, {"device": network.device, "dtype": network.dtype, **arguments})
         engine._exported = f"{network.bundle.manifest.format:<13} {network.bundle.path}"
@@ -182,8 +183,6 @@ class Engine:
     def _of_spec(cls, network: Network, spec: ModelSpec, arguments: Mapping[str, Any]) -> Self:
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
         return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
-
-    # What it does
 
     def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
@@ -283,7 +282,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -305,7 +304,7 @@ class Engine:
         x: torch.Tensor,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
@@ -332,7 +331,7 @@ class Engine:
         table: StepTable | None = None,
         *,
         steps: int | None = None,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance: float | Sequence[float] | None = None,
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,

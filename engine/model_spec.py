@@ -100,6 +100,14 @@ class ModelSpec:
         """Of what the network is told of a level: int64 for timesteps, float32 on paths that are not discrete."""
         return torch.int64 if self.schedule.discrete else torch.float32
 
+    def label_of(self, name: str) -> int:
+        """The label of a class by its name, in any case; ValueError if there is none of that name."""
+        names = [one.casefold() for one in self.class_names or ()]
+        if name.casefold() not in names:
+            known = ", ".join(self.class_names or ()) or "none, for the model has no class names"
+            raise ValueError(f"labels has no class {name[:100]!r}; the names are {known}"[:1000])
+        return names.index(name.casefold())
+
     def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """A sampler's table for this model: :func:`stepfusion.samplers.registry.make_table`."""
         return make_table(self.schedule, self.prediction, sampler, steps, defaults=self.options, **options)

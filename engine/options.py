@@ -56,7 +56,7 @@ class SamplingOptions(TypedDict, total=False):
         indices: the images' numbers under their seeds, in [0, 2**32); 0 to n - 1 by default. An image is a function
             of model, table, seed, index, label and guidance, and of nothing else (to the bit with
             ``invariant=True``).
-        labels: one for all images or one each; the null label by default. A context UNet
+        labels: numbers or class names, one for all images or one each; the null label by default. A context UNet
             (:class:`stepfusion.networks.ContextUNet`) also takes contexts: float [K] for all or [n, K], zeros for
             none.
         prompt: a text for all images or one each, for models with a text encoder; no prompt by default.
@@ -82,7 +82,7 @@ class SamplingOptions(TypedDict, total=False):
     reuse: int | None
     seed: int | Sequence[int]
     indices: Sequence[int] | None
-    labels: int | Sequence[int] | torch.Tensor | None
+    labels: int | str | Sequence[int | str] | torch.Tensor | None
     prompt: str | Sequence[str] | None
     negative_prompt: str | Sequence[str] | None
     conditions: Mapping[str, torch.Tensor] | None

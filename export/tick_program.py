@@ -67,7 +67,7 @@ def check_tick(engine: Engine, table: StepTable | None, guided: bool) -> None:
     if engine.schedule.discrete and (table.column("net_scale") != 1).any():
         raise ExportError(f"a tick shows the network x as it is, and {table!r} scales it")
     if guided and engine.null_label is None and not engine.spec.conditions:
-        raise ExportError("a guided tick needs a null label, and the model has none")
+        raise ExportError("a guided tick needs a null label or conditions, and the model has none")
 
 
 def further_inputs(engine: Engine, *, guided: bool = False, history: int = 0) -> tuple[str, ...]:

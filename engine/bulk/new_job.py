@@ -19,7 +19,6 @@ from stepfusion.files.images import why_no_picture
 from stepfusion.lanes.conditions import Prompts, blank_options
 from stepfusion.lanes.editing import CONCATENATED
 from stepfusion.lanes.request import make_request
-from stepfusion.latents.prompts import NoPrompts
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import SamplingOptions
 from stepfusion.samplers.path import Path
@@ -61,9 +60,12 @@ def make_job(
     spec = checkpoint.model.spec
     table = request.of(spec)
     around = checkpoint.model.around(spec)
+    missing = getattr(around.get("prompts"), "missing", None if "prompts" in around else "")
     for name, value in (("prompts", prompts), ("negative", negative)):
-        if value is not None and "prompts" not in around:
-            raise ValueError(f"{mark}{name} was given, and this model has no text encoder")
+        if value is not None and missing is not None:
+            raise ValueError(
+                f"{mark}{name} was given, and this model has no text encoder{missing and f': {missing}'}"
+            )
     if prompts is not None and len(prompts) != num:
         raise ValueError(f"{mark}prompts must have one prompt for each of the {num} images, got {len(prompts)}")
     if prompts is not None and any("\n" in prompt for prompt in prompts):
@@ -74,9 +76,7 @@ def make_job(
         "prompt": None if prompts is None else prompts[0],
         "negative_prompt": negative,
     }
-    missing = around["prompts"] if isinstance(around.get("prompts"), NoPrompts) else None
-    encoder = missing or (_unencoded(spec) if "prompts" in around else None)
-    make_request(spec, 1, table, asked, encoder)  # checks them all
+    make_request(spec, 1, table, asked, _unencoded(spec) if missing is None else None)  # checks them all
     shape = decoded_shape(around.get("decode"), spec.shape)
     if FORMATS[format].picture and (reason := why_no_picture(shape[0])) is not None:
         raise ValueError(f"{mark}format {format} cannot be used: {reason}; use {mark}format npz")

@@ -13,7 +13,10 @@ from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.checkpoints.lora_files import Lora
 from stepfusion.checkpoints.single_file import holds_single_file, load_single_file
+from stepfusion.errors import CheckpointError
 from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, DiT, SongUNet, UNet2D, UNet2DCondition
+
+_PICKLES = (".ckpt", ".pkl")
 
 
 def load_model(source: str | os.PathLike[str] | LoadedModel, lora: Lora | None = None) -> LoadedModel:
@@ -33,6 +36,8 @@ def load_model(source: str | os.PathLike[str] | LoadedModel, lora: Lora | None =
     name = os.fspath(source)
     if name.endswith(".safetensors") and holds_single_file(source):
         return load_single_file(source, lora=lora)
+    if name.endswith(_PICKLES) and os.path.isfile(name):
+        raise CheckpointError(f"{name} is a pickle, which can run code and is not opened: docs/models.md says more")
     if not name.endswith((".safetensors", ".pt")):
         return load_pretrained(source, lora=lora)
     _refuse(lora, "files of EDM and of guided-diffusion")

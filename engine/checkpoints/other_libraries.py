@@ -16,7 +16,10 @@ _BY_WEIGHTS = (
     (re.compile(r"(.*\.)?(map_layer0|enc\.\d+x\d+_.*|dec\.\d+x\d+_.*)"), "EDM (NVlabs)"),
     (re.compile(r"(.*\.)?all_modules\.\d+\..*"), "score_sde_pytorch"),
 )  # fmt: skip
-_NOT_HERE = {"EDM (NVlabs)": "which is read as a safetensors file (docs/edm.md)"}
+_NOT_HERE = {
+    "EDM (NVlabs)": "which is read as a safetensors file (docs/edm.md)",
+    "latent-diffusion (CompVis)": "which is read as a safetensors file (docs/models.md)",
+}
 _NESTED = ("model", "ema", "ema_model", "state_dict", "model_state_dict", "ema_state_dict", "net", "state")
 
 

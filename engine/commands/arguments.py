@@ -56,11 +56,17 @@ def add_sampler_arguments(add: Callable[..., object]) -> None:
     )
     add("--spacing", choices=EVERY_SPACING, help="of the steps (default: the model's own)")
     add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
+    add(
+        "--reuse",
+        type=int,
+        metavar="N",
+        help="run the whole UNet at every N-th step, and its outermost level at the others: faster, other images",
+    )
 
 
 def table_request(args: argparse.Namespace) -> TableRequest:
     """The table that ``args`` ask for; ValueError if an option is not one of its sampler's."""
-    request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps)
+    request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps, args.reuse)
     request.check("--")
     return request
 
@@ -120,6 +126,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=2, help="enlarge every pixel so many times (default: %(default)s)")
+    add_lora_argument(add)
     add_device_argument(add)
     add_threads_argument(add)
     add_path_arguments(add)

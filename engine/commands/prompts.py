@@ -48,14 +48,16 @@ def chosen_prompts(engine: Engine, args: argparse.Namespace, count: int) -> list
     Raises:
         ValueError: the model takes none.
     """
+    missing = getattr(engine.runners.prompts, "missing", None)
     for option, given in (("--prompt", args.prompt), ("--negative", getattr(args, "negative", None))):
-        if given is not None and engine.runners.prompts is None:
-            raise ValueError(f"{option} was given, and this model has no text encoder")
+        if given is not None and not engine.runners.takes_prompts:
+            why = "" if missing is None else f": {missing}"
+            raise ValueError(f"{option} was given, and this model has no text encoder{why}")
     return None if args.prompt is None else [args.prompt[i % len(args.prompt)] for i in range(count)]
 
 
 def model_of_size(source: str, size: str, lora: Lora | None = None) -> tuple[LoadedModel, tuple[int, ...]]:
-    """A model of latents, with LoRA weights or without, and the shape of its latents for images of a size ``HxW``.
+    """A model of latents, perhaps with LoRA weights, and the shape of its latents for images of this size, ``HxW``.
 
     Raises:
         ValueError: the size is none, or not one that the model can have.
@@ -72,9 +74,8 @@ def model_of_size(source: str, size: str, lora: Lora | None = None) -> tuple[Loa
     if CONCATENATED in (one.name for one in spec.conditions) or spec.num_classes is not None:
         raise ValueError("--size was given, and this model has images of one size alone")
     factor = decoded_shape(decode, spec.shape)[1] // spec.shape[1]
-    least = factor << (
-        getattr(getattr(model.network, "config", None), "num_levels", 1) - 1
-    )  # at the UNet's lowest level
+    levels = getattr(getattr(model.network, "config", None), "num_levels", 1)
+    least = factor << (levels - 1)  # a pixel of the UNet's lowest level
     if height % least or width % least:
         raise ValueError(f"--size must be multiples of {least} for this model, got {size}")
     return model, (spec.shape[0], height // factor, width // factor)

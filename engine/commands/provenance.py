@@ -15,9 +15,9 @@ from stepfusion.files.provenance import PREFIX, SOFTWARE, Provenance, command_li
 from stepfusion.files.regular import read_regular
 from stepfusion.samplers.table import StepTable
 
-_SAMPLER = ("sampler", "steps", "timesteps", "spacing", "eta")
+_SAMPLER = ("sampler", "steps", "timesteps", "spacing", "eta", "reuse")
 _RUN = ("device", "dtype", "backend", "network", "batch", "invariant")
-_OTHERS = ("lora", "size", "image", "strength", "mask")
+_OTHERS = ("size", "lora", "image", "strength", "mask")
 
 
 def add_metadata_argument(add: Callable[..., object]) -> None:

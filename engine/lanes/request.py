@@ -23,7 +23,7 @@ _LAST_INDEX = (1 << 32) - 1
 _LARGEST_GUIDANCE = 1e4
 
 Tables = StepTable | Sequence[StepTable]
-Labels = int | Sequence[int] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
+Labels = int | str | Sequence[int | str] | torch.Tensor | None  # a float tensor [n, K] or [K] holds contexts
 Condition = int | tuple[float, ...]
 
 
@@ -368,7 +368,16 @@ def _labels(spec: ModelSpec, labels: Labels, count: int) -> Sequence[int]:
         return Same(spec.null_label, count)
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    return integers("labels", labels, count, 0, spec.num_classes - 1)
+    return integers("labels", _numbered(spec, labels), count, 0, spec.num_classes - 1)
+
+
+def _numbered(spec: ModelSpec, labels: Labels) -> Any:
+    """Labels with numbers in place of names."""
+    if isinstance(labels, str):
+        return spec.label_of(labels)
+    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
+        return [spec.label_of(label) if isinstance(label, str) else label for label in labels]
+    return labels
 
 
 def _contexts(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +26,7 @@ from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, check_images, make_request
 from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
-from stepfusion.lanes.runner_pool import RunnerPool
 from stepfusion.lanes.transfer import upload
-from stepfusion.latents.prompts import NoPrompts
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.table import StepTable
@@ -73,8 +73,8 @@ class Runners:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether conditions are made of texts: there is an encoder, and not one that is missing."""
-        return self._prompts is not None and not isinstance(self._prompts, NoPrompts)
+        """Whether conditions are made of texts."""
+        return self._prompts is not None and getattr(self._prompts, "missing", None) is None
 
     @property
     def batch(self) -> int:
@@ -214,3 +214,60 @@ class Runners:
             return peak_bytes(run, self.plan.device)
 
         return largest_batch(peak, free_bytes(self.plan.device))
+
+
+@dataclass(frozen=True)
+class _Idle:
+    """A runner that nobody has, and the end of what was launched on it."""
+
+    key: RunnerKey
+    runner: Runner
+    reached: Reached | None  # None on a device without streams
+
+
+class RunnerPool:
+    """Idle runners by what they are made for: a request borrows one, requests of other threads get their own.
+
+    At most ``keep`` runners stay idle; the one that was idle longest goes first.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[_Idle] = []
+
+    @property
+    def idle(self) -> list[Runner]:
+        """The idle runners, the one that was idle longest first."""
+        with self._lock:
+            return [idle.runner for idle in self._idle]
+
+    def take(self, key: RunnerKey, make: Callable[[RunnerKey], Runner]) -> Runner:
+        """An idle runner with this key, or a new one."""
+        found = self._find(key)
+        if found is None:
+            return make(key)
+        if found.reached is not None:
+            # Its last user may have launched on another stream, and its launches may still be under way.
+            found.reached.wait(found.runner.buffers)
+        return found.runner
+
+    def give(self, key: RunnerKey, runner: Runner) -> None:
+        """Bring a runner back, its lanes in whatever state."""
+        runner.park()
+        idle = _Idle(key, runner, runner.reached())
+        with self._lock:
+            self._idle.append(idle)
+            del self._idle[: -self._keep]
+
+    def clear(self) -> None:
+        """Drop every idle runner, and the memory it holds."""
+        with self._lock:
+            self._idle.clear()
+
+    def _find(self, key: RunnerKey) -> _Idle | None:
+        with self._lock:
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position].key == key:
+                    return self._idle.pop(position)
+        return None

@@ -222,7 +222,8 @@ def trainer_state() -> dict[str, Any]:
         ),
         (
             {"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, "epoch": 3},
-            f"is a training state (state_dict, epoch) of latent-diffusion (CompVis), {NOT_READ}",
+            "is a training state (state_dict, epoch) of latent-diffusion (CompVis), which is read as a safetensors "
+            "file (docs/models.md)",
         ),
         (
             {"all_modules.0.weight": torch.ones(1)},

@@ -14,106 +14,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import stepfusion as sf
-from stepfusion.checkpoints import single_file
 from stepfusion.commands.arguments import open_engine
+from stepfusion.commands.main import main
 from stepfusion.commands.sample import add_sample_arguments
 from stepfusion.latents import single_file as names
-from stepfusion_testing.latent_models import condition_unet, randomised, text_model, write_tokenizer
-from stepfusion_testing.ldm_files import ldm_unet, ldm_vae, open_clip
+from stepfusion_testing.single_files import TinyFile
 from stepfusion_testing.twins import assert_same_bits
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-VAE: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
+Made = Callable[[str], TinyFile]
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
 
 
-def settings(network: Any) -> dict[str, Any]:
-    return {"_class_name": type(network).__name__, **{k: v for k, v in network.config.items() if k[0] != "_"}}
-
-
-def full(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    plain = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    return {name if name.startswith("text_projection") else "text_model." + name: t for name, t in plain.items()}
-
-
-class File:
-    """A tiny single file of a family, and the networks that it was made of."""
-
-    def __init__(self, folder: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        torch.manual_seed(0)
-        self.path, self.large = folder / "model.safetensors", family == "sdxl"
-        self.unet = condition_unet(large=self.large)
-        self.vae = randomised(diffusers.AutoencoderKL(**VAE), 0.05)
-        size = 16 if self.large else 32
-        self.texts = {"text_encoder": text_model(size=size)}
-        texts = {"cond_stage_model.transformer.": full(self.texts["text_encoder"].state_dict())}
-        if self.large:
-            self.texts["text_encoder_2"] = text_model(projection=16, size=16)
-            second = open_clip(self.texts["text_encoder_2"].state_dict())
-            first = full(self.texts["text_encoder"].state_dict())
-            texts = {"conditioner.embedders.0.transformer.": first, "conditioner.embedders.1.model.": second}
-        if family == "sd2":
-            whole = text_model(projection=16, layers=4)
-            texts = {"cond_stage_model.model.": open_clip(whole.state_dict())}
-            config = transformers.CLIPTextConfig(**{**whole.config.to_dict(), "num_hidden_layers": 3})
-            self.texts["text_encoder"] = transformers.CLIPTextModel(config).eval()
-            kept = {k: v for k, v in full(whole.state_dict()).items() if not k.startswith("text_projection")}
-            names = self.texts["text_encoder"].state_dict()
-            self.texts["text_encoder"].load_state_dict(
-                {k: kept["text_model." + k.removeprefix("text_model.")] for k in names}
-            )
-            self.texts["text_encoder"].config.architectures = ["CLIPTextModel"]
-        self.tensors = {
-            **self._prefixed("model.diffusion_model.", ldm_unet(self.unet.state_dict(), 2)),
-            **self._prefixed("first_stage_model.", ldm_vae(self.vae.state_dict(), 2)),
-            **{prefix + name: tensor for prefix, state in texts.items() for name, tensor in state.items()},
-        }
-        configs = {name: settings(network) for name, network in (("unet", self.unet), ("vae", self.vae))}
-        configs |= {name: model.config.to_dict() for name, model in self.texts.items()}
-        monkeypatch.setattr(single_file, "configs_of", lambda given: {family: configs}[given])
-
-    def _prefixed(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {prefix + name: tensor for name, tensor in state.items()}
-
-    def write(self, *, metadata: dict[str, str] | None = None, **others: Tensor) -> Path:
-        tensors = {name: tensor.contiguous().clone() for name, tensor in {**self.tensors, **others}.items()}
-        save_file(tensors, self.path, metadata)
-        return self.path
-
-    def tokenizers(self) -> None:
-        for name in self.texts:
-            write_tokenizer(self.path.parent / name.replace("text_encoder", "tokenizer"))
-
-    def pipeline(self, prediction: str) -> Any:
-        """The pipeline of diffusers with the same networks."""
-        self.tokenizers()
-        scheduler = diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
-        )  # fmt: skip
-        parts = {"vae": self.vae, "unet": self.unet, "scheduler": scheduler, **self.texts}
-        for name in self.texts:
-            folder = name.replace("text_encoder", "tokenizer")
-            parts[folder] = transformers.CLIPTokenizer.from_pretrained(str(self.path.parent / folder))
-        if self.large:
-            return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        return diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-
-
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], File]:
-    return lambda family: File(tmp_path, family, monkeypatch)
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return lambda family: TinyFile(tmp_path, family, monkeypatch)
 
 
 def opened(path: Path, **arguments: Any) -> sf.Engine:
@@ -121,7 +39,7 @@ def opened(path: Path, **arguments: Any) -> sf.Engine:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_a_single_file_makes_the_pipelines_latents(made: Callable[[str], File], family: str) -> None:
+def test_a_single_file_makes_the_pipelines_latents(made: Made, family: str) -> None:
     file = made(family)
     path, given = file.write(), {"prediction": "v_prediction"} if family == "sd2" else {}
     pipeline = file.pipeline(given.get("prediction", "epsilon"))
@@ -139,8 +57,32 @@ def test_a_single_file_makes_the_pipelines_latents(made: Callable[[str], File], 
     assert any(line.startswith("decoder") and "AutoencoderKL, images 2 times as large" in line for line in lines)
 
 
+def test_the_refiner_of_a_single_file_is_guided_away_from_a_low_score(made: Made) -> None:
+    file = made("sdxl-refiner")
+    pipeline = file.pipeline("epsilon")
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ids = [torch.tensor([[16, 16, 0, 0, score]], dtype=torch.float32) for score in (6.0, 2.5)]
+    engine = opened(file.write())
+    for negative in ("on", None):
+        states, null, pooled, null_pooled = pipeline.encode_prompt("cat", None, "cpu", 1, True, negative)
+        latent = x.clone()
+        pipeline.scheduler.set_timesteps(5)
+        with torch.no_grad():
+            for step in pipeline.scheduler.timesteps:
+                given, none = (
+                    pipeline.unet(
+                        latent, step, text, added_cond_kwargs={"text_embeds": pool, "time_ids": numbers}
+                    ).sample
+                    for text, pool, numbers in zip((states, null), (pooled, null_pooled), ids, strict=True)
+                )
+                latent = pipeline.scheduler.step(none + 4.0 * (given - none), step, latent).prev_sample
+        asked = {"negative_prompt": negative, "guidance": 4.0, "sampler": "ddim", "steps": 5}
+        ours = engine.sample(start=x, prompt="cat", **asked)
+        torch.testing.assert_close(ours, latent, rtol=0, atol=1e-3)
+
+
 def test_without_tokenizers_a_model_takes_conditions_and_says_where_they_are_looked_for(
-    made: Callable[[str], File],
+    made: Made,
 ) -> None:
     file = made("sd1")
     engine = opened(file.write())
@@ -156,10 +98,12 @@ def test_without_tokenizers_a_model_takes_conditions_and_says_where_they_are_loo
         engine.sample(1, steps=2, prompt="cat")
     with pytest.raises(ValueError, match="conditions must have 'encoder_hidden_states'"):
         engine.sample(1, steps=2)
+    assert not engine.runners.takes_prompts
+    assert list(sf.load_single_file(file.path).contents())
     assert f"holds no tokenizer, and its folder is missing: {file.path.parent / 'tokenizer'}" in engine.explain()
 
 
-def test_what_sd2_predicts_must_be_said(made: Callable[[str], File]) -> None:
+def test_what_sd2_predicts_must_be_said(made: Made) -> None:
     file = made("sd2")
     path = file.write()
     with pytest.raises(sf.CheckpointError, match=r"does not say what its network predicts.*give prediction="):
@@ -173,7 +117,7 @@ def test_what_sd2_predicts_must_be_said(made: Callable[[str], File]) -> None:
         opened(path)
 
 
-def test_metadata_and_marks_in_a_file_are_read(made: Callable[[str], File]) -> None:
+def test_metadata_and_marks_in_a_file_are_read(made: Made) -> None:
     file = made("sd2")
     noted = {"modelspec.prediction_type": "v", "modelspec.resolution": "128x64"}
     engine = opened(file.write(metadata=noted))
@@ -187,7 +131,7 @@ def test_metadata_and_marks_in_a_file_are_read(made: Callable[[str], File]) -> N
         opened(file.write(edm_mean=torch.zeros(4)))
 
 
-def test_an_inpainting_file_is_known_by_its_first_convolution(made: Callable[[str], File]) -> None:
+def test_an_inpainting_file_is_known_by_its_first_convolution(made: Made) -> None:
     file = made("sd1")
     name = "model.diffusion_model.input_blocks.0.0.weight"
     engine = opened(file.write(**{name: torch.randn(8, 9, 3, 3)}))
@@ -195,7 +139,7 @@ def test_an_inpainting_file_is_known_by_its_first_convolution(made: Callable[[st
     assert engine.shape == (4, 8, 8)
 
 
-def test_files_that_do_not_fit_are_refused(made: Callable[[str], File]) -> None:
+def test_files_that_do_not_fit_are_refused(made: Made) -> None:
     file = made("sd1")
     name = "model.diffusion_model.out.2.weight"
     with pytest.raises(sf.CheckpointError, match=r"does not fit its family sd1: 1 misshapen \(conv_out.weight"):
@@ -208,9 +152,7 @@ def test_files_that_do_not_fit_are_refused(made: Callable[[str], File]) -> None:
         opened(path)
 
 
-def test_a_file_without_text_encoders_takes_conditions(
-    made: Callable[[str], File], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_text_encoders_takes_conditions(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made("sd1")
     file.tensors = {name: one for name, one in file.tensors.items() if not name.startswith("cond_stage")}
     monkeypatch.setitem(names._BY_CONTEXT, 32, "sd1")
@@ -237,7 +179,7 @@ def lora(path: Path, network: Any, text: Any = None) -> tuple[Path, dict[str, Te
     return path, products
 
 
-def test_lora_files_are_added_to_a_single_files_weights(made: Callable[[str], File], tmp_path: Path) -> None:
+def test_lora_files_are_added_to_a_single_files_weights(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     path = file.write()
     first, one = lora(tmp_path / "first.safetensors", file.unet, file.texts["text_encoder"])
@@ -269,7 +211,7 @@ def test_lora_files_are_added_to_a_single_files_weights(made: Callable[[str], Fi
     assert not torch.allclose(*states, atol=1e-3)
 
 
-def test_lora_files_that_do_not_fit_are_refused(made: Callable[[str], File], tmp_path: Path) -> None:
+def test_lora_files_that_do_not_fit_are_refused(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     path = file.write()
     for name, sentence in (
@@ -298,7 +240,7 @@ def test_lora_files_that_do_not_fit_are_refused(made: Callable[[str], File], tmp
         opened(tmp_path / "model.pt", lora="a.safetensors")
 
 
-def test_lora_files_are_added_to_a_directory(made: Callable[[str], File], tmp_path: Path) -> None:
+def test_lora_files_are_added_to_a_directory(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     file.pipeline("epsilon").save_pretrained(tmp_path / "model")
     added, products = lora(tmp_path / "lora.safetensors", file.unet, file.texts["text_encoder"])
@@ -312,7 +254,7 @@ def test_lora_files_are_added_to_a_directory(made: Callable[[str], File], tmp_pa
     assert_same_bits("states", ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
 
 
-def test_a_command_takes_single_files_and_lora(made: Callable[[str], File], tmp_path: Path) -> None:
+def test_a_command_takes_single_files_and_lora(made: Made, tmp_path: Path) -> None:
     file = made("sd1")
     added, products = lora(tmp_path / "style:1.safetensors", file.unet)
     parser = argparse.ArgumentParser()
@@ -328,3 +270,51 @@ def test_a_command_takes_single_files_and_lora(made: Callable[[str], File], tmp_
     )
     with pytest.raises(ValueError, match="--lora must be files, each with a number after a colon"):
         open_engine(parser.parse_args([*words, "--lora", "a.safetensors:strong"]))
+
+
+def test_commands_say_where_a_tokenizer_is_missing(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(made("sd1").write())
+    assert main(["sample", path, "-n", "1", "--steps", "1", "--prompt", "cat", "--device", "cpu"]) == 1
+    assert "--prompt was given, and this model has no text encoder: a single file holds" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("cat\n")
+    words = ["generate", path, "--prompts", "prompts.txt", "--num", "1", "--out", "out", "--devices", "cpu"]
+    assert main(words) == 1
+    assert "has no text encoder: a single file holds no tokenizer" in capsys.readouterr().err
+    assert main(["show", "model", path]) == 0
+    assert "text encoder none: a single file holds no tokenizer" in capsys.readouterr().out
+
+
+def test_a_command_makes_pictures_of_a_single_file(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = made("sd1")
+    file.tokenizers()
+    lora(tmp_path / "style.safetensors", file.unet)
+    file.write()
+    words = [
+        "sample",
+        "model.safetensors",
+        "--prompt",
+        "cat",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--network",
+        "eager",
+    ]
+    assert main([*words, "--out", "plain.png"]) == 0
+    assert main([*words, "--out", "styled.png", "--lora", "style.safetensors:0.5"]) == 0
+    assert main(["show", "metadata", "styled.png"]) == 0
+    assert "--lora style.safetensors:0.5" in capsys.readouterr().out
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "styled.png").read_bytes()

@@ -171,7 +171,7 @@ ENGINES = [
     Case("labels: matrix", lambda: ENGINE.sample(2, TABLE, labels=torch.zeros(2, 2, dtype=torch.int64)),
          TypeError, "labels must be an integer, got [0, 0]"),
     Case("labels: by name", lambda: ENGINE.sample(2, TABLE, labels="cat"),
-         TypeError, "labels must be an integer, got 'cat'"),
+         ValueError, "labels has no class 'cat'; the names are none, for the model has no class names"),
     Case("labels: not taken", lambda: PLAIN.sample(2, TABLE, labels=0),
          ValueError, "labels were given, and this engine's model takes none"),
     Case("labels: needed", lambda: NO_NULL.sample(2, TABLE),

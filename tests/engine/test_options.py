@@ -75,3 +75,21 @@ def test_wrong_execution_options_are_named() -> None:
         ExecutionOptions(invariant=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^batch must be in \[1, 1048576\], got 0$"):
         ExecutionOptions(batch=0)
+
+
+def test_labels_by_name_are_those_by_number() -> None:
+    def labelled(x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x + 0.1 * labels.view(-1, 1, 1, 1)
+
+    made = sf.Engine(
+        labelled, sf.NoiseSchedule.linear(100), shape=(1, 4, 4), num_classes=4, null_label=3,
+        class_names=("Cat", "Dog", "Ship at sea"), device="cpu",
+    )  # fmt: skip
+    by_name = made.sample(3, steps=2, labels=["cat", 1, "SHIP AT SEA"])
+    torch.testing.assert_close(by_name, made.sample(3, steps=2, labels=[0, 1, 2]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        made.sample(2, steps=2, labels="dog"), made.sample(2, steps=2, labels=1), rtol=0, atol=0
+    )
+    for wrong in ("cow", ["dog", "cow"]):
+        with pytest.raises(ValueError, match="labels has no class 'cow'; the names are Cat, Dog, Ship at sea"):
+            made.sample(2, labels=wrong)

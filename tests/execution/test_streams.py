@@ -13,7 +13,7 @@ from stepfusion.execution.cuda_graph import OrderedGraph, capture
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.execution.streams import Reached, Turns, capture_stream, copy_stream
 from stepfusion.lanes.runner import Runner, RunnerKey
-from stepfusion.lanes.runner_pool import RunnerPool
+from stepfusion.lanes.runners import RunnerPool
 from stepfusion.lanes.transfer import HostCopy
 from stepfusion.options import ExecutionOptions
 from stepfusion_testing import fake_cuda

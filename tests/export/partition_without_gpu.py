@@ -21,6 +21,7 @@ from test_to_onnx import published
 
 import stepfusion as sf
 from stepfusion.networks import ContextUNet
+from stepfusion_testing.condition_networks import condition_engine
 from stepfusion_testing.exports import cpu_engine
 
 GPU = SimpleNamespace(name="a stub", major=8, minor=9, multi_processor_count=64, total_memory=24 << 30)
@@ -36,9 +37,11 @@ LOOK_UPS: dict[str, Any] = {
 
 
 def engine_for(name: str, dtype: str) -> sf.Engine:
-    """The engine of a bundled model, or of a published UNet or a ContextUNet with random weights."""
+    """The engine of a bundled model, or of of a published, a tiny or a ContextUNet with random weights."""
     if name == "context-unet":
         return cpu_engine(ContextUNet(), prediction="epsilon", dtype=dtype)
+    if name.startswith("tiny "):
+        return condition_engine(name.removeprefix("tiny "), dtype=dtype)
     if name.startswith("google"):
         return cpu_engine(published(name).network, prediction="epsilon", dtype=dtype)
     return sf.Engine.from_pretrained(name, device="cpu", dtype=dtype, backend="reference", network="eager")

@@ -222,7 +222,9 @@ def test_a_tick_needs_a_fitting_table_and_a_null_label_for_guidance() -> None:
         columns[2, COLUMNS.index(name)] = 0.5
         with pytest.raises(sf.ExportError, match=f"^{message}"):
             check_tick(engine, replace(engine.table("ddim", 5), coefficients=columns), False)
-    with pytest.raises(sf.ExportError, match=r"^a guided tick needs a null label, and the model has none$"):
+    with pytest.raises(
+        sf.ExportError, match=r"^a guided tick needs a null label or conditions, and the model has none$"
+    ):
         check_tick(make(Labelled(), null_label=None), engine.table("ddim", 3), True)
 
 

@@ -44,6 +44,8 @@ NETWORKS = (
     "google/ddpm-celebahq-256, one layer a block, 64x64",
     "context-unet",
 )
+#: Tiny networks: a UNet with all conditions that there are, and a transformer.
+CONDITIONED = ("everything", "dit")
 
 
 def run_script(*arguments: str) -> list[dict[str, object]]:
@@ -71,6 +73,17 @@ def test_the_partitioner_covers_every_operator_in_one_engine_with_device_look_up
     for found, name in zip(run_script(*names), names, strict=True):
         assert found["network"] == name
         assert found["operators"] == found["supported"] > 50
+        assert (found["engines"], found["unsupported"]) == (1, [])
+
+
+@pytest.mark.skipif(find_spec("torch_tensorrt") is None, reason="torch-tensorrt is not installed: make partition")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stubs the look-ups of a GPU, and there is one")
+@pytest.mark.slow
+def test_networks_with_conditions_and_a_transformer_become_one_engine() -> None:
+    names = [f"tiny {name}/float32" for name in CONDITIONED]
+    for found, name in zip(run_script(*names), names, strict=True):
+        assert found["network"] == name
+        assert found["operators"] == found["supported"] > 20
         assert (found["engines"], found["unsupported"]) == (1, [])
 
 

@@ -91,6 +91,7 @@ class GenerateRequest(RequestModel):
     timesteps: list[Index] | None = Field(
         None, description="a list of integers from 0 on, each smaller than the one before"
     )
+    reuse: int | None = Field(None, ge=1, description="an integer of at least 1")
     guidance: float | PerImage[float] | None = Field(
         None, description="a finite number, or a list of one for each image"
     )

@@ -121,7 +121,7 @@ def _texts(engine: Engine, name: str, value: Any, count: int) -> list[str] | Non
     """One text for each image; None if none was given."""
     if value is None:
         return None
-    if engine.runners.prompts is None:
+    if not engine.runners.takes_prompts:
         raise InvalidRequest(f"{name} was given, and this model has no text encoder", param=name)
     texts: list[str] = _each(name, value, count)
     if any("\0" in text for text in texts):
