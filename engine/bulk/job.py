@@ -119,6 +119,8 @@ class Job:
         _check_classes(self.classes, self.labels_sha256)
         if self.guidance is not None:
             _checks.number("guidance", self.guidance)
+        if self.negative is not None and not isinstance(self.negative, str):
+            raise TypeError(f"negative must be a text, got {self.negative!r}")
         _checks.choice("format", self.format, SUFFIXES)
         _checks.integer("unit", self.unit, -(-self.num // MAX_UNITS), MAX_INDEX)
 

@@ -19,7 +19,6 @@ from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 from stepfusion.serving.served_request import Result
 
 T = TypeVar("T")
-_ENCODED = ("prompt", "negative_prompt", "image")
 
 
 class Intake:
@@ -63,7 +62,7 @@ class Intake:
             HTTPException: 400, naming the argument that the engine refuses.
         """
         with as_bad_request():
-            if all(arguments.get(name) is None for name in _ENCODED):
+            if not self.service.engine.runners.takes_prompts and arguments.get("image") is None:
                 return self.service.submit(**arguments)
             submitting = asyncio.ensure_future(asyncio.to_thread(self.service.submit, **arguments))
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import shlex
 import threading
 from collections.abc import Iterator
@@ -175,6 +176,13 @@ def test_a_model_without_an_encoder_takes_none(here: Here, client: TestClient) -
         answer = other.post("/v1/images/generations", json={"prompt": "Cat", "negative_prompt": "Dog"})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "negative_prompt"
+
+
+def test_the_form_has_boxes_that_the_model_shows(client: TestClient) -> None:
+    page = client.get("/").text
+    for name in ("prompt", "negative"):
+        assert re.search(rf'<div id="{name}-field" class="wide" hidden>.*<textarea id="{name}"', page)
+    assert 'for (const id of ["prompt-field", "negative-field"]) find(id).hidden = !model.prompts;' in page
 
 
 def test_the_description_names_the_fields(client: TestClient) -> None:
