@@ -60,7 +60,8 @@ def add_sampler_arguments(add: Callable[..., object]) -> None:
         "--reuse",
         type=int,
         metavar="N",
-        help="run the whole UNet at every N-th step, and its outermost level at the others: faster, other images",
+        help="run the whole UNet at every N-th step, and its outermost level at the others: faster, other "
+        "images (default: the whole UNet at every step)",
     )
 
 
