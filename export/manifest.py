@@ -147,13 +147,13 @@ def _check_tensors(path: Path, given: _ManifestFile) -> None:
             f"{path} has the first input {x.name}, {x.dtype} {x.shape}; accepted is x, floating, [batch, *{image}]"
         )
     _check_history(path, given)
-    _check_conditions(path, given)
     out, expected = given.outputs[0], 1 + len(_histories(given))
     if len(given.outputs) != expected or out.dtype == "int64" or len(out.shape) != len(x.shape):
         raise ExportError(
             f"{path} has {len(given.outputs)} output(s), {out.name} {out.dtype} {out.shape}; accepted is one "
             "floating tensor with as many dimensions as x"
         )
+    _check_conditions(path, given)
 
 
 def _check_history(path: Path, given: _ManifestFile) -> None:
