@@ -43,7 +43,7 @@ class RunnerKey:
         device: where the lanes are.
         dtype: of the network's input.
         guided: the network is also called without a condition.
-        null_label: the label that stands for none.
+        null_label: the label that stands for none; None if the images' own label stands there, too.
         separate: call the network with and without conditions one after the other, which keeps the batch size,
             instead of for both at once.
         learned_variance: the table needs the variance that the network learned.
@@ -61,7 +61,7 @@ class RunnerKey:
     device: torch.device
     dtype: torch.dtype
     guided: bool = False
-    null_label: int = 0
+    null_label: int | None = None
     separate: bool = False
     learned_variance: bool = False
     history: int = 0
@@ -127,7 +127,7 @@ class Runner:
         # Labels of all lanes, then as many of no condition: both halves of what a guided tick shows the network.
         if key.context_size is None:
             self._conditions = torch.zeros((2, lanes), dtype=torch.int64, device=device)
-            self._conditions[1] = key.null_label
+            self._conditions[1] = key.null_label or 0
         else:
             self._conditions = torch.zeros(2, lanes, key.context_size, device=device, dtype=key.dtype)
         self._labels, self._nothing = self._conditions[0], self._conditions[1]
@@ -222,6 +222,8 @@ class Runner:
             self._known[where] = math.nan if known is None else known.to(device, torch.float32)
         self.rows[where], self._seeds[where], self._indices[where] = rows, seeds, indices
         self._labels[where] = labels
+        if self._key.guided and self._key.null_label is None and self._key.context_size is None:
+            self._nothing[where] = labels  # guidance is by the other conditions alone
         self._condition(where, starts)
         self._guidance[where] = upload(torch.tensor([s.guidance for s in starts], dtype=torch.float32), device)
         self.flags[where] = FINITE
@@ -259,7 +261,7 @@ class Runner:
     def buffers(self) -> list[Tensor]:
         """Every tensor that a tick reads or writes, but the network's and what is computed on the way."""
         given = () if self._noise is None else (self._noise,)
-        return [*self._lane_buffers(), self._nothing, *given, *self.tables.buffers]
+        return [*self._lane_buffers(), *given, *self.tables.buffers]
 
     def reached(self) -> Reached | None:
         """The end of what was launched so far; None on a device without streams."""
@@ -277,12 +279,19 @@ class Runner:
 
     def _lane_buffers(self) -> list[Tensor]:
         """Everything that is a lane's own, [copies, lanes, ...]."""
-        single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._labels, self._guidance)
+        single = (self.x, self.x0, self.flags, self.rows, self._seeds, self._indices, self._guidance)
         known = () if self._known is None else (self._known,)
         history = () if self._history is None else (self._history,)
         copies = self._x_net.view(-1, *self.x.shape)
         kept = () if self._kept is None else (self._kept,)
-        return [copies, *history, *self._prepared, *kept, *(buffer.unsqueeze(0) for buffer in (*single, *known))]
+        return [
+            copies,
+            self._conditions,
+            *history,
+            *self._prepared,
+            *kept,
+            *(buffer.unsqueeze(0) for buffer in (*single, *known)),
+        ]
 
     def _evaluate(self, part: Part) -> list[Tensor]:
         """What the network returns for all lanes, and with guidance what it returns without a condition."""

@@ -161,7 +161,7 @@ class Runners:
             plan.device,
             plan.dtype,
             guided=request.guided,
-            null_label=spec.null_label or 0,
+            null_label=spec.null_label,
             separate=self.invariant,  # one batch size for guided and unguided calls, or bits would differ
             learned_variance=request.table.learned_variance,
             history=request.table.history,

@@ -72,6 +72,22 @@ def test_labels_and_conditions_go_together() -> None:
         torch.testing.assert_close(images[image], twin.sample(1, steps=4, indices=[image])[0], rtol=0, atol=2e-6)
 
 
+def test_without_a_null_label_guidance_keeps_the_label() -> None:
+    """The image's own, and not label 0, beside the conditions that stand for none."""
+    network = TextNetwork(classes=4).eval()
+    engine = text_engine(network, prompts=None)
+    images = engine.sample(2, steps=4, labels=[1, 2], conditions=A, null_conditions=B, guidance=3.0)
+    for image, label in enumerate((1, 2)):
+
+        def by_hand(x: Tensor, t: Tensor, label: int = label) -> Tensor:
+            labels = torch.full((len(x),), label)
+            given, none = (network(x, t, labels, text=c["text"].expand(len(x), -1, -1)) for c in (A, B))
+            return none + 3.0 * (given - none)
+
+        twin = sf.Engine(by_hand, sf.NoiseSchedule.linear(100), shape=SHAPE, device="cpu", backend="reference")
+        torch.testing.assert_close(images[image], twin.sample(1, steps=4, indices=[image])[0], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("way", ["eager", "compile"])
 def test_an_images_bits_do_not_depend_on_the_prompts_beside_it(way: str) -> None:
     """Prompts, negative prompts, samplers, steps and scales mixed in one batch."""
