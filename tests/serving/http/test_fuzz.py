@@ -103,6 +103,8 @@ def test_only_4xx_and_alive_after() -> None:
             assert "Traceback" not in said, body
             assert len(said) < 400, body
             seen[response.status_code] += 1
+        too_long = client.post("/v1/generate", content=b" " * 4097, headers={"content-type": "application/json"})
+        seen[too_long.status_code] += 1
         gate.opened.set()
         assert idle(service)
         assert client.post("/v1/generate", json={"n": 2, "steps": 3}).status_code == 200
