@@ -134,7 +134,7 @@ class Evaluator:
 
     def _embedded(self, timesteps: Tensor, network: TimeConditioned) -> Tensor:
         """What the time path makes of timesteps [R]: [R, ...]."""
-        own = self._labelled or (isinstance(network, ConditionedNetwork) and network.projects_conditions)
+        own = _projects_for_lanes(network, self._labelled)
         parts = []
         for chunk in torch.split(timesteps, _ROWS):
             padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))
@@ -182,33 +182,34 @@ class _Conditioned(nn.Module):
     The features are the projections, unless these need labels or conditions, too.
     """
 
-    def __init__(self, network: ConditionedNetwork, labelled: bool) -> None:
+    def __init__(self, network: TimeConditioned, labelled: bool) -> None:
         super().__init__()
         self.network = network
         self._labelled = labelled
-        self._projects = labelled or network.projects_conditions
+        self._projects = _projects_for_lanes(network, labelled)
 
     def forward(self, x: Tensor, features: Tensor, *rest: Tensor) -> Tensor:
-        labels, prepared = (rest[0], rest[1:]) if self._labelled else (None, rest)
-        projections = self.network.condition(features, labels, *prepared) if self._projects else features
+        projections, prepared = self._split(features, rest)
         return self.network.predict(x, projections, *prepared)
 
+    def _split(self, features: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The projections, and what is prepared of the conditions."""
+        labels, prepared = (rest[0], rest[1:]) if self._labelled else (None, rest)
+        return self.network.condition(features, labels, *prepared) if self._projects else features, prepared
 
-class _Reusing(nn.Module):
+
+class _Reusing(_Conditioned):
     """A network that keeps what its inner levels made, or reuses it: ``(x, kept, features[, labels], *prepared)``.
 
     ``method`` is one of those in :mod:`stepfusion.networks.levels`.
     """
 
     def __init__(self, network: TimeConditioned, labelled: bool, method: str) -> None:
-        super().__init__()
-        self.network = network
-        self._labelled, self._method = labelled, method
-        self._projects = labelled or (isinstance(network, ConditionedNetwork) and network.projects_conditions)
+        super().__init__(network, labelled)
+        self._method = method
 
-    def forward(self, x: Tensor, kept: Tensor, features: Tensor, *rest: Tensor) -> Tensor:
-        labels, prepared = (rest[0], rest[1:]) if self._labelled else (None, rest)
-        projections = self.network.condition(features, labels, *prepared) if self._projects else features
+    def forward(self, x: Tensor, kept: Tensor, features: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
+        projections, prepared = self._split(features, rest)
         out: Tensor = getattr(self.network, self._method)(x, kept, projections, *prepared)
         return out
 
@@ -236,6 +237,11 @@ class _Keywords(_Whole):
         conditions = dict(zip(self._names, rest[self._labels :], strict=True))
         out = self.network(x, timesteps, *rest[: self._labels], **conditions)
         return getattr(out, "sample", out)
+
+
+def _projects_for_lanes(network: TimeConditioned, labelled: bool) -> bool:
+    """Whether projections are a lane's own, and not those of its row alone."""
+    return labelled or (isinstance(network, ConditionedNetwork) and network.projects_conditions)
 
 
 def _is_hoistable(network: Network) -> bool:
