@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from stepfusion import _checks
+from stepfusion.checkpoints.load import load_model
 from stepfusion.commands.streams import standard_streams, tell
 from stepfusion.diffusion.path_losses import TIMES
 from stepfusion.execution.plan import choose_device
@@ -43,6 +44,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="idx files, a folder of pictures or of class folders, an .npz, or what stepfusion generate wrote",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the run; a run in it is resumed")
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="MODEL",
+        help="a model with the same network, whatever it predicts, to start from (default: random weights)",
+    )
     parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
     parser.add_argument("--class-names", help="names of the classes, separated by commas")
@@ -130,6 +137,7 @@ def run_train(args: argparse.Namespace) -> int:
             args.out,
             device=args.device,
             workers=workers or 1,
+            start_from=None if args.start_from is None else load_model(args.start_from).network,
             should_stop=lambda: bool(stopped),
             begin=_describe,
             report=partial(_print_row, config),

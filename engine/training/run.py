@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from stepfusion.files.json_files import append_line
 from stepfusion.files.regular import open_regular
@@ -31,6 +32,7 @@ def train(
     *,
     device: str | torch.device = "cpu",
     workers: int = 1,
+    start_from: nn.Module | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     begin: Callable[[Trainer], object] = lambda trainer: None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -45,6 +47,8 @@ def train(
         directory: the directory of the run, which is made if it is missing.
         device: the device to train on.
         workers: threads (see `Trainer`).
+        start_from: a network of the same architecture, whose weights the first step starts from, in place of random
+            ones; a run that goes on goes on from its own.
         should_stop: is called after every step; True ends the run.
         begin: is called with the trainer as it is before the first step that is made now.
         report: is called with each row of metrics: step, loss (mean since the row before), lr, images_per_s and
@@ -55,11 +59,13 @@ def train(
 
     Raises:
         ValueError: `directory` has a state of another run, or is in use by another process; `dataset` does not fit
-            `config`.
+            `config`; `start_from` is another network.
         FloatingPointError: the loss is not finite.
     """
     directory = Path(directory)
     trainer = Trainer(config, dataset, device, workers)
+    if start_from is not None:
+        trainer.start_from(start_from)
     directory.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
         remove_leftovers(directory)

@@ -157,6 +157,26 @@ class Trainer:
         self.step, self.elapsed = step, state.metadata.elapsed_s
 
     @plain_torch(gradients=True)
+    def start_from(self, network: nn.Module) -> None:
+        """Take the weights of `network` for the first step and for the moving average, whatever it predicts.
+
+        Raises:
+            ValueError: it is another network than the one in training; nothing is changed.
+        """
+        weights, own = network.state_dict(), self.network.state_dict()
+        shapes = [{name: list(value.shape) for name, value in state.items()} for state in (weights, own)]
+        for name in sorted(weights.keys() | own.keys()):
+            given, needed = (of.get(name, "none") for of in shapes)
+            if given != needed:
+                raise ValueError(
+                    f"the network to start from is not the one to train: {name} has shape {given}, not {needed}"
+                )
+        for name, value in own.items():
+            value.copy_(weights[name])
+        for name, value in _averaged(self.network).items():
+            self.ema[name].copy_(value)
+
+    @plain_torch(gradients=True)
     def ema_network(self) -> UNet2D | ContextUNet:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
         network = copy.deepcopy(self.network)

@@ -242,6 +242,34 @@ def test_another_run_is_not_resumed(dataset: ImageDataset, tmp_path: Path) -> No
     assert train(replace(TINY, steps=3, learning_rate=1e-4), dataset, tmp_path).step == 3
 
 
+def test_a_run_starts_from_the_weights_of_another_prediction(dataset: ImageDataset, tmp_path: Path) -> None:
+    """And a run that goes on does not start again."""
+    first = train(replace(TINY, steps=2), dataset, tmp_path / "first")
+    flow = replace(TINY, schedule="flow", prediction="flow", steps=2)
+    fresh, begun = Trainer(flow, dataset), Trainer(flow, dataset)
+    begun.start_from(first.network)
+    assert not same_tensors(fresh, begun)
+    for name, value in first.network.state_dict().items():
+        assert torch.equal(begun.state().tensors[f"weights.{name}"], value)
+        assert torch.equal(begun.state().tensors[f"ema.{name}"], value)
+    begun.train_step()
+    assert not torch.equal(next(begun.network.parameters()), next(first.network.parameters()))  # a copy, no alias
+    stops = iter((False, True))  # asked before each step
+    train(flow, dataset, tmp_path / "second", start_from=first.network, should_stop=lambda: next(stops))
+    whole = train(flow, dataset, tmp_path / "second", start_from=fresh.network)
+    begun.train_step()
+    assert same_tensors(whole, begun)
+
+
+def test_another_network_to_start_from(dataset: ImageDataset) -> None:
+    trainer = Trainer(TINY, dataset)
+    before = {name: value.clone() for name, value in trainer.state().tensors.items()}
+    for other in ({"channels": (8, 32)}, {"layers_per_block": 2}):
+        with pytest.raises(ValueError, match="the network to start from is not the one to train: "):
+            trainer.start_from(Trainer(replace(TINY, **other), dataset).network)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.state().tensors.items())
+
+
 def test_the_last_two_states_are_kept(dataset: ImageDataset, tmp_path: Path) -> None:
     train(TINY, dataset, tmp_path)
     kept = [".train.lock", "metrics.jsonl", "state-00000004", "state-00000006"]
