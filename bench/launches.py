@@ -7,7 +7,7 @@ once.
 
 Commands::
 
-    python -m stepfusion.bench.launches [--json] [--model NAME] [--batch N] [--guided]
+    python -m stepfusion.bench.launches [--json] [--model NAME] [--batch N] [--guided] [--whole]
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfusion import kernels
-from stepfusion.bench.models import PUBLISHED, load_model
+from stepfusion.bench.models import LATENT, PUBLISHED, Denoiser, image_shape, latent_network, load_model
 from stepfusion.execution.evaluator import Evaluator
 from stepfusion.kernels import backend
+from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.runner import Runner, RunnerKey
 from stepfusion.networks import UNet2D, prepare_network
+from stepfusion.networks.conditioned import ConditionedNetwork
 from stepfusion.samplers.implicit import ddim
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -48,11 +50,15 @@ _MATRIX_PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "addmm_", "baddbmm_")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A launch. ``kind``: "convolution", "norm", "copy" and so on. ``name``: of the operator, or of our kernel."""
+    """A launch. ``kind``: "convolution", "norm", "copy" and so on. ``name``: of the operator, or of our kernel.
+
+    ``flops``: two for each multiplication of a product; 0 for what is no product.
+    """
 
     kind: str
     name: str
     bytes: int
+    flops: int = 0
 
 
 @dataclass
@@ -77,6 +83,11 @@ class Tick:
     def bytes(self, *kinds: str) -> int:
         """Bytes that launches of these kinds move."""
         return sum(kernel.bytes for kernel in self.kernels if kernel.kind in kinds)
+
+    @property
+    def flops(self) -> int:
+        """Of all products."""
+        return sum(kernel.flops for kernel in self.kernels)
 
     @property
     def bytes_beside_products(self) -> int:
@@ -128,7 +139,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (x, weight):
             if not tensor.is_contiguous(memory_format=torch.channels_last):
                 self._add("copy", "layout of a convolution", 2 * _size(tensor))
-        self._add("convolution", "convolution", _size(x) + _size(weight) + _size(out))
+        moved, flops = _size(x) + _size(weight) + _size(out), 2 * out.numel() * weight[0].numel()
+        self._add("convolution", "convolution", moved, flops)
         if bias is not None:
             self._add("bias", "bias of a convolution", 2 * _size(out) + _size(bias))
 
@@ -136,15 +148,16 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """cuBLAS adds a bias [N] itself; a matrix is copied to where the result comes, unless it is there."""
         if name == "addmm" and args[0].ndim == 2:
             self._add("copy", "matrix of addmm", 2 * _size(out))
-        self._add("matrix product", name, moved)
+        inner = args[1 if name.startswith(("addmm", "baddbmm")) else 0].shape[-1]
+        self._add("matrix product", name, moved, 2 * out.numel() * inner)
 
     def launched(self, kernel: str, tensors: Sequence[Tensor]) -> None:
         """Note a launch of a kernel of ours."""
         kind = "norm" if "norm" in kernel else "step" if "step" in kernel else "elementwise"
         self._add(kind, kernel, sum(map(_size, tensors)))
 
-    def _add(self, kind: str, name: str, moved: int) -> None:
-        self._tick.kernels.append(Kernel(kind, name, moved))
+    def _add(self, kind: str, name: str, moved: int, flops: int = 0) -> None:
+        self._tick.kernels.append(Kernel(kind, name, moved, flops))
 
 
 class _Attention(TorchFunctionMode):
@@ -158,7 +171,8 @@ class _Attention(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
-        self._counting._add("attention", "attention", _size(q) + _size(k) + 2 * _size(v))
+        flops = 4 * q.numel() * k.shape[-2]
+        self._counting._add("attention", "attention", 2 * _size(q) + _size(k) + _size(v), flops)
         return q.transpose(1, 2).new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -209,8 +223,13 @@ def counting(tick: Tick) -> Iterator[None]:
 _CLASSES = 11  # of a guided network, the last of which stands for none
 
 
-def _with_classes(name: str, network: torch.nn.Module) -> UNet2D:
-    """The same network with classes; ValueError if it is no UNet2D."""
+def _published(name: str, guided: bool) -> Denoiser:
+    """A published network; to be guided a UNet needs classes, and ValueError says that it is no UNet2D."""
+    if name in LATENT:
+        return latent_network(name)
+    network = load_model(name).network
+    if not guided:
+        return network
     if not isinstance(network, UNet2D):
         raise ValueError(f"guided ticks are counted of a UNet2D, and {name} is a {type(network).__name__}")
     return UNet2D(replace(network.config, num_class_embeds=_CLASSES))
@@ -224,20 +243,24 @@ def count_tick(
     guided: bool = False,
     network: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
 ) -> Tick:
-    """The launches of a tick of ``batch`` lanes of a published UNet in bfloat16, by DDIM and our kernels.
+    """The launches of a tick of ``batch`` lanes of a published network in bfloat16, by DDIM and our kernels.
 
     Args:
-        name: of :data:`stepfusion.bench.models.PUBLISHED`.
-        guided: the same network with classes, and guidance.
-        network: what an engine makes of the network, instead of preparing it for our kernels.
+        name: of :data:`stepfusion.bench.models.PUBLISHED` or :data:`stepfusion.bench.models.LATENT`.
+        guided: with guidance; a UNet without classes gets some.
+        network: what an engine makes of the network, instead of preparing it for our kernels; :func:`whole` for one.
     """
     with META:
-        model = load_model(name)
-        unet = _with_classes(name, model.network) if guided else model.network
+        unet = _published(name, guided)
+    specs = unet.conditions if isinstance(unet, ConditionedNetwork) else ()
+    labelled = guided if name in PUBLISHED else unet.num_classes is not None
     prepare = network or (lambda module: prepare_network(module, META, torch.bfloat16, fused=True))
-    evaluator = Evaluator(prepare(unet), labelled=guided)
-    key = RunnerKey(batch, model.image_shape, META, torch.bfloat16, guided=guided, null_label=_CLASSES - 1)
-    runner = Runner(evaluator, key, kernels)
+    evaluator = Evaluator(prepare(unet), labelled, conditions=specs)
+    prepared = PreparedConditions(evaluator, specs, META, torch.bfloat16)
+    layout = prepared.layout if specs else ()
+    shape, null_label = image_shape(unet), _CLASSES - 1 if labelled else None
+    key = RunnerKey(batch, shape, META, torch.bfloat16, guided=guided, null_label=null_label, conditions=layout)
+    runner = Runner(evaluator, key, kernels, prepared=prepared)
     runner.load(ddim(NoiseSchedule.linear(), 50))
     with counting(Tick()):
         runner.tick()  # what is done once is done before
@@ -247,9 +270,30 @@ def count_tick(
     return tick
 
 
+def whole(network: torch.nn.Module) -> torch.nn.Module:
+    """A network as its authors call it: all of it at every tick, by PyTorch's operators. For :func:`count_tick`."""
+    return _Whole(prepare_network(network, META, torch.bfloat16, fused=False))
+
+
+class _Whole(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timesteps: Tensor, *labels: Tensor, **conditions: Tensor) -> Any:
+        network = self.network
+        if not isinstance(network, ConditionedNetwork):
+            return network(x, timesteps, *labels)
+        # its `forward`, but for the check that conditions are no tensors of the meta device
+        prepared = network.prepare(conditions)
+        return network.predict(
+            x, network.condition(network.embed_time(timesteps), *(labels or (None,)), *prepared), *prepared
+        )
+
+
 def lines(name: str, batch: int, tick: Tick) -> Iterator[str]:
     """A table for a terminal."""
-    yield f"{name}, batch {batch}, bfloat16: {tick.launches} launches"
+    yield f"{name}, batch {batch}, bfloat16: {tick.launches} launches, {tick.flops / 1e9:.1f} GFLOP"
     for kind, (count, moved) in tick.kinds().items():
         yield f"  {kind:16} {count:4} launches {moved / 1e6:9.1f} MB"
     yield f"  {'beside products':16} {'':13} {tick.bytes_beside_products / 1e6:9.1f} MB"
@@ -259,13 +303,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.launches", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--model", choices=PUBLISHED, action="append", help="only this one (repeat for more)")
+    names = (*PUBLISHED, *LATENT)
+    parser.add_argument("--model", choices=names, action="append", help="only this one (repeat for more)")
     parser.add_argument("--batch", type=int, default=8, help="lanes (default: 8)")
-    parser.add_argument("--guided", action="store_true", help="with classes and guidance")
+    parser.add_argument("--guided", action="store_true", help="with guidance, and classes")
+    parser.add_argument(
+        "--whole", action="store_true", help="the network as its authors call it: nothing computed before, or fused"
+    )
     options = parser.parse_args(arguments)
-    ticks = {name: count_tick(name, options.batch, guided=options.guided) for name in options.model or PUBLISHED}
+    network = whole if options.whole else None
+    ticks = {
+        name: count_tick(name, options.batch, guided=options.guided, network=network)
+        for name in options.model or PUBLISHED
+    }
     if options.json:
-        found = {name: {"launches": tick.launches, "kinds": tick.kinds()} for name, tick in ticks.items()}
+        found = {
+            name: {"launches": tick.launches, "flops": tick.flops, "kinds": tick.kinds()}
+            for name, tick in ticks.items()
+        }
         json.dump(found, sys.stdout)
         return 0
     for name, tick in ticks.items():

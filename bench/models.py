@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepfusion.bench.optional import need
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion.errors import CheckpointError
-from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig
+from stepfusion.networks import ADMUNet, ADMUNetConfig, DiT, UNet2D, UNet2DCondition, UNet2DConfig
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.scheduler_config import read_config
 from stepfusion.samplers.table import StepTable
@@ -100,6 +100,35 @@ _ADM_COMMON = {
     "resblock_updown": True,
 }
 PUBLISHED = (*_PUBLISHED, *_ADM)
+#: Denoisers of latent images, whose tick is counted: Stable Diffusion 1.5's, and facebook/DiT-XL-2-256's.
+_LATENT: dict[str, dict[str, Any]] = {
+    "sd-1.5": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
+    "dit-xl-2": {
+        "_class_name": "DiTTransformer2DModel",
+        "sample_size": 32,
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "num_layers": 28,
+        "in_channels": 4,
+        "out_channels": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    },
+}
+LATENT = tuple(_LATENT)
+
+
+#: What a benchmark can count or time.
+Denoiser = UNet2D | ADMUNet | UNet2DCondition | DiT
+
+
+def image_shape(network: Denoiser) -> tuple[int, int, int]:
+    """Of one image, (C, H, W); ValueError if the network does not say how large it is."""
+    size = network.sample_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if height is None or width is None:
+        raise ValueError("model must say its sample_size")
+    return network.in_channels, height, width
 
 
 @dataclass(frozen=True)
@@ -114,11 +143,10 @@ class BenchModel:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of one image, (C, H, W)."""
-        size = self.network.sample_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        if height is None or width is None:
-            raise ValueError(f"model must say its sample_size, and the config of {self.name} does not")
-        return self.network.in_channels, height, width
+        try:
+            return image_shape(self.network)
+        except ValueError as error:
+            raise ValueError(f"{error}, and the config of {self.name} does not") from None
 
     @property
     def is_diffusers(self) -> bool:
@@ -161,6 +189,13 @@ class BenchModel:
         prediction = read_config(self.scheduler_config)[1]
         timesteps = np.full(rows, timestep, dtype=np.int64)
         return StepTable.from_columns("evaluation", prediction, self.schedule, timesteps, columns)
+
+
+def latent_network(name: str) -> UNet2DCondition | DiT:
+    """One of :data:`LATENT`, its weights as PyTorch's layers make them, on the default device."""
+    config = _LATENT[name]
+    kind = DiT if config["_class_name"] == "DiTTransformer2DModel" else UNet2DCondition
+    return kind.from_config(config)
 
 
 def load_model(source: str | os.PathLike[str]) -> BenchModel:

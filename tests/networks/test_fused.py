@@ -11,7 +11,8 @@ from torch import nn
 
 import stepfusion as sf
 from stepfusion import kernels
-from stepfusion.bench.launches import PRODUCTS, Tick, count_tick, main
+from stepfusion.bench.launches import PRODUCTS, Tick, count_tick, main, whole
+from stepfusion.bench.models import load_model
 from stepfusion.kernels import reference
 from stepfusion.networks import ADMUNet, ADMUNetConfig, UNet2D, UNet2DConfig, prepare_network
 from stepfusion.networks.blocks import ResnetBlock
@@ -286,6 +287,22 @@ def test_the_count_sees_a_bias_a_copy_and_a_residual() -> None:
     assert kinds["bias"][0] == 53 - 22, "but for those in the time projections"
     assert tick.launches >= 230
     assert sum(kinds[kind][1] for kind in PRODUCTS) + tick.bytes_beside_products == sum(k.bytes for k in tick.kernels)
+
+
+@pytest.mark.parametrize(("name", "before", "now"), [("sd-1.5", 958, 548), ("dit-xl-2", 943, 246)])
+def test_launches_of_a_latent_tick(name: str, before: int, now: int) -> None:
+    """What a text or a label alone decides is computed beforehand; docs/gpu.md has the table."""
+    pytest.importorskip("triton")
+    ticks = count_tick(name, 8, guided=True, network=whole), count_tick(name, 8, guided=True)
+    assert tuple(tick.launches for tick in ticks) == (before, now)
+    assert ticks[1].flops < ticks[0].flops
+    assert ticks[1].bytes_beside_products < 0.75 * ticks[0].bytes_beside_products
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """Of convolutions and matrix products, attention's included."""
+    pytest.importorskip("triton")
+    assert count_tick("cifar10", 2, network=whole).flops == load_model("cifar10").flops(2)
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
