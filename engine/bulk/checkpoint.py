@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,13 @@ class Checkpoint:
 
     Attributes:
         source: what names it: a bundled model, a model directory or a file.
-        model: what is in it.
+        model: what is in it, with the weights of ``lora`` added.
+        lora: LoRA files, each with its scale.
     """
 
     source: str
     model: LoadedModel
+    lora: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -50,20 +53,26 @@ class Checkpoint:
         """What names it to processes that run elsewhere: the bundled model, or an absolute path."""
         return self.source if self.source in bundled_models() else str(Path(self.source).absolute())
 
+    @property
+    def lora_addresses(self) -> tuple[tuple[str, float], ...]:
+        """The LoRA files by absolute paths, for processes that run elsewhere."""
+        return tuple((str(Path(path).absolute()), scale) for path, scale in self.lora)
+
     def engine(self, execution: ExecutionOptions) -> Engine:
         """An engine of this model."""
         return Engine.from_pretrained(self.model, **vars(execution))
 
 
-def read_checkpoint(source: str) -> Checkpoint:
-    """Read and check a bundled model, a model directory or a file.
+def read_checkpoint(source: str, lora: Sequence[tuple[str, float]] = ()) -> Checkpoint:
+    """Read and check a bundled model, a model directory or a file, and the LoRA files that are added to it.
 
     Raises:
         CheckpointError: what is missing or wrong.
+        ValueError: nothing of a LoRA can be added to this model.
         RuntimeError: this process was forked from one that had computed (:mod:`stepfusion.execution.forking`).
     """
     check_process()
-    return Checkpoint(source, load_model(source))
+    return Checkpoint(source, load_model(source, lora or None), tuple(lora))
 
 
 def _add(digest: hashlib._Hash, name: str, content: Tensor | str) -> None:

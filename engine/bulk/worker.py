@@ -46,6 +46,7 @@ class WorkerConfig:
         threads: CPU threads of a worker on a CPU, in the same way. None is, when the job is begun, PyTorch's own
             number divided by ``cpu_workers``, the CPU workers of this machine.
         leave_out: leave out images that become non-finite, up to 16 of a unit; else, an error.
+        lora: LoRA files that are added to the model, each with its scale.
     """
 
     job: Job
@@ -56,6 +57,7 @@ class WorkerConfig:
     threads: int | None = None
     cpu_workers: int = 1
     leave_out: bool = False
+    lora: tuple[tuple[str, float], ...] = ()
 
     def on(self, device: str) -> WorkerConfig:
         """The same on another device; "auto" leaves the one of ``execution``."""
@@ -77,7 +79,7 @@ class Worker:
 
     def __init__(self, config: WorkerConfig, checkpoint: Checkpoint | None = None) -> None:
         check_process()
-        checkpoint = checkpoint or read_checkpoint(config.model)
+        checkpoint = checkpoint or read_checkpoint(config.model, config.lora)
         if checkpoint.digest != config.job.model:
             raise BulkError(f"the model {config.model} is not the one that this job was begun with")
         self._config, self._format = config, FORMATS[config.job.format]

@@ -22,7 +22,14 @@ from stepfusion.bulk.prompts import read_prompts_file
 from stepfusion.bulk.run import run, verify
 from stepfusion.bulk.shards import FORMATS
 from stepfusion.bulk.worker import WorkerConfig
-from stepfusion.commands.arguments import add_model_argument, add_path_arguments, add_sampler_arguments, table_request
+from stepfusion.commands.arguments import (
+    add_lora_argument,
+    add_model_argument,
+    add_path_arguments,
+    add_sampler_arguments,
+    chosen_lora,
+    table_request,
+)
 from stepfusion.commands.labels import read_classes, read_label
 from stepfusion.execution.plan import make_plan
 from stepfusion.model_spec import ModelSpec
@@ -60,6 +67,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a text file of prompts in UTF-8, one on a line, an image each, of models with a text encoder"
     add("--prompts", type=Path, metavar="FILE", help=text)
     add("--negative", metavar="TEXT", help="what guidance leads away from (default: no prompt)")
+    add_lora_argument(add)
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
     add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
     add(
@@ -112,7 +120,7 @@ def run_generate(args: argparse.Namespace) -> int:
         dtype=args.dtype, backend=args.backend, network=args.network, batch=args.batch, invariant=args.invariant
     )
     _check_devices(placement, execution)
-    checkpoint = read_checkpoint(args.model)
+    checkpoint = read_checkpoint(args.model, chosen_lora(args) or ())
     job, labels = _job(args, request, checkpoint, prompts)
     config = WorkerConfig(
         job=job,
@@ -123,6 +131,7 @@ def run_generate(args: argparse.Namespace) -> int:
         threads=args.threads,
         cpu_workers=len(placement.devices) if launch is None else launch.local_world,
         leave_out=args.leave_out_nonfinite,
+        lora=checkpoint.lora_addresses,
     )
     report = run(
         config, placement, labels, prompts=prompts, checkpoint=checkpoint, samples=args.npz, quiet=args.quiet

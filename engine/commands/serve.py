@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepfusion.commands.arguments import add_device_argument, add_model_argument, add_path_arguments
+from stepfusion.commands.arguments import (
+    add_device_argument,
+    add_lora_argument,
+    add_model_argument,
+    add_path_arguments,
+    chosen_lora,
+)
 from stepfusion.commands.provenance import add_metadata_argument
 from stepfusion.commands.streams import tell
 from stepfusion.options import ExecutionOptions
@@ -79,6 +85,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how to run the model").add_argument
     add_device_argument(add)
     add_path_arguments(add)
+    add_lora_argument(add)
     add("--lanes", type=int, metavar="N", help="the most images at a time (default: 64 on a CPU, what fits on a GPU)")
     add("--invariant", action="store_true", help="an image's bits do not depend on what else runs")
 
@@ -153,6 +160,7 @@ def _model(args: argparse.Namespace) -> ModelApp:
         ),
         max_steps=args.max_steps,
         metadata=not args.no_metadata,
+        lora=tuple((str(Path(file).resolve()), scale) for file, scale in chosen_lora(args) or ()),
         host=args.host or None,
         allowed_hosts=None if hosts is None else check_hosts(host.strip() for host in hosts.split(",")),
     )

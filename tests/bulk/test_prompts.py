@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -65,6 +66,24 @@ def test_images_are_those_of_their_prompts(latent: Path, capsys: pytest.CaptureF
     path.write_bytes(data)
     generate(f"{JOB.replace('latent', 'other')} out --guidance 3 --negative on --seed 5", status=1)
     assert "was started with other settings: model was " in capsys.readouterr().err
+
+
+def test_lora_files_are_part_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    write(PROMPTS[:2])
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = sf.load_pretrained("latent").network.state_dict()[f"{name}.weight"]
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, "style.safetensors")
+    generate(f"{JOB} out --lora style.safetensors:0.5")
+    engine = sf.Engine.from_pretrained("latent", lora={"style.safetensors": 0.5}, device="cpu", batch=2)
+    images = engine.to_uint8(engine.sample(prompt=PROMPTS[:2], steps=2, seed=0)).numpy()
+    np.testing.assert_array_equal(np.load("out/images/000000.npz")["arr_0"], images)
+    for other in ("", " --lora style.safetensors"):  # another scale is another model
+        generate(f"{JOB} out{other}", status=1)
+        assert "was started with other settings: model was " in capsys.readouterr().err
+    generate(f"{JOB} none --lora missing.safetensors", status=1)
+    assert "missing.safetensors" in capsys.readouterr().err
+    assert not Path("none").exists()
 
 
 def test_a_job_that_stopped_goes_on_with_the_same_bytes(

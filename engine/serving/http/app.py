@@ -52,6 +52,7 @@ def make_app(
     allowed_hosts: Sequence[str] | None = None,
     metadata: bool = True,
     weights: str | None = None,
+    lora: str | None = None,
 ) -> Starlette:
     """The application. It starts ``service`` when a server starts it, and closes it at the end.
 
@@ -63,9 +64,9 @@ def make_app(
         allowed_hosts: other hosts that requests may name; ``*.example.org`` stands for every name that ends so, and
             ``*`` for all. By default, requests that arrive at a loopback address may name no other host, and others
             may name any.
-
         metadata: PNG files say where they come from (:mod:`stepfusion.files.provenance`).
         weights: SHA-256 of the model's file of weights, which is told there.
+        lora: the LoRA files that were added to the model, which are told there.
 
     Raises:
         ValueError: ``allowed_hosts`` has what is no host.
@@ -79,7 +80,7 @@ def make_app(
         limits = Limits(steps=service.engine.schedule.max_steps)
     allowed_hosts = None if allowed_hosts is None else check_hosts(allowed_hosts)
     intake = Intake(service)
-    origin = Origin(name, weights, metadata)
+    origin = Origin(name, weights, metadata, lora)
     handlers = _Handlers(intake, limits, origin)
     routes = [
         Route(_GENERATE, handlers.generate, methods=["POST"]),

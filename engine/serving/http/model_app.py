@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from starlette.applications import Starlette
 
@@ -27,6 +28,7 @@ class ModelApp:
         limits: of a request; their ``steps`` are replaced by ``max_steps``.
         max_steps: of one image; by default the model's timesteps.
         metadata: PNG files say where they come from.
+        lora: LoRA files that are added to the model, each with its scale.
         host, allowed_hosts: as for :func:`stepfusion.serving.http.app.make_app`.
     """
 
@@ -38,12 +40,13 @@ class ModelApp:
     limits: Limits = field(default_factory=Limits)
     max_steps: int | None = None
     metadata: bool = True
+    lora: tuple[tuple[str, float], ...] = ()
     host: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
 
     def make(self) -> Starlette:
         """Load the model and make its application."""
-        engine = Engine.from_pretrained(self.model, **vars(self.execution))
+        engine = Engine.from_pretrained(self.model, lora=self.lora or None, **vars(self.execution))
         steps = engine.schedule.max_steps if self.max_steps is None else self.max_steps
         return make_app(
             AsyncEngine(engine, queue=self.queue, hang_after=self.hang_after),
@@ -53,4 +56,5 @@ class ModelApp:
             allowed_hosts=self.allowed_hosts,
             metadata=self.metadata,
             weights=weights_digest(self.model) if self.metadata else None,
+            lora=",".join(f"{Path(file).name}:{scale:g}" for file, scale in self.lora) or None,
         )

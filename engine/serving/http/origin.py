@@ -24,11 +24,13 @@ class Origin:
         name: for people; a path of the server's is never told.
         weights: SHA-256 of its file of weights, if it is known.
         told: whether pictures say anything.
+        lora: the LoRA files that were added to it, as ``--lora`` takes them, without their directories.
     """
 
     name: str
     weights: str | None = None
     told: bool = True
+    lora: str | None = None
 
     def of_image(self, engine: Engine, request: ValidatedRequest, image: int, edit: Edit | None = None) -> Texts:
         """The texts of one image; an edited one has no command, for its picture came with the request."""
@@ -58,7 +60,10 @@ class Origin:
             command=self._command(engine, request, images[0], guidance) if alone else None,
             prompts=None if request.prompts is None else [request.prompts[i] for i in images],
             negatives=None if request.negatives is None else [request.negatives[i] for i in images],
-            others=None if edit is None else {"edit": _described(edit)},
+            others={
+                **({} if self.lora is None else {"lora": self.lora}),
+                **({} if edit is None else {"edit": _described(edit)}),
+            },
         ).text()
 
     def _command(
@@ -72,6 +77,7 @@ class Origin:
             self.name,
             options={
                 "num": 1,
+                "lora": self.lora,
                 "labels": None if request.labels is None else request.labels[image],
                 "prompt": None if request.prompts is None else request.prompts[image],
                 "negative": None if request.negatives is None else request.negatives[image],
