@@ -19,6 +19,7 @@ from torch import Tensor
 from stepfusion.bench.floors import Floors, measure_floors
 from stepfusion.bench.kernel_elementwise import elementwise
 from stepfusion.bench.kernel_norms import normalisations
+from stepfusion.bench.kernel_token_norms import token_normalisations
 from stepfusion.bench.kernel_work import CPP, DIFFUSERS, INDUCTOR, OURS, REFERENCE, Run, Set, Work
 from stepfusion.bench.measure import Contender, contest
 from stepfusion.bench.optional import why_not
@@ -53,7 +54,8 @@ def kernel_rows(
     absent = {name: f"not timed: {reason}" for name, reason in reasons.items() if reason is not None}
     passes = [frozenset({INDUCTOR}), frozenset()] if INDUCTOR not in absent else [frozenset[str]()]
     for left_out in passes:  # first those that do not compile; then all, interleaved, whose rows replace the first
-        for work in itertools.chain(elementwise(device, _SIZES[size]), normalisations(device, size)):
+        norms = itertools.chain(normalisations(device, size), token_normalisations(device, size))
+        for work in itertools.chain(elementwise(device, _SIZES[size]), norms):
             torch._dynamo.reset()
             runs = {name: run for name, run in work.runs.items() if name not in left_out}
             yield from _rows(replace(work, runs=runs), device, floors, absent, _ROTATED[size], rounds)

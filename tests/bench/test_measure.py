@@ -149,6 +149,8 @@ def test_kernels_on_a_cpu_time_the_reference_and_never_the_interpreter() -> None
         "posterior",
         "to_uint8",
         "group_norm_silu",
+        "layer_norm_modulate",
+        "add_layer_norm_modulate",
     }
     assert len([row for row in rows if row.provider == "stepfusion fused"]) == len({(r.op, r.shape) for r in rows})
     for row in rows:
