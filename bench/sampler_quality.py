@@ -4,22 +4,23 @@ Two measures, of the same seeds and labels for all samplers:
 
 - *distance*: the root of the mean squared difference to where the differential equation goes, DDIM with all
   timesteps of a schedule, else Heun's method with 500 steps; of deterministic samplers;
-- *Frechet distance* to test images (:mod:`stepfusion.bench.quality`), if a data set is given.
+- *Frechet distance* to test images (:mod:`stepfusion.bench.quality`), if a data set is given; it takes many samples.
 
-A sampler takes as many steps, by its model's defaults, as do not need more evaluations than are allowed.
+A sampler takes as many steps, by its model's defaults, as do not need more evaluations than are allowed. Each row is
+written when it is measured, and a command that was stopped goes on when it is given again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stepfusion.bench.image_classifier import load_classifier, read_images, to_unit_range
@@ -28,25 +29,33 @@ from stepfusion.bench.quality import as_stored, balanced_labels, engine_draw, fr
 from stepfusion.bench.rows import markdown
 from stepfusion.engine import Engine
 from stepfusion.files.atomic import atomic_write
+from stepfusion.files.json_files import append_line, read_lines
 from stepfusion.samplers.registry import DISTILLED_SAMPLERS, samplers_of
 from stepfusion.samplers.table import StepTable
 from stepfusion.training.datasets import load_dataset
 
 EVALUATIONS = 8, 12, 15, 20, 30, 50
 _TRUE_STEPS = 500  # of Heun's method
+_MOST_BYTES = 1 << 20  # of the rows of a run before
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(BaseModel):
     """One sampler with one budget.
 
     Attributes:
+        model: as it was named.
+        images, samples: how many the distance is of, and the Frechet distance (None without a data set).
         sampler, table: its name, and its table's.
         allowed, evaluations: of the network for an image: the budget, and what it takes of it.
         distance: to the differential equation's solution; None for samplers that add noise.
         frechet: Frechet distance to test images, None without a data set.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: str
+    images: int
+    samples: int | None
     sampler: str
     table: str
     allowed: int
@@ -67,34 +76,70 @@ def fitting_table(engine: Engine, sampler: str, allowed: int) -> StepTable | Non
     return None
 
 
+@dataclass(frozen=True)
+class Frechet:
+    """The Frechet distance of ``samples`` images, as they are stored, to test images."""
+
+    samples: int
+    distance: Callable[[Tensor], float]
+
+
 def measure(
-    engine: Engine, budgets: Sequence[int], images: int, distance_to: Callable[[Tensor], float] | None, workers: int
+    engine: Engine,
+    budgets: Sequence[int],
+    images: int,
+    frechet: Frechet | None,
+    workers: int,
+    *,
+    model: str = "model",
+    known: Collection[tuple[str, int]] = (),
 ) -> Iterator[Quality]:
     """Every sampler of the engine's path with every budget.
 
     Args:
-        images: of seed 0, labels balanced if the model takes labels.
-        distance_to: the Frechet distance of samples as stored; None to leave it out.
+        images: of seed 0, labels balanced if the model takes labels, whose distance is measured.
+        frechet: None to leave it out.
         workers: threads.
+        model: its name in the rows.
+        known: samplers and budgets that are left out.
     """
-    classes = engine.num_classes
-    labels = None if classes is None else balanced_labels(images, classes - (engine.null_label is not None))
-
-    def draw(table: StepTable) -> Tensor:
-        if labels is None:
-            return engine.sample(images, table, progress=False).cpu()
-        return engine_draw(engine, table, workers)(labels, 0, None)
-
-    true = draw(_true(engine))
+    draw = _Draw(engine, workers)
+    true: Tensor | None = None
     for sampler in samplers_of(engine.schedule):
         for allowed in () if sampler in DISTILLED_SAMPLERS else budgets:
-            table = fitting_table(engine, sampler, allowed)
+            table = None if (sampler, allowed) in known else fitting_table(engine, sampler, allowed)
             if table is None:
                 continue
-            samples = draw(table)
-            distance = None if table.stochastic else float((samples - true).square().mean().sqrt())
-            frechet = None if distance_to is None else distance_to(as_stored(samples))
-            yield Quality(sampler, table.name, allowed, len(table), distance, frechet)
+            samples = draw(table, images if frechet is None else max(images, frechet.samples))
+            distance = None
+            if not table.stochastic:
+                true = draw(_true(engine), images) if true is None else true
+                distance = float((samples[:images] - true).square().mean().sqrt())
+            yield Quality(
+                model=model,
+                images=images,
+                samples=None if frechet is None else frechet.samples,
+                sampler=sampler,
+                table=table.name,
+                allowed=allowed,
+                evaluations=len(table),
+                distance=distance,
+                frechet=None if frechet is None else frechet.distance(as_stored(samples[: frechet.samples])),
+            )
+
+
+class _Draw:
+    """The first images of seed 0 by a table."""
+
+    def __init__(self, engine: Engine, workers: int) -> None:
+        self._engine, self._workers = engine, workers
+
+    def __call__(self, table: StepTable, count: int) -> Tensor:
+        engine, classes = self._engine, self._engine.num_classes
+        if classes is None:
+            return engine.sample(count, table, progress=False).cpu()
+        labels = balanced_labels(count, classes - (engine.null_label is not None))
+        return engine_draw(engine, table, self._workers)(labels, 0, None)
 
 
 def _true(engine: Engine) -> StepTable:
@@ -164,26 +209,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stepfusion.bench.sampler_quality", description=__doc__)
     parser.add_argument("model", help="a bundled model, a model directory or a file")
     parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="(default: %(default)s)")
-    parser.add_argument("--images", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=64, help="for the distance (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="directory of idx files, for the Frechet distance")
+    parser.add_argument("--samples", type=int, default=1000, help="for the Frechet distance (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="directory")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     engine = Engine.from_pretrained(args.model, dtype="float32", batch=64)
-    distance_to = None if args.data is None else distance_to_test(args.data)
+    frechet = None if args.data is None else Frechet(args.samples, distance_to_test(args.data))
     args.out.mkdir(parents=True, exist_ok=True)
-    found = []
-    for quality in measure(engine, args.evaluations, args.images, distance_to, args.workers):
+    rows = args.out / "samplers.jsonl"
+    found = _of_this(rows, args.model, args.images, None if frechet is None else args.samples)
+    known = {(quality.sampler, quality.allowed) for quality in found}
+    for quality in measure(
+        engine, args.evaluations, args.images, frechet, args.workers, model=args.model, known=known
+    ):
         found.append(quality)
-        print(json.dumps(asdict(quality)), flush=True)
-    lines = "".join(json.dumps(asdict(quality)) + "\n" for quality in found)
-    atomic_write(args.out / "samplers.jsonl", lines.encode())
-    measures = ("distance",) if distance_to is None else ("distance", "frechet")
+        append_line(rows, quality.model_dump())
+        print(quality.model_dump_json(), flush=True)
+    measures = ("distance",) if frechet is None else ("distance", "frechet")
     text = "\n".join(f"{name}\n\n{as_markdown(found, name)}" for name in measures)
     atomic_write(args.out / "samplers.md", text.encode())
     atomic_write(args.out / "samplers.png", picture(found))
     return 0
+
+
+def _of_this(rows: Path, model: str, images: int, samples: int | None) -> list[Quality]:
+    """The rows that the same command has measured before; ValueError if they are another's."""
+    found = read_lines(rows, Quality, ValueError, _MOST_BYTES) if rows.exists() else []
+    if any((quality.model, quality.images, quality.samples) != (model, images, samples) for quality in found):
+        raise ValueError(f"{rows} has rows of another model, or of other numbers of images: give another --out")
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 
 import stepfusion as sf
 from stepfusion.bench import sampler_quality
-from stepfusion.bench.sampler_quality import Quality, as_markdown, fitting_table, main, measure
+from stepfusion.bench.sampler_quality import Frechet, Quality, as_markdown, fitting_table, main, measure
 
 
 class Exact(nn.Module):
@@ -34,6 +34,20 @@ def engine() -> sf.Engine:
     return sf.Engine(network, network.schedule, shape=(1, 4, 4), device="cpu", dtype="float32", batch=4)
 
 
+def quality(sampler: str, evaluations: int, distance: float | None) -> Quality:
+    return Quality(
+        model="model",
+        images=4,
+        samples=None,
+        sampler=sampler,
+        table=sampler,
+        allowed=8,
+        evaluations=evaluations,
+        distance=distance,
+        frechet=None,
+    )
+
+
 def test_a_budget_is_of_evaluations(engine: sf.Engine) -> None:
     one, two = fitting_table(engine, "ddim", 8), fitting_table(engine, "heun", 8)
     assert one is not None
@@ -53,9 +67,9 @@ def test_more_evaluations_go_nearer_and_noise_has_no_distance(engine: sf.Engine)
 
 def test_the_best_of_each_column_is_marked() -> None:
     found = [
-        Quality("a", "a", 8, 8, 0.5, None),
-        Quality("b", "b", 8, 7, 0.25, None),
-        Quality("c", "c", 8, 8, None, None),
+        quality("a", 8, 0.5),
+        quality("b", 7, 0.25),
+        quality("c", 8, None),
     ]
     assert as_markdown(found, "distance") == "| sampler | 8 |\n| --- | --- |\n| `a` | 0.5 |\n| `b` | **0.25** |\n"
 
@@ -63,7 +77,7 @@ def test_the_best_of_each_column_is_marked() -> None:
 def test_the_page_of_samplers_has_the_committed_figures() -> None:
     root = Path(__file__).parents[2]
     lines = (root / "bench" / "results" / "samplers" / "samplers.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [Quality(**json.loads(line)) for line in lines]
+    found = [Quality.model_validate_json(line) for line in lines]
     assert as_markdown(found, "distance") in (root / "docs" / "samplers.md").read_text(encoding="utf-8")
     at = {(q.sampler, q.allowed): q.distance for q in found}
     assert at["unipc", 15] < at["ddim", 30]  # type: ignore[operator]
@@ -79,3 +93,35 @@ def test_the_command_writes_lines_a_table_and_a_picture(
     assert {line["allowed"] for line in lines} == {4, 6}
     assert (tmp_path / "out" / "samplers.md").read_text().startswith("distance\n\n| sampler | 4 | 6 |\n")
     assert (tmp_path / "out" / "samplers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_command_that_was_stopped_goes_on(
+    tmp_path: Path, engine: sf.Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sampler_quality.Engine, "from_pretrained", lambda *_, **__: engine)
+    command = ["model", "--evaluations", "4", "6", "--images", "2", "--out", str(tmp_path)]
+    main(command)
+    rows = tmp_path / "samplers.jsonl"
+    whole, table = rows.read_bytes(), (tmp_path / "samplers.md").read_bytes()
+    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]) + b'{"model": "mod')  # killed in a line
+    capsys.readouterr()
+    main(command)
+    assert len(capsys.readouterr().out.splitlines()) == len(whole.splitlines()) - 5
+    assert rows.read_bytes() == whole
+    assert (tmp_path / "samplers.md").read_bytes() == table
+    with pytest.raises(ValueError, match="has rows of another model, or of other numbers of images"):
+        main([*command[:-3], "3", *command[-2:]])
+
+
+def test_the_frechet_distance_is_of_more_images(engine: sf.Engine) -> None:
+    given: list[torch.Tensor] = []
+
+    def distance(images: torch.Tensor) -> float:
+        given.append(images)
+        return float(len(given))
+
+    few, many = (list(measure(engine, (4,), 2, Frechet(samples, distance), 1)) for samples in (1, 6))
+    assert {len(images) for images in given} == {1, 6}
+    assert [q.distance for q in few] == [q.distance for q in many]
+    assert [q.frechet for q in few] == list(range(1, len(few) + 1))
