@@ -286,7 +286,7 @@ class Engine:
         prompt: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> torch.Tensor:
-        """DDIM inversion, on a discrete schedule: images to the noise that :meth:`sample` turns back into them.
+        """DDIM inversion: images to the noise that :meth:`sample` turns back into them.
 
         Args:
             x: float [n, C, H, W] in [-1, 1].
@@ -294,7 +294,7 @@ class Engine:
             labels, prompt, progress: as for :meth:`sample`.
 
         Returns:
-            float32 [n, C, H, W]. TypeError or ValueError name the argument, or the path if it is not discrete.
+            float32 [n, C, H, W]. TypeError or ValueError name the argument.
         """
         table = climbing_table(self.spec, x, table, steps)
         return self.sample(table=table, start=x, labels=labels, prompt=prompt, progress=progress)

@@ -13,13 +13,8 @@ def climbing_table(spec: ModelSpec, x: torch.Tensor, table: StepTable | None, st
     """The table that takes ``x`` to noise: ``table``, or a :func:`stepfusion.ddim_inversion` of so many ``steps``.
 
     Raises:
-        TypeError, ValueError: naming the argument, or the path if it is not discrete.
+        TypeError, ValueError: naming the argument.
     """
-    if not spec.schedule.discrete:
-        raise ValueError(
-            f"encode and reconstruct climb the timesteps of a discrete schedule, and this engine's path is "
-            f"{spec.schedule!r}, which has none"
-        )
     check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *spec.shape))
     if table is not None and steps is not None:
         raise ValueError("table and steps exclude each other, got both")

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from stepfusion import _checks
 from stepfusion.kernels import coefficients as algebra
 from stepfusion.samplers.grid import Grid, complete_options, make_grid, prediction_of, row_options, schedule_levels
-from stepfusion.samplers.levels import Visits, ending_known, final_level, float32_levels, levels_to_visit
+from stepfusion.samplers.levels import Visits, ending_known, float32_levels
+from stepfusion.samplers.levels import final_level as _final_alpha_cumprod
 from stepfusion.samplers.path import Path
+from stepfusion.samplers.row_levels import RowLevels
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
 
@@ -99,7 +101,7 @@ def _on_schedule(
     visits, abar = schedule_levels(schedule, steps, options, "leading", compat=compat)
     bounds = row_options(options, visits)
     rederive = compat != "diffusers" if rederive_eps is None else _checks.boolean("rederive_eps", rederive_eps)
-    final = final_level(schedule, options["final_alpha_cumprod"], abar.dtype)
+    final = _final_alpha_cumprod(schedule, options["final_alpha_cumprod"], abar.dtype)
     if compat == "diffusers":
         stride = schedule.num_timesteps // len(visits)
         table = float32_levels(schedule)
@@ -117,37 +119,80 @@ def _on_schedule(
 
 
 def ddim_inversion(
-    schedule: NoiseSchedule,
+    schedule: Path,
     steps: int | None = None,
     *,
     timesteps: Sequence[int] | Visits | str | None = None,
-    spacing: str = "leading",
+    levels: Sequence[float] | NDArray[Any] | None = None,
+    spacing: str | None = None,
     steps_offset: int = 0,
-    prediction: str = "epsilon",
+    rho: float | None = None,
+    prediction: str | None = None,
     evaluate_at: str = "source",
     final_alpha_cumprod: float | None = None,
+    final_level: float | None = None,
 ) -> StepTable:
-    """From an image to the noise that :func:`ddim` turns back into it, with eta = 0 and the same timesteps.
+    """From an image to the noise that :func:`ddim` turns back into it, with eta = 0 and the same levels, on any path.
 
-    (Song et al. 2021, section 4.3.) The rows climb from abar = ``final_alpha_cumprod`` through the levels of
-    :func:`ddim`'s list. There is no clip: it would break the round trip.
+    (Song et al. 2021, section 4.3.) The rows climb from the level where :func:`ddim` ends through the levels of its
+    list. There is no clip: it would break the round trip.
 
     Args:
-        evaluate_at: the timestep that the network is told: that of the level where the row starts ("source", as
-            guided-diffusion does; the first row, which starts at a clean image, takes its target), or where it ends
-            ("target", as diffusers does).
-        Others: as in :func:`ddim`; ``timesteps`` is the decreasing list of :func:`ddim`.
+        evaluate_at: the level that the network is told: where the row starts ("source", as guided-diffusion does; the
+            first row, which starts at a clean image, takes its target), or where it ends ("target", as diffusers
+            does).
+        Others: as in :func:`ddim`; ``timesteps`` and ``levels`` are the decreasing lists of :func:`ddim`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     _checks.choice("evaluate_at", evaluate_at, ("source", "target"))
-    visits, levels = levels_to_visit(schedule, steps, timesteps, spacing, steps_offset, prediction, None)
-    if levels[0] == 0:
+    given: dict[str, Any] = {"timesteps": timesteps, "levels": levels, "spacing": spacing, "rho": rho}
+    given |= {"steps_offset": steps_offset, "prediction": prediction, "final_level": final_level}
+    given |= {"final_alpha_cumprod": final_alpha_cumprod}
+    if not isinstance(schedule, NoiseSchedule):
+        return _inversion_on_path(make_grid(schedule, steps, given), evaluate_at)
+    options = complete_options(given)
+    prediction = prediction_of(schedule, options)
+    visits, visited = schedule_levels(schedule, steps, options, "leading")
+    if visited[0] == 0:
         raise ValueError("ddim_inversion cannot reach a level with zero SNR: leave the last timestep out")
-    target, abar_next = visits[::-1], levels[::-1]
-    abar = np.append(final_level(schedule, final_alpha_cumprod, levels.dtype), abar_next[:-1])
-    told = target if evaluate_at == "target" else np.append(target[0], target[:-1])
+    target, abar_next = visits[::-1], visited[::-1]
+    abar = np.append(_final_alpha_cumprod(schedule, final_alpha_cumprod, visited.dtype), abar_next[:-1])
+    told = _told(target, evaluate_at)
     columns = algebra.ddim_inversion(abar, abar_next, schedule.alphas_cumprod[told], prediction=prediction)
     columns["clip"] = np.full(len(visits), np.inf)
     return StepTable.from_columns("ddim inversion", prediction, schedule, told, columns)
+
+
+def _told(target: NDArray[Any], evaluate_at: str) -> NDArray[Any]:
+    """The level that the network is told in rows that end at ``target``, each of which starts where one ended."""
+    return target if evaluate_at == "target" else np.append(target[0], target[:-1])
+
+
+def _inversion_on_path(grid: Grid, evaluate_at: str) -> StepTable:
+    """:func:`ddim_inversion` by signal and noise.
+
+    The network's output becomes eps at the level that it was told, and x0 follows from x and eps at the level of x.
+    """
+    told = _told(grid.levels[::-1], evaluate_at)
+    a_told, s_told = grid.path.pair(told)
+    if not a_told.all():
+        raise ValueError(
+            f"ddim_inversion cannot tell the network the level {told[-1]:g}, where the signal is zero: take "
+            "two steps or more, and evaluate_at 'source'"
+        )
+    (a, a_next), (s, s_next) = ((pair[:0:-1], pair[-2::-1]) for pair in (grid.signal, grid.noise))
+    x0_x, x0_out = grid.path.predict(grid.prediction, told)
+    eps_x, eps_out = (1 - a_told * x0_x) / s_told, -a_told * x0_out / s_told
+    columns = {
+        "x0_x": (1 - s * eps_x) / a,
+        "x0_out": -s * eps_out / a,
+        "next_x0": a_next,
+        "next_x": s_next * eps_x,
+        "next_out": s_next * eps_out,
+        "clip": np.full(len(grid), np.inf),
+    }
+    at = RowLevels.at(grid.path, grid.prediction, told)
+    keys = grid.path.keys(told)
+    return StepTable.from_columns("ddim inversion", grid.prediction, grid.path, keys, columns, levels=at)

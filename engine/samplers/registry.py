@@ -46,7 +46,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddim_inversion": ddim_inversion,
 }
 #: The kinds of paths that samplers take which do not take all.
-_ONLY_ON: dict[str, type[Path]] = {"ddpm": NoiseSchedule, "ddim_inversion": NoiseSchedule, "flow_sde": FlowPath}
+_ONLY_ON: dict[str, type[Path]] = {"ddpm": NoiseSchedule, "flow_sde": FlowPath}
 
 
 def options_of(sampler: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,35 @@ def test_heun_goes_to_the_solution_of_flows_path_with_second_order() -> None:
     coarse, fine = errors(flow_engine(), x, MEAN + x * STD)
     assert fine < 1e-3
     assert 3.5 < coarse / fine < 5
+
+
+@pytest.mark.parametrize("make", [edm_engine, flow_engine])
+def test_inversion_climbs_to_the_noise_that_leads_back(make: Callable[[], sf.Engine]) -> None:
+    """To the closed form with first order, and round with the same (Song et al. 2021, section 4.3)."""
+    engine = make()
+    images = MEAN + STD * torch.randn((3, 2, 5, 3), generator=torch.Generator().manual_seed(0))
+    top = SIGMA.sigma_max if engine.schedule == SIGMA else 1.0
+    signal = 1.0 if engine.schedule == SIGMA else 0.0
+    noise = signal * MEAN + (images - MEAN) / STD * math.hypot(signal * STD, top)
+    off, back = [], []
+    for steps in (40, 80):
+        off.append(float((engine.encode(images, steps=steps) - noise).abs().max()))
+        back.append(float((engine.reconstruct(images, steps=steps) - images).abs().max()))
+    for coarse, fine in (off, back):
+        assert 1.6 < coarse / fine < 2.6
+    assert off[1] < 0.15 * top
+    assert back[1] < 0.1
+
+
+def test_an_inversion_that_the_network_cannot_be_told() -> None:
+    for options in ({"steps": 1}, {"steps": 4, "evaluate_at": "target"}):
+        with pytest.raises(
+            ValueError, match="cannot tell the network the level 1, where the signal is zero: take two"
+        ):
+            sf.ddim_inversion(FLOW, **options)  # type: ignore[arg-type]
+    one = sf.ddim_inversion(SIGMA, 4, evaluate_at="target")
+    assert one.told.tolist() == sorted(one.told.tolist())
+    assert len(sf.ddim_inversion(SIGMA, levels=[80.0, 3.0, 0.5], final_level=0.002)) == 3
 
 
 def test_the_defaults_are_edms() -> None:
