@@ -1,4 +1,4 @@
-"""Docstrings of this package as Markdown: roles become links where the reference has the name, and plain code elsewhere."""
+"""Docstrings of this package as Markdown: roles become links if the site has the name, else code."""
 
 from __future__ import annotations
 

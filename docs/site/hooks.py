@@ -1,4 +1,4 @@
-"""What mkdocs is given beside the pages of docs/: the pages of the API, and files of the repository that pages link to.
+"""What mkdocs is given beside the pages of docs/: the pages of the API, and files that they link to.
 
 The pages of the API follow from the lists of public names, so that a new name is on them without anybody's doing.
 """
@@ -109,7 +109,7 @@ def _not_python(folder: str, names: list[str]) -> list[str]:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages of the API, and every file of the repository that a page links to, and those that these link to."""
+    """Add the pages of the API, and every file that a page links to, and those that these link to."""
     for path, text in api_pages().items():
         files.append(File.generated(config, path, content=text))
     waiting = [page.abs_src_path for page in files.documentation_pages() if page.abs_src_path]
@@ -148,7 +148,8 @@ def api_pages() -> dict[str, str]:
 
 
 def _api_page(title: str, names: list[str]) -> str:
-    blocks = [f"::: stepfusion.{name}\n    options:\n      heading: {name}\n      toc_label: {name}\n" for name in names]
+    block = "::: stepfusion.{0}\n    options:\n      heading: {0}\n      toc_label: {0}\n"
+    blocks = [block.format(name) for name in names]
     return "\n".join([f"# {title}", "", *blocks])
 
 
