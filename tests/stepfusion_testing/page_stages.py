@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import stepfusion as sf
 from stepfusion_testing.edm_forward import Architecture, random_state
 from stepfusion_testing.networks import labelled, smooth, tiny_unet
+from stepfusion_testing.walking import stand_in
 
 Names = dict[str, Any]
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -209,6 +210,45 @@ def _check_quick_start(names: Names) -> None:
     assert size_of("sneaker.png") == (28, 28)
 
 
+def _migrating() -> AbstractContextManager[tuple[Names, Changes]]:
+    import diffusers
+
+    from stepfusion_testing.latent_models import randomised
+    from stepfusion_testing.stable_diffusion import autoencoder, scheduler
+
+    _stable_diffusion("stable-diffusion-v1-5", {})
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    # not as eps, of which random weights would make x0 = 160 x at first, and as much of every rounding
+    clipping = diffusers.DDIMScheduler(prediction_type="v_prediction")
+    diffusers.DDIMPipeline(randomised(unet, 0.05), clipping).save_pretrained("pixels")
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+    )
+    diffusers.DiTPipeline(randomised(transformer), autoencoder(), scheduler()).save_pretrained("dit")
+    ideal = stand_in(sf.NoiseSchedule.linear(), "epsilon")
+
+    def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        (t,) = timesteps.unique()
+        return ideal(x, int(t))
+
+    return nullcontext(({"network": network}, {}))
+
+
 NO_STAGE = Stage(_changed({}))
 STAGES = {
     "README.md": Stage(
@@ -226,6 +266,7 @@ STAGES = {
     "docs/export.md": Stage(_changed({}), {"from stepfusion.export import": _inputs_of_the_bundle}, _check_export),
     "docs/http.md": Stage(_http, check=_check_http),
     "docs/metadata.md": Stage(_changed({"7-12.png": "7-2.png"})),
+    "docs/migrating.md": Stage(_migrating),
     "docs/models.md": Stage(_models, check=_check_models),
     "docs/quick_start.md": Stage(_changed({}), check=_check_quick_start),
     "docs/training.md": Stage(_training),
