@@ -4,9 +4,9 @@
     GET /garments/Sneaker.png           a picture; ?seed=7&index=3&steps=25&guidance=1.5
     GET /healthz                        200 while the engine lives
 
-``stepfusion serve`` has far more; this is the other way round: an application that has routes of its own, and the engine
-in them. All requests share the lanes of one engine, and a picture has the same bits whatever else runs, so its address is
-all that a cache needs. An image that was asked for twice is the same image.
+``stepfusion serve`` has far more; this is the other way round: an application that has routes of its own, and the
+engine in them. All requests share the lanes of one engine, and a picture has the same bits whatever else runs, so its
+address is all that a cache needs.
 
 Run it with the packages of the extra "http":
 
@@ -23,6 +23,7 @@ import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import numpy as np
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -99,7 +100,7 @@ def number(request: Request, name: str, default: float, kind: type, most: float 
     return value
 
 
-def as_png(pixels) -> bytes:
+def as_png(pixels: np.ndarray) -> bytes:
     """uint8 [H, W, 1 or 3] as a file."""
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
