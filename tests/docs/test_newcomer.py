@@ -44,12 +44,8 @@ class Walk:
         self.names: dict[str, Any] = {"__name__": "__main__"}
         bin_folder = str(Path(sys.executable).parent)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("STEPFUSION_", "TRITON_"))}
-        self.environment = {
-            **kept,
-            "PATH": f"{bin_folder}:{kept['PATH']}",
-            "PYTHONSAFEPATH": "1",
-            "STEPFUSION_STEPS": "4",
-        }
+        self.environment = {**kept, "PATH": f"{bin_folder}:{kept['PATH']}", "PYTHONSAFEPATH": "1"}
+        self.environment["STEPFUSION_STEPS"] = "4"  # of commands that do not say how many
 
     def moved(self, text: str) -> str:
         """With a port that is free here."""

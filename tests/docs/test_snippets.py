@@ -61,6 +61,10 @@ EXEMPT = {
         "kubectl": CONTAINERS,
     },
     "docs/edm.md": {"# convert.py": SANDBOX},
+    "docs/examples.md": {
+        "python examples/service.py": "runs until it is stopped: tests/examples starts it",
+        "python examples/ray_data.py": CLUSTER,
+    },
     "docs/export.md": {"stepfusion export fashion-mnist --format tensorrt-rtx": MINUTES},
     "docs/gpu.md": {
         "python -m stepfusion.bench.machine_code": MINUTES,
@@ -69,7 +73,7 @@ EXEMPT = {
     "docs/http.md": {"pip install": INSTALLS, "stepfusion serve": SERVER},
     "docs/models.md": {"# convert.py": SANDBOX},
 }
-MOST_EXEMPT = 34
+MOST_EXEMPT = 36
 #: Options of commands that do not give them: few images, in few steps, on a CPU.
 SMALL = {"DEVICE": "cpu", "DEVICES": "cpu", "STEPS": "2", "NUM": "4", "BATCH_SIZE": "4"}
 #: What takes seconds, and runs in the soak tests alone: whole pages, or beginnings of what does not feed the rest.

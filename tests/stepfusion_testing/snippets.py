@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -96,6 +98,18 @@ def parse(main: Callable[[list[str]], object], words: list[str]) -> argparse.Nam
     return namespace
 
 
+def _example(path: str) -> Callable[[list[str]], int]:
+    """An example as a program that takes its arguments."""
+
+    def main(words: list[str]) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [path, *words])
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        return 0
+
+    return main
+
+
 def arguments_of(command: str) -> tuple[Callable[[list[str]], object], list[str]] | None:
     """The program of this package that a command line runs, and its arguments; None if it runs none."""
     words = shlex.split(command)
@@ -107,6 +121,8 @@ def arguments_of(command: str) -> tuple[Callable[[list[str]], object], list[str]
     if "-m" in words and words[words.index("-m") + 1].startswith("stepfusion"):
         place = words.index("-m") + 1
         return import_module(words[place]).main, words[place + 1 :]
+    if words[0] == "python" and words[1].startswith("examples/"):
+        return _example(words[1]), words[2:]
     if words[0] == "stepfusion":
         return import_module("stepfusion.commands.main").main, words[1:]
     return None
