@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest test-newest soak sanitize partition server bench lint types wheel clean
+.PHONY: help demo test test-oldest test-newest soak sanitize partition server bench lint types docs wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -76,6 +76,10 @@ types: $(VENV)/.dev  ## strict mypy over the package as it installs
 	@rm -rf build/lib build/bdist.* build/types
 	@$(BIN)/pip install -qq --no-deps --no-build-isolation --target build/types .
 	@MYPYPATH=build/types $(BIN)/mypy --no-error-summary -p stepfusion
+
+docs: $(VENV)/.dev  ## build the documentation site into build/site, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html; with the search box: $(BIN)/python -m http.server -d build/site"
 
 wheel: $(VENV)/.dev  ## build the source archive, and from it the wheel, into dist/
 	@rm -rf build/lib build/bdist.* dist

@@ -214,7 +214,7 @@ def load_model(source: str | os.PathLike[str]) -> BenchModel:
             torch.manual_seed(0)
             network = ADMUNet(ADMUNetConfig(**{**_ADM_COMMON, **_ADM[str(source)]}))
             for parameter in network.parameters():  # some are zero at first, and with them the output
-                if not parameter.any():
+                if not parameter.is_meta and not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.02)
             return BenchModel(str(source), network.eval(), _SCHEDULER)
     loaded = load_pretrained(source)

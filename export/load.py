@@ -34,8 +34,9 @@ class ExportedNetwork:
 
     Attributes:
         spec: of the model that was exported.
-        in_channels, sample_size, shape, num_classes, null_label, class_names, schedule, prediction, options,
-            conditions: what the spec says, under the names that an engine looks for.
+        in_channels, sample_size, shape, num_classes, null_label: what the spec says, under the names that an engine
+            looks for.
+        class_names, schedule, prediction, options, conditions: likewise.
         device, dtype: where it runs, and the dtype of x and out.
         bundle: where it comes from.
         turns: in which calls must be launched; None if they need not take turns.

@@ -311,3 +311,8 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("tiny, batch 2, bfloat16: ")
     assert any(line.split()[0] == "norm" for line in rest)
+
+
+def test_a_network_of_guided_diffusion_is_counted_without_its_weights() -> None:
+    pytest.importorskip("triton")
+    assert count_tick("adm-64", 1).launches > 100
