@@ -13,7 +13,6 @@ from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes import offline
 from stepfusion.lanes.conditions import blank_options
 from stepfusion.samplers.table import StepTable
-from stepfusion.serving.async_engine import AsyncEngine
 
 _TICKS = 4  # rows that are walked: by then each kind of tick was run, and what multistep samplers remember is full
 _GUIDED = 2.0
@@ -57,6 +56,8 @@ def warm(
         for guidance in (1.0, _GUIDED) if guided else (1.0,):
             _walk(engine, count, table, guidance)
     if lanes is not None:
+        from stepfusion.serving.async_engine import AsyncEngine  # which who does not serve need not wait for
+
         AsyncEngine(engine, lanes=lanes).start().close()
     plan = engine.plan
     run = WarmRun(

@@ -35,8 +35,8 @@ _EXAMPLES = """examples:
   STEPFUSION_CACHE=cache stepfusion sample fashion-mnist -n 8
   stepfusion warm path/to/model --network compile --batch 1 --lanes 16 --out cache    # for serve --lanes 16, too
 
-Run it where the images will be made, or on a machine with the same versions and instruction set: what was made for others
-does not fit, and is compiled again. The folder may be read-only where it is used, and lie at another path."""
+Run it where the images will be made, or with the same versions on a machine with the same instruction set: what was
+made for another is of no use, and compiled again. The folder may be read-only where it is used, and lie elsewhere."""
 _VARIABLE = "STEPFUSION_CACHE"
 _MOST = 1 << 20
 
@@ -122,7 +122,9 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a directory, and {out} is a file")
     if out.is_dir() and read_warm_cache(out) is None and any(out.iterdir()):
-        raise ValueError(f"--out must be a new or empty directory, or one with a {MANIFEST}, and {out} has other files")
+        raise ValueError(
+            f"--out must be a new or empty directory, or one with a {MANIFEST}, and {out} has other files"
+        )
 
 
 def _check_usable(directory: Path) -> None:

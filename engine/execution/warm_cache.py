@@ -118,6 +118,7 @@ def add_run(directory: Path, run: WarmRun) -> None:
     before = read_warm_cache(directory)
     runs = [] if before is None else [one for one in before.runs if not one.same_work(run)]
     written = WarmCache(format=1, runs=[*runs, run])
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     atomic_write(directory / MANIFEST, written.model_dump_json(indent=1).encode() + b"\n")
 
 
