@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         slerp,
         tcd,
         unipc,
+        warm,
     )
 
 __version__ = "0.1.0"
@@ -104,6 +105,7 @@ __all__ = [
     "slerp",
     "tcd",
     "unipc",
+    "warm",
 ]
 
 

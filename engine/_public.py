@@ -45,6 +45,7 @@ from stepfusion.samplers import (
 from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+from stepfusion.warming import warm
 
 __all__ = [
     "BackendError",
@@ -87,4 +88,5 @@ __all__ = [
     "slerp",
     "tcd",
     "unipc",
+    "warm",
 ]

@@ -135,7 +135,7 @@ def compile_program(
     """
     settings: dict[str, Any] = CUDA_OPTIONS if device.type == "cuda" else _CPU_OPTIONS
     try:
-        with torch.no_grad(), compiler_cache(), _quiet():
+        with torch.no_grad(), compiler_cache("an export"), _quiet():
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=known_options({**settings, **(options or {})})
             )

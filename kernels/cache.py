@@ -4,6 +4,9 @@ The directory is ``$STEPFUSION_CACHE`` or else the platform's place for caches: 
 ``~/.cache/stepfusion`` on Linux, ``~/Library/Caches/stepfusion`` on macOS, ``%LOCALAPPDATA%\\stepfusion\\Cache`` on
 Windows. It may be deleted at any time. What lies in it is executed, so it is made readable by its owner alone, and
 is not used if others could have written to it.
+
+A cache that this process cannot write to, as one in a container's image, is read: what it lacks is compiled for this
+process alone.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ def cache_directory() -> Path:
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "stepfusion"
 
 
+_COMPILED: list[str] = []  # what this process had to compile, for no cache had it
+
+
 def make_cache_directory(name: str) -> Path | None:
     """Create the sub-directory ``name`` of :func:`cache_directory`.
 
@@ -39,15 +45,43 @@ def make_cache_directory(name: str) -> Path | None:
         directory = cache_directory() / name
         directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.mkdir(exist_ok=True, mode=0o700)
-        reason = why_not_private(directory)
+        return directory if os.access(directory, os.W_OK) and _is_private(directory) else None
     except (OSError, RuntimeError):  # read-only, a file in the way; RuntimeError: the user has no home directory
         return None
-    if reason is not None:
-        warnings.warn(
-            f"the cache {directory} is not used, for code in it would be run: {reason}", RuntimeWarning, stacklevel=2
-        )
+
+
+def shipped_directory(name: str) -> Path | None:
+    """The sub-directory ``name`` of a cache that this process can read and not write to.
+
+    Returns:
+        the directory; None if it is not there, if it can be written to, or if others could write to it, which is a
+        warning.
+    """
+    try:
+        directory = cache_directory() / name
+        found = directory.is_dir() and os.access(directory, os.R_OK | os.X_OK) and not os.access(directory, os.W_OK)
+        return directory if found and _is_private(directory) else None
+    except (OSError, RuntimeError):
         return None
-    return directory if os.access(directory, os.W_OK) else None
+
+
+def note_compiled(what: str) -> None:
+    """Remember that this process compiled something which no cache had."""
+    _COMPILED.append(what)
+
+
+def compiled_anew() -> tuple[str, ...]:
+    """What this process compiled, for no cache had it, in order."""
+    return tuple(_COMPILED)
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether a directory may be used; if not, a warning says why. OSError if it cannot be looked at."""
+    reason = why_not_private(directory)
+    if reason is not None:
+        message = f"the cache {directory} is not used, for code in it would be run: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return reason is None
 
 
 def why_not_private(directory: Path) -> str | None:
@@ -62,7 +96,7 @@ def why_not_private(directory: Path) -> str | None:
     places = dict.fromkeys((directory, directory.resolve()))
     for place in dict.fromkeys(folder for path in places for folder in (path, *path.parents)):
         status = place.stat()
-        if status.st_uid != user and (status.st_uid != 0 or place in places):
+        if status.st_uid not in (user, 0):
             return f"{place} belongs to another user"
         if (place in places or not status.st_mode & stat.S_ISVTX) and _others_may_write(status, user):
             return f"others may write to {place} (mode {stat.S_IMODE(status.st_mode):o})"

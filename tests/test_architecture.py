@@ -25,6 +25,7 @@ FLOORS = (
     ("commands",),
     ("bench",),
     ("export",),
+    ("warming",),
     ("bulk", "serving", "training"),
     ("engine",),
     ("diffusion",),

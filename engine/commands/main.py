@@ -154,6 +154,12 @@ def _interpolate() -> Loaded:
     return add_interpolate_arguments, run_interpolate
 
 
+def _warm() -> Loaded:
+    from stepfusion.commands.warm import add_warm_arguments, run_warm
+
+    return add_warm_arguments, run_warm
+
+
 def _serve() -> Loaded:
     from stepfusion.commands.serve import add_serve_arguments, run_serve
 
@@ -183,6 +189,7 @@ _COMMANDS: dict[str, tuple[Callable[[], Loaded], str]] = {
     "reconstruct": (_reconstruct, "pictures to their noise and back"),
     "interpolate": (_interpolate, "images between two noises, or pictures"),
     "serve": (_serve, "put a model behind HTTP, with a form to try it"),
+    "warm": (_warm, "compile ahead of time what the first images of a model would wait for"),
     "export": (_export, "write a network, or a whole step, for another runtime"),
     "bench": (_bench, "measure speed, beside peers"),
 }

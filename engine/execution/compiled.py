@@ -36,6 +36,8 @@ from stepfusion import _checks
 from stepfusion.errors import first_line
 from stepfusion.execution.cache import compiler_cache
 from stepfusion.execution.cpu_form import CpuForm, CpuForms, is_ours
+from stepfusion.execution.warm_cache import tell_compiled
+from stepfusion.kernels.cache import compiled_anew
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.kernels.tolerance import NETWORK_FLOAT32
 
@@ -195,8 +197,9 @@ class CompiledNetwork:
         If ``make`` makes nothing, there is no reason either.
         """
         self._trusted[signature] = self._module
+        known, named = len(compiled_anew()), f"the network for {_checks.describe(tensors[0])}" if tensors else what
         try:
-            with nullcontext() if self._options is None else compiler_cache():
+            with nullcontext() if self._options is None else compiler_cache(named):
                 made = make()
                 if made is None:
                     return None
@@ -207,6 +210,7 @@ class CompiledNetwork:
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # what Dynamo wraps when a backend fails
             return f"{what} failed with {first_line(cause)}"
+        tell_compiled(compiled_anew()[known:])
         difference = describe_difference(actual, expected, self._tolerance if tolerance is None else tolerance)
         if difference is None:
             self._trusted[signature] = made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepfusion.execution.plan import REFERENCE_ONLY, Plan
+from stepfusion.execution.warm_cache import cache_fact
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.path import FlowPath, Path, SigmaPath
 
@@ -24,6 +25,7 @@ def engine_lines(
         *whole_image_lines(plan),
         *([] if exported is None else [f"{'exported':<14} {exported}"]),
         *failures,
+        *cache_lines(plan),
         lanes,
         guidance_line(spec),
         *([line("conditions", "", ", ".join(one.name for one in spec.conditions))] if spec.conditions else []),
@@ -52,6 +54,12 @@ def whole_image_lines(plan: Plan) -> list[str]:
         return []
     value = "refused" if plan.backend.asked else "reference"
     return [line(name, value, why) for name, (_, why) in REFERENCE_ONLY.items()]
+
+
+def cache_lines(plan: Plan) -> list[str]:
+    """What was compiled although the cache was filled ahead of time; no line if it was not."""
+    fact = cache_fact(plan.device)
+    return [] if fact is None else [line("cache", *fact)]
 
 
 def failure_lines(uncaptured: str | None, declined: str | None) -> list[str]:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from stepfusion import _checks, kernels
+from stepfusion.execution.cache import use_triton_cache
 from stepfusion.execution.cuda_graph import why_not_graph
 from stepfusion.execution.float32 import float32_products
+from stepfusion.execution.warm_cache import tell_if_unfit
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import (
     BackendError,
@@ -145,7 +147,10 @@ def make_plan(
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
     """
     where, device_choice = choose_device(device)
+    tell_if_unfit(where)
     step = _backend(backend, where)
+    if where.type != "cpu":
+        use_triton_cache()
     runs = _network(network, where, step, dtype, ours)
     kind, dtype_choice = _dtype(dtype, where, runs)
     return Plan(where, kind, device_choice, dtype_choice, step, runs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
@@ -45,7 +45,7 @@ class OfflineLanes:
         self._borrowed: tuple[RunnerKey, Runner] | None = None
         self._unread: deque[Departure] = deque()
 
-    def run(self) -> Iterator[tuple[int, list[Event]]]:
+    def run(self) -> Generator[tuple[int, list[Event]], None, None]:
         """Tick until every image is done; yields how many images each tick moved, and its events."""
         active, lanes = self._active, self._lane_engine()
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from stepfusion.kernels.cache import make_cache_directory
+from stepfusion.kernels.cache import make_cache_directory, note_compiled, shipped_directory
 
 _COMPILERS = "g++", "clang++", "c++"
 _SECONDS = 300  # a compiler that takes longer is taken for one that hangs
@@ -37,7 +37,8 @@ def instruction_set() -> str:
 def load(name: str, text: str, flags: Sequence[str]) -> ctypes.CDLL:
     """The library that a text compiles to with these flags and those of ``STEPFUSION_CXXFLAGS``.
 
-    The first call on a machine compiles it, which takes some seconds, and says so on stderr.
+    The first call on a machine compiles it, which takes some seconds, and says so on stderr; where no cache can be
+    written, the first call of each process, unless the cache has it (:mod:`stepfusion.kernels.cache`).
 
     Raises:
         CompilerError: it cannot be compiled or loaded here.
@@ -52,23 +53,31 @@ def load(name: str, text: str, flags: Sequence[str]) -> ctypes.CDLL:
 def _load(name: str, text: str, flags: Sequence[str]) -> ctypes.CDLL:
     if os.name == "nt":
         raise CompilerError("they are not compiled on Windows")
+    file = f"{name}-{_key(text, flags)}.so"
     folder = make_cache_directory("cpp")
-    if folder is None:  # for this process alone: what is loaded stays when its file is gone
-        with tempfile.TemporaryDirectory(prefix="stepfusion-") as temporary:
-            return _library(Path(temporary), name, text, flags)
-    return _library(folder, name, text, flags)
+    if folder is not None:
+        return _library(folder / file, name, text, flags)
+    shipped = shipped_directory("cpp")
+    if shipped is not None and (library := _open(shipped / file)) is not None:
+        return library
+    with tempfile.TemporaryDirectory(prefix="stepfusion-") as temporary:  # what is loaded stays when its file is gone
+        return _compiled(Path(temporary) / file, name, text, flags, "for this process alone: no cache can be written")
 
 
-def _library(folder: Path, name: str, text: str, flags: Sequence[str]) -> ctypes.CDLL:
-    target = folder / f"{name}-{_key(text, flags)}.so"
+def _library(target: Path, name: str, text: str, flags: Sequence[str]) -> ctypes.CDLL:
     if (library := _open(target)) is not None:
         return library
     with filelock.FileLock(target.with_suffix(".lock"), timeout=_SECONDS):  # several processes, one compiler
         if (library := _open(target)) is not None:
             return library
-        compiler()  # before the line that says so
-        print(f"stepfusion: compiling the C++ {name} kernels, once on this machine", file=sys.stderr, flush=True)
-        build(text, flags, target)
+        return _compiled(target, name, text, flags, "once on this machine")
+
+
+def _compiled(target: Path, name: str, text: str, flags: Sequence[str], how_often: str) -> ctypes.CDLL:
+    compiler()  # before the line that says so
+    print(f"stepfusion: compiling the C++ {name} kernels, {how_often}", file=sys.stderr, flush=True)
+    build(text, flags, target)
+    note_compiled(f"the C++ {name} kernels")
     return ctypes.CDLL(str(target))
 
 

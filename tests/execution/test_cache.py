@@ -51,9 +51,19 @@ def test_a_link_to_a_directory_that_others_may_write_is_not_used(place: Path) ->
 
 
 def test_a_directory_of_another_user_is_not_used(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if os.geteuid() == 0:  # whose own directories everybody trusts
+        os.chown(place / "outer" / "cache" / "inductor", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.warns(RuntimeWarning, match="belongs to another user"):
         assert cache.make_cache_directory("inductor") is None
+
+
+def test_a_directory_of_root_is_used(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may do what it likes anyway: a container's image is its."""
+    monkeypatch.setattr(Path, "stat", lambda path: os.stat_result((0o40755, 0, 0, 2, 0, 0, 0, 0, 0, 0)))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert kernels_cache.why_not_private(place / "outer" / "cache" / "inductor") is None
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o500])
