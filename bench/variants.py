@@ -98,6 +98,29 @@ def _normal(shape: tuple[int, ...], stream: int) -> Variant:
     )
 
 
+def _transition(
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (2, 1, 64, 64),
+    *,
+    learned: bool = False,
+    guidance: bool = False,
+    nhwc: bool = False,
+) -> Variant:
+    """The log-probability of a step, as a rollout and its replay ask for it."""
+
+    def launch() -> None:
+        x, memory = torch.zeros(shape), torch.channels_last if nhwc else torch.contiguous_format
+        channels = (1 + learned) * shape[1]
+        out = torch.zeros((shape[0], channels, *shape[2:]), dtype=dtype).contiguous(memory_format=memory)
+        table, transitions = torch.zeros(50, len(kernels.COLUMNS)), torch.zeros(50, 2, dtype=torch.float64)
+        extra = {"out_uncond": out, "guidance": torch.ones(len(x))} if guidance else {}
+        kernels.transition_logprob(x, x, out, _int64(len(x)), table, transitions, **extra)
+
+    words = [_shape(shape), _name(dtype)]
+    words += [word for word, on in (("learned", learned), ("guided", guidance), ("nhwc", nhwc)) if on]
+    return Variant(", ".join(words), launch)
+
+
 def _pixels(dtype: torch.dtype, shape: tuple[int, ...]) -> Variant:
     return Variant(f"{_shape(shape)}, {_name(dtype)}", lambda: kernels.to_uint8(torch.zeros(shape, dtype=dtype)))
 
@@ -199,6 +222,7 @@ def variants() -> list[Variant]:
         step(brain, "drawn", learned=True),
         _forward(brain, "drawn"),
         _posterior(brain),
+        _transition(brain),
         _normal(large, kernels.STREAM_INITIAL),
         *(_pixels(single, (2, channels, 64, 64)) for channels in (1, 3, 4)),
         _group_norm(brain, 256, 128),
@@ -236,6 +260,10 @@ def variants() -> list[Variant]:
         _forward(brain, "drawn", fashion),
         *(_posterior(dtype) for dtype in (half, single)),
         _posterior(brain, fashion),
+        *(_transition(dtype) for dtype in (half, single)),
+        *(_transition(brain, shape) for shape in (fashion, ragged)),
+        _transition(brain, (2, 3, 128, 128), learned=True, guidance=True),
+        _transition(brain, (2, 3, 64, 64), guidance=True, nhwc=True),
         _normal(fashion, kernels.STREAM_STEP),
         _pixels(brain, large),
         _pixels(single, (2, 2, 64, 64)),

@@ -20,6 +20,7 @@ from stepfusion.errors import (
 )
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.request import Event
+from stepfusion.lanes.rollout import Rollout
 from stepfusion.samplers import (
     consistency,
     ddim,
@@ -58,6 +59,7 @@ __all__ = [
     "GaussianDiffusion",
     "NoiseSchedule",
     "NonFiniteError",
+    "Rollout",
     "SamplingCancelled",
     "SigmaPath",
     "StepTable",

@@ -25,6 +25,7 @@ from stepfusion.lanes import offline
 from stepfusion.lanes.conditions import Prompts
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.inversion import climbing_table
+from stepfusion.lanes.policy import PolicyMethods
 from stepfusion.lanes.request import Event, Request, Tables, check_images
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
@@ -36,7 +37,7 @@ from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
 
 
-class Engine:
+class Engine(PolicyMethods):
     """Samples images from one network, on one device.
 
     Args:

@@ -3,8 +3,8 @@
 The functions here are the fused ones; :mod:`stepfusion.kernels.reference` has the same names in eager PyTorch.
 This package knows tensors only.
 
-Kernels have no gradient. If an input requires one, a function here runs as its reference, through autograd, with the
-same result to rounding.
+Kernels have no gradient, but for :func:`transition_logprob`. If an input requires one, a function here runs as its
+reference, through autograd, with the same result to rounding.
 """
 
 from stepfusion.kernels import reference
@@ -21,6 +21,8 @@ from stepfusion.kernels.single_step import ddim_step, ddpm_step
 from stepfusion.kernels.step import diffusion_step
 from stepfusion.kernels.step_reference import FINITE, PARKED
 from stepfusion.kernels.to_uint8 import to_uint8
+from stepfusion.kernels.transition import transition_logprob
+from stepfusion.kernels.transition_reference import transitions_of
 
 __all__ = [
     "COLUMNS",
@@ -45,4 +47,6 @@ __all__ = [
     "q_sample",
     "reference",
     "to_uint8",
+    "transition_logprob",
+    "transitions_of",
 ]

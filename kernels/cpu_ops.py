@@ -8,6 +8,7 @@ from stepfusion.kernels.cpu.forward import normal, q_posterior_mean_variance, q_
 from stepfusion.kernels.cpu.pixels import to_uint8
 from stepfusion.kernels.cpu.single_step import ddim_step, ddpm_step
 from stepfusion.kernels.cpu.step import diffusion_step
+from stepfusion.kernels.cpu.transition import transition_logprob
 from stepfusion.kernels.reference import (
     add_bias,
     add_bias_doubled,
@@ -33,4 +34,5 @@ __all__ = [
     "q_posterior_mean_variance",
     "q_sample",
     "to_uint8",
+    "transition_logprob",
 ]

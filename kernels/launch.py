@@ -63,8 +63,14 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return True
+    return has_tangent(*given)
+
+
+def has_tangent(*tensors: torch.Tensor | None) -> bool:
+    """True if autograd in forward mode follows what is made of ``tensors``."""
     if forward_ad._current_level < 0:
         return False
+    given = [x for x in tensors if x is not None]
     return any(forward_ad.unpack_dual(x).tangent is not None for x in given)  # type: ignore[no-untyped-call]
 
 

@@ -17,6 +17,7 @@ from stepfusion.kernels.single_step import ddim_step_reference as ddim_step
 from stepfusion.kernels.single_step import ddpm_step_reference as ddpm_step
 from stepfusion.kernels.step_reference import diffusion_step_reference as diffusion_step
 from stepfusion.kernels.to_uint8 import to_uint8_reference as to_uint8
+from stepfusion.kernels.transition_reference import transition_logprob_reference as transition_logprob
 
 __all__ = [
     "add_bias",
@@ -33,4 +34,5 @@ __all__ = [
     "q_posterior_mean_variance",
     "q_sample",
     "to_uint8",
+    "transition_logprob",
 ]

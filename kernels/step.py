@@ -47,7 +47,7 @@ STREAM = tl.constexpr(STREAM_STEP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _place(offs, PIXELS: tl.constexpr, OF: tl.constexpr):  # type: ignore[no-untyped-def]
+def nhwc_place(offs, PIXELS: tl.constexpr, OF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the elements ``offs`` of an image [C, PIXELS] lie in NHWC memory of OF channels; as is, if OF is 0."""
     place = offs.to(tl.uint32)  # whose divisions need no care for negative numbers
     if OF != 0:
@@ -117,7 +117,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     x0_x = tl.where((threshold == 0.0) & (rescale == 0.0), x0_x, float("nan"))
 
     x = tl.load(x_ptr + start + offs, mask=mask)
-    out_offs = _place(offs, PIXELS, OUT_CHANNELS)
+    out_offs = nhwc_place(offs, PIXELS, OUT_CHANNELS)
     out = tl.load(out_ptr + out_start + out_offs, mask=mask).to(tl.float32)
     if uncond_ptr is not None:
         uncond = tl.load(uncond_ptr + out_start + out_offs, mask=mask).to(tl.float32)
@@ -181,7 +181,7 @@ def diffusion_step_kernel(  # type: ignore[no-untyped-def]
     tl.store(next_ptr + start + offs, x_next, mask=mask)
     if net_ptr is not None:
         copy = (net_scale * x_next).to(net_ptr.dtype.element_ty)
-        net_offs = _place(offs, PIXELS, NET_CHANNELS)
+        net_offs = nhwc_place(offs, PIXELS, NET_CHANNELS)
         for i in tl.static_range(COPIES):
             tl.store(net_ptr + i * B.to(tl.int64) * E + start + net_offs, copy, mask=mask)
     if x0_ptr is not None:

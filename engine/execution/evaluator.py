@@ -24,7 +24,7 @@ from stepfusion.networks.time_conditioned import TimeConditioned
 Network = Callable[..., Any]
 Products = Callable[[], AbstractContextManager[None]]
 
-_ROWS = 64  # at a time, always so many, so that a row's bits do not depend on the length of its table
+ROWS_AT_ONCE = 64  # always so many, so that a row's bits do not depend on the length of its table
 
 
 class Evaluator:
@@ -116,19 +116,20 @@ class Evaluator:
         reason: str | None = getattr(self.compiled, "failure", None) or getattr(self.compiled, "declined", None)
         return reason
 
-    @torch.no_grad()
-    def features(self, timesteps: Tensor) -> Tensor:
-        """The features [R, ...] of the rows with these timesteps, int64 [R] (or what else the network is told)."""
+    def features(self, timesteps: Tensor, *, gradients: bool = False) -> Tensor:
+        """The features [R, ...] of the rows with these timesteps, int64 [R] (or what else the network is told).
+
+        ``gradients``: autograd follows them if it is on.
+        """
         if not isinstance(self._network, TimeConditioned) or not self.hoisted:
             return timesteps
-        with self._products():
+        with self._products(), torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             return self._embedded(timesteps, self._network)
 
-    @torch.no_grad()
-    def prepare(self, conditions: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def prepare(self, conditions: Mapping[str, Tensor], *, gradients: bool = False) -> tuple[Tensor, ...]:
         """What the network makes of conditions alone, [B, ...] each by name, on its device and in its dtype."""
         if isinstance(self._network, ConditionedNetwork) and self.hoisted:
-            with self._products():
+            with self._products(), torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
                 return self._network.prepare(conditions)
         return tuple(conditions[name] for name in self._conditions)
 
@@ -136,8 +137,8 @@ class Evaluator:
         """What the time path makes of timesteps [R]: [R, ...]."""
         own = _projects_for_lanes(network, self._labelled)
         parts = []
-        for chunk in torch.split(timesteps, _ROWS):
-            padded = torch.cat((chunk, chunk.new_zeros(_ROWS - len(chunk))))
+        for chunk in torch.split(timesteps, ROWS_AT_ONCE):
+            padded = torch.cat((chunk, chunk.new_zeros(ROWS_AT_ONCE - len(chunk))))
             time = network.embed_time(padded)
             parts.append((time if own else network.condition(time))[: len(chunk)])
         return torch.cat(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -154,6 +154,25 @@ def make_plan(
     runs = _network(network, where, step, dtype, ours)
     kind, dtype_choice = _dtype(dtype, where, runs)
     return Plan(where, kind, device_choice, dtype_choice, step, runs)
+
+
+def eager_plan(plan: Plan, network: object) -> Plan:
+    """The plan for a network that is the caller's and may change: eager, in the dtype of its parameters.
+
+    Raises:
+        TypeError, ValueError: it is not callable, or its parameters are not on the plan's device.
+    """
+    if not callable(network):
+        raise TypeError(f"network must be callable, got {type(network).__name__}")
+    own = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    if own is not None and own.device != plan.device:
+        raise ValueError(
+            f"network must be on {plan.device}, where this engine is, and its parameters are on {own.device}"
+        )
+    dtype = plan.dtype if own is None else own.dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"network must have parameters of {', '.join(DTYPES)}, got {dtype}")
+    return replace(plan, dtype=dtype, network=Choice("eager", "a network of the caller's, as it is now"))
 
 
 def choose_device(device: str | torch.device) -> tuple[torch.device, Choice]:

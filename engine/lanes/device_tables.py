@@ -32,16 +32,18 @@ class DeviceTables:
     """Room for the rows of tables: what a tick reads of them.
 
     ``coefficients`` float32 [R, 21], ``timesteps`` and ``next_row`` int64 [R], ``reuses`` bool [R], ``features``
-    [R, ...] of the network.
+    [R, ...] of the network, and if asked for ``transitions`` float64 [R, 2].
     The last row is no table's: parked lanes, whose row is -1, read it.
 
     Args:
         evaluator: the network, whose features are computed once for each row that is placed.
         rows: of all tables together; :meth:`grow` makes more.
+        transitions: keep what log-probabilities of steps need as well.
     """
 
-    def __init__(self, evaluator: Evaluator, device: torch.device, rows: int) -> None:
+    def __init__(self, evaluator: Evaluator, device: torch.device, rows: int, *, transitions: bool = False) -> None:
         self._evaluator, self._device = evaluator, device
+        self.transitions = torch.zeros((0, 2), dtype=torch.float64, device=device) if transitions else None
         self._places: dict[bytes, _Place] = {}  # in the order in which they were last held
         self.grow(rows)
 
@@ -70,7 +72,8 @@ class DeviceTables:
     def buffers(self) -> list[Tensor]:
         """Every tensor that a tick reads of them."""
         features = () if self._features is None else (self._features,)
-        return [self.coefficients, self.timesteps, self.next_row, self.reuses, *features]
+        transitions = () if self.transitions is None else (self.transitions,)
+        return [self.coefficients, self.timesteps, self.next_row, self.reuses, *features, *transitions]
 
     @property
     def held(self) -> int:
@@ -86,6 +89,8 @@ class DeviceTables:
         self.timesteps = torch.zeros(size, dtype=torch.int64, device=self._device)
         self.next_row = torch.full_like(self.timesteps, PARKED)
         self.reuses = torch.zeros(size, dtype=torch.bool, device=self._device)
+        if self.transitions is not None:
+            self.transitions = self.transitions.new_zeros((size, 2))
         self._features: Tensor | None = None  # their shape is not known before the network is asked
 
     def hold(self, table: StepTable) -> int | None:
@@ -135,6 +140,8 @@ class DeviceTables:
         self.timesteps[where] = values.timesteps
         self.next_row[where] = torch.where(values.next_row == PARKED, PARKED, values.next_row + first)
         self.reuses[where] = False if table.reuses is None else torch.from_numpy(table.reuses.copy()).to(self._device)
+        if self.transitions is not None:
+            self.transitions[where] = table.transitions.to(self._device)
         # Here, once for each row: of the 356 operators of the CIFAR-10 UNet some 55 depend on the timestep alone.
         features = self._evaluator.features(values.told)
         if self._features is None:

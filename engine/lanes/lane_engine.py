@@ -151,6 +151,13 @@ class LaneEngine:
                 together.setdefault((id(occupant.active), part, step - 1), []).append(occupant)
         return [(group[0].active, self._event(part, step, group)) for (_, part, step), group in together.items()]
 
+    def at_steps(self) -> dict[int, list[Occupant]]:
+        """The images in lanes by how many steps of their tables they have made."""
+        found: dict[int, list[Occupant]] = {}
+        for occupant in self._occupants.values():
+            found.setdefault(self._now - occupant.entered, []).append(occupant)
+        return found
+
     def done(self) -> list[Occupant]:
         """The images that are done with this tick, in the order of their lanes."""
         return sorted(self._finishing, key=lambda occupant: occupant.lane)

@@ -27,6 +27,8 @@ class OfflineLanes:
             the last ones by :meth:`check`.
         watched: yield events.
         deferred: read no flags before :meth:`check`.
+        record: called when images have entered lanes, and after every tick, with log-probabilities of steps in the
+            lanes' runner.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class OfflineLanes:
         strict: bool,
         watched: bool,
         deferred: bool = False,
+        record: Callable[[LaneEngine], None] | None = None,
     ) -> None:
         self._runners, self._result = runners, result
-        self._strict, self._watched, self._deferred = strict, watched, deferred
+        self._strict, self._watched, self._deferred, self._record = strict, watched, deferred, record
         self._active = ActiveRequest(runners.noised(request), every=1 if watched else None)
         self._borrowed: tuple[RunnerKey, Runner] | None = None
         self._unread: deque[Departure] = deque()
@@ -62,7 +65,11 @@ class OfflineLanes:
     @plain_torch(gradients=False)  # and not around the loop: between two rounds the caller's own settings hold
     def _round(self, lanes: LaneEngine) -> tuple[int, list[Event]]:
         self._admit(lanes)
+        if self._record is not None:
+            self._record(lanes)
         lanes.tick()
+        if self._record is not None:
+            self._record(lanes)
         moved = lanes.busy
         events = [event for _, event in lanes.events()] if self._watched else []
         self._depart(lanes)
@@ -119,7 +126,7 @@ class OfflineLanes:
     def _borrow(self, lanes: int) -> Runner:
         """A runner of so many lanes with the request's table in its store, and its kind of tick captured."""
         request = self._active.request
-        key = self._runners.key(request, lanes)
+        key = self._runners.key(request, lanes, logprobs=self._record is not None)
         runner = self._runners.pool.take(key, self._runners.make)
         self._borrowed = key, runner
         self._active.first = runner.load(request.table)

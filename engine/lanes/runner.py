@@ -54,6 +54,7 @@ class RunnerKey:
         context_size: labels are contexts with so many entries, all zero if there is no condition; else None.
         conditions: shape and dtype of what is prepared of one image's other conditions.
         kept: shape of what the network keeps of one image, if rows reuse it; else None.
+        logprobs: every tick writes the log-probability of each lane's step to ``logprobs``.
     """
 
     lanes: int
@@ -71,6 +72,7 @@ class RunnerKey:
     context_size: int | None = None
     conditions: Layout = ()
     kept: tuple[int, ...] | None = None
+    logprobs: bool = False
 
 
 class Part(Enum):
@@ -109,6 +111,7 @@ class Runner:
         self.x = torch.zeros((lanes, *key.shape), dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.flags = torch.full((lanes,), FINITE, device=device)
+        self.logprobs = torch.zeros(lanes if key.logprobs else 0, dtype=torch.float64, device=device)
         # Free lanes show the network a wave: norms of an image of zeros amplify rounding, and a compiled network is
         # compared with the eager one on whatever its first call brings.
         wave = torch.arange(math.prod(key.shape), dtype=torch.float32, device=device).sin().reshape(key.shape)
@@ -139,7 +142,7 @@ class Runner:
             torch.zeros((halves, lanes, *shape), dtype=dtype, device=device) for shape, dtype in key.conditions
         ]
         self._guidance = torch.ones(lanes, dtype=torch.float32, device=device)
-        self.tables = DeviceTables(evaluator, device, key.capacity) if tables is None else tables
+        self.tables = tables or DeviceTables(evaluator, device, key.capacity, transitions=key.logprobs)
         self.learned: bool | None = None  # whether the network learned its variance, once it was called
         self._graphs: dict[tuple[bool, bool, Part], Graph] = {}
 
@@ -261,7 +264,7 @@ class Runner:
     def buffers(self) -> list[Tensor]:
         """Every tensor that a tick reads or writes, but the network's and what is computed on the way."""
         given = () if self._noise is None else (self._noise,)
-        return [*self._lane_buffers(), *given, *self.tables.buffers]
+        return [*self._lane_buffers(), self.logprobs, *given, *self.tables.buffers]
 
     def reached(self) -> Reached | None:
         """The end of what was launched so far; None on a device without streams."""
@@ -342,6 +345,8 @@ class Runner:
         tables = self.tables
         outputs = self._evaluate(part)
         out, out_uncond = outputs if self._key.guided else (outputs[0], None)
+        guidance = None if out_uncond is None else self._guidance
+        before = self.x.clone() if self._key.logprobs else None
         self._ops.diffusion_step(
             self.x,
             out,
@@ -352,7 +357,7 @@ class Runner:
             indices=self._indices if noise is None else None,
             noise=noise,
             out_uncond=out_uncond,
-            guidance=None if out_uncond is None else self._guidance,
+            guidance=guidance,
             x_next=self.x,
             x_net=self._x_net,
             x0=self.x0 if keep_x0 else None,
@@ -360,6 +365,9 @@ class Runner:
             known=self._known,
             history=self._history,
         )
+        if before is not None:
+            steps = (before, self.x, out, self.rows, tables.coefficients, tables.transitions)
+            self.logprobs.copy_(self._ops.transition_logprob(*steps, out_uncond=out_uncond, guidance=guidance))
         # In place, and after the step, which reads the row: parked lanes stay parked, for the last row's next is -1.
         self.rows.copy_(tables.next_row[self.rows])
 

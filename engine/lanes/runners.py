@@ -13,9 +13,9 @@ from stepfusion import _checks
 from stepfusion.errors import BackendError
 from stepfusion.execution.cuda_graph import CapturePolicy
 from stepfusion.execution.decoder import Decode
-from stepfusion.execution.evaluator import Evaluator
+from stepfusion.execution.evaluator import Evaluator, Network
 from stepfusion.execution.forking import check_process
-from stepfusion.execution.plan import REFERENCE_ONLY, Plan
+from stepfusion.execution.plan import REFERENCE_ONLY, Plan, eager_plan
 from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
 from stepfusion.kernels.launch import plain_torch
@@ -70,6 +70,24 @@ class Runners:
         self._batch = default_batch(options, plan.device)
         # Weights are copied and cast on the stream of this thread, and others will read them.
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
+
+    def calling(self, network: Network) -> Runners:
+        """Runners of the same model that call ``network`` as it is now: eager, in the dtype of its parameters.
+
+        Nothing of its weights is kept from one of these to the next, so that they may change in between.
+
+        Raises:
+            TypeError, ValueError: it is not callable, or its parameters lie on another device.
+        """
+        plan = eager_plan(self.plan, network)
+        execution = ExecutionOptions(batch=self._batch, invariant=self.invariant)
+        return Runners(self.spec, plan, self.evaluator_of(network), execution, self._prompts, self._encode)
+
+    def evaluator_of(self, network: Network) -> Evaluator:
+        """What calls a network of this model, eager."""
+        spec = self.spec
+        labelled = spec.num_classes is not None
+        return Evaluator(network, labelled, self.plan.products, spec.told_dtype, spec.conditions)
 
     @property
     def takes_prompts(self) -> bool:
@@ -152,7 +170,7 @@ class Runners:
         latents = in_latents({"image": images}, self._encode, self.spec, self.plan.device)["image"]
         return images if latents is None else latents
 
-    def key(self, request: Request, lanes: int) -> RunnerKey:
+    def key(self, request: Request, lanes: int, *, logprobs: bool = False) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""
         spec, plan = self.spec, self.plan
         return RunnerKey(
@@ -172,6 +190,7 @@ class Runners:
             context_size=spec.context_size if request.mixed else None,
             conditions=() if self._prepared is None else self._prepared.layout,
             kept=self._kept(request),
+            logprobs=logprobs,
         )
 
     def _kept(self, request: Request) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from stepfusion import _checks
-from stepfusion.kernels import COLUMNS, PARKED
+from stepfusion.kernels import COLUMNS, PARKED, transitions_of
 from stepfusion.kernels.coefficients import DEFAULTS, HISTORY, WHOLE_IMAGE
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.row_levels import RowLevels
@@ -175,6 +175,11 @@ class StepTable:
     def edits(self) -> bool:
         """True if every row says how to noise a known region again: of samplers, and not of an inversion."""
         return bool((self.column("known_x") != 0).all())
+
+    @cached_property
+    def transitions(self) -> torch.Tensor:
+        """What the log-probability of each row's step needs (:func:`stepfusion.kernels.transitions_of`), [R, 2]."""
+        return transitions_of(torch.from_numpy(self.coefficients.copy()))
 
     @cached_property
     def told(self) -> NDArray[np.int64] | NDArray[np.float64]:

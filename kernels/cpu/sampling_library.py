@@ -26,7 +26,7 @@ from stepfusion.kernels.cpu import compiler
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CHANNELS_LAST = 4
 
-_SOURCES = "sampling.h", "step.cpp", "forward.cpp", "pixels.cpp"
+_SOURCES = "sampling.h", "step.cpp", "transition.cpp", "forward.cpp", "pixels.cpp"
 FLAGS = "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 _VECTORS = {
     "AVX2": ("-mavx2",),
@@ -116,11 +116,17 @@ def left_to_the_reference(first: Tensor, *others: Tensor | None) -> bool:
     Raises:
         BackendError: ``first`` is not on a CPU.
     """
+    return not_compiled_for(first, *others) or launch.needs_gradient(first, *others)
+
+
+def not_compiled_for(first: Tensor, *others: Tensor | None) -> bool:
+    """The same of kernels that have a gradient of their own: float64, and programs that are exported.
+
+    Raises:
+        BackendError: ``first`` is not on a CPU.
+    """
     _check_device(first.device)
-    if _exporting():
-        return True
-    given = (first, *others)
-    return launch.needs_gradient(*given) or any(x is not None and x.dtype == torch.float64 for x in given)
+    return _exporting() or any(x is not None and x.dtype == torch.float64 for x in (first, *others))
 
 
 def _exporting() -> bool:
