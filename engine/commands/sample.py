@@ -100,8 +100,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_lora_argument(add)
 
-    add = parser.add_argument_group("how to sample").add_argument
-    add_sampler_arguments(add)
+    add_sampler_arguments(parser)
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
@@ -142,7 +141,7 @@ def run_sample(args: argparse.Namespace) -> int:
     labels, prompts = chosen_labels(engine, args.labels, args.num), chosen_prompts(engine, args, args.num)
     edit = _edit(engine, args)
     walked = table if edit is None else edit.shorten(table)
-    steps, origin = len(walked), SampleProvenance(args, engine, walked, labels, prompts)
+    steps, origin = len(walked), SampleProvenance(args, engine, request, walked, labels, prompts)
     shown = _shown_steps(steps) if args.animate else []
     _check_picture(engine, args, len(shown))
     frames = _Frames(engine, args, shown) if args.animate else None

@@ -15,8 +15,9 @@ from stepfusion.errors import NonFiniteError
 from stepfusion.lanes.conditions import CONDITION_OPTIONS, LaneConditions, Prompts, images_of, make_conditions
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
-from stepfusion.options import SamplingOptions
+from stepfusion.options import SamplingOptions, TableOptions
 from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.table_request import TableRequest
 
 _LAST_SEED = (1 << 64) - 1
 _LAST_INDEX = (1 << 32) - 1
@@ -234,19 +235,12 @@ def _check_names(spec: ModelSpec, options: Mapping[str, Any]) -> None:
 
 
 def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOptions) -> Tables:
-    """The table as given, or the one that sampler, steps and eta describe."""
-    sampler, steps, eta, reuse = (
-        options.get("sampler"),
-        options.get("steps"),
-        options.get("eta"),
-        options.get("reuse"),
-    )
+    """The table as given, or the one that sampler, steps and their options describe."""
+    asked = [name for name in TableOptions.__annotations__ if options.get(name) is not None]
     if table is None:
-        made = spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
-        return made if reuse is None else made.reusing(_checks.integer("reuse", reuse, 1, 1 << 31))
-    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta), ("reuse", reuse)):
-        if value is not None:
-            raise ValueError(f"table and {name} exclude each other, got both")
+        return TableRequest(**{name: options[name] for name in asked}).of(spec)  # type: ignore[literal-required]
+    for name in asked:
+        raise ValueError(f"table and {name} exclude each other, got both")
     return table
 
 
