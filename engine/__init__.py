@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         GaussianDiffusion,
         NoiseSchedule,
         NonFiniteError,
+        Request,
         SamplingCancelled,
         SigmaPath,
         StepTable,
@@ -51,9 +52,11 @@ if TYPE_CHECKING:
         load_pretrained,
         load_single_file,
         plms,
+        save_images,
         save_pretrained,
         slerp,
         tcd,
+        to_pil,
         unipc,
     )
 
@@ -70,6 +73,7 @@ __all__ = [
     "GaussianDiffusion",
     "NoiseSchedule",
     "NonFiniteError",
+    "Request",
     "SamplingCancelled",
     "SigmaPath",
     "StepTable",
@@ -99,10 +103,12 @@ __all__ = [
     "load_single_file",
     "networks",
     "plms",
+    "save_images",
     "save_pretrained",
     "serving",
     "slerp",
     "tcd",
+    "to_pil",
     "unipc",
 ]
 

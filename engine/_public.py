@@ -19,7 +19,7 @@ from stepfusion.errors import (
     SamplingCancelled,
 )
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.request import Event
+from stepfusion.lanes.request import Event, Request
 from stepfusion.samplers import (
     consistency,
     ddim,
@@ -45,6 +45,7 @@ from stepfusion.samplers import (
 from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+from stepfusion.saved_images import save_images, to_pil
 
 __all__ = [
     "BackendError",
@@ -57,6 +58,7 @@ __all__ = [
     "GaussianDiffusion",
     "NoiseSchedule",
     "NonFiniteError",
+    "Request",
     "SamplingCancelled",
     "SigmaPath",
     "StepTable",
@@ -83,8 +85,10 @@ __all__ = [
     "load_pretrained",
     "load_single_file",
     "plms",
+    "save_images",
     "save_pretrained",
     "slerp",
     "tcd",
+    "to_pil",
     "unipc",
 ]

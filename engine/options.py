@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -236,6 +237,11 @@ class SamplingOptions(TableOptions, total=False):
     strength: float | None
     mask: Pictures | None
     noise: torch.Tensor | None
+
+
+def random_seed() -> int:
+    """A seed that nobody chose, in [0, 2**53): a number that JSON and spreadsheets keep exactly."""
+    return secrets.randbelow(1 << 53)
 
 
 #: The names of :class:`TableOptions`, and of :class:`StepOptions`.

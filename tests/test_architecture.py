@@ -26,6 +26,7 @@ FLOORS = (
     ("bench",),
     ("export",),
     ("bulk", "serving", "training"),
+    ("saved_images",),
     ("engine",),
     ("diffusion",),
     ("lanes",),

@@ -110,7 +110,7 @@ def _levels(option: str, text: str) -> list[float]:
 
 def table_request(args: argparse.Namespace) -> TableRequest:
     """The table that ``args`` ask for; ValueError if an option is not one of its sampler's."""
-    asked: TableOptions = {name: getattr(args, name) for name in TABLE_OPTIONS}  # type: ignore[assignment,misc]
+    asked: TableOptions = {name: getattr(args, name) for name in TABLE_OPTIONS}  # type: ignore[assignment]
     request = TableRequest(**asked)
     request.check("--")
     return request

@@ -44,7 +44,8 @@ class SampleProvenance:
     """Where the pictures of ``stepfusion sample`` come from.
 
     Args:
-        asked, table: the table that was asked for, and the rows of it that are walked. labels, prompts: of all images; None for a model without, or if none were given.
+        asked, table: the table that was asked for, and the rows of it that are walked.
+        labels, prompts: of all images; None for a model without, or if none were given.
     """
 
     def __init__(

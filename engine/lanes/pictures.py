@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ def with_tensors(options: SamplingOptions, image_shape: Callable[[], Sequence[in
         changed["image"] = images_of_pictures(options["image"], image_shape())
     if _holds_pictures("mask", options.get("mask")):
         changed["mask"] = masks_of_pictures(options["mask"], image_shape())
-    return SamplingOptions(**changed)
+    return cast(SamplingOptions, changed)
 
 
 def images_of_pictures(pictures: Any, shape: Sequence[int], name: str = "image") -> torch.Tensor:
@@ -58,9 +58,8 @@ def _holds_pictures(name: str, value: object) -> bool:
         return False
     pictures = _each(value)
     if not pictures or not all(isinstance(one, str | os.PathLike | Image.Image) for one in pictures):
-        raise TypeError(
-            f"{name} must be a tensor, a PIL.Image, the path of a picture, or a list of these, got {value!r}"[:300]
-        )
+        kinds = "a tensor, a PIL.Image, the path of a picture, or a list of pictures"
+        raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}")
     return True
 
 

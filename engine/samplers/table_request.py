@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Unpack, cast
 
 from stepfusion import _checks
-from stepfusion.options import StepOptions, TableOptions
+from stepfusion.options import Sampler, SamplerOptions, StepOptions, TableOptions
 from stepfusion.samplers.registry import OFFERED, options_of
 from stepfusion.samplers.table import StepTable
 
@@ -15,7 +15,9 @@ from stepfusion.samplers.table import StepTable
 class MakesTables(Protocol):
     """A model that makes its samplers' tables: a :class:`stepfusion.model_spec.ModelSpec` or an engine."""
 
-    def table(self, sampler: Any = ..., steps: int | None = ..., **options: Any) -> StepTable:
+    def table(
+        self, sampler: Sampler | None = ..., steps: int | None = ..., **options: Unpack[SamplerOptions]
+    ) -> StepTable:
         """:func:`stepfusion.samplers.registry.make_table` for this model's schedule and prediction type."""
         ...
 
