@@ -17,7 +17,7 @@ from stepfusion.samplers.table import StepTable
 from stepfusion.samplers.table_request import TableRequest
 
 _RUN = ("device", "dtype", "backend", "network", "batch", "invariant")
-_OTHERS = ("size", "lora", "image", "strength", "mask")
+_OTHERS = ("size", "lora", "noise", "image", "strength", "mask")
 
 
 def add_metadata_argument(add: Callable[..., object]) -> None:
@@ -79,10 +79,15 @@ class SampleProvenance:
         """The texts of one image's own file; None with ``--no-metadata``."""
         label = None if self._labels is None else str(self._labels[image])
         prompt = None if self._prompts is None else [self._prompts[image]]
-        command = self._command(1, self._args.first_index + image, label, prompt, {"single": True})
+        # of a file of noises no option takes one
+        command = (
+            None
+            if self._args.noise
+            else self._command(1, self._args.first_index + image, label, prompt, {"single": True})
+        )
         return self._texts([image], command)
 
-    def _texts(self, images: Sequence[int], command: str) -> dict[str, str] | None:
+    def _texts(self, images: Sequence[int], command: str | None) -> dict[str, str] | None:
         args, engine = self._args, self._engine
         if args.no_metadata:
             return None
