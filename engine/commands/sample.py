@@ -133,6 +133,8 @@ def run_sample(args: argparse.Namespace) -> int:
     """Sample as ``args`` say; returns 0. Everything is checked, the output paths included, before any work."""
     if args.out is None:
         args.out = Path("samples" if args.single else "samples.png")
+    if args.noise is not None and args.image is not None:
+        raise ValueError("--noise and --image exclude each other, got both")
     noise = None if args.noise is None else read_noise(args.noise)
     if args.num is None:
         args.num = len(noise) if noise is not None else 64 if args.prompt is None else len(args.prompt)
