@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -21,6 +22,7 @@ from stepfusion.bench.rows import Row
 from stepfusion.engine import Engine
 from stepfusion.kernels import BackendError
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion.options import DType, NetworkMode
 from stepfusion.samplers import ddim, ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
@@ -117,8 +119,8 @@ def _entries(
                 table.schedule,
                 null_label=_CLASSES,
                 device=device,
-                dtype=dtype,
-                network=mode,
+                dtype=cast(DType, dtype),
+                network=cast(NetworkMode, mode),
                 batch=len(start),
             )
         except BackendError as error:

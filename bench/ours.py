@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from stepfusion.export.batch import Batch
 from stepfusion.export.exporters import exporter
 from stepfusion.export.formats import FORMATS
 from stepfusion.kernels import BackendError
+from stepfusion.options import DType, NetworkMode
 from stepfusion.samplers.scheduler_config import read_config
 
 
@@ -38,7 +39,7 @@ class Ours(Provider):
             engine = self.engine(case)
         except (BackendError, ExportError) as error:
             raise Unavailable(str(error)) from error
-        table = engine.table(case.sampler, case.steps, compat="diffusers")
+        table = engine.spec.table(case.sampler, case.steps, compat="diffusers")
         evaluations = {n: case.model.evaluation_table(case.timestep, n) for n in (1, case.evaluations)}
 
         def sample(walked: Any, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -98,8 +99,8 @@ def make_engine(case: Case, network: Callable[..., torch.Tensor], mode: str, dty
         null_label=case.model.null_label,
         options=options,
         device=case.device,
-        dtype=dtype,
-        network=mode,
+        dtype=cast(DType, dtype),
+        network=cast(NetworkMode, mode),
         batch=case.batch,
     )
 

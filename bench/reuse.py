@@ -25,6 +25,7 @@ from stepfusion.bench.rows import markdown
 from stepfusion.bench.sampler_quality import distance_to_test
 from stepfusion.engine import Engine
 from stepfusion.lanes.runner import Part
+from stepfusion.options import NetworkMode
 from stepfusion.samplers.schedule import NoiseSchedule
 
 EVERY = 1, 2, 3, 5
@@ -63,7 +64,7 @@ class ReuseQuality:
     frechet: float | None
 
 
-def time_ticks(model: str, batch: int, network: str, rounds: int) -> TickTimes:
+def time_ticks(model: str, batch: int, network: NetworkMode, rounds: int) -> TickTimes:
     """Time both kinds of a tick of a published UNet (:data:`stepfusion.bench.models.PUBLISHED`).
 
     Raises:

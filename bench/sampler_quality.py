@@ -68,7 +68,7 @@ def fitting_table(engine: Engine, sampler: str, allowed: int) -> StepTable | Non
     """The table of a sampler with the most steps that need at most ``allowed`` evaluations; None if none does."""
     for steps in range(allowed, 0, -1):
         try:
-            table = engine.table(sampler, steps)
+            table = engine.spec.table(sampler, steps)
         except ValueError:
             continue  # a solver of several orders may need more steps than one
         if len(table) <= allowed:

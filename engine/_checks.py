@@ -58,6 +58,17 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless ``value`` is a floating-point tensor of this shape."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {given}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
 # One value for each image
 
 

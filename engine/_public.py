@@ -19,7 +19,7 @@ from stepfusion.errors import (
     SamplingCancelled,
 )
 from stepfusion.lanes.interpolation import slerp
-from stepfusion.lanes.request import Event
+from stepfusion.lanes.request import Event, Request
 from stepfusion.lanes.rollout import Rollout
 from stepfusion.samplers import (
     consistency,
@@ -46,6 +46,7 @@ from stepfusion.samplers import (
 from stepfusion.samplers.path import FlowPath, SigmaPath
 from stepfusion.samplers.schedule import NoiseSchedule
 from stepfusion.samplers.table import StepTable
+from stepfusion.saved_images import save_images, to_pil
 from stepfusion.warming import warm
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "GaussianDiffusion",
     "NoiseSchedule",
     "NonFiniteError",
+    "Request",
     "Rollout",
     "SamplingCancelled",
     "SigmaPath",
@@ -86,9 +88,11 @@ __all__ = [
     "load_pretrained",
     "load_single_file",
     "plms",
+    "save_images",
     "save_pretrained",
     "slerp",
     "tcd",
+    "to_pil",
     "unipc",
     "warm",
 ]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import fields
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any, Self, Unpack
 
 import torch
-from tqdm import tqdm
 
 from stepfusion import _checks
 from stepfusion.checkpoints.load import load_model
 from stepfusion.checkpoints.loaded import LoadedModel
-from stepfusion.errors import SamplingCancelled
 from stepfusion.execution import explain
 from stepfusion.execution.decoder import Decode, decode_batches, decoded_shape, decoder_on
 from stepfusion.execution.evaluator import Evaluator, Network
@@ -26,13 +25,13 @@ from stepfusion.lanes.conditions import Prompts
 from stepfusion.lanes.interpolation import slerp
 from stepfusion.lanes.inversion import climbing_table
 from stepfusion.lanes.policy import PolicyMethods
-from stepfusion.lanes.request import Event, Request, Tables, check_images
+from stepfusion.lanes.request import Event, Request, Tables
 from stepfusion.lanes.runners import Runners
 from stepfusion.model_spec import SPEC_ARGUMENTS, ModelSpec
 from stepfusion.networks import prepare_network
 from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.networks.time_conditioned import TimeConditioned
-from stepfusion.options import ExecutionOptions, SamplingOptions
+from stepfusion.options import Backend, DType, ExecutionOptions, NetworkMode, Sampler, SamplerOptions, SamplingOptions
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.table import StepTable
 
@@ -79,6 +78,7 @@ class Engine(PolicyMethods):
         network: the model as this engine runs it: on its device, in its dtype.
         evaluator: what calls the network.
         runners: what checks requests and makes the runners that move their lanes.
+        source: the name or path that alone the model was loaded by; None if it came otherwise.
 
     Raises:
         TypeError, ValueError: naming the argument. BackendError: what was asked for cannot run here.
@@ -96,9 +96,9 @@ class Engine(PolicyMethods):
         null_label: int | None = None,
         class_names: Sequence[str] | None = None,
         device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        backend: str = "auto",
-        network: str = "auto",
+        dtype: DType | torch.dtype = "auto",
+        backend: Backend = "auto",
+        network: NetworkMode = "auto",
         batch: int | None = None,
         invariant: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -138,8 +138,10 @@ class Engine(PolicyMethods):
         if self.plan.compiler is not None:
             self.evaluator.compile_with(self.plan.compiler)
         encoder = decoder_on(encode_images, self.plan.device, "encode_images")
-        self.runners = Runners(spec, self.plan, self.evaluator, execution, prompts, encoder)
+        pictured = partial(decoded_shape, self._decode, spec.shape, self.plan.device)
+        self.runners = Runners(spec, self.plan, self.evaluator, execution, prompts, encoder, pictured)
         self._exported: str | None = None
+        self.source: str | None = None
 
     @classmethod
     @plain_torch(gradients=False)
@@ -153,12 +155,16 @@ class Engine(PolicyMethods):
 
         CheckpointError says what is missing or wrong in the directory or file.
         """
+        alone = arguments.keys() <= {field.name for field in fields(ExecutionOptions)}
         if not isinstance(source, LoadedModel):
             arguments.setdefault("copy", False)  # nobody else has what is loaded here
         loaded = load_model(source, arguments.pop("lora", None))
         known = {name: arguments.pop(name) for name in SPEC_ARGUMENTS if name in arguments}
         spec = loaded.spec_with(**known)
-        return cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
+        engine = cls._of_spec(loaded.network, spec, {**loaded.around(spec), **arguments})
+        if alone and not isinstance(source, LoadedModel):
+            engine.source = os.fspath(source)
+        return engine
 
     @classmethod
     @plain_torch(gradients=False)
@@ -185,7 +191,9 @@ class Engine(PolicyMethods):
         """An engine for a network whose spec is known; ``arguments`` go before what the spec says."""
         return cls(network, spec.schedule, **{**{name: getattr(spec, name) for name in SPEC_ARGUMENTS}, **arguments})
 
-    def table(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
+    def table(
+        self, sampler: Sampler | None = None, steps: int | None = None, **options: Unpack[SamplerOptions]
+    ) -> StepTable:
         """A sampler's table for this engine's schedule and prediction type.
 
         The checkpoint's options hold if none are given, its clip only for samplers that clip by default. The sampler
@@ -196,7 +204,7 @@ class Engine(PolicyMethods):
 
     def sample(
         self,
-        n: int | None = None,
+        n: int | Request | None = None,
         table: Tables | None = None,
         *,
         progress: bool | None = None,
@@ -207,12 +215,13 @@ class Engine(PolicyMethods):
         """Make images.
 
         Args:
-            n: how many; by default as many as ``indices``, ``start``, ``image`` or the sequences say, else 1.
+            n: how many; by default as many as ``indices``, ``start``, ``image`` or the sequences say, else 1. Or what
+                :meth:`request` returned, without further arguments.
             table: a sampler's table, or one for each image; without one, ``sampler``, ``steps`` and ``eta`` make it.
             progress: a bar on stderr; by default if that is a terminal.
             callback: called after every step with an :class:`Event`; returning False cancels.
             nonfinite: "raise" if an image becomes NaN or infinite, or "keep" it.
-            options: sampler, steps, eta, seed, indices, labels, guidance, start, image, strength, mask, noise, as
+            options: sampler, steps, spacing, seed, labels, prompt, guidance, image and others, as
                 :class:`stepfusion.options.SamplingOptions` describes them.
 
         Returns:
@@ -227,24 +236,11 @@ class Engine(PolicyMethods):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")
         request = self.runners.request(n, table, options)
-        result = offline.room_for(self.runners, request)
         shown = sys.stderr.isatty() if progress is None else _checks.boolean("progress", progress)
-        total = sum(request.steps(image) for image in range(len(request)))
-        strict, watched = nonfinite == "raise", callback is not None
-        lanes = offline.OfflineLanes(self.runners, request, result, strict=strict, watched=watched)
-        done = 0
-        with tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True) as bar:
-            for moved, events in lanes.run():
-                done += moved
-                if shown:
-                    bar.update(moved)
-                if callback is not None and False in [callback(event) for event in events]:
-                    raise SamplingCancelled(f"the callback cancelled sampling after {done} of {total} steps")
-            lanes.check()
-        return result
+        return offline.sample(self.runners, request, shown=shown, strict=nonfinite == "raise", callback=callback)
 
     def generate(
-        self, n: int | None = None, table: Tables | None = None, **options: Unpack[SamplingOptions]
+        self, n: int | Request | None = None, table: Tables | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[torch.Tensor]:
         """Make images in bulk, as pixels on the host: a batch is copied there while the next one is computed.
 
@@ -253,7 +249,7 @@ class Engine(PolicyMethods):
         return offline.generate(self.runners, self.runners.request(n, table, options), self.to_uint8)
 
     def request(
-        self, n: int | None = None, table: Tables | None = None, **options: Unpack[SamplingOptions]
+        self, n: int | Request | None = None, table: Tables | None = None, **options: Unpack[SamplingOptions]
     ) -> Request:
         """What :meth:`sample` would do with these arguments, checked, and not done.
 
@@ -264,7 +260,7 @@ class Engine(PolicyMethods):
 
     def stream(
         self,
-        n: int | None = None,
+        n: int | Request | None = None,
         table: Tables | None = None,
         *,
         every: int = 1,
@@ -374,7 +370,7 @@ class Engine(PolicyMethods):
         """
         if self._decode is None:
             return x
-        check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
+        _checks.images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *self.shape))
         return decode_batches(self._decode, x.to(self.plan.device, torch.float32), self.batch)
 
     @cached_property

@@ -126,7 +126,7 @@ def tick_example(engine: Engine, batch: int, *, guided: bool = False, history: i
     labels = rest[: engine.num_classes is not None]
     discrete = engine.schedule.discrete
     sampler = "ddpm" if discrete and not history else _EXAMPLES[min(history, 1)]
-    rows = engine.table(sampler, min(_EXAMPLE_ROWS, engine.schedule.max_steps))
+    rows = engine.spec.table(sampler, min(_EXAMPLE_ROWS, engine.schedule.max_steps))
     table = rows.on(x.device)
     lane = torch.arange(batch, device=x.device)
     scale = [1.0 + lane.to(torch.float32)] if guided else []

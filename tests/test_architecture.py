@@ -27,6 +27,7 @@ FLOORS = (
     ("export",),
     ("warming",),
     ("bulk", "serving", "training"),
+    ("saved_images",),
     ("engine",),
     ("diffusion",),
     ("lanes",),

@@ -129,8 +129,9 @@ def _unencoded(spec: ModelSpec) -> Prompts:
 def _described(request: TableRequest, spec: ModelSpec, table: StepTable) -> str:
     """The sampler with its steps, and how these were chosen if that is not the model's own way."""
     how = [table.name, f"{len(table)} steps"]
-    if request.timesteps is not None:
-        how.append(f"timesteps {request.timesteps}")
-    elif request.spacing not in (None, spec.options.get("spacing")):
-        how.append(f"spacing {request.spacing}")
+    given = request.given
+    if "timesteps" in given or "levels" in given:
+        how += [f"{name} {given[name]}" for name in ("timesteps", "levels") if name in given]
+    elif given.get("spacing") not in (None, spec.options.get("spacing")):
+        how.append(f"spacing {given['spacing']}")
     return ", ".join(how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,13 +17,26 @@ from stepfusion.commands.threads import add_threads_argument, use_threads
 from stepfusion.engine import Engine
 from stepfusion.execution.plan import BACKENDS, DTYPES, NETWORK_MODES, TF32
 from stepfusion.files.images import CHANNELS
-from stepfusion.options import ExecutionOptions
-from stepfusion.samplers.registry import OFFERED, SAMPLERS_WITH_ETA
-from stepfusion.samplers.spacing import EVERY_SPACING
-from stepfusion.samplers.table_request import TableRequest
+from stepfusion.options import TABLE_OPTIONS, ExecutionOptions, TableOptions, table_option
+from stepfusion.samplers.registry import OFFERED, options_of
+from stepfusion.samplers.table_request import TableRequest, takers_of
 
 _Number = TypeVar("_Number", int, float)
 _MOST = 1 << 16
+_FIRST = ("sampler", "steps", "spacing", "eta", "timesteps", "reuse", "compat")  # what most people look for
+_FEW = 8  # samplers that a help text names
+_MANY = 30  # choices that it does not
+#: What a help text says of defaults that follow from the model.
+_DEFAULTS = {
+    "sampler": ", of those that the path of the model has (default: what the model says, or heun for EDM, euler for "
+    "flow matching, else ddim)",
+    "steps": " (default: 50; 18 for heun, 2 or 4 for samplers of distilled models, and for ddpm all timesteps of the "
+    "model)",
+    "spacing": " (default: the model's own)",
+    "timesteps": ": guided-diffusion's respacing, in which 10,10,5 takes so many of each third of the timesteps, "
+    "from the data on, and ddim25 strides through them (default: evenly spaced steps)",
+    "reuse": " (default: the whole UNet at every step)",
+}
 
 
 def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -32,42 +46,72 @@ def add_model_argument(parser: argparse.ArgumentParser, *, nargs: str | None = N
     parser.add_argument("model", nargs=nargs, help=text)
 
 
-def add_sampler_arguments(add: Callable[..., object]) -> None:
-    """Declare the sampler, its steps, their places and noise, which :func:`table_request` reads."""
-    takers = " and ".join(f"{name} (default: {eta:g})" for name, eta in SAMPLERS_WITH_ETA.items())
-    add(
-        "--sampler",
-        choices=OFFERED,
-        help="of those that the path of the model has (default: what the model says, or heun for EDM, euler for flow "
-        "matching, else ddim)",
+def add_sampler_arguments(parser: argparse.ArgumentParser, title: str = "how to sample") -> None:
+    """Declare the sampler and its options, which :func:`table_request` reads, in two groups of the help."""
+    add = parser.add_argument_group(title).add_argument
+    for name in _FIRST:
+        _add_table_option(add, name)
+    add = parser.add_argument_group("options of single samplers and paths").add_argument
+    for name in TABLE_OPTIONS:
+        if name not in _FIRST:
+            _add_table_option(add, name)
+
+
+def _add_table_option(add: Callable[..., object], name: str) -> None:
+    """Declare one option of a table as :class:`stepfusion.options.TableOptions` has it."""
+    declared = table_option(name)
+    option, choices = "--" + name.replace("_", "-"), OFFERED if name == "sampler" else declared.choices
+    text = declared.option.text + _DEFAULTS.get(name, _defaults_of(name)).replace("%", "%%")
+    if choices:
+        add(option, choices=choices, metavar=None if len(choices) < _MANY else declared.option.value, help=text)
+        return
+    kind = {bool: _yes_or_no, list: partial(_levels, option)}.get(declared.kind, declared.kind)
+    metavar = "{yes,no}" if declared.kind is bool else declared.option.value
+    add(option, type=kind, metavar=metavar, help=text)
+
+
+def _defaults_of(name: str) -> str:
+    """Which samplers take an option, if few do, and what it is by default."""
+    takers = takers_of(name)
+    usual = {sampler: options_of(sampler)[name] for sampler in takers}
+    if len(takers) > _FEW:
+        return ""
+    if len(set(usual.values())) == 1:
+        one = next(iter(usual.values()))
+        return f"; of {', '.join(takers)}" + ("" if one is None else f" (default: {_text(one)})")
+    return "; of " + ", ".join(f"{sampler} (default: {_text(value)})" for sampler, value in usual.items())
+
+
+def _text(value: object) -> str:
+    """A default as one would type it."""
+    if value is None:
+        return "as its steps ask"
+    return (
+        {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
     )
-    add(
-        "--steps",
-        type=int,
-        metavar="K",
-        help="how many steps (default: 50; 18 for heun, 2 or 4 for samplers of distilled models, and for ddpm all "
-        "timesteps of the model)",
-    )
-    add(
-        "--timesteps",
-        metavar="SECTIONS",
-        help="guided-diffusion's respacing instead of --steps: 10,10,5 takes so many of each third of the timesteps, "
-        "from the data on, and ddim25 strides through them (default: evenly spaced --steps)",
-    )
-    add("--spacing", choices=EVERY_SPACING, help="of the steps (default: the model's own)")
-    add("--eta", type=float, help=f"from 0, no noise, to 1, as much as ddpm's; of {takers}")
-    add(
-        "--reuse",
-        type=int,
-        metavar="N",
-        help="run the whole UNet at every N-th step, and its outermost level at the others: faster, other "
-        "images (default: the whole UNet at every step)",
-    )
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return text == "yes"
+
+
+def _levels(option: str, text: str) -> list[float]:
+    try:
+        return numbers(option, text, float, "numbers")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def table_request(args: argparse.Namespace) -> TableRequest:
     """The table that ``args`` ask for; ValueError if an option is not one of its sampler's."""
-    request = TableRequest(args.sampler, args.steps, args.eta, args.spacing, args.timesteps, args.reuse)
+    asked: TableOptions = {name: getattr(args, name) for name in TABLE_OPTIONS}  # type: ignore[assignment]
+    request = TableRequest(**asked)
     request.check("--")
     return request
 

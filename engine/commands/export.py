@@ -48,7 +48,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--server-backend", choices=BACKENDS, default="onnx", help="triton-server: what runs it there")
     add("--dry-run", action="store_true", help="torch-tensorrt: say how much it covers, and write nothing")
 
-    add_sampler_arguments(parser.add_argument_group("the sampler whose table goes with it").add_argument)
+    add_sampler_arguments(parser, "the sampler whose table goes with it")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 

@@ -78,7 +78,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the images I, I+1, ... of the seed (default: %(default)s)",
     )
 
-    add_sampler_arguments(parser.add_argument_group("how to sample").add_argument)
+    add_sampler_arguments(parser)
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, metavar="DIR", help="a directory; what this command has begun there goes on")

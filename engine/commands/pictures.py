@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels
-from stepfusion.files.picture_reader import read_picture
-
-_BRIGHT = 128  # a mask's grey from which on it says "repaint"
+from stepfusion.lanes.pictures import images_of_pictures, masks_of_pictures
 
 
 def read_pictures(engine: Engine, paths: Sequence[Path]) -> Tensor:
@@ -24,8 +21,7 @@ def read_pictures(engine: Engine, paths: Sequence[Path]) -> Tensor:
     Raises:
         ValueError: naming the file that is no sound picture, or of another size.
     """
-    pixels = torch.stack([torch.from_numpy(read_picture(path, engine.image_shape)) for path in paths])
-    return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    return images_of_pictures(list(paths), engine.image_shape)
 
 
 def read_mask(engine: Engine, path: Path) -> Tensor:
@@ -34,8 +30,7 @@ def read_mask(engine: Engine, path: Path) -> Tensor:
     Raises:
         ValueError: the file is no sound picture, or not of the size of the model's images.
     """
-    pixels = read_picture(path, (1, *engine.image_shape[1:]))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] >= _BRIGHT
+    return masks_of_pictures(path, engine.image_shape)
 
 
 def pixels_of(engine: Engine, x: Tensor) -> Pixels:

@@ -14,10 +14,10 @@ from stepfusion.files.png_text import read_texts
 from stepfusion.files.provenance import PREFIX, SOFTWARE, Provenance, command_line, texts
 from stepfusion.files.regular import read_regular
 from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.table_request import TableRequest
 
-_SAMPLER = ("sampler", "steps", "timesteps", "spacing", "eta", "reuse")
 _RUN = ("device", "dtype", "backend", "network", "batch", "invariant")
-_OTHERS = ("size", "lora", "image", "strength", "mask")
+_OTHERS = ("size", "lora", "noise", "image", "strength", "mask")
 
 
 def add_metadata_argument(add: Callable[..., object]) -> None:
@@ -44,18 +44,21 @@ class SampleProvenance:
     """Where the pictures of ``stepfusion sample`` come from.
 
     Args:
-        table: that is walked. labels, prompts: of all images; None for a model without, or if none were given.
+        asked, table: the table that was asked for, and the rows of it that are walked.
+        labels, prompts: of all images; None for a model without, or if none were given.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
         engine: Engine,
+        asked: TableRequest,
         table: StepTable,
         labels: Sequence[int] | None,
         prompts: Sequence[str] | None = None,
     ) -> None:
-        self._args, self._engine, self._table, self._labels, self._prompts = args, engine, table, labels, prompts
+        self._args, self._engine, self._asked, self._table = args, engine, asked, table
+        self._labels, self._prompts = labels, prompts
         self._weights = None if args.no_metadata else weights_digest(args.model)
 
     @property
@@ -76,10 +79,15 @@ class SampleProvenance:
         """The texts of one image's own file; None with ``--no-metadata``."""
         label = None if self._labels is None else str(self._labels[image])
         prompt = None if self._prompts is None else [self._prompts[image]]
-        command = self._command(1, self._args.first_index + image, label, prompt, {"single": True})
+        # of a file of noises no option takes one
+        command = (
+            None
+            if self._args.noise
+            else self._command(1, self._args.first_index + image, label, prompt, {"single": True})
+        )
         return self._texts([image], command)
 
-    def _texts(self, images: Sequence[int], command: str) -> dict[str, str] | None:
+    def _texts(self, images: Sequence[int], command: str | None) -> dict[str, str] | None:
         args, engine = self._args, self._engine
         if args.no_metadata:
             return None
@@ -117,7 +125,8 @@ class SampleProvenance:
                 "guidance": args.guidance,
                 "seed": args.seed,
                 "first_index": first or None,
-                **{name: getattr(args, name) for name in (*_OTHERS, *_SAMPLER)},
+                **{name: getattr(args, name) for name in _OTHERS},
+                **(self._asked.words() or {}),
                 **{name: value for name, value in run.items() if value != "auto"},
                 **others,
             },

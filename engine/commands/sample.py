@@ -26,6 +26,7 @@ from stepfusion.commands.outputs import check_folder
 from stepfusion.commands.pictures import pixels_of, read_mask, read_pictures
 from stepfusion.commands.prompts import add_prompt_arguments, add_size_argument, chosen_prompts
 from stepfusion.commands.provenance import SampleProvenance, add_metadata_argument
+from stepfusion.commands.start_noise import add_noise_argument, add_seed_argument, check_noise, read_noise
 from stepfusion.commands.threads import add_threads_argument
 from stepfusion.engine import Engine
 from stepfusion.files.images import Pixels, grid, grid_size, save_gif, save_png, why_no_picture
@@ -67,7 +68,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prompt_arguments(add)
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
-    add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
+    add_seed_argument(add)
     add(
         "--first-index",
         type=int,
@@ -77,6 +78,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add_size_argument(add)
+    add_noise_argument(add)
     add(
         "--image",
         type=Path,
@@ -100,8 +102,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_lora_argument(add)
 
-    add = parser.add_argument_group("how to sample").add_argument
-    add_sampler_arguments(add)
+    add_sampler_arguments(parser)
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
@@ -132,17 +133,22 @@ def run_sample(args: argparse.Namespace) -> int:
     """Sample as ``args`` say; returns 0. Everything is checked, the output paths included, before any work."""
     if args.out is None:
         args.out = Path("samples" if args.single else "samples.png")
+    if args.noise is not None and args.image is not None:
+        raise ValueError("--noise and --image exclude each other, got both")
+    noise = None if args.noise is None else read_noise(args.noise)
     if args.num is None:
-        args.num = 64 if args.prompt is None else len(args.prompt)
+        args.num = len(noise) if noise is not None else 64 if args.prompt is None else len(args.prompt)
     _check_numbers(args)
     request = table_request(args)
     _check_outputs(args)
     engine = open_engine(args)
     table = request.of(engine)
     labels, prompts = chosen_labels(engine, args.labels, args.num), chosen_prompts(engine, args, args.num)
-    edit = _edit(engine, args)
+    if noise is not None:
+        check_noise(engine, args.noise, noise, args.num)
+    edit = _edit(engine, args, noise)
     walked = table if edit is None else edit.shorten(table)
-    steps, origin = len(walked), SampleProvenance(args, engine, walked, labels, prompts)
+    steps, origin = len(walked), SampleProvenance(args, engine, request, walked, labels, prompts)
     shown = _shown_steps(steps) if args.animate else []
     _check_picture(engine, args, len(shown))
     frames = _Frames(engine, args, shown) if args.animate else None
@@ -159,6 +165,7 @@ def run_sample(args: argparse.Namespace) -> int:
         guidance=args.guidance,
         prompt=prompts,
         negative_prompt=args.negative,
+        start=noise,
         **({} if edit is None else asdict(edit)),
         progress=bar(args),
         callback=(lambda event: [watch(event) for watch in watchers]) if watchers else None,
@@ -179,11 +186,11 @@ def run_sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _edit(engine: Engine, args: argparse.Namespace) -> Edit | None:
+def _edit(engine: Engine, args: argparse.Namespace, noise: torch.Tensor | None) -> Edit | None:
     """The edit that --image, --strength and --mask ask for."""
     image = None if args.image is None else read_pictures(engine, [args.image])
     mask = None if args.mask is None else read_mask(engine, args.mask)
-    return make_edit(image, args.strength, mask, None)
+    return make_edit(image, args.strength, mask, noise)
 
 
 class _Frames:

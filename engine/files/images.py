@@ -58,14 +58,14 @@ def encode_png(pixels: Pixels, *, optimize: bool = False, texts: Mapping[str, st
     ``texts`` are what it carries beside its pixels, by their keywords.
     """
     buffer = io.BytesIO()
-    _picture(pixels).save(buffer, format="PNG", optimize=optimize, pnginfo=png_info(texts) if texts else None)
+    picture_of(pixels).save(buffer, format="PNG", optimize=optimize, pnginfo=png_info(texts) if texts else None)
     return buffer.getvalue()
 
 
 def save_gif(path: str | Path, frames: Sequence[Pixels], *, milliseconds: int = 60, hold: int = 1500) -> None:
     """Frames uint8 [H, W, C] as a looping GIF; the last one stays ``hold`` milliseconds."""
     buffer = io.BytesIO()
-    pictures = [_picture(frame) for frame in frames]
+    pictures = [picture_of(frame) for frame in frames]
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     _write(path, buffer.getvalue())
@@ -97,7 +97,8 @@ def _write(path: str | Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _picture(pixels: Pixels) -> Image.Image:
+def picture_of(pixels: Pixels) -> Image.Image:
+    """One image, uint8 [H, W, C], as a picture of Pillow's; ValueError unless it has 1, 3 or 4 channels."""
     channels = pixels.shape[-1]
     if channels not in CHANNELS:
         raise ValueError(f"images must have 1, 3 or 4 channels to become a picture, got {channels}")

@@ -72,6 +72,30 @@ def decode_picture(
     return _convert(decoded, channels), decoded[..., -1] if decoded.shape[2] in (2, 4) else None
 
 
+def pixels_of_picture(name: str, picture: Image.Image, shape: Sequence[int]) -> Pixels:
+    """The same of a picture that Pillow holds, which stays as it is; `name` is for messages.
+
+    Returns:
+        uint8 [H, W, C].
+
+    Raises:
+        ValueError: as :func:`read_picture`.
+    """
+    _check_channels(shape)
+    channels, height, width = shape
+    _check_declared(name, picture, (width, height))
+    try:
+        picture.load()  # what is decoded later would be read from a file that may have been closed
+        pixels = _turn(pixels_of(picture, io.BytesIO()), _orientation(picture))
+    except UnusableValuesError as error:
+        raise PictureError(f"{name} is stored {error}; accepted are unsigned integers of at most 16 bits") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise PictureError(f"{name} is not a sound picture: {str(error)[:200]}") from None
+    if pixels.shape[:2] != (height, width):
+        raise _other_size(name, (pixels.shape[1], pixels.shape[0]), (width, height))
+    return _convert(pixels, channels)
+
+
 def read_any_picture(path: str | Path) -> Pixels:
     """Read a picture of any size, uint8 [H, W, C]: C is 1 if it is grey, else 3. Transparent parts are white.
 

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from stepfusion._checks import Same
+from stepfusion._checks import Same, contexts
 from stepfusion.model_spec import ModelSpec
 from stepfusion.networks.conditioned import ConditionSpec
 from stepfusion.options import SamplingOptions
@@ -70,6 +70,18 @@ class LaneConditionsOfImages(Sequence[LaneConditions]):
             return LaneConditionsOfImages(self._given, self._null, self._images[place])
         image = self._images[place]
         return LaneConditions(self._given.of(image), self._null.of(image))
+
+
+def context_vectors(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
+    """One context vector for each image, from floats [K] for all or [n, K]."""
+    size = spec.context_size
+    if list(given.shape) not in ([size], [count, size]):
+        raise ValueError(
+            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(given.shape)}"
+        )
+    if not bool(given.isfinite().all()):
+        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
+    return contexts(given, count)
 
 
 def make_conditions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stepfusion.lanes.request import check_images
+from stepfusion import _checks
 from stepfusion.model_spec import ModelSpec
 from stepfusion.samplers.table import StepTable
 
@@ -15,7 +15,7 @@ def climbing_table(spec: ModelSpec, x: torch.Tensor, table: StepTable | None, st
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *spec.shape))
+    _checks.images("x", x, (len(x) if isinstance(x, torch.Tensor) and x.ndim else 0, *spec.shape))
     if table is not None and steps is not None:
         raise ValueError("table and steps exclude each other, got both")
     table = spec.table("ddim_inversion", steps) if table is None else table

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from stepfusion.errors import SamplingCancelled
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.lane_engine import Departure, LaneEngine, Occupant
 from stepfusion.lanes.request import ActiveRequest, Event, Request
@@ -137,6 +140,51 @@ class OfflineLanes:
         if self._borrowed is not None:
             self._runners.pool.give(*self._borrowed)
             self._borrowed = None
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar on stderr that moves with every step of every image, and counts the images that they make."""
+
+    def __init__(self, request: Request, shown: bool) -> None:
+        self._images = len(request)
+        drawn = self._images > 0 and request.asked.get("seed", 0) is None
+        super().__init__(
+            total=sum(request.steps(image) for image in range(len(request))),
+            desc=f"seed {request.lane_starts[0].seed}" if drawn else None,
+            bar_format="{l_bar}{bar}| {images} [{elapsed}<{remaining}, {images_rate}]",
+            disable=not shown,
+            dynamic_ncols=True,
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the format of the bar names."""
+        found: dict[str, Any] = super().format_dict
+        steps = (found["total"] or 1) / max(1, self._images)  # of an image
+        rate = found["rate"] or (found["n"] / found["elapsed"] if found["elapsed"] else 0)
+        images = f"{int(found['n'] / steps)}/{self._images} images"
+        return found | {"images": images, "images_rate": f"{rate / steps:.3g} images/s"}
+
+
+def sample(
+    runners: Runners, request: Request, *, shown: bool, strict: bool, callback: Callable[[Event], object] | None
+) -> torch.Tensor:
+    """The images of a request, float32 [n, ...] on the device, with a bar on stderr if ``shown``.
+
+    SamplingCancelled if ``callback``, which sees every event, returns False.
+    """
+    result = room_for(runners, request)
+    lanes = OfflineLanes(runners, request, result, strict=strict, watched=callback is not None)
+    done = 0
+    with _Bar(request, shown) as bar:
+        for moved, events in lanes.run():
+            done += moved
+            if shown:
+                bar.update(moved)
+            if callback is not None and False in [callback(event) for event in events]:
+                raise SamplingCancelled(f"the callback cancelled sampling after {done} of {bar.total} steps")
+        lanes.check()
+    return result
 
 
 def stream(runners: Runners, request: Request, every: int) -> Iterator[Event]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 
 from stepfusion import _checks
-from stepfusion._checks import Same, any_other, contexts, integers, numbers
+from stepfusion._checks import Same, any_other, integers, numbers
 from stepfusion.errors import NonFiniteError
-from stepfusion.lanes.conditions import CONDITION_OPTIONS, LaneConditions, Prompts, images_of, make_conditions
+from stepfusion.lanes.conditions import (
+    CONDITION_OPTIONS,
+    LaneConditions,
+    Prompts,
+    context_vectors,
+    images_of,
+    make_conditions,
+)
+from stepfusion.lanes.described import describe_request
 from stepfusion.lanes.editing import Edit, check_edit, make_edit
 from stepfusion.model_spec import ModelSpec
-from stepfusion.options import SamplingOptions
+from stepfusion.options import SamplingOptions, TableOptions, random_seed
 from stepfusion.samplers.table import StepTable
+from stepfusion.samplers.table_request import TableRequest
 
 _LAST_SEED = (1 << 64) - 1
 _LAST_INDEX = (1 << 32) - 1
@@ -77,9 +86,9 @@ class Request:
     """Images to make: for each how its lane starts, and the part of ``table`` that it walks.
 
     ``start`` [n, ...] and ``noise`` [steps, n, ...] are given states and given noise. ``guided`` is True if some
-    image is guided, ``mixed`` if the labels are contexts. ``image`` [n, ...] is to be noised to where each image
-    starts, and ``known`` [n, ...] is what each keeps, NaN elsewhere. ``first`` is the number of the first image if
-    this is a part of a request.
+    image is guided, ``mixed`` if the labels are contexts. ``image`` [n, ...] is to be noised to where images start,
+    and ``known`` [n, ...] is what each keeps, NaN elsewhere. ``first`` is the number of the first image if this is a
+    part of a request. ``spec`` is the model's, and ``asked`` holds the options that were given.
     """
 
     table: StepTable
@@ -92,9 +101,32 @@ class Request:
     image: torch.Tensor | None = None
     known: torch.Tensor | None = None
     first: int = 0
+    spec: ModelSpec | None = field(default=None, repr=False)
+    asked: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.lane_starts)
+
+    def __repr__(self) -> str:
+        few = self.part(0, 64)  # of what may be millions
+        return describe_request(len(self), self.table, few.seeds, few.labels, self.asked, self.spec)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [start.seed for start in self.lane_starts]
+
+    @property
+    def indices(self) -> list[int]:
+        """The number of each image under its seed."""
+        return [start.index for start in self.lane_starts]
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The label of each image; None for a model without classes, or if the labels are contexts."""
+        if self.mixed or self.spec is None or self.spec.num_classes is None:
+            return None
+        return [start.label for start in self.lane_starts if isinstance(start.label, int)]
 
     def steps(self, image: int) -> int:
         """How many ticks an image takes."""
@@ -190,7 +222,7 @@ def make_request(
     _check_names(spec, options)
     start, noise = options.get("start"), options.get("noise")
     tables = _chosen_table(spec, table, options)
-    image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
+    image, mask, strength = cast(Any, options.get("image")), cast(Any, options.get("mask")), options.get("strength")
     edited = image is not None or strength is not None or mask is not None
     edit = make_edit(image, strength, mask, start) if edited else None
     count = _count(spec, n, tables, edit, options)
@@ -209,18 +241,9 @@ def make_request(
         mixed=_given_contexts(spec, options.get("labels")) is not None,
         image=edit.images(count) if edit is not None and edit.noised else None,
         known=None if edit is None else edit.known(count),
+        spec=spec,
+        asked=dict(options) if table is None else {**options, "table": table},
     )
-
-
-def check_images(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """TypeError or ValueError unless ``value`` is a floating-point tensor of this shape."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {given}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-    if value.is_meta:
-        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
 
 
 def _check_names(spec: ModelSpec, options: Mapping[str, Any]) -> None:
@@ -234,19 +257,12 @@ def _check_names(spec: ModelSpec, options: Mapping[str, Any]) -> None:
 
 
 def _chosen_table(spec: ModelSpec, table: Tables | None, options: SamplingOptions) -> Tables:
-    """The table as given, or the one that sampler, steps and eta describe."""
-    sampler, steps, eta, reuse = (
-        options.get("sampler"),
-        options.get("steps"),
-        options.get("eta"),
-        options.get("reuse"),
-    )
+    """The table as given, or the one that sampler, steps and their options describe."""
+    asked = [name for name in TableOptions.__annotations__ if options.get(name) is not None]
     if table is None:
-        made = spec.table(sampler, steps, **({} if eta is None else {"eta": eta}))
-        return made if reuse is None else made.reusing(_checks.integer("reuse", reuse, 1, 1 << 31))
-    for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta), ("reuse", reuse)):
-        if value is not None:
-            raise ValueError(f"table and {name} exclude each other, got both")
+        return TableRequest(**{name: options[name] for name in asked}).of(spec)  # type: ignore[literal-required]
+    for name in asked:
+        raise ValueError(f"table and {name} exclude each other, got both")
     return table
 
 
@@ -309,7 +325,8 @@ def _lane_starts(
     prompts: Prompts | None,
 ) -> tuple[LaneStarts, bool]:
     """How each image starts, and whether some image is guided."""
-    seeds = integers("seed", options.get("seed", 0), count, 0, _LAST_SEED)
+    seed = options.get("seed", 0)
+    seeds = integers("seed", random_seed() if seed is None else seed, count, 0, _LAST_SEED)
     indices = options.get("indices")
     if indices is not None and not isinstance(indices, (Sequence, torch.Tensor)):
         raise TypeError(f"indices must be a sequence, one for each image, got {indices!r}")
@@ -335,12 +352,12 @@ def _check_tensors(
     noise: torch.Tensor | None,
 ) -> None:
     if start is not None:
-        check_images("start", start, (count, *spec.shape))
+        _checks.images("start", start, (count, *spec.shape))
         if not bool(start.isfinite().all()):
             raise ValueError("start must be finite, got NaN or infinite values")
     if noise is not None:
         longest = max((table.steps(part) for part in parts), default=0)
-        check_images("noise", noise, (longest, count, *spec.shape))
+        _checks.images("noise", noise, (longest, count, *spec.shape))
 
 
 def _given_contexts(spec: ModelSpec, labels: Labels) -> torch.Tensor | None:
@@ -353,7 +370,7 @@ def _given_contexts(spec: ModelSpec, labels: Labels) -> torch.Tensor | None:
 def _conditions(spec: ModelSpec, labels: Labels, count: int) -> Sequence[Condition]:
     """One condition for each of ``count`` images; TypeError or ValueError naming the argument."""
     given = _given_contexts(spec, labels)
-    return _labels(spec, labels, count) if given is None else _contexts(spec, given, count)
+    return _labels(spec, labels, count) if given is None else context_vectors(spec, given, count)
 
 
 def _labels(spec: ModelSpec, labels: Labels, count: int) -> Sequence[int]:
@@ -378,15 +395,3 @@ def _numbered(spec: ModelSpec, labels: Labels) -> Any:
     if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
         return [spec.label_of(label) if isinstance(label, str) else label for label in labels]
     return labels
-
-
-def _contexts(spec: ModelSpec, given: torch.Tensor, count: int) -> Sequence[tuple[float, ...]]:
-    """One context vector for each image, from floats [K] for all or [n, K]."""
-    size = spec.context_size
-    if list(given.shape) not in ([size], [count, size]):
-        raise ValueError(
-            f"labels that are contexts must have shape [{size}] or [{count}, {size}], got {list(given.shape)}"
-        )
-    if not bool(given.isfinite().all()):
-        raise ValueError("labels that are contexts must be finite, got NaN or infinite values")
-    return contexts(given, count)

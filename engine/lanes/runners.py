@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +23,9 @@ from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch
 from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
 from stepfusion.lanes.device_tables import DeviceTables
 from stepfusion.lanes.editing import in_latents, noised
+from stepfusion.lanes.pictures import with_tensors
 from stepfusion.lanes.prepared import PreparedConditions
-from stepfusion.lanes.request import Request, Tables, check_images, make_request
+from stepfusion.lanes.request import Request, Tables, make_request
 from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
@@ -42,6 +43,7 @@ class Runners:
         options: of which ``batch`` and ``invariant`` are read.
         prompts: makes conditions of texts, if the model has an encoder.
         encode: makes latents of images, if the model's are latents and there is an encoder.
+        image_shape: says the shape (C, H, W) of an image, if that is another than of what is sampled.
 
     Attributes:
         policy: captures ticks; None if the plan has no CUDA graphs.
@@ -56,6 +58,7 @@ class Runners:
         options: ExecutionOptions,
         prompts: Prompts | None = None,
         encode: Decode | None = None,
+        image_shape: Callable[[], Sequence[int]] | None = None,
     ) -> None:
         self.spec, self.plan, self.evaluator, self.invariant = spec, plan, evaluator, options.invariant
         check_process()
@@ -64,6 +67,7 @@ class Runners:
         self._ops = plan.ops
         self.pool = RunnerPool(_IDLE)
         self._prompts, self._encode = prompts_on(prompts, plan.device), encode
+        self._image_shape = (lambda: spec.shape) if image_shape is None else image_shape
         self._prepared = (
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
@@ -113,8 +117,8 @@ class Runners:
         return min(self.batch, 1 << max(0, images - 1).bit_length())
 
     @plain_torch(gradients=False)
-    def request(self, n: int | None, table: Tables | None, options: SamplingOptions) -> Request:
-        """A checked request.
+    def request(self, n: int | Request | None, table: Tables | None, options: SamplingOptions) -> Request:
+        """A checked request, or the one that is given, if it was made for this model.
 
         Raises:
             TypeError, ValueError: naming the argument. BackendError: the step was asked for from kernels that cannot
@@ -122,6 +126,10 @@ class Runners:
         """
         if os.getpid() != self._process:
             check_process()
+        if isinstance(n, Request):
+            return self._given(n, table, options)
+        if options.get("image") is not None:
+            options = with_tensors(options, self._image_shape)
         if self._encode is not None:
             options = in_latents(options, self._encode, self.spec, self.plan.device)
         request = make_request(self.spec, n, table, options, self._prompts)
@@ -132,6 +140,16 @@ class Runners:
             asked = (why for column, why in REFERENCE_ONLY.items() if (request.table.column(column) != 0).any())
             what, why_not = next(asked)
             raise BackendError(f"backend={backend.value!r} cannot run {what}: {why_not}")
+        return request
+
+    def _given(self, request: Request, table: Tables | None, options: SamplingOptions) -> Request:
+        """A request that was made before, without further arguments."""
+        for name in [*(["table"] if table is not None else []), *options]:
+            raise ValueError(f"a request has its options already, got {name} beside it")
+        if request.spec is not self.spec and request.spec != self.spec:
+            raise ValueError(
+                "a request is sampled by an engine of the model that it was made for, and this is another"
+            )
         return request
 
     @plain_torch(gradients=False)
@@ -154,7 +172,7 @@ class Runners:
         """
         device = self.plan.device
         if isinstance(value, torch.Tensor):
-            check_images(name, value, self.spec.shape)
+            _checks.images(name, value, self.spec.shape)
             return value.to(device)
         seed = torch.tensor([as_int64(_checks.integer(name, value, 0, (1 << 64) - 1))], device=device)
         zero = torch.zeros_like(seed)
@@ -168,7 +186,7 @@ class Runners:
         if self._encode is None:
             return images
         latents = in_latents({"image": images}, self._encode, self.spec, self.plan.device)["image"]
-        return images if latents is None else latents
+        return latents if isinstance(latents, torch.Tensor) else images
 
     def key(self, request: Request, lanes: int, *, logprobs: bool = False) -> RunnerKey:
         """What a runner with so many lanes is made for if it is to serve this request."""

@@ -63,7 +63,7 @@ def describe(limits: Limits, path: Path) -> dict[str, Any]:
                     limits,
                     path,
                     "Make images, and tell of progress",
-                    {"text/event-stream": {"schema": {"type": "string"}}},
+                    {"text/event-stream": {"schema": _EVENT}},
                     _STREAM,
                 )
             },
@@ -127,6 +127,14 @@ _IMAGES = {
         "size": {"type": "string", "examples": ["28x28"]},
     },
     "required": ["created", "background", "data", "output_format", "size"],
+}
+_EVENT = {  # of a stream, one after the other
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["accepted", "progress", "result", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
 }
 _FILES = {
     "image": {

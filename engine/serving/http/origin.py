@@ -69,9 +69,9 @@ class Origin:
     def _command(
         self, engine: Engine, request: ValidatedRequest, image: int, guidance: Sequence[float] | None
     ) -> str | None:
-        asked = request.request
-        if asked.timesteps is not None:
-            return None  # a list of timesteps has no option
+        words = request.request.table_request.words()
+        if words is None:
+            return None
         return command_line(
             "sample",
             self.name,
@@ -84,7 +84,7 @@ class Origin:
                 "guidance": None if guidance is None else guidance[0],
                 "seed": request.seeds[image],
                 "first_index": request.indices[image] or None,
-                **{name: getattr(asked, name) for name in ("sampler", "steps", "spacing", "eta")},
+                **words,
                 **({"batch": engine.batch, "invariant": True} if engine.invariant else {}),
                 "single": True,
             },

@@ -1,21 +1,19 @@
 """The JSON of an HTTP request: its fields, how each is parsed, and one sentence if one is wrong.
 
-A sampling option reaches HTTP by being a field of :class:`GenerateRequest` under its name in
-:class:`stepfusion.options.SamplingOptions` or :class:`stepfusion.samplers.table_request.TableRequest`, and is passed
-on by that name.
+An option of a sampler's table is a field as it is declared in :class:`stepfusion.options.TableOptions`. Another
+sampling option reaches HTTP by being a field of :class:`GenerateRequest` under its name in
+:class:`stepfusion.options.SamplingOptions`, and is passed on by that name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Annotated, Any, Self, TypeGuard, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from stepfusion.options import SamplingOptions
-from stepfusion.samplers.spacing import EVERY_SPACING
+from stepfusion.options import TABLE_OPTIONS, SamplingOptions, TableOptions, table_option
 from stepfusion.samplers.table_request import TableRequest
 from stepfusion.serving.http.errors import InvalidRequest, shown
 
@@ -32,8 +30,15 @@ Prompt = Annotated[str, Field(max_length=10_000)]
 
 #: Options of :class:`stepfusion.options.SamplingOptions` that JSON cannot hold: they are tensors, or about one.
 TENSOR_OPTIONS = frozenset({"start", "image", "strength", "mask", "noise", "conditions", "null_conditions"})
-_TABLE_OPTIONS = tuple(field.name for field in fields(TableRequest))
-_IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in _TABLE_OPTIONS)
+_IMAGE_OPTIONS = tuple(name for name in SamplingOptions.__annotations__ if name not in TABLE_OPTIONS)
+#: What JSON has for an option of a table, and how its description begins.
+_JSON_KINDS: dict[type, tuple[Any, str]] = {
+    int: (int, "an integer of at least 1"),
+    float: (float, "a finite number"),
+    bool: (bool, "true or false"),
+    list: (PerImage[float], "a list of numbers"),
+    str: (str, "a text"),
+}
 
 
 class RequestModel(BaseModel):
@@ -78,20 +83,30 @@ class RequestModel(BaseModel):
         return InvalidRequest(f"{expected}, got {shown(error['input'])}", param=name)
 
 
-class GenerateRequest(RequestModel):
+def _table_fields() -> type[RequestModel]:
+    """A model whose fields are the options of :class:`stepfusion.options.TableOptions`, in what JSON can hold."""
+    fields: dict[str, Any] = {}
+    for name in TABLE_OPTIONS:
+        declared = table_option(name)
+        kind, what = _JSON_KINDS[declared.kind]
+        limits: dict[str, Any] = {"ge": 1} if declared.kind is int else {}
+        if name == "sampler":  # which of them this model's path has, the description of the API says
+            kind, what = str, "the name of a sampler; the model says which by default"
+        elif name == "timesteps":
+            kind, what = list[Index], "a list of integers from 0 on, each smaller than the one before"
+        elif declared.choices:
+            kind, what = Literal[declared.choices], f"one of {', '.join(map(repr, declared.choices))}"
+        fields[name] = (kind | None, Field(None, title=declared.option.text, description=what, **limits))
+    return create_model("TableFields", __base__=RequestModel, **fields)
+
+
+_TableFields: Any = _table_fields()
+
+
+class GenerateRequest(_TableFields):  # type: ignore[misc]
     """Images to make. Everything has a default; an image is a function of model, sampler, seed, index and label."""
 
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
-    sampler: str | None = Field(None, description="the name of a sampler; the model says which by default")
-    steps: int | None = Field(None, ge=1, description="an integer of at least 1")
-    eta: float | None = Field(None, description="a finite number")
-    spacing: str | None = Field(
-        None, pattern=f"^({'|'.join(EVERY_SPACING)})$", description=f"one of {', '.join(map(repr, EVERY_SPACING))}"
-    )
-    timesteps: list[Index] | None = Field(
-        None, description="a list of integers from 0 on, each smaller than the one before"
-    )
-    reuse: int | None = Field(None, ge=1, description="an integer of at least 1")
     guidance: float | PerImage[float] | None = Field(
         None, description="a finite number, or a list of one for each image"
     )
@@ -118,7 +133,8 @@ class GenerateRequest(RequestModel):
     @property
     def table_request(self) -> TableRequest:
         """The sampler that was asked for, and its options."""
-        return TableRequest(**self._given(_TABLE_OPTIONS))
+        asked: TableOptions = self._given(TABLE_OPTIONS)  # type: ignore[assignment]
+        return TableRequest(**asked)
 
     @property
     def image_options(self) -> dict[str, Any]:

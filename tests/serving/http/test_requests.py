@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ pytest.importorskip("starlette", reason="the HTTP application needs the extra 's
 from pydantic import Field
 
 from stepfusion.options import SamplingOptions
-from stepfusion.samplers.table_request import TableRequest
 from stepfusion.serving.http.limits import Limits
 from stepfusion.serving.http.requests import TENSOR_OPTIONS, GenerateRequest, PictureRequest, StreamRequest
 from stepfusion.serving.http.validation import validate
 from stepfusion_testing.http_service import gated_engine
 
-TABLE_OPTIONS = {field.name for field in fields(TableRequest)}
 NO_SAMPLING_OPTIONS = {"n", "priority", "deadline_s"}  # arguments of submit beside the sampling options
 
 
 def test_every_sampling_option_is_a_field_or_a_tensor() -> None:
     declared = set(GenerateRequest.model_fields)
-    assert declared - NO_SAMPLING_OPTIONS == (set(SamplingOptions.__annotations__) - TENSOR_OPTIONS) | TABLE_OPTIONS
+    assert declared - NO_SAMPLING_OPTIONS == set(SamplingOptions.__annotations__) - TENSOR_OPTIONS
     assert declared >= NO_SAMPLING_OPTIONS
     assert set(SamplingOptions.__annotations__) >= TENSOR_OPTIONS
 
