@@ -69,6 +69,10 @@ def test_links_follow_pages_to_the_site(hooks: ModuleType, source: str, uri: str
     assert hooks.moved_links(text, source, uri) == moved
 
 
+def test_a_pipe_in_the_code_of_a_cell_has_no_backslash(hooks: ModuleType) -> None:
+    assert hooks.plain_pipes("| `a\\|b` | c \\| d |\n`a\\|b`") == "| `a|b` | c \\| d |\n`a\\|b`"
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the site is made of, in a folder of its own."""
