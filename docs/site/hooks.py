@@ -31,9 +31,16 @@ PACKAGES = {
 ROOMS = {
     "engine": "Engine",
     "lanes": "Engine",
+    "execution": "Engine",
+    "saved_images": "Engine",
+    "warming": "Engine",
+    "options": "Engine",
+    "model_spec": "Engine",
     "samplers": "Samplers, schedules and paths",
     "diffusion": "The literature's methods",
     "checkpoints": "Reading and writing models",
+    "files": "Reading and writing models",
+    "training": "Training",
     "errors": "Errors",
 }
 ELSEWHERE = "Other names"
