@@ -78,7 +78,7 @@ types: $(VENV)/.dev  ## strict mypy over the package as it installs
 	@MYPYPATH=build/types $(BIN)/mypy --no-error-summary -p stepfusion
 
 docs: $(VENV)/.dev  ## build the documentation site into build/site, warnings are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@log=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict 2>&1) || { echo "$$log"; exit 1; }
 	@echo "build/site/index.html; with the search box: $(BIN)/python -m http.server -d build/site"
 
 wheel: $(VENV)/.dev  ## build the source archive, and from it the wheel, into dist/

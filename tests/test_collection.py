@@ -68,6 +68,7 @@ def test_every_extra_is_hidden() -> None:
     kept = {"pytest", "pytest-benchmark", "pytest-xdist", "matplotlib", "setuptools", "ruff", "stepfusion"}
     imported = {"mlcommons-loadgen": "mlperf_loadgen", "opentelemetry-api": "opentelemetry"}
     imported |= {"opentelemetry-sdk": "opentelemetry"}
+    imported |= {"mkdocs-material": "material", "mkdocstrings-python": "mkdocstrings"}
     names = {
         re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]
         for extra in project["optional-dependencies"].values()

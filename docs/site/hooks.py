@@ -31,14 +31,27 @@ PACKAGES = {
 ROOMS = {
     "engine": "Engine",
     "lanes": "Engine",
+    "execution": "Engine",
+    "saved_images": "Engine",
+    "warming": "Engine",
+    "options": "Engine",
+    "model_spec": "Engine",
     "samplers": "Samplers, schedules and paths",
     "diffusion": "The literature's methods",
     "checkpoints": "Reading and writing models",
+    "files": "Reading and writing models",
+    "training": "Training",
     "errors": "Errors",
 }
 ELSEWHERE = "Other names"
 #: Modules whose classes signatures and docstrings name, and which are no public names themselves.
-ALSO = {"Engine": ("options.SamplingOptions", "options.ExecutionOptions", "model_spec.ModelSpec")}
+ALSO = {
+    "Engine": ("options.SamplingOptions", "options.ExecutionOptions", "model_spec.ModelSpec"),
+    "Samplers, schedules and paths": ("samplers.grid.GridOptions",),
+    "Export": ("export.base.ExportOptions", "export.base.TickOptions"),
+    "Training": ("training.config.TrainConfig",),
+}
+_CODE = re.compile(r"`[^`]+`")
 _LINK = re.compile(r"(?<!`)(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -71,11 +84,11 @@ def reference() -> dict[str, list[str]]:
     for name, origin in public_names(ROOT / "engine" / "_public.py").items():
         room = origin.removeprefix("stepfusion.").split(".")[0]
         pages.setdefault(ROOMS.get(room, ELSEWHERE), []).append(name)
-    for title, more in ALSO.items():
-        pages[title] += more
     for package, title in PACKAGES.items():
         names = public_names(source_of(package) / "__init__.py")
         pages[title] = [f"{package}.{name}" for name in names if f"{package}.{name}" != "kernels.reference"]
+    for title, more in ALSO.items():
+        pages.setdefault(title, []).extend(more)
     return {title: _first_the_engine(names) for title, names in pages.items() if names}
 
 
@@ -157,7 +170,16 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Turn links that are right in the repository into links that are right on the site."""
     uri: str = page.file.src_uri
     source = uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"
-    return moved_links(markdown, source, uri)
+    return plain_pipes(moved_links(markdown, source, uri))
+
+
+def plain_pipes(markdown: str) -> str:
+    """A page's text without the backslashes that a | in the code of a cell needs elsewhere."""
+    lines = (
+        _CODE.sub(lambda code: code[0].replace("\\|", "|"), line) if line.startswith("|") else line
+        for line in markdown.split("\n")
+    )
+    return "\n".join(lines)
 
 
 def moved_links(markdown: str, source: str, uri: str) -> str:

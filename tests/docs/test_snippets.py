@@ -77,7 +77,7 @@ MOST_EXEMPT = 36
 #: Options of commands that do not give them: few images, in few steps, on a CPU.
 SMALL = {"DEVICE": "cpu", "DEVICES": "cpu", "STEPS": "2", "NUM": "4", "BATCH_SIZE": "4"}
 #: What takes seconds, and runs in the soak tests alone: whole pages, or beginnings of what does not feed the rest.
-HEAVY_PAGES = frozenset(("docs/export.md", "docs/models.md"))
+HEAVY_PAGES = frozenset(("docs/export.md",))
 #: Pages that run in tests of their own, for the rest of the page, or a server, belongs to what their snippets do.
 ELSEWHERE = {"docs/migrating.md": "test_migrating.py", "docs/quick_start.md": "test_newcomer.py"}
 HEAVY = {

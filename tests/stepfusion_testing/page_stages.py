@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -118,6 +119,8 @@ def _engine_with_classes(names: Names) -> Names:
 
 
 def _stable_diffusion(path: str, names: Names) -> Names:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
     from stepfusion_testing.stable_diffusion import save_stable_diffusion
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +204,14 @@ def _training() -> AbstractContextManager[tuple[Names, Changes]]:
     network = tiny_unet(classes=None)
     size = network.sample_size
     batches = list(torch.rand(2, 3, network.in_channels, size, size) * 2 - 1)
-    return nullcontext(({"network": network, "batches": batches}, {}))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    return nullcontext(({"network": network, "batches": batches, "before": before}, {}))
+
+
+def _check_training(names: Names) -> None:
+    assert names["loss"].shape == (3,)
+    pairs = zip(names["before"], names["network"].parameters(), strict=True)
+    assert not any(torch.equal(before, after) for before, after in pairs)
 
 
 def _migrating() -> AbstractContextManager[tuple[Names, Changes]]:
@@ -262,5 +272,5 @@ STAGES = {
     "docs/metadata.md": Stage(_changed({"7-12.png": "7-2.png"})),
     "docs/migrating.md": Stage(_migrating),
     "docs/models.md": Stage(_models, check=_check_models),
-    "docs/training.md": Stage(_training),
+    "docs/training.md": Stage(_training, check=_check_training),
 }
