@@ -15,7 +15,7 @@ _EXAMPLES = """examples:
   stepfusion completion zsh > ~/.zfunc/_stepfusion        # with fpath+=(~/.zfunc) before compinit in ~/.zshrc
   stepfusion completion fish > ~/.config/fish/completions/stepfusion.fish
 
-Write it again after an upgrade: it holds the options of one version. It needs shtab: stepfusion[completion] has it."""
+Write it again after an upgrade: it holds the options of one version. It needs shtab, of stepfusion[completion]."""
 
 
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:

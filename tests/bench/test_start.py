@@ -67,7 +67,7 @@ def test_what_is_not_warm_or_not_equal_has_no_time(
 
 
 def test_a_process_that_fails_is_an_error() -> None:
-    with pytest.raises(start.StartError, match="a process failed: .*nowhere"):
+    with pytest.raises(start.StartError, match=r"a process failed: .*nowhere"):
         start._run(["sample", "nowhere"], {"PYTHONSAFEPATH": "1"})
 
 
