@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from stepfusion.bench.measure import summarise
 from stepfusion.bench.models import PUBLISHED
@@ -74,7 +75,7 @@ def _model_rows(folder: Path, model: str, device: str, steps: int, rounds: int) 
 def _rows(name: str, start: Start, cache: Path, rounds: int, model: str, device: str, steps: int) -> Iterator[Row]:
     """Rounds of a cold and a warm start each, after one warm start that reads the disk."""
     cold, warm = [], []
-    about = {"device": device.partition(":")[0], "model": model, "batch": 1, "steps": steps}
+    about: dict[str, Any] = {"device": device.partition(":")[0], "model": model, "batch": 1, "steps": steps}
     op = f"first image: {name}"
     try:
         with _caches(cache) as environment:

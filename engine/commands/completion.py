@@ -36,14 +36,14 @@ def run_completion(args: argparse.Namespace) -> int:
     parser = whole_parser()
     for action in _actions(parser):
         if action.dest == "model":
-            action.complete = {**shtab.FILE, "bash": "_stepfusion_models"}  # type: ignore[attr-defined]
+            action.complete = {**shtab.FILE, "bash": "_stepfusion_models"}
         elif action.type is Path:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
+            action.complete = shtab.FILE
     print(shtab.complete(parser, shell=args.shell, preamble=_preamble()))
     return 0
 
 
-def _preamble() -> dict[str, str]:
+def _preamble() -> Any:  # shtab takes a dictionary by shell, and its annotation says a string
     """The functions that the script calls: names of bundled models, and files."""
     names = " ".join(bundled_models())
     return {"bash": f'_stepfusion_models() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'}
