@@ -29,6 +29,7 @@ _HELP = {
     "exports": "the network in every format it can be exported to, loaded back",
     "headline": "32 images of a small UNet: DDPM-500 against DDIM-25, as a notebook loop and by the engine",
     "host": "what the engine's own Python costs a tick, and what the import costs",
+    "start": "a fresh process to its first image, by sample, serve and an exported bundle: caches empty, and warm",
     "serve": "continuous against static batching of mixed requests, and LoadGen's scenarios",
 }
 _PEERS = ("diffusers", "openvino", "onnxruntime", "inductor", "eager")
@@ -42,7 +43,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         part = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_common(part)
-        if name in ("latency", "throughput", "compare", "exports", "serve"):
+        if name in ("latency", "throughput", "compare", "exports", "serve", "start"):
             models = ", ".join(PUBLISHED)
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"

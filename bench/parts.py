@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from stepfusion.bench import compare, headline, host, kernel_bench, latency, serve, throughput
+from stepfusion.bench import compare, headline, host, kernel_bench, latency, serve, start, throughput
 from stepfusion.bench.conditions import conditions
 from stepfusion.bench.options import Options
 from stepfusion.bench.rows import End, Record, Row
@@ -26,7 +26,10 @@ PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
 }
 
 #: Parts that the suite leaves out: they take the time that they are given.
-ALONE: dict[str, Callable[[Options], Iterator[Row]]] = {"serve": serve.serve_rows}
+ALONE: dict[str, Callable[[Options], Iterator[Row]]] = {
+    "serve": serve.serve_rows,
+    "start": start.start_rows,
+}
 
 
 def measure(part: str, options: Options) -> Iterator[Record]:

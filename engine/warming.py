@@ -73,7 +73,7 @@ def warm(
         guided=guided,
         sampler=table.name,
         compiled=list(compiled_anew()),
-        environment=environment_here(),
+        environment=environment_here(plan.network.value),
     )
     add_run(cache_directory(), run)
     return run

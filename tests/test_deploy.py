@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("starlette", reason="the HTTP application needs the extra 'http'")
 pytest.importorskip("prometheus_client", reason="the metrics need the extra 'serving'")
@@ -21,6 +22,9 @@ pytest.importorskip("yaml", reason="reads compose.yaml and kubernetes.yaml")
 import yaml
 
 from stepfusion.commands.serve import add_serve_arguments
+from stepfusion.commands.warm import add_warm_arguments
+from stepfusion.lanes.batch_size import default_batch
+from stepfusion.options import ExecutionOptions
 from stepfusion.serving.async_engine import AsyncEngine
 from stepfusion.serving.http.app import make_app
 from stepfusion.serving.metrics import PrometheusMetrics
@@ -154,6 +158,38 @@ def test_an_image_serves_as_nobody_in_particular(path: Path) -> None:
     for name in " ".join(copied).split():
         assert (ROOT / name).exists()
         assert f"!{name}" in ignored
+
+
+def test_the_cpu_image_is_warmed_for_what_it_serves() -> None:
+    """By the user that serves, into the cache in use, for the model and the lanes of its command."""
+    steps = list(instructions(DEPLOY / "Dockerfile.cpu"))
+    names = [name for name, _ in steps]
+    place = next(i for i, (name, text) in enumerate(steps) if name == "RUN" and "stepfusion warm" in text)
+    assert names.index("USER") < place
+    defaults = dict(text.split("=", 1) for name, text in steps if name == "ARG")
+    (directory,) = set(re.findall(r"--out (\S+)", steps[place][1]))
+    environment = next(text for name, text in steps if name == "ENV")
+    assert f"STEPFUSION_CACHE={directory}" in environment.split()
+    assert f"install -d -o 10001 -g 10001 -m 0700 {directory}" in steps[0][1]
+    served = serving(json.loads(dict(steps)["CMD"]))
+    for command in steps[place][1].split("&&"):
+        for name, value in defaults.items():
+            command = command.replace(f"${{{name}}}", value.strip('"'))
+        parser = argparse.ArgumentParser()
+        add_warm_arguments(parser)
+        args = parser.parse_args(command.partition("stepfusion warm ")[2].split())
+        assert args.model == served.model
+        assert args.lanes == (served.lanes or default_batch(ExecutionOptions(), torch.device("cpu")))
+        assert (args.dtype, args.backend, args.network, args.invariant) == ("auto", "auto", "auto", False)
+        assert 1 in args.batches
+
+
+def test_a_cache_is_added_where_the_image_looks_for_it() -> None:
+    added = dict(instructions(DEPLOY / "Dockerfile.warm"))["COPY"]
+    assert added == "--chown=10001:10001 . /var/cache/stepfusion"
+    found = dict(instructions(DEPLOY / "Dockerfile.cuda"))
+    assert "STEPFUSION_CACHE=/var/cache/stepfusion" in found["ENV"].split()
+    assert "TRITON_CACHE_DIR" not in found["ENV"], "Triton's kernels are in the same cache"
 
 
 def documents(name: str) -> list[dict[str, Any]]:

@@ -110,6 +110,44 @@ def check_installed(wheel: Path, site: Path, names: dict[str, Path]) -> None:
     assert all(Path(file).is_relative_to(site) for file in files.splitlines()), files
 
 
+@pytest.mark.soak
+def test_the_wheel_is_installed_by_name_and_version_and_samples(tmp_path: Path) -> None:
+    """In a fresh environment, whose dependencies are those of this one."""
+    dist = build_wheel(copy_sources(tmp_path / "sources")).parent
+    environment, python = tmp_path / "environment", tmp_path / "environment" / "bin" / "python"
+    run_python("-m", "venv", "--without-pip", str(environment), cwd=tmp_path)
+    wanted = f"stepfusion=={stepfusion.__version__}"
+    pip = (
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--find-links",
+        str(dist),
+    )
+    run_python(*pip, wanted, cwd=tmp_path)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    ours = [path for path in sys.path if Path(path).name.endswith("-packages")]  # plain paths: no editable install
+    (packages / "dependencies.pth").write_text("\n".join(ours))
+
+    def command(*words: str) -> str:
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+        }
+        command = [str(environment / "bin" / "stepfusion"), *words]
+        return subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True, check=True).stdout
+
+    assert command("--version") == f"stepfusion {stepfusion.__version__}\n"
+    where = [str(python), "-c", "import stepfusion; print(stepfusion.__file__)"]
+    assert Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout).is_relative_to(environment)
+    assert "samples.png" in command("sample", "fashion-mnist", "-n", "1", "--steps", "2", "--device", "cpu")
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_a_subpackage_that_pyproject_forgets_is_noticed(tmp_path: Path) -> None:
     root = copy_sources(tmp_path)

@@ -8,15 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from stepfusion.checkpoints.diffusers_directory import load_pretrained
-from stepfusion.checkpoints.edm import load_edm
-from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion
 from stepfusion.checkpoints.loaded import LoadedModel
 from stepfusion.checkpoints.lora_files import Lora
-from stepfusion.checkpoints.single_file import holds_single_file, load_single_file
 from stepfusion.errors import CheckpointError
 from stepfusion.networks import ADMUNet, ContextUNet, DhariwalUNet, DiT, SongUNet, UNet2D, UNet2DCondition
 
 _PICKLES = (".ckpt", ".pkl")
+_NO_LORA = "files of EDM and of guided-diffusion"
 
 
 def load_model(source: str | os.PathLike[str] | LoadedModel, lora: Lora | None = None) -> LoadedModel:
@@ -34,14 +32,26 @@ def load_model(source: str | os.PathLike[str] | LoadedModel, lora: Lora | None =
         _refuse(lora, "a model that was read already: give it to the function that reads the model")
         return source
     name = os.fspath(source)
-    if name.endswith(".safetensors") and holds_single_file(source):
-        return load_single_file(source, lora=lora)
+    if name.endswith(".safetensors"):
+        return _safetensors(source, lora)
     if name.endswith(_PICKLES) and os.path.isfile(name):
         raise CheckpointError(f"{name} is a pickle, which can run code and is not opened: docs/models.md says more")
-    if not name.endswith((".safetensors", ".pt")):
+    if not name.endswith(".pt"):
         return load_pretrained(source, lora=lora)
-    _refuse(lora, "files of EDM and of guided-diffusion")
-    return load_edm(source) if name.endswith(".safetensors") else load_guided_diffusion(source)
+    _refuse(lora, _NO_LORA)
+    from stepfusion.checkpoints.guided_diffusion import load_guided_diffusion  # who has no such file need not wait
+
+    return load_guided_diffusion(source)
+
+
+def _safetensors(source: str | os.PathLike[str], lora: Lora | None) -> LoadedModel:
+    from stepfusion.checkpoints.edm import load_edm
+    from stepfusion.checkpoints.single_file import holds_single_file, load_single_file
+
+    if holds_single_file(source):
+        return load_single_file(source, lora=lora)
+    _refuse(lora, _NO_LORA)
+    return load_edm(source)
 
 
 def _refuse(lora: Lora | None, what: str) -> None:

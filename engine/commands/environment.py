@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PREFIX = "STEPFUSION_"
-_OTHERS = frozenset(("BACKEND", "CACHE", "CXXFLAGS", "PYTRITON"))  # variables with a meaning of their own
+RESERVED = frozenset(("BACKEND", "CACHE", "CXXFLAGS", "PYTRITON"))  # variables with a meaning of their own
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 _FLAG = 0  # the number of values that a flag takes
 
@@ -54,7 +54,7 @@ def _variable(action: argparse.Action) -> str | None:
     if not longs or action.nargs not in (None, _FLAG) or isinstance(action, _NO_OPTIONS):
         return None
     name = action.dest.upper()
-    return None if name in _OTHERS else os.environ.get(PREFIX + name)
+    return None if name in RESERVED else os.environ.get(PREFIX + name)
 
 
 def _typed(action: argparse.Action, text: str) -> Sequence[str]:

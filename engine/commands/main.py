@@ -96,6 +96,11 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with the arguments of every command."""
+    return _parser(tuple(_COMMANDS))
+
+
 def _one_line(error: BaseException) -> str:
     """What an error says, in one line; its kind if it says nothing."""
     if isinstance(error, OSError) and error.strerror:
@@ -172,6 +177,12 @@ def _export() -> Loaded:
     return add_export_arguments, run_export
 
 
+def _completion() -> Loaded:
+    from stepfusion.commands.completion import add_completion_arguments, run_completion
+
+    return add_completion_arguments, run_completion
+
+
 def _bench() -> Loaded:
     from stepfusion.bench.cli import add_bench_arguments, run_bench
 
@@ -192,6 +203,7 @@ _COMMANDS: dict[str, tuple[Callable[[], Loaded], str]] = {
     "warm": (_warm, "compile ahead of time what the first images of a model would wait for"),
     "export": (_export, "write a network, or a whole step, for another runtime"),
     "bench": (_bench, "measure speed, beside peers"),
+    "completion": (_completion, "a script by which a shell completes these commands"),
 }
 
 

@@ -21,6 +21,7 @@ from stepfusion.execution.cache import inductor_folder
 from stepfusion.files.atomic import atomic_write
 from stepfusion.files.json_files import FileModel, read_typed
 from stepfusion.kernels.cache import cache_directory, compiled_anew
+from stepfusion.kernels.cpu.compiler import instruction_set
 
 MANIFEST = "warm.json"
 _MOST_BYTES = 1 << 20
@@ -93,8 +94,8 @@ class WarmCache(FileModel):
     runs: list[WarmRun]
 
 
-def environment_here() -> Environment:
-    """What a cache that is made now is for."""
+def environment_here(network: str) -> Environment:
+    """What a cache that is made now is for; what Inductor compiles is for more than PyTorch's instruction set."""
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else None
     return Environment(
         stepfusion=stepfusion.__version__,
@@ -102,7 +103,7 @@ def environment_here() -> Environment:
         triton=_version("triton"),
         python=".".join(map(str, sys.version_info[:2])),
         system=" ".join((platform.system(), platform.machine(), *([libc] if libc else []))),
-        instructions=inductor_folder().removeprefix("inductor-"),
+        instructions=inductor_folder().removeprefix("inductor-") if "compile" in network else instruction_set(),
         gpu=_gpu(),
     )
 
@@ -124,8 +125,7 @@ def add_run(directory: Path, run: WarmRun) -> None:
 
 def why_not_fitting(cache: WarmCache, *, on_gpu: bool) -> str | None:
     """The reason why nothing in a cache was made for this environment; None if something was."""
-    here = environment_here()
-    differences = [run.environment.differences(here, on_gpu=on_gpu) for run in cache.runs]
+    differences = [run.environment.differences(environment_here(run.network), on_gpu=on_gpu) for run in cache.runs]
     if not differences:
         return "it was made for no model"
     nearest = min(differences, key=len)

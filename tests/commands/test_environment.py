@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from stepfusion.commands.environment import PREFIX, RESERVED
 from stepfusion.commands.main import main
 from stepfusion.files.png_text import read_texts
 from stepfusion_testing.tiny_model import save_tiny_model
@@ -89,3 +91,9 @@ def test_variables_of_other_meanings_are_left_alone(monkeypatch: pytest.MonkeyPa
         )
         == 0
     )
+
+
+def test_the_page_names_every_variable_with_a_meaning_of_its_own() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    named = {name.removeprefix(PREFIX) for name in re.findall(r"^\| `(STEPFUSION_\w+)`", page, re.MULTILINE)}
+    assert named == RESERVED - {"PYTRITON"}, "of the tests alone"

@@ -232,10 +232,18 @@ def test_a_cache_for_something_else_is_named_in_one_line(
 
 
 def test_another_gpu_matters_on_a_gpu_alone() -> None:
-    here = warm_cache.environment_here().model_copy(update={"gpu": "one"})
+    here = warm_cache.environment_here("eager").model_copy(update={"gpu": "one"})
     there = here.model_copy(update={"gpu": "another"})
     assert there.differences(here, on_gpu=False) == []
     assert there.differences(here, on_gpu=True) == ["gpu another, and here is one"]
+
+
+def test_what_inductor_compiled_is_for_more_than_pytorchs_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    before = {network: warm_cache.environment_here(network) for network in ("cpp", "compile")}
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert before["cpp"] == warm_cache.environment_here("cpp")
+    assert before["compile"] != warm_cache.environment_here("compile")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "runs": []}', '{"format": 1, "runs": [], "more": 1}'])
