@@ -63,7 +63,8 @@ def transition_logprob_reference(
     else:
         scaled = deviation * torch.exp(-exponent).double()
         terms = weight * (scaled * scaled) + exponent.double()
-    result = -_folded(terms.flatten(1)) - normalizer * math.prod(x.shape[1:])
+    elements = math.prod(x.shape[1:])
+    result = -_folded(terms.reshape(len(x), elements)) - normalizer * elements
     return torch.where(rows < 0, 0.0, result)
 
 

@@ -122,7 +122,7 @@ def _every() -> Iterator[Transition]:
         yield replace(plain, guided=True, nhwc=True)
         yield replace(plain, learned=True)
         yield replace(plain, learned=True, guided=True, nhwc=True)
-        yield replace(plain, shape=(33 * 1024 + 5,), rows=(1,))
+        yield replace(plain, shape=(33 * 1024 + 5,), rows=(1, kernels.PARKED))
 
 
 def transition_cases() -> list[Case]:
