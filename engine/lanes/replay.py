@@ -120,8 +120,8 @@ class Replay:
 
     def _features(self, rows: Tensor, told: Tensor) -> Tensor:
         """The features of rows [B]: those of the chunks that they lie in, each as sampling computes it."""
-        chunks = torch.arange(len(told)).split(ROWS_AT_ONCE)
-        needed = (rows // ROWS_AT_ONCE).unique().tolist()
+        chunks = torch.split(torch.arange(len(told)), ROWS_AT_ONCE)
+        needed = sorted({row // ROWS_AT_ONCE for row in rows.tolist()})
         places = torch.cat([chunks[chunk] for chunk in needed])
         features = self._evaluator.features(told[places.to(told.device)], gradients=True)
         return features[torch.searchsorted(places, rows).to(told.device)]
