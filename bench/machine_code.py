@@ -32,7 +32,7 @@ from stepfusion.bench.variants import Variant, variants
 from stepfusion.kernels import backend
 
 _SCALAR_LOAD = re.compile(r"tt\.load .* : !tt\.ptr<")
-_SCALAR_STORE = re.compile(r"tt\.store .* : !tt\.ptr<")
+_SCALAR_STORE = re.compile(r"tt\.store .* : !tt\.ptr<(?!f64>)")  # of float64: counted with those of int64
 _STORE_INT64 = re.compile(r"st\.global\.[bsu]64\s")
 _SCRATCH = re.compile(r"\.private_segment_fixed_size:\s*(\d+)")
 _FMA = re.compile(r"\bfma\.rn")

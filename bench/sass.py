@@ -14,7 +14,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+\S.*?;", re.MULTILINE)
 _JUMP = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+\s+BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", re.MULTILINE)
 _REGISTERS = re.compile(r"REG:(\d+)")
-_TENSOR_ACCESS = re.compile(r"tt\.(load|store) .* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>")
+_TENSOR_ACCESS = re.compile(r"tt\.(load|store) .* : tensor<([\dx]+)x!tt\.ptr<([a-z]+)(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def small_accesses(ttgir: str, operation: str, threads: int) -> int:
     int64 is left out, which is what flags are.
     """
     count = 0
-    for name, shape, bits in _TENSOR_ACCESS.findall(ttgir):
+    for name, shape, kind, bits in _TENSOR_ACCESS.findall(ttgir):
         elements = math.prod(map(int, shape.split("x")))
-        if name == operation and bits != "64" and elements * int(bits) < 128 * threads:
+        if name == operation and (kind, bits) != ("i", "64") and elements * int(bits) < 128 * threads:
             count += -(-elements // threads)
     return count
 

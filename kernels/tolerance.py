@@ -19,12 +19,14 @@ UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-1
 #: of a variance (half as many, and its own 2), 8 of the affine part, 8 of SiLU.
 #: layer_norm_modulate: 60 of a mean (48 sums in a thread, 5 in a warp, 4 of warps, 3 more), 32 of a root of a
 #: variance (half as many, and its own 2), 8 of the modulation.
+#: transition_logprob: 12 of the mean, and twice the 6 of an exponential and its exponent, for a deviation is squared.
 #: winograd_conv2d, relative to the sum of absolute values: 6 of the input's transform, 1 of the weight's, 1 of the
 #: sum of products (whose terms have either sign), 10 of the output's transform.
 #: resnet_block: two norms, two convolutions, and 2 of the residual. attention_block: a norm, 18 of three products in
 #: a row, 8 of softmax, and 48 that scores, which are larger than what comes of them, bring into its exponential.
 ROUNDINGS = {
     "diffusion_step": 12,
+    "transition_logprob": 24,
     "q_sample": 5,
     "q_posterior_mean_variance": 5,
     "group_norm_silu": 54,

@@ -1,4 +1,4 @@
-"""Log-probabilities of steps in eager PyTorch, and their gradient: the twin of :mod:`stepfusion.kernels.transition`."""
+"""Log-probabilities of steps in eager PyTorch: the twin of :mod:`stepfusion.kernels.transition`, and its gradient."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def transition_logprob_reference(
     else:
         scaled = deviation * torch.exp(-exponent).double()
         terms = weight * (scaled * scaled) + exponent.double()
-    result = -_folded(terms.flatten(1)) - normalizer * math.prod(x.shape[1:])
+    elements = math.prod(x.shape[1:])
+    result = -_folded(terms.reshape(len(x), elements)) - normalizer * elements
     return torch.where(rows < 0, 0.0, result)
 
 
@@ -111,7 +112,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -
 
 
 def transition_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradient of the log-probabilities [B] by x, x_next, out and out_uncond; the rest of the arguments have none.
+    """The gradient of the log-probabilities [B] by x, x_next, out and out_uncond; other arguments have none.
 
     With g = (x_next - mean) / std^2, the gradient by the mean: g (next_x + next_x0 x0_x [x0 is not clipped]) by x,
     -g by x_next, g (next_out + next_x0 x0_out [x0 is not clipped]) by eps, which guidance takes ``guidance`` times

@@ -78,8 +78,11 @@ INTEGER: dict[str, Operation] = {
 }
 
 _SUMS = {name: Operation("tt", getattr(operator, name)) for name in ("add", "sub", "mul")}
-#: Those of float32 that exist for two at once, and all but mul with operands of half precision.
-_PAIRED = _SUMS | {f"{name}.rn": operation for name, operation in _SUMS.items()} | {"fma.rn": Operation("ttt", a.fma)}
+#: Sums and products; and those of float32 that exist for two at once, all but mul with operands of half precision.
+_ROUNDED = _SUMS | {f"{name}.rn": operation for name, operation in _SUMS.items()}
+_PAIRED = _ROUNDED | {"fma.rn": Operation("ttt", a.fma)}
+#: Opcodes of float64.
+DOUBLE: dict[str, Operation] = _ROUNDED | {"neg": Operation("t", operator.neg)}
 
 
 def _extremes() -> dict[str, Operation]:
@@ -165,6 +168,8 @@ class Compiler:
             return operation, "f32", ["f32"] * len(operation.operands)
         if flush:
             raise Fault("unknown instruction")
+        if kinds == ["f64"] and opcode in DOUBLE:
+            return DOUBLE[opcode], "f64", ["f64"] * len(DOUBLE[opcode].operands)
         if kinds == ["f32x2"] and opcode in _PAIRED:
             return _PAIRED[opcode], "f32x2", ["f32x2"] * len(_PAIRED[opcode].operands)
         if kinds in (["f32", "f16"], ["f32", "bf16"]) and opcode in _PAIRED and not opcode.startswith("mul"):

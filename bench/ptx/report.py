@@ -17,6 +17,7 @@ from stepfusion.bench.ptx.layer_norm_cases import layer_norm_cases
 from stepfusion.bench.ptx.norm_cases import norm_cases
 from stepfusion.bench.ptx.other_cases import other_cases
 from stepfusion.bench.ptx.step_cases import step_cases
+from stepfusion.bench.ptx.transition_cases import transition_cases
 from stepfusion.bench.ptx.types import Fault
 
 #: Orders of warps in which every launch of the quick part must give the same bytes.
@@ -83,7 +84,7 @@ class Report:
 
 def every_case() -> list[Case]:
     """The cases of all kernels."""
-    return [*step_cases(), *other_cases(), *norm_cases(), *added_cases(), *layer_norm_cases()]
+    return [*step_cases(), *transition_cases(), *other_cases(), *norm_cases(), *added_cases(), *layer_norm_cases()]
 
 
 def run(

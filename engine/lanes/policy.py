@@ -39,7 +39,7 @@ class PolicyMethods:
         """Make images, and keep the steps that made them: states, and the log-probability of each step.
 
         Args:
-            n, table, options: as for :meth:`sample`, but one table for all images, and neither ``reuse`` nor ``mask``.
+            n, table, options: as for :meth:`sample`, but one table for all images, without ``reuse`` and ``mask``.
             rows: of the table, those to keep; by default every row that adds noise.
             network: the policy to sample from, eager and as it is now; its bits are then those of
                 :meth:`step_logprob`. By default the engine's own, as :meth:`explain` says it runs.

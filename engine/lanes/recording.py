@@ -59,8 +59,7 @@ def chosen_rows(request: Request, rows: Sequence[int] | None) -> tuple[int, ...]
         if not asked:
             raise ValueError(f"{table!r} adds no noise, so that its steps have no probability: use {_SAMPLERS}")
     else:
-        asked = _checks.integers("rows", rows, len(rows), 0, len(table) - 1)
-        asked = sorted({int(row) for row in asked})
+        asked = sorted(set(_checks.integers("rows", rows, len(rows), 0, len(table) - 1)))
         if not asked:
             raise ValueError("rows must have at least one row, got none")
     for row in asked:

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stepfusion import kernels
-from stepfusion.execution.evaluator import ROWS_AT_ONCE, Evaluator, Network
-from stepfusion.execution.plan import Plan, eager_plan
+from stepfusion.execution.evaluator import ROWS_AT_ONCE, Network
+from stepfusion.execution.plan import eager_plan
 from stepfusion.kernels import reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.rollout import Rollout, kept_states
 from stepfusion.lanes.runners import Runners
-from stepfusion.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """Steps to replay, a lane each: as many as sampling would have.
+
+    Attributes:
+        rows: int64 [B] on the CPU. x, x_next: float32 [B, ...], the states before and after them.
+        labels, guidance, conditions, null_conditions: of each lane, as a rollout has them.
+    """
+
+    rows: Tensor
+    x: Tensor
+    x_next: Tensor
+    labels: Tensor
+    guidance: Tensor | None
+    conditions: Mapping[str, Tensor]
+    null_conditions: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, rollout: Rollout, steps: Tensor, lanes: Tensor, device: torch.device) -> _Lanes:
+        """Each image's step ``steps`` [n], the images in the order of ``lanes`` [B]; nothing else is copied."""
+        where = lanes.to(rollout.device)
+        rows = torch.tensor(rollout.rows, dtype=torch.int64)[steps][lanes]
+        kept = kept_states(rollout.rows)
+        before = torch.tensor([kept.index(row) for row in rows.tolist()], dtype=torch.int64, device=rollout.device)
+
+        def of_each(x: Tensor) -> Tensor:
+            return x[where].to(device)
+
+        return cls(
+            rows,
+            rollout.states[before, where].to(device),
+            rollout.states[before + 1, where].to(device),
+            of_each(rollout.labels),
+            None if rollout.guidance is None else of_each(rollout.guidance),
+            {name: of_each(x) for name, x in rollout.conditions.items()},
+            {name: of_each(x) for name, x in rollout.null_conditions.items()},
+        )
 
 
 class Replay:
@@ -26,100 +65,86 @@ class Replay:
     """
 
     def __init__(self, runners: Runners, network: Network) -> None:
-        self._runners = runners
-        self._spec: ModelSpec = runners.spec
-        self._plan: Plan = eager_plan(runners.plan, network)
-        self._evaluator: Evaluator = runners.evaluator_of(network)
+        self._runners, self._spec = runners, runners.spec
+        self._plan = eager_plan(runners.plan, network)
+        self._evaluator = runners.evaluator_of(network)
 
     def logprobs(self, rollout: Rollout, steps: Tensor) -> Tensor:
         """The log-probabilities float64 [n] of each image's step ``steps``, int64 [n] on the CPU."""
+        count, width = len(rollout), self._runners.batch
         with plain_torch(gradients=torch.is_grad_enabled()):
-            width = self._runners.batch
             parts = [
-                self._of_lanes(rollout[first : first + width], steps[first : first + width])
-                for first in range(0, len(rollout), width)
+                self._of(rollout, steps, range(count)[first : first + width]) for first in range(0, count, width)
             ]
             return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=self._plan.device)
 
-    def _of_lanes(self, rollout: Rollout, steps: Tensor) -> Tensor:
-        """The same of at most a batch, padded with copies of the first image to the lanes that sampling would have."""
-        count, device, table = len(rollout), self._plan.device, rollout.table
-        padding = torch.zeros(self._runners.bucket(count) - count, dtype=torch.int64)
-        lanes = torch.cat((torch.arange(count), padding))
-        rows = torch.tensor(rollout.rows, dtype=torch.int64)[steps][lanes]
-        places = {state: place for place, state in enumerate(kept_states(rollout.rows))}
-        before = torch.tensor([places[row] for row in rows.tolist()])
-        padded = lanes.to(rollout.device), before.to(rollout.device)
-        x, x_next = (rollout.states[padded[1] + i, padded[0]].to(device) for i in range(2))
-        there = rollout[lanes].to(device)
-        on_device = rows.to(device)
-        values = table.on(device)
+    def _of(self, rollout: Rollout, steps: Tensor, images: range) -> Tensor:
+        """The same of at most a batch of images, padded with copies of the first of them to a bucket."""
+        padding = [images[0]] * (self._runners.bucket(len(images)) - len(images))
+        device, table = self._plan.device, rollout.table
+        lanes = _Lanes.of(rollout, steps, torch.tensor([*images, *padding], dtype=torch.int64), device)
         ops = reference if table.whole_image else self._plan.ops
-        scales = torch.tensor([table.in_scale(row) for row in rows.tolist()], dtype=torch.float32, device=device)
-        shown = (scales.view(-1, *[1] * (x.ndim - 1)) * x).to(self._plan.dtype)
+        scales = torch.tensor(
+            [table.in_scale(row) for row in lanes.rows.tolist()], dtype=torch.float32, device=device
+        )
+        shown = (scales.view(-1, *[1] * (lanes.x.ndim - 1)) * lanes.x).to(self._plan.dtype)
         if ops is kernels and self._evaluator.hoisted:  # as runners show it
             shown = shown.to(memory_format=torch.channels_last)
-        out, out_uncond = self._evaluate(there, rows, shown, values.told)
+        values = table.on(device)
+        out, out_uncond = self._evaluate(lanes, shown, self._features(lanes.rows, values.told))
         logprobs: Tensor = ops.transition_logprob(
-            x,
-            x_next,
+            lanes.x,
+            lanes.x_next,
             out,
-            on_device,
+            lanes.rows.to(device),
             values.coefficients,
             table.transitions.to(device),
             out_uncond=out_uncond,
-            guidance=None if out_uncond is None else there.guidance,
+            guidance=lanes.guidance,
         )
-        return logprobs[:count]
+        return logprobs[: len(images)]
 
-    def _evaluate(self, rollout: Rollout, rows: Tensor, shown: Tensor, told: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(self, lanes: _Lanes, shown: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network returns for all lanes, and with guidance what it returns without a condition."""
-        features = self._features(rows, told)
-        labels = self._labels(rollout)
-        if rollout.guidance is None:
-            prepared = self._prepared(rollout.conditions, len(rollout))
-            return self._evaluator.network(shown, features, labels[0], *prepared), None
-        halves = [self._prepared(half, len(rollout)) for half in (rollout.conditions, rollout.null_conditions)]
-        call = self._evaluator.network
+        call, (labels, nothing) = self._evaluator.network, self._labels(lanes.labels)
+        prepared = self._prepared(lanes.conditions)
+        if lanes.guidance is None:
+            return call(shown, features, labels, *prepared), None
+        null = self._prepared(lanes.null_conditions)
         if self._runners.invariant:  # one after the other, as lanes of an invariant engine do
-            outputs = [call(shown, features, *one) for one in ((labels[i], *halves[i]) for i in range(2))]
-        else:
-            both = [torch.cat(pair) for pair in zip(*halves, strict=True)]
-            doubled = torch.cat((shown, shown)), torch.cat((features, features)), torch.cat(labels)
-            outputs = list(call(*doubled, *both).chunk(2))
-        return outputs[0], outputs[1]
+            return call(shown, features, labels, *prepared), call(shown, features, nothing, *null)
+        both = [torch.cat(pair) for pair in zip(prepared, null, strict=True)]
+        doubled = torch.cat((shown, shown)), torch.cat((features, features)), torch.cat((labels, nothing))
+        out, out_uncond = call(*doubled, *both).chunk(2)
+        return out, out_uncond
 
     def _features(self, rows: Tensor, told: Tensor) -> Tensor:
         """The features of rows [B]: those of the chunks that they lie in, each as sampling computes it."""
-        chunks = (rows // ROWS_AT_ONCE).unique()
-        places = torch.cat([torch.arange(c * ROWS_AT_ONCE, (c + 1) * ROWS_AT_ONCE) for c in chunks.tolist()])
-        places = places[places < len(told)].to(told.device)
-        features = self._evaluator.features(told[places], gradients=True)
-        return features[torch.searchsorted(places, rows.to(told.device))]
+        chunks = torch.split(torch.arange(len(told)), ROWS_AT_ONCE)
+        needed = sorted({row // ROWS_AT_ONCE for row in rows.tolist()})
+        places = torch.cat([chunks[chunk] for chunk in needed])
+        features = self._evaluator.features(told[places.to(told.device)], gradients=True)
+        return features[torch.searchsorted(places, rows).to(told.device)]
 
-    def _labels(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The labels of all lanes, and those of no condition."""
-        labels = rollout.labels
         if labels.is_floating_point():  # contexts
             labels = labels.to(self._plan.dtype)
             return labels, torch.zeros_like(labels)
         null = self._spec.null_label
         return labels, labels if null is None else torch.full_like(labels, null)
 
-    def _prepared(self, conditions: object, count: int) -> list[Tensor]:
+    def _prepared(self, conditions: Mapping[str, Tensor]) -> list[Tensor]:
         """What the network makes of conditions, one image's at a time, as when it enters a lane."""
-        assert isinstance(conditions, dict)
-        if not conditions:
-            return []
-        each = [self._prepared_one({name: x[i : i + 1] for name, x in conditions.items()}) for i in range(count)]
-        return [torch.cat(tensors) for tensors in zip(*each, strict=True)]
-
-    def _prepared_one(self, conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
         cast = {
             spec.name: conditions[spec.name].to(torch.int64 if spec.integer else self._plan.dtype)
             for spec in self._spec.conditions
         }
-        return self._evaluator.prepare(cast, gradients=True)
+        lanes = range(max((len(x) for x in cast.values()), default=0))
+        each = [
+            self._evaluator.prepare({name: x[i : i + 1] for name, x in cast.items()}, gradients=True) for i in lanes
+        ]
+        return [torch.cat(tensors) for tensors in zip(*each, strict=True)]
 
 
 def steps_of(rollout: Rollout, step: int | Sequence[int] | Tensor) -> Tensor:
@@ -127,13 +152,9 @@ def steps_of(rollout: Rollout, step: int | Sequence[int] | Tensor) -> Tensor:
     steps = torch.as_tensor(step).cpu()
     if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
         raise TypeError(f"step must be an integer, or one for each image, got {step!r}"[:200])
-    if tuple(steps.shape) not in ((), (len(rollout),)):
-        raise ValueError(
-            f"step must be one integer or one for each of the {len(rollout)} images, got {list(steps.shape)}"
-        )
-    steps = steps.to(torch.int64).expand(len(rollout))
-    if len(steps) and not (0 <= int(steps.min()) and int(steps.max()) < len(rollout.rows)):
-        raise ValueError(
-            f"step must be in [0, {len(rollout.rows) - 1}], a place among the rollout's rows, got {step}"[:200]
-        )
-    return steps
+    count, last = len(rollout), len(rollout.rows) - 1
+    if tuple(steps.shape) not in ((), (count,)):
+        raise ValueError(f"step must be one integer or one for each of the {count} images, got {list(steps.shape)}")
+    if steps.numel() and not (steps.min() >= 0 and steps.max() <= last):
+        raise ValueError(f"step must be in [0, {last}], a place among the rollout's rows, got {step}"[:200])
+    return steps.to(torch.int64).expand(count)

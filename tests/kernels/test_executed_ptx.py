@@ -23,7 +23,7 @@ TARGET = "sm_90"  # the others are in the soak tests
 KERNELS = {
     *("diffusion_step_kernel", "q_sample_kernel", "q_posterior_kernel", "normal_kernel", "to_uint8_kernel"),
     *("to_uint8_rgb_kernel", "to_uint8_rgba_kernel", "group_norm_moments_kernel", "group_norm_silu_kernel"),
-    *("add_bias_kernel", "layer_norm_modulate_kernel"),
+    *("add_bias_kernel", "layer_norm_modulate_kernel", "transition_terms_kernel", "transition_sum_kernel"),
 }
 
 #: A lane of one element has one program, for Triton compiles an argument of 1 as a constant. Its release 3.6 keeps

@@ -81,6 +81,20 @@ def test_sums_and_products(op: str, neighbour: str, mode: str, right: Callable[.
     assert not np.array_equal(compute(f"{neighbour}{mode}.f32 D, A, B", a, b, kind="f4"), want)
 
 
+@pytest.mark.parametrize("mode", ["", ".rn"])
+@pytest.mark.parametrize(("op", "right"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)])
+def test_sums_and_products_of_float64(op: str, mode: str, right: Callable[..., np.ndarray]) -> None:
+    """In float64, and rounded to float32 at the end: in float32 from the start they are others."""
+    a, b = moderate(), moderate()
+    third = F4(1 / 3)
+    wide = "cvt.f64.f32 %rd6, A; cvt.f64.f32 %rd7, B; cvt.f64.f32 %rd8, C; mul.rn.f64 %rd6, %rd6, %rd8;"
+    got = compute(
+        f"{wide} {op}{mode}.f64 %rd6, %rd6, %rd7; neg.f64 %rd6, %rd6; cvt.rn.f32.f64 D, %rd6", a, b, third, kind="f4"
+    )
+    assert np.array_equal(got, -right(a.astype("f8") * np.float64(third), b.astype("f8")).astype("f4"))
+    assert not np.array_equal(got, -right(a * third, b))
+
+
 def test_two_at_once() -> None:
     a, b, c = moderate(), moderate(), moderate()
     pairs = "mov.b64 %rd6, {A, B}; mov.b64 %rd7, {C, A};"

@@ -151,6 +151,31 @@ def _widened(dtype: torch.dtype) -> Compare:
     return compare
 
 
+def _transition(
+    shape: tuple[int, ...] = (3, 7, 53), *, learned: bool = False, layout: torch.memory_format | None = None
+) -> Compare:
+    """The comparison of log-probabilities: of guided lanes, a parked one, one beyond the table, more than one run."""
+
+    def compare() -> None:
+        torch.manual_seed(0)
+        rows = (3, 1, kernels.PARKED, 5) * 4  # enough lanes that another order shows in the last bit of one
+        given = StepCase(shape, learned=learned, guidance=(7.5, 1.0, 0.0, 2.0) * 4, rows=rows)
+        known = given.arguments(CPU)
+        names = ("x", "out", "rows", "coefficients", "out_uncond", "guidance")
+        chosen = {name: known[name] for name in names}
+        if layout is not None:
+            chosen["out"] = chosen["out"].to(memory_format=layout)
+        chosen |= {"x_next": torch.randn_like(chosen["x"])}
+        chosen |= {"transitions": kernels.transitions_of(chosen["coefficients"])}
+        got, want = (ops.transition_logprob(**chosen) for ops in (cpu_ops, reference))
+        if learned:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+        else:
+            assert_same_bits("logprob", got, want)
+
+    return compare
+
+
 PLAIN = _step(StepCase((1030,), torch.float32, "drawn", copies=2))
 LAST = _step(StepCase((3, 7, 7), torch.float32, "drawn"), layout=torch.channels_last)
 LEARNED = _step(StepCase((3, 7, 7), torch.float16, "drawn", learned=True))
@@ -260,6 +285,36 @@ MUTANTS = {
     "a flag that was set": Mutant("step.cpp", SILENT_NAN, "__ATOMIC_RELAXED) < 0", "__ATOMIC_RELAXED) >= 0"),
     "no flag for infinity": Mutant("step.cpp", SILENT_INF, "largest < 0x7F800000", "largest < 0x7F800001"),
     "the flag of another lane": Mutant("step.cpp", SILENT_NAN, "flag(flags + image,", "flag(flags,"),
+    "additions in another order": Mutant(
+        "transition.cpp", _transition(), "terms[i] += terms[half + i]", "terms[i] = terms[2 * i] + terms[2 * i + 1]"
+    ),
+    "a run left out": Mutant("transition.cpp", _transition(), "image * runs, runs)", "image * runs, 1)"),
+    "a deviation in float32": Mutant(
+        "transition.cpp",
+        _transition(),
+        "double(next[i]) - double(mean[i]);\n    terms",
+        "next[i] - mean[i];\n    terms",
+    ),
+    "no weight": Mutant(
+        "transition.cpp",
+        _transition(),
+        "weight * (deviation * deviation);\n  }\n}\n\n// The",
+        "deviation * deviation;\n  }\n}\n\n// The",
+    ),
+    "the normalizer of one element": Mutant(
+        "transition.cpp", _transition(), "normalizer * double(elements)", "normalizer"
+    ),
+    "a step of a parked lane": Mutant("transition.cpp", _transition(), "if (rows[image] < 0) {", "if (false) {"),
+    "another channel's output": Mutant(
+        "transition.cpp", _transition(layout=torch.channels_last), "out.read(image, channel,", "out.read(image, 0,"
+    ),
+    "an unguided lane guided": Mutant(
+        "transition.cpp", _transition(), "guidance[image] != 1.0f", "guidance[image] != 9.0f"
+    ),
+    "a deviation that was not scaled": Mutant(
+        "transition.cpp", _transition(learned=True), " * double(exponential(-exponent))", ""
+    ),
+    "a scale that was not counted": Mutant("transition.cpp", _transition(learned=True), " + double(exponent);", ";"),
     "another table": Mutant("forward.cpp", _forward, "weigh(entry(signal,", "weigh(entry(scale,"),
     "beyond the schedule": Mutant("forward.cpp", _forward, "table[t] : NOTHING", "table[t] : 0.0f"),
     "the noise of a step": Mutant("forward.cpp", _forward, "STREAM_FORWARD}", "STREAM_STEP}"),
@@ -295,7 +350,8 @@ MUTANTS = {
 
 def _text(mutant: Mutant, number: int) -> str:
     """The kernels with a mutant's error, in its namespace and under its number."""
-    sources = ("step.cpp", "forward.cpp") if mutant.file == "sampling.h" else (mutant.file,)
+    needed = {"sampling.h": ("step.cpp", "forward.cpp"), "transition.cpp": ("step.cpp", "transition.cpp")}
+    sources = needed.get(mutant.file, (mutant.file,))
     files = {name: (FOLDER / name).read_text() for name in ("sampling.h", *sources)}
     files[mutant.file] = mutate(files[mutant.file], mutant.old, mutant.new)
     body = "\n".join(files.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 from stepfusion.kernels.cpu import sampling_library
 
 _COMPILER, _EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-_FUNCTIONS = ("diffusion_step", "q_sample", "q_posterior", "normal", "to_uint8")
+_FUNCTIONS = ("diffusion_step", "q_sample", "q_posterior", "normal", "to_uint8", "transition_logprob")
 _FOLDER = Path(__file__).parent
 
 Call = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]

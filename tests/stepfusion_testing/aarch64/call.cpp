@@ -25,7 +25,7 @@ int main() {
   void (*const functions[])() = {
       reinterpret_cast<void (*)()>(diffusion_step), reinterpret_cast<void (*)()>(q_sample),
       reinterpret_cast<void (*)()>(q_posterior), reinterpret_cast<void (*)()>(normal),
-      reinterpret_cast<void (*)()>(to_uint8)};
+      reinterpret_cast<void (*)()>(to_uint8), reinterpret_cast<void (*)()>(transition_logprob)};
   const int64_t function = word(), buffers = word(), integers = word();
   std::vector<std::vector<char>> memory(buffers);
   std::vector<int64_t> arguments;
