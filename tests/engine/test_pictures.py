@@ -1,4 +1,4 @@
-"""Pictures in and out of Python: PIL images and files in place of tensors, and files that say where they come from."""
+"""Pictures in and out of Python: PIL images and files in place of tensors, and files that say what made them."""
 
 from __future__ import annotations
 
