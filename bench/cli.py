@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,17 +77,53 @@ def run_bench(args: argparse.Namespace) -> int:
 def _run_part(args: argparse.Namespace) -> int:
     options = _options(args)
     _check_folder(args.out)
+    before = [] if args.out is None else read(args.out)
+    told = f"stepfusion: {args.part} on {options.device}: {_estimate(args.part, options, before)}"
+    print(told, file=sys.stderr, flush=True)
     records: list[Record] = []
-    for record in measure(args.part, options):
-        records.append(record)
-        if args.json:
-            print(to_line(record), flush=True)
-    records = latest(records)
+    started = time.monotonic()
+    try:
+        for record in measure(args.part, options):
+            records.append(record)
+            if args.json:
+                print(to_line(record), flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        # What was measured is kept: a part of an hour may be ended because its first rows said enough.
+        records.append(End(args.part, "stopped", time.monotonic() - started, "It was ended before it was done."))
+        _finish(args, records)
+        raise
+    return _status(_finish(args, records))
+
+
+def _finish(args: argparse.Namespace, records: Sequence[Record]) -> list[Record]:
+    """Print and write what was measured; returns the records, the latest of each."""
+    found = latest(records)
     if not args.json:
-        print(aligned(*table(rows_of(records))))
-    if args.out is not None:
-        write(args.out, replace_part(read(args.out), args.part, records))
-    return _status(records)
+        print(aligned(*table(rows_of(found))), flush=True)
+    if args.out is not None and rows_of(found):
+        write(args.out, replace_part(read(args.out), args.part, found))
+    return found
+
+
+def _estimate(part: str, options: Options, before: Sequence[Record]) -> str:
+    """How long a part takes: as the last time, if that is known, else at most as the suite lets it."""
+    known = [
+        record.seconds
+        for record in before
+        if isinstance(record, End) and (record.part, record.status) == (part, "done")
+    ]
+    early = "Ctrl-C ends it and keeps what was measured"
+    if known:
+        return f"about {duration(known[-1])}, as the last time; {early}"
+    if options.tiny or part not in LIMITS:
+        return f"a minute or a few; {early}" if options.tiny else early
+    limit = LIMITS[part] * (1.0 if options.device.type == "cuda" else CPU_FACTOR)
+    return f"up to {duration(limit)}, after which the suite stops it; {early}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _run_suite(args: argparse.Namespace) -> int:
@@ -151,6 +189,7 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=given.get("dtype"),
         families=None if peers is None or "all" in peers else tuple(peers),
         providers=None if names is None else tuple(names.split(",")),
+        command=shlex.join(["stepfusion", *(getattr(args, "words", None) or ["bench", *sys.argv[1:]])]),
     )
     options.select()
     return options
