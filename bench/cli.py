@@ -49,14 +49,21 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"
             )
-            part.add_argument("--steps", type=int, metavar="K", help="of the loops")
+            part.add_argument("--steps", type=int, metavar="K", help="how many steps the loops have")
         if name in ("latency", "throughput", "compare"):
-            part.add_argument("--peer", action="append", choices=(*_PEERS, "all"), help="(default: all)")
-            part.add_argument("--providers", metavar="NAMES", help="only these, by name, separated by commas")
-            part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="only networks in this dtype")
+            part.add_argument(
+                "--peer",
+                action="append",
+                choices=(*_PEERS, "all"),
+                help="measure these peers alone, beside stepfusion (default: all)",
+            )
+            part.add_argument(
+                "--providers", metavar="NAMES", help="measure these providers alone, by name, separated by commas"
+            )
+            part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="measure networks in this dtype alone")
         if name in ("latency", "throughput", "compare", "exports", "headline", "serve"):
             part.add_argument("--batch", type=int, action="append", metavar="B", help="images; may be repeated")
-        part.add_argument("--rounds", type=int, metavar="R", help="of interleaved timing")
+        part.add_argument("--rounds", type=int, metavar="R", help="how many rounds of interleaved timing")
     text = "all parts, each in a process of its own, and one report; a part that is done is not measured again"
     suite = parts.add_parser("suite", help=text, description=text[0].upper() + text[1:] + ".")
     _add_common(suite)
@@ -158,7 +165,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write rows, pictures and a report into this folder")
     parser.add_argument("--tiny", action="store_true", help="shrink every size, to rehearse; nothing is compiled")
-    parser.add_argument("--compile", action="store_true", help="with --tiny: compile, too")
+    parser.add_argument("--compile", action="store_true", help="let compilers take part with --tiny, too")
 
 
 def _options(args: argparse.Namespace) -> Options:

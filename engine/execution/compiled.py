@@ -22,6 +22,7 @@ CUDA  ``max_autotune``                        matrix products and convolutions a
 
 from __future__ import annotations
 
+import logging
 import threading
 import types
 import warnings
@@ -38,6 +39,9 @@ from stepfusion.execution.cache import compiler_cache
 from stepfusion.execution.cpu_form import CpuForm, CpuForms, is_ours
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.kernels.tolerance import NETWORK_FLOAT32
+
+#: What takes long before the first image is told here; commands print it.
+logger = logging.getLogger("stepfusion.compiling")
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -228,6 +232,7 @@ class CompiledNetwork:
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.compilations += 1
+            logger.info("compiling the network, %d operators: seconds to minutes", len(graph.graph.nodes))
             made: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=self._options)
             return made
 
