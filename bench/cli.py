@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,14 +50,21 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument(
                 "--model", action="append", help=f"{models} (random weights), a bundled model, or a model directory"
             )
-            part.add_argument("--steps", type=int, metavar="K", help="of the loops")
+            part.add_argument("--steps", type=int, metavar="K", help="how many steps the loops have")
         if name in ("latency", "throughput", "compare"):
-            part.add_argument("--peer", action="append", choices=(*_PEERS, "all"), help="(default: all)")
-            part.add_argument("--providers", metavar="NAMES", help="only these, by name, separated by commas")
-            part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="only networks in this dtype")
+            part.add_argument(
+                "--peer",
+                action="append",
+                choices=(*_PEERS, "all"),
+                help="measure these peers alone, beside stepfusion (default: all)",
+            )
+            part.add_argument(
+                "--providers", metavar="NAMES", help="measure these providers alone, by name, separated by commas"
+            )
+            part.add_argument("--dtype", choices=tuple(DTYPES)[:2], help="measure networks in this dtype alone")
         if name in ("latency", "throughput", "compare", "exports", "headline", "serve"):
             part.add_argument("--batch", type=int, action="append", metavar="B", help="images; may be repeated")
-        part.add_argument("--rounds", type=int, metavar="R", help="of interleaved timing")
+        part.add_argument("--rounds", type=int, metavar="R", help="how many rounds of interleaved timing")
     text = "all parts, each in a process of its own, and one report; a part that is done is not measured again"
     suite = parts.add_parser("suite", help=text, description=text[0].upper() + text[1:] + ".")
     _add_common(suite)
@@ -76,17 +85,53 @@ def run_bench(args: argparse.Namespace) -> int:
 def _run_part(args: argparse.Namespace) -> int:
     options = _options(args)
     _check_folder(args.out)
+    before = [] if args.out is None else read(args.out)
+    told = f"stepfusion: {args.part} on {options.device}: {_estimate(args.part, options, before)}"
+    print(told, file=sys.stderr, flush=True)
     records: list[Record] = []
-    for record in measure(args.part, options):
-        records.append(record)
-        if args.json:
-            print(to_line(record), flush=True)
-    records = latest(records)
+    started = time.monotonic()
+    try:
+        for record in measure(args.part, options):
+            records.append(record)
+            if args.json:
+                print(to_line(record), flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        # What was measured is kept: a part of an hour may be ended because its first rows said enough.
+        records.append(End(args.part, "stopped", time.monotonic() - started, "It was ended before it was done."))
+        _finish(args, records)
+        raise
+    return _status(_finish(args, records))
+
+
+def _finish(args: argparse.Namespace, records: Sequence[Record]) -> list[Record]:
+    """Print and write what was measured; returns the records, the latest of each."""
+    found = latest(records)
     if not args.json:
-        print(aligned(*table(rows_of(records))))
-    if args.out is not None:
-        write(args.out, replace_part(read(args.out), args.part, records))
-    return _status(records)
+        print(aligned(*table(rows_of(found))), flush=True)
+    if args.out is not None and rows_of(found):
+        write(args.out, replace_part(read(args.out), args.part, found))
+    return found
+
+
+def _estimate(part: str, options: Options, before: Sequence[Record]) -> str:
+    """How long a part takes: as the last time, if that is known, else at most as the suite lets it."""
+    known = [
+        record.seconds
+        for record in before
+        if isinstance(record, End) and (record.part, record.status) == (part, "done")
+    ]
+    early = "Ctrl-C ends it and keeps what was measured"
+    if known:
+        return f"about {duration(known[-1])}, as the last time; {early}"
+    if options.tiny or part not in LIMITS:
+        return f"a minute or a few; {early}" if options.tiny else early
+    limit = LIMITS[part] * (1.0 if options.device.type == "cuda" else CPU_FACTOR)
+    return f"up to {duration(limit)}, after which the suite stops it; {early}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _run_suite(args: argparse.Namespace) -> int:
@@ -121,7 +166,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write rows, pictures and a report into this folder")
     parser.add_argument("--tiny", action="store_true", help="shrink every size, to rehearse; nothing is compiled")
-    parser.add_argument("--compile", action="store_true", help="with --tiny: compile, too")
+    parser.add_argument("--compile", action="store_true", help="let compilers take part with --tiny, too")
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -152,6 +197,7 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=given.get("dtype"),
         families=None if peers is None or "all" in peers else tuple(peers),
         providers=None if names is None else tuple(names.split(",")),
+        command=shlex.join(["stepfusion", *(getattr(args, "words", None) or ["bench", *sys.argv[1:]])]),
     )
     options.select()
     return options

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import stepfusion
+from stepfusion.bench.options import Options
 from stepfusion.bench.rows import Conditions
 
 _PACKAGES = (
@@ -29,8 +30,9 @@ _PACKAGES = (
 _LIMITS = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"
 
 
-def conditions(part: str, device: torch.device) -> Conditions:
-    """The conditions under which ``part`` is measured on ``device`` now."""
+def conditions(part: str, options: Options) -> Conditions:
+    """The conditions under which ``part`` is measured now, as ``options`` ask for it."""
+    device = options.device
     versions = {"stepfusion": stepfusion.__version__}
     for package in _PACKAGES:
         try:
@@ -50,7 +52,26 @@ def conditions(part: str, device: torch.device) -> Conditions:
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         commit=_commit(Path(__file__).resolve().parents[1]),
+        command=options.command,
+        sizes=_sizes(options),
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
+
+
+def _sizes(options: Options) -> str:
+    """The sizes that were asked for; those that were not are the part's own, and stand in its rows."""
+    asked = {
+        "models": options.models,
+        "batches": options.batches,
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "dtype": options.dtype,
+    }
+    told = ["every size shrunk, to rehearse"] if options.tiny else []
+    for name, value in asked.items():
+        if value is not None:
+            told.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ", ".join(told) or "the part's own"
 
 
 def _processor() -> str:

@@ -19,6 +19,7 @@ class Options:
         device: where. tiny: every size shrunk, to rehearse. compiled: who compiles takes part.
         models, batches, steps, rounds: of the work. dtype: only providers whose network has it.
         families: only these kinds of providers, besides stepfusion itself. providers: only these, by name.
+        command: as it was typed, for the report.
     """
 
     device: torch.device
@@ -31,6 +32,7 @@ class Options:
     dtype: str | None = None
     families: tuple[str, ...] | None = None
     providers: tuple[str, ...] | None = None
+    command: str | None = None
 
     def select(self) -> list[Provider]:
         """The providers that take part on this device. ValueError if a name is none of theirs."""

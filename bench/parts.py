@@ -35,6 +35,6 @@ ALONE: dict[str, Callable[[Options], Iterator[Row]]] = {
 def measure(part: str, options: Options) -> Iterator[Record]:
     """The conditions, the rows as they are measured, and how long it took."""
     started = time.monotonic()
-    yield conditions(part, options.device)
+    yield conditions(part, options)
     yield from {**PARTS, **ALONE}[part](options)
     yield End(part, "done", time.monotonic() - started)

@@ -75,6 +75,7 @@ def roofline(rows: Sequence[Row]) -> bytes | None:
         for i, op in enumerate(operations):
             axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="0.4", label=op)
         axes.set(xscale="log", yscale="log", xlim=(low, high))
+        plain_numbers(axes.xaxis, axes.yaxis)
         axes.set_ylim(top=3 * max(rate for _, rate in matmuls) / 1e9 if matmuls else None)
         axes.set(xlabel="arithmetic intensity (FLOP / byte)", ylabel="rate (GFLOP/s)")
         axes.set_title("Fused operations, largest size of each, under the measured ceilings")
@@ -116,10 +117,9 @@ def against_batch(rows: Sequence[Row], part: str) -> bytes | None:
                         label=provider,
                     )
             axes.set(xscale="log", yscale="log", xlabel="batch (images)")
+            plain_numbers(axes.yaxis, minor=True)
             axes.set_xticks(sorted(batches), [str(batch) for batch in sorted(batches)], minor=False)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_title(f"{model}, {next(row.op for row in chosen if row.model == model).split(' to ')[0]}")
         panels[0].set_ylabel("time to the batch's images (ms)" if part == "latency" else "images / s")
         handles: dict[str, Any] = {}
@@ -164,6 +164,15 @@ def tick_split(rows: Sequence[Row]) -> bytes | None:
         figure.legend(loc="outside right upper", fontsize=8)
 
     return png(paint, (8.5, 1.6 + 0.8 * len(names)))
+
+
+def plain_numbers(*every: Any, minor: bool = False) -> None:
+    """Label the ticks of axes with numbers as one writes them, and not with powers of ten."""
+    ticker = need("matplotlib.ticker")
+    for axis in every:
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        if minor:
+            axis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def png(paint: Callable[[Any], None], size: tuple[float, float]) -> bytes:

@@ -66,7 +66,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Where and with what a part was measured; the header of its rows."""
+    """Where and with what a part was measured; the header of its rows.
+
+    ``command`` and ``sizes`` are what was asked for; ``load`` is how many processes wanted a processor, a mean of the
+    minute before.
+    """
 
     part: str
     device: str
@@ -79,6 +83,9 @@ class Conditions:
     driver: str | None = None
     cuda: str | None = None
     commit: str | None = None
+    command: str | None = None
+    sizes: str | None = None
+    load: float | None = None
 
 
 @dataclass(frozen=True)

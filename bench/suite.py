@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from stepfusion.bench.report import read, replace_part, write
-from stepfusion.bench.rows import End, Record, from_line, latest
+from stepfusion.bench.rows import End, Record, Row, from_line, latest
 
 #: Seconds that a part may take on a GPU; together less than ten minutes.
 LIMITS = {
@@ -55,15 +55,28 @@ def run_suite(
             print(f"{part}: done before", file=sys.stderr, flush=True)
             continue
         print(f"{part}: at most {limits[part]:.0f} s", file=sys.stderr, flush=True)
-        records = replace_part(records, part, run_part(part, command(part), limits[part]))
+        measured: list[Record] = []
+        started = time.monotonic()
+        try:
+            measured = run_part(part, command(part), limits[part], measured)
+        except (KeyboardInterrupt, SystemExit):
+            measured = latest(measured)
+            if any(isinstance(record, Row) for record in measured):
+                end = End(part, "stopped", time.monotonic() - started, "It was ended before it was done.")
+                write(folder, replace_part(records, part, [*measured, end]))
+            raise
+        records = replace_part(records, part, measured)
         write(folder, records)
     return [record for record in records if isinstance(record, End) and record.part in parts]
 
 
-def run_part(part: str, command: Sequence[str], limit: float) -> list[Record]:
-    """The records that a process prints within ``limit`` seconds, and how it ended."""
+def run_part(part: str, command: Sequence[str], limit: float, records: list[Record] | None = None) -> list[Record]:
+    """The records that a process prints within ``limit`` seconds, and how it ended.
+
+    ``records`` gets each as it comes: what is known if this is interrupted.
+    """
     started = time.monotonic()
-    records: list[Record] = []
+    records = [] if records is None else records
     broken: list[str] = []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

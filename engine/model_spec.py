@@ -65,6 +65,16 @@ class ModelSpec:
         object.__setattr__(self, "options", check_options(self.options))
         object.__setattr__(self, "conditions", _check_conditions(self.conditions))
 
+    def __repr__(self) -> str:
+        facts = ["x".join(map(str, self.shape)), self.prediction, repr(self.schedule)]
+        if self.num_classes is not None:
+            facts.append(f"{self.num_classes} classes")
+        facts += [] if self.null_label is None else [f"null label {self.null_label}"]
+        facts += [] if self.context_size is None else [f"contexts of {self.context_size}"]
+        facts += [f"conditions {', '.join(one.name for one in self.conditions)}"] if self.conditions else []
+        facts += [f"{name} {value}" for name, value in self.options.items()]
+        return f"ModelSpec({', '.join(facts)})"
+
     @classmethod
     def of_network(
         cls,

@@ -45,6 +45,9 @@ class Bundle:
     spec: ModelSpec
     batch: Batch | None
 
+    def __repr__(self) -> str:
+        return f"Bundle({self.manifest.format}, {self.manifest.kind}, {self.path}, {self.spec!r})"
+
 
 def check_out(out: Path) -> None:
     """Refuse a place where no bundle can be written.

@@ -33,7 +33,7 @@ _UNCOUNTED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pretrained(LoadedModel):
     """What a model directory holds.
 

@@ -64,7 +64,7 @@ class EDMDescription(StrictModel):
         return self.model_dump(exclude=others, exclude_none=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EDMModel(LoadedModel):
     """What a file of EDM's weights holds.
 

@@ -47,7 +47,7 @@ _THEIR_NAMES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuidedDiffusionModel(LoadedModel):
     """What a checkpoint of guided-diffusion or improved-diffusion holds, as an engine wants it.
 

@@ -27,6 +27,14 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     null_label: int | None
 
+    def __repr__(self) -> str:
+        network = self.network
+        size = sum(parameter.numel() for parameter in network.parameters())
+        facts = [f"{type(network).__name__} of {size:,} parameters"]
+        facts.append(str(self.scheduler_config.get("_class_name", "no scheduler")))
+        facts += [] if self.class_names is None else [f"{len(self.class_names)} classes"]
+        return f"{type(self).__name__}({', '.join(facts)})"
+
     def around(self, spec: ModelSpec) -> Mapping[str, Any]:
         """What stands around the network of a model with this spec, by the names of an engine's arguments."""
         return {}

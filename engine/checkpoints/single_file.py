@@ -50,7 +50,7 @@ class SingleFileDescription(StrictModel):
     sample_size: Annotated[int, Field(ge=1, le=1 << 13)] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SingleFileModel(LoadedModel):
     """What a single file of Stable Diffusion holds.
 

@@ -123,7 +123,12 @@ def add_device_argument(add: Callable[..., object]) -> None:
 
 def add_path_arguments(add: Callable[..., object]) -> None:
     """Declare the network's dtype, and which path runs the step and the network."""
-    add("--dtype", choices=("auto", *DTYPES, TF32), default="auto", help="of the network (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES, TF32),
+        default="auto",
+        help="the number format of the network's arithmetic (default: %(default)s)",
+    )
     add("--backend", choices=BACKENDS, default="auto", help="what runs the sampling step (default: %(default)s)")
     add("--network", choices=NETWORK_MODES, default="auto", help="how the network runs (default: %(default)s)")
 
@@ -175,7 +180,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add_device_argument(add)
     add_threads_argument(add)
     add_path_arguments(add)
-    add("--quiet", action="store_true", help="no progress bar, no report")
+    add("--quiet", action="store_true", help="show no progress bar, and print no report")
     add_metadata_argument(add)
 
 

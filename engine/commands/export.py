@@ -40,16 +40,25 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", required=True, choices=tuple(FORMATS), help="the runtime that it is for")
     add("--kind", choices=KINDS, default="network", help="the network, or one step of a sampler around it")
     add("--guided", action="store_true", help="tick: with classifier-free guidance, whose network runs twice a step")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the network (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="the number format of the network's arithmetic (default: %(default)s)",
+    )
     add("--batch", default="dynamic", metavar="B", help="a number of images, or 'dynamic' (the default)")
-    add("--batch-range", metavar="LOW:BEST:HIGH", help="of a dynamic batch (default: 1:8:64)")
+    add(
+        "--batch-range",
+        metavar="LOW:BEST:HIGH",
+        help="the sizes of a dynamic batch: the smallest, the usual and the largest (default: 1:8:64)",
+    )
     add("--device", help="the device to write for, if the format is for one (default: the format's)")
     add("--strip-weights", action="store_true", help="tensorrt, tensorrt-rtx: an engine that is refitted when loaded")
     add("--server-backend", choices=BACKENDS, default="onnx", help="triton-server: what runs it there")
     add("--dry-run", action="store_true", help="torch-tensorrt: say how much it covers, and write nothing")
 
     add_sampler_arguments(parser, "the sampler whose table goes with it")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar, and print no report")
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stepfusion.files.images import Pixels, grid
 
 _MARGIN, _GAP = 4, 2
+_TEXT = 14  # pixels of a line: at 10, the default, a space is too narrow to be seen
 _PAPER, _INK = (24, 24, 24), (225, 225, 225)
 _MAX_PIXELS = 1 << 28
 
@@ -36,7 +37,7 @@ def figure(cells: Sequence[Pixels], rows: Sequence[str], columns: Sequence[str] 
         raise ValueError(f"a figure has at most {_MAX_PIXELS} pixels, and this one would have more: lower --scale")
     colours = np.stack([cell if cell.shape[2] == 3 else cell.repeat(3, 2) for cell in cells])
     table = Image.fromarray(grid(colours, columns=wide, scale=scale, gap=_GAP))
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(_TEXT)
     line = round(font.getbbox("Hg")[3]) + _MARGIN
     left = round(max(font.getlength(name) for name in rows)) + 2 * _MARGIN if any(rows) else 0
     top = _MARGIN + line * max(name.count("\n") + 1 for name in columns) if columns else 0

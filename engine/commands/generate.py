@@ -51,11 +51,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
     add_model_argument(parser, nargs="?")
     parser.add_argument(
-        "--verify", type=Path, metavar="DIR", help="only check what is there: hashes, every image once"
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="make nothing, and check what is there: hashes, and every image once",
     )
 
     add = parser.add_argument_group("what to make").add_argument
-    add("-n", "--num", type=int, metavar="N", help="how many images")
+    add("-n", "--num", type=int, metavar="N", help="make so many images")
     add(
         "--labels",
         metavar="LIST",
@@ -69,7 +72,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative", metavar="TEXT", help="what guidance leads away from (default: no prompt)")
     add_lora_argument(add)
     add("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none (the default)")
-    add("--seed", type=int, default=0, metavar="S", help="from 0 to 2**64 - 1 (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="take the noise of this seed, from 0 to 2**64 - 1 (default: %(default)s)",
+    )
     add(
         "--first-index",
         type=int,
@@ -82,11 +91,20 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, metavar="DIR", help="a directory; what this command has begun there goes on")
-    add("--format", choices=tuple(FORMATS), default="webdataset", help="of the shards (default: %(default)s)")
+    add(
+        "--format",
+        choices=tuple(FORMATS),
+        default="webdataset",
+        help="the format of the shards (default: %(default)s)",
+    )
     add("--unit", type=int, default=DEFAULT_UNIT, metavar="K", help="images a shard (default: %(default)s)")
-    add("--npz", action="store_true", help="at the end, also one samples_NxHxWxC.npz with arr_0 and arr_1 (labels)")
+    add(
+        "--npz",
+        action="store_true",
+        help="also write, at the end, one samples_NxHxWxC.npz with arr_0 and arr_1 (labels)",
+    )
     add("--leave-out-nonfinite", action="store_true", help="go on without images that become NaN or infinite")
-    add("--quiet", action="store_true", help="no progress, no report")
+    add("--quiet", action="store_true", help="show no progress, and print no report")
 
     add = parser.add_argument_group("where and how to run").add_argument
     add(
@@ -100,7 +118,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--invariant",
         action="store_true",
-        help="one batch size for everything: an image's bits depend on neither --unit nor its neighbours",
+        help="keep one batch size for everything, so that an image's bits depend on neither --unit nor "
+        "its neighbours; a few images then take as long as a whole batch",
     )
 
 

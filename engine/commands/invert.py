@@ -34,7 +34,9 @@ _LABELS = "classes by name or number, one for each picture, separated by commas,
 def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion encode``."""
     _add_pictures(parser)
-    parser.add_argument("--steps", type=int, default=200, metavar="K", help="(default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=200, metavar="K", help="how many steps lead to the noise (default: %(default)s)"
+    )
     text = 'also write the noises, float32 [n, C, H, W], as "noise" (default: do not)'
     parser.add_argument("--noise", type=Path, metavar="SAFETENSORS", help=text)
     add_run_arguments(parser, "encoded.png")
@@ -60,7 +62,7 @@ def run_encode(args: argparse.Namespace) -> int:
 def add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``stepfusion reconstruct``."""
     _add_pictures(parser)
-    text = "of each half, a row each (default: %(default)s)"
+    text = "how many steps each half has, a row of the figure for each number (default: %(default)s)"
     parser.add_argument("--steps", default="50,100,200", metavar="LIST", help=text)
     add_run_arguments(parser, "reconstructed.png")
 
@@ -90,7 +92,9 @@ def add_interpolate_arguments(parser: argparse.ArgumentParser) -> None:
     ends.add_argument("--seeds", metavar="A,B", help=text)
     ends.add_argument("--images", type=Path, nargs=2, metavar="IMAGE", help="mix two pictures (default: none)")
     parser.add_argument("--weights", type=int, default=7, metavar="K", help="how many points (default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="K", help="of DDIM (default: 50; 200 with --images)")
+    parser.add_argument(
+        "--steps", type=int, metavar="K", help="how many steps of DDIM (default: 50; 200 with --images)"
+    )
     parser.add_argument("--labels", metavar="LIST", help="a class for each row, or for both pictures (default: none)")
     add_prompt_of_pictures(parser.add_argument, "for each row, or for both pictures")
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance (default: 1, none)")

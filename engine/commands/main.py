@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import threading
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     command: Command = args.command
     try:
-        with _terminable():
+        with _terminable(), _telling_compilations(quiet=getattr(args, "quiet", False)):
             return command(args)
     except KeyboardInterrupt:
         tell("stepfusion: interrupted")
@@ -74,6 +75,28 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Teller(logging.Handler):
+    """Writes what a command waits for to stderr, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"stepfusion: {record.getMessage()}")
+
+
+@contextmanager
+def _telling_compilations(*, quiet: bool) -> Iterator[None]:
+    """Say on stderr what is being compiled, before which nothing else happens for seconds or minutes."""
+    logger, handler = logging.getLogger("stepfusion.compiling"), _Teller()
+    before = logger.level
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:

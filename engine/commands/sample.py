@@ -90,7 +90,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=float,
         metavar="S",
-        help="from 0, the picture, to 1, nothing of it: start from it noised, and take the last S * K steps "
+        help="how much to change the picture, from 0, nothing, to 1, all: start from it noised, and take "
+        "the last S * K steps "
         "(default: 1)",
     )
     add(
@@ -106,26 +107,39 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("what to write").add_argument
     add("--out", type=Path, help="the grid (default: samples.png), or with --single a directory (default: samples)")
-    add("--single", action="store_true", help="no grid, but OUT/SEED-INDEX.png for each image, as soon as it is done")
+    add(
+        "--single",
+        action="store_true",
+        help="write no grid, but OUT/SEED-INDEX.png for each image, as soon as it is done",
+    )
     add("--animate", type=Path, metavar="GIF", help="also write an animation of the grid, from noise to images")
-    add("--columns", type=int, help="of the grid (default: the number of classes, else a square)")
+    add(
+        "--columns",
+        type=int,
+        help="how many images stand side by side in the grid (default: the number of classes, else a square)",
+    )
     add(
         "--scale",
         type=int,
         help="enlarge every pixel of the grid so many times (default: 2, or 1 for one image alone)",
     )
     add_metadata_argument(add)
-    add("--quiet", action="store_true", help="no progress bar, no report")
+    add("--quiet", action="store_true", help="show no progress bar, and print no report")
 
     add = parser.add_argument_group("where and how to run").add_argument
     add_device_argument(add)
     add_threads_argument(add)
     add_path_arguments(add)
-    add("--batch", type=int, help="the most images at a time (default: 64 on a CPU, 256 on a GPU)")
+    add(
+        "--batch",
+        type=int,
+        help="the most images at a time (default: 64 on a CPU, up to 256 on a GPU as its memory allows)",
+    )
     add(
         "--invariant",
         action="store_true",
-        help="one batch size for everything: an image's bits depend on neither --num nor its neighbours",
+        help="keep one batch size for everything, so that an image's bits depend on neither --num nor "
+        "its neighbours; a few images then take as long as a whole batch",
     )
 
 

@@ -67,7 +67,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--log-level",
         choices=LEVELS,
-        help="of what --local writes to stderr: info has a line for each request (default: info)",
+        help="what --local writes to stderr: info has a line for each request (default: info)",
     )
     add("--exit-with-parent", action="store_true", help="SIGTERM to itself when the process that started it is gone")
 
@@ -79,33 +79,55 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Ray cluster to join (default: one of this machine, for as long as this runs)",
     )
     add("--replicas", type=int, default=1, metavar="N", help="engines, each a process (default: %(default)s)")
-    add("--cpus", type=float, metavar="N", help="of each replica, which also are its threads (default: a fair share)")
-    add("--gpus", type=float, metavar="N", help="of each replica (default: 1 if there is one that --device allows)")
+    add(
+        "--cpus",
+        type=float,
+        metavar="N",
+        help="the cores of each replica, which also are its threads (default: a fair share)",
+    )
+    add(
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="the GPUs of each replica (default: 1 if there is one that --device allows)",
+    )
 
     add = parser.add_argument_group("how to run the model").add_argument
     add_device_argument(add)
     add_path_arguments(add)
     add_lora_argument(add)
     add("--lanes", type=int, metavar="N", help="the most images at a time (default: 64 on a CPU, what fits on a GPU)")
-    add("--invariant", action="store_true", help="an image's bits do not depend on what else runs")
+    add(
+        "--invariant",
+        action="store_true",
+        help="keep one number of lanes, so that an image's bits do not depend on what else runs; a tick "
+        "with one image then takes as long as a full one",
+    )
 
     add = parser.add_argument_group("limits").add_argument
     add("--queue", type=int, default=1024, metavar="N", help="images that may wait for a lane (default: %(default)s)")
-    add("--max-images", type=int, default=64, metavar="N", help="of one request (default: %(default)s)")
-    add("--max-steps", type=int, metavar="N", help="of one image (default: the model's timesteps)")
+    add(
+        "--max-images",
+        type=int,
+        default=64,
+        metavar="N",
+        help="the most images of one request (default: %(default)s)",
+    )
+    add("--max-steps", type=int, metavar="N", help="the most steps of one image (default: the model's timesteps)")
     add(
         "--max-evaluations",
         type=int,
         default=16_000,
         metavar="N",
-        help="of one request: images * steps, twice that with guidance (default: %(default)s)",
+        help="the most evaluations of the network for one request: images * steps, twice that with "
+        "guidance (default: %(default)s)",
     )
     add(
         "--max-previews",
         type=int,
         default=1000,
         metavar="N",
-        help="of one stream: images * steps / every (default: %(default)s)",
+        help="the most previews of one stream: images * steps / every (default: %(default)s)",
     )
     add(
         "--max-priority",
@@ -114,7 +136,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the highest that a client may choose, from 0 to 1000 (default: %(default)s: no one passes the others)",
     )
-    add("--max-body", type=int, default=1 << 16, metavar="BYTES", help="of one request's JSON (default: %(default)s)")
+    add(
+        "--max-body",
+        type=int,
+        default=1 << 16,
+        metavar="BYTES",
+        help="the most bytes of one request's JSON (default: %(default)s)",
+    )
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -76,12 +76,18 @@ def run_show(args: argparse.Namespace) -> int:
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--image", type=Path, required=True, help="a picture (PNG, JPEG, WebP, BMP or TIFF)")
-    add("--timesteps", type=int, default=500, metavar="T", help="of the schedules (default: %(default)s)")
+    add(
+        "--timesteps",
+        type=int,
+        default=500,
+        metavar="T",
+        help="how many timesteps the schedules have (default: %(default)s)",
+    )
     add("--at", default="0,50,100,200,499", metavar="LIST", help="timesteps to show (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--seed", type=int, default=0, help="the seed of the noise (default: %(default)s)")
     add("--out", type=Path, default=Path("schedule.png"), metavar="PNG", help="the figure (default: %(default)s)")
     add("--scale", type=int, default=1, help="enlarge every pixel so many times (default: %(default)s)")
-    add("--quiet", action="store_true", help="no report")
+    add("--quiet", action="store_true", help="print no report")
     add_metadata_argument(add)
 
 
@@ -112,7 +118,12 @@ def _show_schedule(args: argparse.Namespace) -> Pixels:
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add = parser.add_argument
-    add("--steps", default="10,50,100,1000", metavar="LIST", help="of DDIM, a row each (default: %(default)s)")
+    add(
+        "--steps",
+        default="10,50,100,1000",
+        metavar="LIST",
+        help="how many steps of DDIM, a row of the figure for each number (default: %(default)s)",
+    )
     add("--eta", default="0,0.4,0.8", metavar="LIST", help="noise of DDIM, a column each (default: %(default)s)")
     _add_images(parser, 3)
     add_run_arguments(parser, "steps.png")
@@ -133,7 +144,9 @@ def _show_steps(args: argparse.Namespace) -> Pixels:
 
 def _add_noise(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("--steps", type=int, metavar="K", help="of DDPM (default: all timesteps of the model)")
+    parser.add_argument(
+        "--steps", type=int, metavar="K", help="how many steps of DDPM (default: all timesteps of the model)"
+    )
     _add_images(parser, 8)
     add_run_arguments(parser, "noise.png")
 
@@ -155,7 +168,9 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     text = "a context, a number for each class; may be repeated (default: .3,.6,0,0,.1 if there are five)"
     parser.add_argument("--mix", action="append", metavar="LIST", help=text)
-    parser.add_argument("--steps", type=int, metavar="K", help="of DDPM (default: all timesteps of the model)")
+    parser.add_argument(
+        "--steps", type=int, metavar="K", help="how many steps of DDPM (default: all timesteps of the model)"
+    )
     _add_images(parser, 8, labels=False)
     add_run_arguments(parser, "context.png")
 
@@ -182,7 +197,9 @@ def _show_context(args: argparse.Namespace) -> Pixels:
 
 def _add_images(parser: argparse.ArgumentParser, count: int, *, labels: bool = True) -> None:
     parser.add_argument("-n", "--num", type=int, default=count, help="images of a setting (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="from 0 to 2**64 - 1 (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="take the noise of this seed, from 0 to 2**64 - 1 (default: %(default)s)"
+    )
     if labels:
         text = "classes by name or number, separated by commas and repeated as needed (default: all in turn)"
         parser.add_argument("--labels", metavar="LIST", help=text)

@@ -21,7 +21,10 @@ _MOST_BYTES = 1 << 34
 
 def add_seed_argument(add: Callable[..., object]) -> None:
     """Declare ``--seed``, a number or the word that asks for one that nobody chose."""
-    text = "from 0 to 2**64 - 1, or 'random', which draws one and says it at the end (default: %(default)s)"
+    text = (
+        "take the noise of this seed, from 0 to 2**64 - 1; 'random' draws one and says it at the "
+        "end (default: %(default)s)"
+    )
     add("--seed", type=_seed, default=0, metavar="S", help=text)
 
 

@@ -50,7 +50,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model with the same network, whatever it predicts, to start from (default: random weights)",
     )
-    parser.add_argument("--export", type=Path, help="where the diffusers directory goes (default: OUT/model)")
+    parser.add_argument("--export", type=Path, help="write the diffusers directory here (default: OUT/model)")
     parser.add_argument("--export-only", action="store_true", help="export the newest state, train no step")
     parser.add_argument("--class-names", help="names of the classes, separated by commas")
     parser.add_argument(
@@ -79,11 +79,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "logit_std": "standard deviation of the same",
         "learning_rate": "highest learning rate",
         "warmup_steps": "steps of linear warm-up",
-        "weight_decay": "of AdamW",
+        "weight_decay": "the weight decay of AdamW",
         "grad_clip": "largest norm of the gradient",
         "ema_decay": "decay of the moving average that is exported",
         "label_dropout": "probability of training without the label",
-        "seed": "of everything random",
+        "seed": "the seed of everything random",
         "save_every": "steps between saved states",
         "log_every": "steps between lines of metrics",
     }
@@ -95,7 +95,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "prediction": (_PREDICTIONS, "what the network learns to return; auto is v_prediction, edm or flow"),
         "schedule": (SCHEDULES, "noise schedule, or another path from images to noise"),
         "times": (TIMES, "how times are drawn, for schedule flow"),
-        "precision": (PRECISIONS, "of the network's arithmetic"),
+        "precision": (PRECISIONS, "the number format of the network's arithmetic"),
     }
     for name, (choices, text) in chosen.items():
         default = _DEFAULTS[name]

@@ -55,6 +55,10 @@ class GaussianDiffusion(TrainingLosses):
     x0 at T - 1: methods that need it there raise a ValueError (on a device, where t is not looked at, it is NaN).
     """
 
+    def __repr__(self) -> str:
+        clip = "no clip" if self.clip is None else f"clip {self.clip:g}"
+        return f"GaussianDiffusion({self.schedule!r}, {self.prediction}, {self.variance}, {clip})"
+
     def respaced(self, timesteps: Sequence[int] | str) -> GaussianDiffusion:
         """This diffusion over a subsequence of its timesteps, whose own t counts from 0 to K - 1.
 

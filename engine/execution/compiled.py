@@ -22,6 +22,7 @@ CUDA  ``max_autotune``                        matrix products and convolutions a
 
 from __future__ import annotations
 
+import logging
 import threading
 import types
 import warnings
@@ -40,6 +41,9 @@ from stepfusion.execution.warm_cache import tell_compiled
 from stepfusion.kernels.cache import compiled_anew
 from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 from stepfusion.kernels.tolerance import NETWORK_FLOAT32
+
+#: What takes long before the first image is told here; commands print it.
+logger = logging.getLogger("stepfusion.compiling")
 
 _Signature: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -232,6 +236,7 @@ class CompiledNetwork:
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.compilations += 1
+            logger.info("compiling the network, %d operators: seconds to minutes", len(graph.graph.nodes))
             made: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=self._options)
             return made
 

@@ -168,6 +168,9 @@ class Event:
     x: torch.Tensor
     x0: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"Event(step {self.step + 1} of {self.steps}, timestep {self.timestep}, images {list(self.images)})"
+
 
 @dataclass(eq=False)
 class ActiveRequest:

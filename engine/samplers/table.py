@@ -16,6 +16,7 @@ from stepfusion.kernels import COLUMNS, PARKED, transitions_of
 from stepfusion.kernels.coefficients import DEFAULTS, HISTORY, WHOLE_IMAGE
 from stepfusion.samplers.path import Path
 from stepfusion.samplers.row_levels import RowLevels
+from stepfusion.samplers.table_html import table_html
 
 _LAST_KEY = (1 << 31) - 1  # of the bits of a positive float32
 
@@ -330,6 +331,9 @@ class StepTable:
 
     def __repr__(self) -> str:
         return f"StepTable({self.name}, {len(self)} rows, {self.prediction}, {self.schedule.name})"
+
+    def _repr_html_(self) -> str:
+        return table_html(self)
 
 
 def _forget(coefficients: NDArray[np.float64]) -> None:

@@ -50,6 +50,9 @@ class TableRequest:
             StepOptions, {name: self.given[name] for name in self.given if name in StepOptions.__annotations__}
         )
 
+    def __repr__(self) -> str:
+        return f"TableRequest({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
+
     def check(self, mark: str = "") -> None:
         """ValueError if options contradict each other, or one is not the sampler's.
 

@@ -113,6 +113,10 @@ class AsyncEngine:
         self._worker = Worker(make, engine.plan.device, requests, hang_after)
         self._abandon = weakref.finalize(self, self._worker.abandon)
 
+    def __repr__(self) -> str:
+        status = self.status
+        return f"AsyncEngine({self._engine!r}, {status.state}, {status.busy} busy, {status.waiting} waiting)"
+
     # Requests
 
     def submit(

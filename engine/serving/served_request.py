@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from stepfusion import _checks
+from stepfusion.files.images import encode_png, grid, why_no_picture
+from stepfusion.kernels.to_uint8 import to_uint8_reference
 from stepfusion.lanes.request import ActiveRequest, Event
 from stepfusion.serving.containment import contained
 
@@ -30,6 +33,16 @@ class Result:
 
     images: torch.Tensor
     timings: Timings
+
+    def __repr__(self) -> str:
+        return f"Result({_checks.describe(self.images)}, {self.timings.total:.2f} s)"
+
+    def _repr_png_(self) -> bytes | None:
+        """The images in a notebook; None if they are no pictures, as latents are not."""
+        pixels = self.images if self.images.dtype == torch.uint8 else to_uint8_reference(self.images)
+        if not len(pixels) or why_no_picture(pixels.shape[-1]) is not None:
+            return None
+        return encode_png(grid(pixels.numpy(), gap=0 if len(pixels) == 1 else 2))
 
 
 class ResultFuture(Future[Result]):

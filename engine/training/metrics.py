@@ -76,6 +76,8 @@ def plot_loss(directory: Path) -> None:
     axes = figure.add_subplot()
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:g}")  # plain numbers, and no powers of ten
     axes.grid(alpha=0.3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": _SOFTWARE})

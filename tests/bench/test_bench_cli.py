@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from stepfusion.bench import cli
 from stepfusion.bench.models import load_model
 from stepfusion.bench.options import Options
+from stepfusion.bench.parts import PARTS
 from stepfusion.bench.peers import all_providers
 from stepfusion.bench.rows import End, Row, parse, rows_of
 from stepfusion_testing.cpu_kernels import cpp_contenders
@@ -101,7 +103,7 @@ def test_a_failed_row_is_one_line_and_status_1(
     monkeypatch.setattr(cli, "measure", lambda part, options: iter([*rows, End(part, "done", 1.0)]))
     assert cli.main(["host"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == "stepfusion: b, op: it differs (1 rows failed)\n"
+    assert captured.err.splitlines()[1:] == ["stepfusion: b, op: it differs (1 rows failed)"]
     assert "ERROR: it differs" in captured.out
 
 
@@ -121,3 +123,61 @@ def test_whom_the_options_select() -> None:
     chosen = names(dtype="float32")
     assert chosen
     assert all("float32" in name.split() for name in chosen)
+
+
+def measured_until(stop: BaseException) -> object:
+    """A part that measures two things and is then ended."""
+
+    def rows(options: Options) -> Iterator[Row]:
+        yield Row("host", "one", "stepfusion", "cpu", median_ms=1.0)
+        yield Row("host", "two", "stepfusion", "cpu", median_ms=2.0)
+        raise stop
+
+    return rows
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_part_that_is_ended_keeps_its_rows(
+    stop: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PARTS, "host", measured_until(stop))
+    with pytest.raises(type(stop)):
+        cli.main(["host", "--device", "cpu", "--out", "results", "--rounds", "3"])
+    printed = capsys.readouterr()
+    assert printed.err.startswith("stepfusion: host on cpu: up to 8 min, after which the suite stops it; Ctrl-C ends")
+    assert "one" in printed.out
+    records = parse((tmp_path / "results" / "rows.jsonl").read_text(encoding="utf-8"))
+    assert [row.op for row in rows_of(records)] == ["one", "two"]
+    assert [(end.status, end.notes) for end in records if isinstance(end, End)] == [
+        ("stopped", "It was ended before it was done.")
+    ]
+    report = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "Stopped after 0 s. It was ended before it was done." in report
+    assert "| command | stepfusion bench " in report
+    assert "| sizes | rounds 3 |" in report
+    assert "| load | " in report
+
+
+def test_a_part_that_is_ended_at_once_leaves_earlier_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nothing(options: Options) -> Iterator[Row]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setitem(PARTS, "host", measured_until(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["host", "--device", "cpu", "--out", "results"])
+    before = (tmp_path / "results" / "rows.jsonl").read_bytes()
+    monkeypatch.setitem(PARTS, "host", nothing)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["host", "--device", "cpu", "--out", "results"])
+    assert (tmp_path / "results" / "rows.jsonl").read_bytes() == before
+
+
+def test_the_time_of_the_last_run_is_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row("host", "one", "stepfusion", "cpu", median_ms=1.0)
+    monkeypatch.setattr(cli, "measure", lambda part, options: iter([row, End("host", "done", 250.0)]))
+    for _ in range(2):
+        assert cli.main(["host", "--device", "cpu", "--out", "results"]) == 0
+    assert "host on cpu: about 4 min, as the last time; Ctrl-C ends it and keeps" in capsys.readouterr().err

@@ -6,12 +6,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stepfusion.bench import report
 from stepfusion.bench.optional import need
-from stepfusion.bench.plots import draw
+from stepfusion.bench.plots import draw, plain_numbers, png
 from stepfusion.bench.rows import (
     Conditions,
     End,
@@ -127,6 +128,21 @@ def test_a_picture_for_everything_that_has_data() -> None:
         assert len(picture) > 5000
     assert draw([row for row in rows if row.part == "throughput"]).keys() == {"throughput.png"}
     assert draw([]) == {}
+
+
+def test_ticks_are_plain_numbers() -> None:
+    labels = []
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0.1, 1000], [0.01, 10000])
+        axes.set(xscale="log", yscale="log")
+        plain_numbers(axes.xaxis, axes.yaxis)
+        figure.canvas.draw()
+        labels.extend(text.get_text() for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels())
+
+    png(paint, (3, 3))
+    assert {"0.1", "1", "10", "1000", "10000"} <= set(labels)
 
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:

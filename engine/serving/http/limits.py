@@ -33,7 +33,16 @@ class Limits:
     body_seconds: float = 10.0
 
 
-def check_limit(name: str, value: int, most: int, what: str) -> None:
-    """InvalidRequest if ``value``, which counts ``what`` and follows from the argument ``name``, exceeds ``most``."""
+def check_limit(name: str, value: int, most: int, what: str, asked: str = "") -> None:
+    """InvalidRequest if ``value``, which counts ``what`` and follows from the argument ``name``, exceeds ``most``.
+
+    ``asked`` says what was entered, if the value is not that, as in "64 images of 500 steps".
+    """
     if value > most:
-        raise InvalidRequest(f"{name} is too large: {shown(value)} {what}, and a request may have {most}")
+        told = f"{asked} are {shown(value)}" if asked else shown(value)
+        raise InvalidRequest(f"{name} is too large: {told} {what}, and a request may have {most}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, as in "1 image" and "2 images"."""
+    return f"{shown(number)} {noun}" if number == 1 else f"{shown(number)} {noun}s"

@@ -10,7 +10,7 @@ from stepfusion.engine import Engine
 from stepfusion.samplers.registry import samplers_of
 from stepfusion.samplers.table import StepTable
 from stepfusion.serving.http.errors import InvalidRequest, shown
-from stepfusion.serving.http.limits import Limits, check_limit
+from stepfusion.serving.http.limits import Limits, check_limit, counted
 from stepfusion.serving.http.requests import GenerateRequest, is_list
 
 _PREVIEWS = 10  # of one image at most, if the request does not say how many
@@ -65,11 +65,14 @@ def validate(request: GenerateRequest, engine: Engine, limits: Limits) -> Valida
     count = request.count
     check_limit("n", count, limits.images, "images")
     elements = max(math.prod(engine.shape), math.prod(engine.image_shape))
-    check_limit("n", count * elements, limits.elements, "elements (n * C * H * W)")
+    sizes = " x ".join(map(str, engine.image_shape))
+    check_limit("n", count * elements, limits.elements, "elements", f"{counted(count, 'image')} of {sizes}")
     table = _table(request, engine, limits)
     guided = any(scale not in (None, 1.0) for scale in _each("guidance", request.guidance, count))
     evaluations = count * len(table) * (2 if guided else 1)
-    check_limit("n * steps", evaluations, limits.evaluations, "evaluations of the network")
+    asked = f"{counted(count, 'image')} of {counted(len(table), 'step')}"
+    asked += ", with guidance two evaluations a step," if guided else ""
+    check_limit("n * steps", evaluations, limits.evaluations, "evaluations of the network", asked)
     return ValidatedRequest(
         request,
         table,
@@ -91,7 +94,8 @@ def preview_interval(request: ValidatedRequest, every: int | None, limits: Limit
     if every is None:
         return math.ceil(steps / max(1, min(_PREVIEWS, limits.previews // images)))
     previews = images * math.ceil(steps / every)
-    check_limit("n * steps / every", previews, limits.previews, "previews")
+    asked = f"{counted(images, 'image')} of {counted(steps, 'step')} with every = {shown(every)}"
+    check_limit("n * steps / every", previews, limits.previews, "previews", asked)
     return min(every, steps)
 
 

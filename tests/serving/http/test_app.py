@@ -182,8 +182,11 @@ WRONG: list[tuple[Any, str]] = [
     ({"indices": list(range(9))}, "n is too large: 9 images"),
     ({"steps": 61}, "steps is too large: 61 steps, and a request may have 60"),
     ({"sampler": "ddpm"}, "steps is too large: 100 steps"),
-    ({"n": 8, "steps": 40}, "n * steps is too large: 320 evaluations"),
-    ({"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]}, "n * steps is too large: 320 evaluations"),
+    ({"n": 8, "steps": 40}, "n * steps is too large: 8 images of 40 steps are 320 evaluations"),
+    (
+        {"n": 4, "steps": 40, "guidance": [1, 1, 1, 2]},
+        "n * steps is too large: 4 images of 40 steps, with guidance two evaluations a step, are 320 evaluations",
+    ),
     ({"sampler": "midpoint"}, "sampler must be one of 'ddim'"),
     ({"sampler": "flow_sde"}, "sampler must be one of 'ddim'"),
     ({"sampler": "ddim_inversion"}, "sampler must be one of 'ddim'"),
@@ -276,7 +279,9 @@ def test_elements_are_limited() -> None:
     with TestClient(make_app(service, limits=LIMITS)) as client:
         response = client.post("/v1/generate", json={"n": 5})
         assert response.status_code == 400
-        assert "n is too large: 1280 elements (n * C * H * W), and a request may have 1024" in response.text
+        assert (
+            "n is too large: 5 images of 1 x 16 x 16 are 1280 elements, and a request may have 1024" in response.text
+        )
 
 
 def test_what_is_not_there(here: Here) -> None:

@@ -42,8 +42,12 @@ def client() -> Iterator[Any]:
 )
 def test_too_many_previews_are_400(client: Any, ask: dict[str, Any], previews: int) -> None:
     response = client.post("/v1/stream", json=ask)
-    message = f"n * steps / every is too large: {previews} previews, and a request may have 20"
-    assert (response.status_code, response.json()) == (400, {"error": message})
+    told = response.json()["error"]
+    assert response.status_code == 400
+    assert told.startswith("n * steps / every is too large: ")
+    assert told.endswith(f" with every = {ask['every']} are {previews} previews, and a request may have 20")
+    images = ask.get("n", 1)
+    assert f"{images} image{'s' if images > 1 else ''} of {ask.get('steps', 45)} steps" in told, "what was entered"
 
 
 @pytest.mark.parametrize(

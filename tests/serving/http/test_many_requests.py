@@ -18,7 +18,9 @@ import torch
 
 pytest.importorskip("starlette", reason="the HTTP application needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="requests need a server")
-httpx2 = pytest.importorskip("httpx2", reason="clients need it")
+pytest.importorskip("httpx2", reason="clients need it")
+
+import httpx2
 
 import stepfusion as sf
 from stepfusion.serving import AsyncEngine

@@ -52,7 +52,7 @@ def test_limits_count_evaluations() -> None:
     validate(asked, engine, Limits(steps=15, evaluations=15))
     with pytest.raises(InvalidRequest, match=r"^steps is too large: 15 steps, and a request may have 14$"):
         validate(asked, engine, Limits(steps=14))
-    with pytest.raises(InvalidRequest, match=r"^n \* steps is too large: 15 evaluations"):
+    with pytest.raises(InvalidRequest, match=r"^n \* steps is too large: 1 image of 15 steps are 15 evaluations"):
         validate(asked, engine, Limits(evaluations=14))
 
 

@@ -170,6 +170,9 @@ def test_the_steps_are_spaced_as_asked_for(page: Any, site: tuple[str, Gate, Asy
         "trailing",
         "linspace",
         "karras",
+        "exponential",
+        "lambda",
+        "beta",
     ]
     spacing.select_option("trailing")
     fill(page, Steps="3", Images="1", Guidance="1")
@@ -187,3 +190,31 @@ def test_every_control_has_a_name(page: Any) -> None:
             "e => e.ariaLabel || e.textContent || [...(e.labels || [])].map(l => l.textContent).join()"
         )
         assert named, control
+
+
+def test_a_random_seed_is_drawn_and_used(page: Any) -> None:
+    seed, draw = page.locator("#seed"), page.get_by_role("button", name="Random seed")
+    drawn = set()
+    for _ in range(3):
+        draw.click()
+        drawn.add(int(seed.input_value()))
+    assert len(drawn) == 3
+    assert max(drawn) < 2**53
+    fill(page, Steps="2", Images="1")
+    page.get_by_role("button", name="Generate").click()
+    alt = f"no class, seed {seed.input_value()}, index 0"
+    playwright.expect(page.get_by_role("img", name=alt, exact=True)).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_fields_line_up_and_results_come_first_on_a_phone(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    tops = {name: page.locator(f"#{name}").bounding_box()["y"] for name in ("guidance", "n", "seed", "draw")}
+    assert tops["guidance"] == tops["n"], "whatever their labels say"
+    assert tops["seed"] == tops["draw"]
+    form, results = (page.locator(name).bounding_box() for name in ("#form", "#results"))
+    if width < 800:
+        assert results["y"] + results["height"] <= form["y"]
+    else:
+        assert results["y"] == form["y"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing stands out at the side"
