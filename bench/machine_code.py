@@ -6,12 +6,15 @@ so what is measured is what a GPU would run, argument specialisation included. N
 Large lanes are cut into blocks of 32 elements a thread, small ones into 8, where the fixed cost of a program (its
 scalars, addresses, the slow path of the square root) weighs four times as much: bounds are for large lanes.
 
+With ``--quick`` only the launches that tests look at are compiled: every kernel, and for the step every source of
+noise and every option, in few dtypes.
+
 With ``--execute`` the PTX is also run, by an interpreter on the CPU (:mod:`stepfusion.bench.ptx`), and every result
 compared with the reference.
 
 Commands::
 
-    python -m stepfusion.bench.machine_code [--json] [--target sm_90]
+    python -m stepfusion.bench.machine_code [--quick] [--json] [--target sm_90]
     python -m stepfusion.bench.machine_code --execute [--quick] [--json] [--target sm_90]
 """
 
@@ -21,7 +24,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from stepfusion.bench.offline import TARGETS, Launch, offline
@@ -69,26 +72,38 @@ class MachineCode:
         return self.sass.instructions / self.elements if self.sass else 0.0
 
 
-def compile_launch(variant: Variant, target: str) -> list[MachineCode]:
-    """Compile every kernel that ``variant.launch()`` launches, as it launches it, for ``target``.
+def compile_launches(chosen: Iterable[Variant], target: str) -> list[MachineCode]:
+    """Compile every kernel that the variants launch, as they launch it, for ``target``.
 
-    The launch gets CPU tensors and computes nothing.
+    A variant that launches the same code several times has it once here. The launches get CPU tensors and compute
+    nothing.
 
     Raises:
         RuntimeError: this process runs Triton's interpreter, which has no compiler.
     """
     launches: list[Launch] = []
+    compiled: dict[tuple[str, str], Launch] = {}
     with offline(target, launches.append):
-        variant.launch()
-    return [_inspect(variant.name, target, launch) for launch in launches]
+        for variant in chosen:
+            variant.launch()
+            compiled |= {(variant.name, launch.kernel.hash): launch for launch in launches}
+            launches.clear()
+    backend_name, capability, _ = TARGETS[target]
+    texts = ["" for _ in compiled]
+    if backend_name == "cuda":
+        texts = disassemble([launch.kernel.asm["cubin"] for launch in compiled.values()], int(capability))
+    return [
+        _inspect(name, target, launch, text)
+        for ((name, _), launch), text in zip(compiled.items(), texts, strict=True)
+    ]
 
 
-def _inspect(variant: str, target: str, launch: Launch) -> MachineCode:
+def _inspect(variant: str, target: str, launch: Launch, disassembled: str) -> MachineCode:
     kernel, threads = launch.kernel, TARGETS[target][2] * launch.options["num_warps"]
     code = MachineCode(launch.name, variant, target, launch.arguments["BLOCK"] // threads, kernel.metadata.shared)
     if "amdgcn" in kernel.asm:
         return replace(code, scratch=sum(map(int, _SCRATCH.findall(kernel.asm["amdgcn"]))))
-    sass, ptx, ttgir = parse_sass(disassemble(kernel.asm["cubin"])), kernel.asm["ptx"], kernel.asm["ttgir"]
+    sass, ptx, ttgir = parse_sass(disassembled), kernel.asm["ptx"], kernel.asm["ttgir"]
     small = {operation: small_accesses(ttgir, operation, threads) for operation in ("load", "store")}
     return replace(
         code,
@@ -101,14 +116,13 @@ def _inspect(variant: str, target: str, launch: Launch) -> MachineCode:
     )
 
 
-def measure(targets: Sequence[str] = tuple(TARGETS)) -> list[MachineCode]:
-    """Compile every variant for each of ``targets``."""
+def measure(targets: Sequence[str] = tuple(TARGETS), *, quick: bool = False) -> list[MachineCode]:
+    """Compile every variant for each of ``targets``, or the quick ones."""
+    chosen = [variant for variant in variants() if variant.quick or not quick]
     return [
         code
-        for variant in variants()
         for target in targets
-        if variant.every_target or target == "sm_90"
-        for code in compile_launch(variant, target)
+        for code in compile_launches((v for v in chosen if v.every_target or target == "sm_90"), target)
     ]
 
 
@@ -132,16 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--target", choices=TARGETS, action="append", help="compile for this one (repeat for more)")
     parser.add_argument("--execute", action="store_true", help="run the compiled PTX on the CPU and compare results")
-    parser.add_argument("--quick", action="store_true", help="with --execute: the part of a minute that tests run")
+    parser.add_argument("--quick", action="store_true", help="the part that tests run, of less than a minute")
     options = parser.parse_args(arguments)
-    if options.quick and not options.execute:
-        parser.error("--quick belongs to --execute")
     if options.execute and set(options.target or ()) - set(NVIDIA):
         parser.error(f"--execute runs PTX, which targets {', '.join(NVIDIA)} have; give one of these to --target")
     try:
         if options.execute:
             return _execute(options.target or NVIDIA, quick=options.quick, as_json=options.json)
-        codes = measure(options.target or tuple(TARGETS))
+        codes = measure(options.target or tuple(TARGETS), quick=options.quick)
     except RuntimeError as error:
         if not backend.interpreting():
             raise

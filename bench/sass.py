@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+\S.*?;", re.MULTILINE)
 _JUMP = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+\s+BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", re.MULTILINE)
 _REGISTERS = re.compile(r"REG:(\d+)")
+#: Of ELF: where the offset of the section headers stands, then their size and number and the index of their names.
+_SECTIONS, _SECTION_COUNTS = struct.Struct("<40xQ"), struct.Struct("<58xHHH")
+#: Of the header of a section: offset of its name, offset of its contents, size.
+_SECTION = struct.Struct("<I20xQQ24x")
 _TENSOR_ACCESS = re.compile(r"tt\.(load|store) .* : tensor<([\dx]+)x!tt\.ptr<([a-z]+)(\d+)>")
 
 
@@ -41,7 +49,7 @@ class Sass:
 
 
 def parse_sass(text: str) -> Sass:
-    """Read the output of ``cuobjdump -sass -res-usage`` for one kernel."""
+    """Read a text of :func:`disassemble`, or what ``cuobjdump -sass -res-usage`` prints of one kernel."""
     operations = [operation for operation in _INSTRUCTION.findall(text) if operation != "NOP"]
     names = Counter(operation.split(".")[0] for operation in operations)
     registers = _REGISTERS.search(text)
@@ -93,13 +101,57 @@ def small_accesses(ttgir: str, operation: str, threads: int) -> int:
     return count
 
 
-def disassemble(cubin: bytes) -> str:
-    """The SASS and the resource usage of a cubin, by the ``cuobjdump`` of Triton's wheel."""
+def disassemble(cubins: Sequence[bytes], capability: int) -> list[str]:
+    """The SASS and the resource usage of each cubin of one kernel, by the programs of Triton's wheel.
+
+    ``nvdisasm`` takes half a second to start, whatever it reads: so it runs once, on the instructions of all kernels.
+
+    Args:
+        capability: of the GPU that all are compiled for, such as 90.
+    """
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if not cubins:
+        return []
+    codes = [_instructions(cubin) for cubin in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels"
+        path.write_bytes(b"".join(codes))
+        architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
+        text = _output(knobs.nvidia.nvdisasm.path, "--binary", architecture, str(path))
+        usages = []
+        for cubin in cubins:
+            path.write_bytes(cubin)
+            usages.append(_output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path)))
+    return ["\n".join(parts) for parts in zip(usages, _split(text, [len(code) for code in codes]), strict=True)]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
+
+
+def _split(text: str, sizes: Sequence[int]) -> list[str]:
+    """Disassembled instructions that follow each other, by the kernel: ``sizes`` of them in bytes."""
+    ends = list(accumulate(sizes))
+    parts: list[list[str]] = [[] for _ in sizes]
+    for line in text.splitlines():
+        if address := _ADDRESS.match(line):
+            parts[bisect_right(ends, int(address[1], 16))].append(line)
+    return ["\n".join(lines) for lines in parts]
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The machine code in a cubin (an ELF file of 64 bits) of one kernel.
+
+    Raises:
+        ValueError: it does not hold one section of code.
+    """
+    (table,) = _SECTIONS.unpack_from(cubin)
+    size, count, names = _SECTION_COUNTS.unpack_from(cubin)
+    headers = [_SECTION.unpack_from(cubin, table + i * size) for i in range(count)]
+    base = headers[names][1]
+    found = [cubin[at : at + length] for name, at, length in headers if cubin.startswith(b".text.", base + name)]
+    if len(found) != 1:
+        raise ValueError(f"a cubin must hold the code of one kernel, got {len(found)}")
+    return found[0]

@@ -12,11 +12,12 @@ from stepfusion import kernels
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch to look at: for sm_90, or for every target."""
+    """A launch to look at: for sm_90, or for every target; ``quick`` if each run of the tests compiles it."""
 
     name: str
     launch: Callable[[], object]
     every_target: bool = False
+    quick: bool = False
 
 
 _OF_THE_NETWORK = ("out_uncond", "x_net")
@@ -210,79 +211,132 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_HALF, _BRAIN, _SINGLE = torch.float16, torch.bfloat16, torch.float32
+_NOISES = ("none", "given", "drawn")
+_LARGE, _FASHION, _CIFAR, _RAGGED, _RGB = (
+    (2, 1, 64, 64),
+    (2, 1, 28, 28),
+    (2, 3, 32, 32),
+    (2, 1, 65, 80),
+    (2, 3, 64, 64),
+)
+
+
 def variants() -> list[Variant]:
     """Every kind of launch: dtypes, sources of noise, optional arguments, large, small, ragged and single lanes."""
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    noises = ("none", "given", "drawn")
-    large, fashion, cifar, ragged = (2, 1, 64, 64), (2, 1, 28, 28), (2, 3, 32, 32), (2, 1, 65, 80)
-    everywhere = [
-        step(brain, "none"),
-        step(brain, "drawn"),
-        step(brain, "drawn", shape=fashion),
-        step(brain, "drawn", learned=True),
-        _forward(brain, "drawn"),
-        _posterior(brain),
-        _transition(brain),
-        _normal(large, kernels.STREAM_INITIAL),
-        *(_pixels(single, (2, channels, 64, 64)) for channels in (1, 3, 4)),
-        _group_norm(brain, 256, 128),
-        _group_norm(brain, 128, 256, 128),
-        _group_norm(brain, 16, 256, modulated=True),
-        _add_group_norm(brain, 32, 128),
-        _add_bias(brain, 32, 256),
-        _layer_norm(brain, 1152),
-        _layer_norm(brain, 1152, adds=True),
+    return [
+        *(replace(variant, every_target=True, quick=True) for variant in _everywhere()),
+        *(replace(variant, quick=True) for variant in _quick()),
+        *_steps(),
+        *_norms(),
+        *_others(),
     ]
-    return [replace(variant, every_target=True) for variant in everywhere] + [
-        step(brain, "given"),
-        *(step(dtype, noise) for dtype in (half, single) for noise in noises),
-        *(step(brain, noise, shape=fashion) for noise in noises[:2]),
-        *(step(brain, noise, shape=ragged) for noise in noises),
-        step(brain, "drawn", shape=cifar),
-        step(brain, "drawn", shape=(1, 3, 64, 64)),
-        step(half, "none", shape=(1, 1, 1, 1)),
-        step(brain, "given", learned=True, guidance=True, copies=2, x0=True, history=1),
-        step(brain, "drawn", guidance=True, copies=2),
-        step(brain, "none", copies=0),
-        step(single, "none", copies=0, x0=True),
-        step(brain, "none", x0=True),
-        *(step(dtype, noise, history=depth) for dtype in (brain, single) for noise in noises for depth in (1, 2, 3)),
-        step(brain, "drawn", shape=ragged, history=3),
-        step(brain, "drawn", shape=(2, 3, 64, 64), history=2, nhwc=True),
-        step(brain, "drawn", shape=(2, 3, 64, 64), nhwc=True),
-        step(brain, "none", shape=(2, 3, 64, 64), nhwc=True),
-        step(brain, "drawn", known=True),
-        step(brain, "given", known=True),
-        step(single, "drawn", x0=True, known=True),
-        step(single, "drawn", x0=True, history=3, known=True),
-        _forward(brain, "given"),
-        *(_forward(dtype, noise) for dtype in (half, single) for noise in noises[1:]),
-        _forward(brain, "drawn", fashion),
-        *(_posterior(dtype) for dtype in (half, single)),
-        _posterior(brain, fashion),
-        *(_transition(dtype) for dtype in (half, single)),
-        *(_transition(brain, shape) for shape in (fashion, ragged)),
-        _transition(brain, (2, 3, 128, 128), learned=True, guidance=True),
-        _transition(brain, (2, 3, 64, 64), guidance=True, nhwc=True),
-        _normal(fashion, kernels.STREAM_STEP),
-        _pixels(brain, large),
-        _pixels(single, (2, 2, 64, 64)),
-        _pixels(single, cifar),
-        *(_group_norm(dtype, 32, 128) for dtype in (half, brain, single)),
-        _group_norm(brain, 64, 512, 512),
-        _group_norm(brain, 64, 512, 256),
-        _group_norm(single, 128, 256, 128),
-        _group_norm(half, 16, 512, 256),
-        _group_norm(brain, 32, 256, modulated=True),
-        _group_norm(brain, 4, 256, silu=False),
-        _group_norm(brain, 14, 256, 128),
-        _group_norm(brain, 256, 500, groups=125),
-        _group_norm(brain, 64, 128, modulated=True),
-        *(_add_group_norm(dtype, 64, 256) for dtype in (half, brain, single)),
-        _add_group_norm(brain, 64, 256, 128),
-        _add_group_norm(brain, 16, 256, 256, residual=False),
-        *(_add_bias(dtype, 32, 128, resize) for dtype in (brain, single) for resize in ("", "doubled", "padded")),
-        *(_layer_norm(dtype, 1152, adds=adds) for dtype in (half, single) for adds in (False, True)),
-        *(_layer_norm(brain, channels, adds=True) for channels in (384, 768, 1024, 1536, 4096)),
-        _layer_norm(brain, 1152, 255),
+
+
+def _everywhere() -> list[Variant]:
+    """Every kernel, as it runs most."""
+    return [
+        step(_BRAIN, "none"),
+        step(_BRAIN, "drawn"),
+        step(_BRAIN, "drawn", shape=_FASHION),
+        step(_BRAIN, "drawn", learned=True),
+        _forward(_BRAIN, "drawn"),
+        _posterior(_BRAIN),
+        _transition(_BRAIN),
+        _normal(_LARGE, kernels.STREAM_INITIAL),
+        *(_pixels(_SINGLE, (2, channels, 64, 64)) for channels in (1, 3, 4)),
+        _group_norm(_BRAIN, 256, 128),
+        _group_norm(_BRAIN, 128, 256, 128),
+        _group_norm(_BRAIN, 16, 256, modulated=True),
+        _add_group_norm(_BRAIN, 32, 128),
+        _add_bias(_BRAIN, 32, 256),
+        _layer_norm(_BRAIN, 1152),
+        _layer_norm(_BRAIN, 1152, adds=True),
+    ]
+
+
+def _quick() -> list[Variant]:
+    """What every limit of the tests needs: for the step all noises in two dtypes and ragged, and every option."""
+    return [
+        step(_BRAIN, "given"),
+        *(step(_SINGLE, noise) for noise in _NOISES),
+        *(step(_BRAIN, noise, shape=_RAGGED) for noise in _NOISES),
+        step(_HALF, "none", shape=(1, 1, 1, 1)),
+        step(_BRAIN, "given", learned=True, guidance=True, copies=2, x0=True, history=1),
+        step(_BRAIN, "none", x0=True),
+        *(step(_BRAIN, "none", history=depth) for depth in (1, 2, 3)),
+        step(_BRAIN, "drawn", history=3),
+        *(step(_BRAIN, noise, shape=_RGB, nhwc=True) for noise in ("none", "drawn")),
+        *(step(_BRAIN, noise, known=True) for noise in ("given", "drawn")),
+        step(_SINGLE, "drawn", x0=True, known=True),
+        step(_SINGLE, "drawn", x0=True, history=3, known=True),
+        _forward(_SINGLE, "given"),
+        _transition(_BRAIN, (2, 3, 128, 128), learned=True, guidance=True),
+        _pixels(_SINGLE, (2, 2, 64, 64)),
+        _group_norm(_SINGLE, 32, 128),
+        _group_norm(_BRAIN, 256, 500, groups=125),
+        *(_add_group_norm(dtype, 64, 256) for dtype in (_BRAIN, _SINGLE)),
+        *(_add_bias(_BRAIN, 32, 128, resize) for resize in ("doubled", "padded")),
+        _layer_norm(_SINGLE, 1152),
+        *(_layer_norm(_BRAIN, channels, adds=True) for channels in (768, 1024)),
+    ]
+
+
+def _steps() -> list[Variant]:
+    """The other dtypes, shapes and options of the step."""
+    return [
+        *(step(_HALF, noise) for noise in _NOISES),
+        *(step(_BRAIN, noise, shape=_FASHION) for noise in _NOISES[:2]),
+        step(_BRAIN, "drawn", shape=_CIFAR),
+        step(_BRAIN, "drawn", shape=(1, 3, 64, 64)),
+        step(_BRAIN, "drawn", guidance=True, copies=2),
+        step(_BRAIN, "none", copies=0),
+        step(_SINGLE, "none", copies=0, x0=True),
+        *(step(_BRAIN, "given", history=depth) for depth in (1, 2, 3)),
+        *(step(_BRAIN, "drawn", history=depth) for depth in (1, 2)),
+        *(step(_SINGLE, noise, history=depth) for noise in _NOISES for depth in (1, 2, 3)),
+        step(_BRAIN, "drawn", shape=_RAGGED, history=3),
+        step(_BRAIN, "drawn", shape=_RGB, history=2, nhwc=True),
+    ]
+
+
+def _norms() -> list[Variant]:
+    """The other dtypes, widths and options of both norms."""
+    return [
+        *(_group_norm(dtype, 32, 128) for dtype in (_HALF, _BRAIN)),
+        _group_norm(_BRAIN, 64, 512, 512),
+        _group_norm(_BRAIN, 64, 512, 256),
+        _group_norm(_SINGLE, 128, 256, 128),
+        _group_norm(_HALF, 16, 512, 256),
+        _group_norm(_BRAIN, 32, 256, modulated=True),
+        _group_norm(_BRAIN, 4, 256, silu=False),
+        _group_norm(_BRAIN, 14, 256, 128),
+        _group_norm(_BRAIN, 64, 128, modulated=True),
+        _add_group_norm(_HALF, 64, 256),
+        _add_group_norm(_BRAIN, 64, 256, 128),
+        _add_group_norm(_BRAIN, 16, 256, 256, residual=False),
+        _layer_norm(_HALF, 1152),
+        *(_layer_norm(dtype, 1152, adds=True) for dtype in (_HALF, _SINGLE)),
+        *(_layer_norm(_BRAIN, channels, adds=True) for channels in (384, 1536, 4096)),
+        _layer_norm(_BRAIN, 1152, 255),
+    ]
+
+
+def _others() -> list[Variant]:
+    """The other dtypes and shapes of the other kernels."""
+    return [
+        _forward(_BRAIN, "given"),
+        *(_forward(_HALF, noise) for noise in _NOISES[1:]),
+        _forward(_SINGLE, "drawn"),
+        _forward(_BRAIN, "drawn", _FASHION),
+        *(_posterior(dtype) for dtype in (_HALF, _SINGLE)),
+        _posterior(_BRAIN, _FASHION),
+        *(_transition(dtype) for dtype in (_HALF, _SINGLE)),
+        *(_transition(_BRAIN, shape) for shape in (_FASHION, _RAGGED)),
+        _transition(_BRAIN, _RGB, guidance=True, nhwc=True),
+        _normal(_FASHION, kernels.STREAM_STEP),
+        _pixels(_BRAIN, _LARGE),
+        _pixels(_SINGLE, _CIFAR),
+        _add_bias(_BRAIN, 32, 128),
+        *(_add_bias(_SINGLE, 32, 128, resize) for resize in ("", "doubled", "padded")),
     ]

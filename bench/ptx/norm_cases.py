@@ -105,11 +105,11 @@ def _quick() -> list[tuple[Norm, tuple[str, ...]]]:
     hopper = ("sm_90",)
     return [
         (Norm(64, 8, 8, 8, extras=_ALL), NVIDIA),
-        (Norm(64, 24, 40, 8, HALF, skip=32), NVIDIA),
+        (Norm(48, 17, 18, 8, HALF, skip=32), NVIDIA),
         (Norm(33, 5, 7, 11, SINGLE, skip=22, extras=_ALL, silu=False), NVIDIA),
-        (Norm(96, 33, 35, 32, BRAIN, extras=("time",), halves=True), hopper),
-        (Norm(768, 17, 17, 1, BRAIN, extras=_ALL, batch=1), hopper),
-        (Norm(24, 30, 35, 2, SINGLE, mean=1e3, std=0.1, batch=1), hopper),
+        (Norm(40, 17, 17, 4, BRAIN, extras=("time",), halves=True, batch=1), hopper),
+        (Norm(2500, 4, 5, 1, BRAIN, extras=_ALL, batch=1), hopper),
+        (Norm(24, 9, 9, 2, SINGLE, mean=1e3, std=0.1, batch=1), hopper),
         (Norm(8, 8, 8, 2, SINGLE, std=4e-20, eps=0.0, silu=False, batch=1), NVIDIA),
         (Norm(1, 5, 7, 1, HALF, offset=1), hopper),
         (Norm(6, 1, 1, 3, SINGLE, extras=("scale", "shift"), batch=1), hopper),

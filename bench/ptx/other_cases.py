@@ -161,7 +161,6 @@ def _quick() -> list[tuple[Other, tuple[str, ...]]]:
     return [
         (Forward(RAGGED, BRAIN, "drawn"), NVIDIA),
         (Forward((7,), SINGLE, "given", shift=1), hopper),
-        (Forward(LARGE, HALF, "drawn", (5, 999)), hopper),
         (Posterior(FASHION, BRAIN), NVIDIA),
         (Posterior(_PLACED, SINGLE, shift=1), hopper),
         (Posterior((1,), HALF, strides=True), hopper),
@@ -177,6 +176,7 @@ def _quick() -> list[tuple[Other, tuple[str, ...]]]:
 
 
 def _every() -> Iterator[Other]:
+    yield Forward(LARGE, HALF, "drawn", (5, 999))
     for dtype in DTYPES:
         for noise in ("given", "drawn"):
             plain = Forward(LARGE, dtype, noise)

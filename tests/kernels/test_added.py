@@ -19,8 +19,9 @@ DTYPES = (torch.float16, torch.float32)  # Triton's interpreter truncates to bfl
 SHAPES = [
     (64, 0, 8, 8, 8),
     (24, 8, 9, 7, 4),
-    (20, 12, 33, 35, 4),
-    (32, 32, 40, 40, 8),
+    (24, 16, 17, 18, 4),
+    pytest.param((20, 12, 33, 35, 4), marks=pytest.mark.soak),
+    pytest.param((32, 32, 40, 40, 8), marks=pytest.mark.soak),
     (6, 0, 1, 1, 3),
     (1, 0, 5, 7, 1),
 ]
@@ -121,16 +122,16 @@ def tuples(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 @pytest.mark.interpreter
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_batch_in_parts_has_the_same_bits(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = norm_inputs(16, 16, 40, 40, 4)
+    given = norm_inputs(24, 16, 17, 17, 4)
     if not adds:
         del given["residual"]
-        given |= {"scale": torch.randn(3, 96)[:, 32:64], "shift": torch.randn(3, 96)[:, 64:]}
+        given |= {"scale": torch.randn(3, 120)[:, 40:80], "shift": torch.randn(3, 120)[:, 80:]}
     op: Callable[..., Any] = kernels.add_group_norm_silu if adds else kernels.group_norm_silu
     whole, launches = tuples(op(**given)), []
     monkeypatch.setattr(group_norm, "lanes_in_cache", lambda lanes, size: launches.append((lanes, size)) or 2)
     for ours, theirs in zip(tuples(op(**given)), whole, strict=True):
         assert_same_bits("out", ours, theirs)
-    assert launches == [(3, 40 * 40 * 32 * 4)]
+    assert launches == [(3, 17 * 17 * 40 * 4)]
 
 
 def test_parts_hold_what_the_cache_holds() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,13 @@ def test_published_channels(shape: tuple[int, int, int], device: torch.device) -
 
 
 LARGE = sorted({((channels + skip) // 32, size) for channels, skip, size in _published() if size > 32})
+QUICK_LARGE = [shape for shape in LARGE if shape[1] == 64 or shape == (4, 256)]  # every size of a group, and the most
 
 
-@pytest.mark.parametrize(("size_of_group", "size"), LARGE)
+@pytest.mark.parametrize(
+    ("size_of_group", "size"),
+    [pytest.param(*shape, marks=() if shape in QUICK_LARGE else pytest.mark.soak) for shape in LARGE],
+)
 def test_published_pixels(size_of_group: int, size: int, device: torch.device) -> None:
     """All pixels of the larger images, and one block of channels: what the interpreter leaves out above."""
     together = group_norm.geometry(32 * size_of_group, 32, size * size, torch.float16).groups
@@ -190,33 +195,50 @@ RAGGED = [
     Case(33, 5, 7, 11, skip=22, batch=2, extras=ALL),  # an odd size of a group, which straddles x and skip
     Case(20, 9, 9, 4, skip=4, batch=2, extras=("scale", "shift")),  # blocks with padding
     Case(40, 28, 28, 8, batch=2, extras=("time",)),  # pixels beyond a tile
-    Case(96, 33, 35, 32, batch=2),  # 3 channels a group; the last split is short
+    Case(96, 33, 35, 32),  # 3 channels a group; the last split is short
     Case(200, 13, 11, 5, batch=2, extras=ALL),  # 40 channels a group
-    Case(72, 24, 24, 2, skip=24, batch=2, extras=ALL),  # 48 channels a group
-    Case(768, 33, 33, 1, extras=ALL),  # one group of all channels, several tiles a program, the last empty
+    Case(72, 17, 18, 2, skip=24, batch=2, extras=ALL),  # 48 channels a group
+    Case(5000, 4, 5, 1, extras=ALL),  # one group of all channels, four tiles a program, the last two empty
     Case(1000, 9, 9, 1, batch=2),
     Case(67, 8, 9, 1, skip=66, batch=2),  # an odd size, wider than a block
     Case(24, 60, 70, 2, extras=ALL),  # 12 channels a group, many splits
 ]
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=pytest.mark.soak if d == torch.float16 else ()) for d in DTYPES], ids=str
-)
-@pytest.mark.parametrize("case", RAGGED, ids=str)
+def _ragged() -> Iterator[Any]:
+    """Every shape with every dtype: the quick ones have bfloat16 and float32 in turn."""
+    for i, case in enumerate(RAGGED):
+        for dtype in DTYPES:
+            quick = dtype == DTYPES[1 + i % 2]
+            yield pytest.param(case, dtype, marks=() if quick else pytest.mark.soak, id=f"{case}-{dtype}")
+
+
+@pytest.mark.parametrize(("case", "dtype"), [*_ragged()])
 def test_ragged_shapes(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     given = Case(**{**vars(case), "dtype": dtype}).arguments(device)
     _assert_equivalent(kernels.group_norm_silu, given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("extras", [(), ("time",), ("scale", "shift"), ALL], ids=str)
-@pytest.mark.parametrize(("skip", "size"), [(0, 8), (32, 8), (16, 24)])
+EXTRAS = ((), ("time",), ("scale", "shift"), ALL)
+IMAGES = ((32, 0, 8), (32, 32, 8), (24, 16, 17))  # channels, those of skip, size: the last takes two launches
+
+
+def _options() -> Iterator[Any]:
+    """Every combination. The quick ones have every pair of values, but for those of dtype and extras."""
+    for i, (image, extras) in enumerate(product(IMAGES, EXTRAS)):
+        for j, dtype in enumerate(DTYPES):
+            for silu in (True, False):
+                quick = j == i % 3 and silu == bool((i + i // 4) % 2)
+                name = f"{image[2]}-{image[1]}-{extras}-{silu}-{dtype}"
+                yield pytest.param(image, extras, silu, dtype, marks=() if quick else pytest.mark.soak, id=name)
+
+
+@pytest.mark.parametrize(("image", "extras", "silu", "dtype"), [*_options()])
 def test_options(
-    skip: int, size: int, extras: tuple[str, ...], silu: bool, dtype: torch.dtype, device: torch.device
+    image: tuple[int, int, int], extras: tuple[str, ...], silu: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    case = Case(32, size, size, 4, skip, 2, dtype, extras, silu)
+    channels, skip, size = image
+    case = Case(channels, size, size, 4, skip, 2, dtype, extras, silu)
     _assert_equivalent(kernels.group_norm_silu, case.arguments(device))
 
 
@@ -247,10 +269,19 @@ def test_a_variance_below_the_least_normal_number(device: torch.device) -> None:
 # What it promises
 
 
+ONE_LAUNCH, TWO_LAUNCHES = Case(32, 8, 8, 4, 16, 3, extras=ALL), Case(24, 17, 18, 4, 16, 3, extras=ALL)
+
+
 @pytest.mark.parametrize(
-    "case", [Case(32, 8, 8, 4, 16, 3, extras=ALL), Case(32, 30, 20, 4, 16, 3, extras=ALL)], ids=str
+    ("case", "dtype"),
+    [
+        (ONE_LAUNCH, torch.bfloat16),
+        (ONE_LAUNCH, torch.float32),
+        (TWO_LAUNCHES, torch.float32),
+        pytest.param(TWO_LAUNCHES, torch.bfloat16, marks=pytest.mark.soak),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_bits_depend_on_neither_batch_nor_place(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     given = Case(**{**vars(case), "dtype": dtype}).arguments(device)
     lanes = ("x", "skip", *ALL)
@@ -288,10 +319,16 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [  # one launch, and two, which the launcher gives the same images
+        *((layout, 8) for layout in LAYOUTS),
+        ("unaligned", 17),
+        *(pytest.param(layout, 17, marks=pytest.mark.soak) for layout in LAYOUTS if layout != "unaligned"),
+    ],
+)
 def test_layouts(layout: str, size: int, device: torch.device) -> None:
-    given = Case(32, size, size, 4, 16, 2, torch.float16, ALL).arguments(device)
+    given = Case(24, size, size, 4, 16, 2, torch.float16, ALL).arguments(device)
     want = kernels.group_norm_silu(**given)
     relaid = {n: LAYOUTS[layout](given[n]) for n in ("x", "skip")}
     if layout == "unaligned":
@@ -377,7 +414,7 @@ def test_blocks_of_the_published_unets(channels: int) -> None:
 # As PyTorch sees it
 
 SMALL = Case(16, 6, 6, 4, 8, 2, torch.float16, ALL)
-SPLIT = Case(16, 40, 40, 4, 0, 2, torch.float32, ("time",))
+SPLIT = Case(40, 17, 17, 4, 0, 2, torch.float32, ("time",))
 
 
 @pytest.mark.parametrize("case", [SMALL, SPLIT], ids=str)
@@ -490,8 +527,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # Planted errors: the comparison above must fail for each, or it would hold nothing
 
 WHOLE = Case(40, 7, 7, 4, 8, 2, extras=ALL)  # 12 channels a group, which straddle x and skip
-SPLITS = Case(40, 28, 28, 4, 8, 2, extras=ALL)
-TILES = Case(768, 33, 33, 1)
+SPLITS = Case(32, 17, 18, 4, 8, 2, extras=ALL)  # ten splits, the last of them short
+TILES = Case(5000, 4, 5, 1)  # three splits of four tiles, the last with two that are empty
 FAR = Case(32, 32, 32, 8, mean=1e3, std=0.1)
 PADDED = Case(12, 8, 8, 1, mean=5.0)  # one group, in a block that is wider
 SIDES = Case(32, 8, 8, 8, 32, 2)  # 8 channels a group: a block of x and one of skip

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stepfusion.bench.machine_code import compile_launch
+from stepfusion.bench.machine_code import compile_launches
 from stepfusion.bench.variants import Variant, step
 from stepfusion.kernels.philox import normal_block
 
@@ -43,16 +43,19 @@ def _launches() -> dict[str, Variant]:
     x, seed = torch.zeros(4096), torch.zeros(1, dtype=torch.int64)
     options = {"BLOCK": 4096, "num_warps": 4}
     return {
-        "library noise": Variant("", lambda: library_noise_kernel[(1,)](x, 7, **options, enable_fp_fusion=False)),
-        "few registers": Variant("", lambda: own_noise_kernel[(1,)](x, seed, **options, maxnreg=32)),
-        "contracted": Variant("", lambda: line_kernel[(1,)](x, **options, enable_fp_fusion=True)),
-        "plain": Variant("", lambda: line_kernel[(1,)](x, **options, enable_fp_fusion=False)),
+        "library noise": Variant(
+            "library noise", lambda: library_noise_kernel[(1,)](x, 7, **options, enable_fp_fusion=False)
+        ),
+        "few registers": Variant("few registers", lambda: own_noise_kernel[(1,)](x, seed, **options, maxnreg=32)),
+        "contracted": Variant("contracted", lambda: line_kernel[(1,)](x, **options, enable_fp_fusion=True)),
+        "plain": Variant("plain", lambda: line_kernel[(1,)](x, **options, enable_fp_fusion=False)),
         "odd lanes": step(shape=(2, 1, 63, 65)),
     }
 
 
 if __name__ == "__main__":
-    codes = {name: compile_launch(variant, "sm_90")[0] for name, variant in _launches().items()}
+    launches = _launches()
+    codes = dict(zip(launches, compile_launches(launches.values(), "sm_90"), strict=True))
     json.dump(
         {n: {**asdict(c), "instructions_per_element": c.instructions_per_element} for n, c in codes.items()},
         sys.stdout,
