@@ -82,25 +82,28 @@ def test_nothing_but_the_bucket_captures_again(schedule: sf.NoiseSchedule, captu
 
 
 def test_longer_tables_than_there_is_room_for_capture_again(captures: Captures) -> None:
-    """There is room for as many rows as the schedule has timesteps."""
-    captured, eager = both(sf.NoiseSchedule.linear(12))
+    """There is room for as many rows as the schedule has timesteps, rounded up to 15."""
+    captured, eager = both(sf.NoiseSchedule.linear(12, scaled=False))
     assert captured.sample(2, steps=2).isfinite().all()
     start = torch.zeros(2, *SHAPE)
     tables = [
         captured.table("ddim", timesteps=range(11, -1, -1)),
-        captured.table("ddim", timesteps=range(2, -1, -1)),
+        captured.table("ddim", timesteps=range(3, -1, -1)),
     ]
     assert torch.equal(captured.sample(2, tables, start=start), eager.sample(2, tables, start=start))
     assert len(captures.graphs) == 2
 
 
 def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures: Captures) -> None:
-    network = tiny_unet()
-    captured, eager = both(schedule, network, shape=None, null_label=3)
+    """Its norms run in Triton, too, whose bits are not the reference's."""
+    network = tiny_unet(size=4)
+    captured, plain = both(schedule, network, shape=None, null_label=3)
+    eager = sf.Engine(network, schedule, device="cpu", backend="triton", network="eager", null_label=3)
     arguments: dict[str, Any] = {"n": 1, "labels": [2], "guidance": 1.5}
     for steps in (1, 2):
         images = captured.sample(steps=steps, **arguments)
-        assert torch.equal(images, eager.sample(steps=steps, **arguments))
+        torch.testing.assert_close(images, plain.sample(steps=steps, **arguments), rtol=0, atol=1e-4)
+    assert torch.equal(images, eager.sample(steps=steps, **arguments))
 
 
 def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Captures) -> None:

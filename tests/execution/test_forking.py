@@ -14,7 +14,7 @@ from stepfusion_testing.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
-#: Does what it is told, one after the other: ``generate`` or ``read`` itself, or ``fork`` a child that does something.
+#: Does what it is told, one after the other: ``generate`` or ``read`` itself, or ``fork`` a child that does it.
 #: Its last line is each child's exit status and what it wrote on standard error.
 SCRIPT = """
 import json, os, sys

@@ -104,14 +104,8 @@ def small(network: Any = None, **arguments: Any) -> sf.Engine:
     return sf.Engine(Small() if network is None else network, sf.NoiseSchedule.cosine(), **settings)
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        Batch(1, 2, 8),
-        pytest.param(Batch.fixed(2), marks=pytest.mark.soak),
-    ],  # test_condition_exports.py has a fixed one
-    ids=["dynamic", "fixed"],
-)
+@pytest.mark.soak  # the quick one is in test_condition_exports.py
+@pytest.mark.parametrize("batch", [Batch(1, 2, 8), Batch.fixed(2)], ids=["dynamic", "fixed"])
 def test_a_network_in_the_engines_loop(tmp_path: Path, batch: Batch) -> None:
     engine = small()
     export_aoti(engine, tmp_path / "network", batch=batch)

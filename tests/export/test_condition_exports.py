@@ -225,9 +225,9 @@ def test_a_network_that_is_not_ours_takes_conditions_by_their_names() -> None:
 # Formats
 
 
-def export(form: str, engine: sf.Engine, out: Path, batch: Batch = SMALL) -> sf.Engine:
+def export(form: str, engine: sf.Engine, out: Path) -> sf.Engine:
     """An engine around the engine's network in a format."""
-    exporter(form)(engine, out, batch=batch)
+    exporter(form)(engine, out, batch=SMALL)
     assert max(difference(engine, load_network(out), batch) for batch in (1, 3)) < NETWORK
     return sf.Engine.from_exported(out, batch=4)
 
@@ -240,16 +240,18 @@ def test_openvino_gives_the_engines_images(engine: sf.Engine, tmp_path: Path) ->
 
 
 class Shifted(nn.Module):
-    """Compiles to one loop, for a fixed batch: the others' machine code is for ``make soak``."""
+    """Has every kind of input and compiles to one loop: the others' machine code is for ``make soak``."""
 
-    def forward(self, x: Tensor, timesteps: Tensor, *, shift: Tensor) -> Tensor:
-        return 0.5 * x + shift[:, :, None, None]
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor, *, shift: Tensor) -> Tensor:
+        level = 1e-3 * timesteps + 0.1 * labels
+        return 0.5 * x + level[:, None, None, None] + shift[:, :, None, None]
 
 
 def test_machine_code_gives_the_engines_images(tmp_path: Path) -> None:
     conditions = [ConditionSpec("shift", (2,))]
-    engine = cpu_engine(Shifted(), prediction="epsilon", shape=(2, 4, 4), conditions=conditions)
-    assert_same_images(export("aoti", engine, tmp_path / "bundle", Batch.fixed(2)), engine)
+    known = {"shape": (2, 4, 4), "num_classes": 4, "null_label": 3, "conditions": conditions}
+    engine = cpu_engine(Shifted(), prediction="epsilon", **known)
+    assert_same_images(export("aoti", engine, tmp_path / "bundle"), engine)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino.*")

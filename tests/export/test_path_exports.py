@@ -34,6 +34,7 @@ from stepfusion.export.tick_program import (
     tick_program,
     tick_specs,
 )
+from stepfusion.export.to_aoti import export_aoti
 from stepfusion.kernels import COLUMNS
 from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.samplers.registry import samplers_of
@@ -245,6 +246,40 @@ def test_an_onnx_tick_gives_the_engines_images(path: sf.Path, sampler: str, batc
     subprocess.run([sys.executable, "-c", script, str(out)], cwd=tmp_path / "bundle", check=True)
     alone = engine.sample(min(4, batch.high), table, labels=0)
     torch.testing.assert_close(torch.from_numpy(np.load(out)), alone, rtol=0, atol=LOOP)
+
+
+# In machine code and in OpenVINO, which carries networks and no ticks
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("path", "sampler"), [(SIGMA, "heun"), (FLOW, "dpmpp_3m")], ids=NAMES[:2])
+def test_a_compiled_tick_gives_the_engines_images(path: sf.Path, sampler: str, tmp_path: Path) -> None:
+    engine = path_engine(path, 3)
+    table = engine.table(sampler, 6)
+    export_aoti(engine, tmp_path / "bundle", kind="tick", guided=True, batch=Batch(1, 2, 8), table=table)
+    scale = torch.tensor([1.0, 2.5, 0.0])
+    images = load_tick(tmp_path / "bundle", "cpu").sample(SEED, INDEX, labels=LABELS, guidance=scale)
+    expected = sampled(engine, table, labels=LABELS, guidance=scale.tolist())
+    torch.testing.assert_close(images, expected, rtol=0, atol=LOOP)
+    other = sampled(engine, table, labels=LABELS, guidance=1.0)
+    assert (images - other).abs().max() > 10 * LOOP  # what the tick would give without its scales
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino.*")
+@pytest.mark.parametrize("path", [SIGMA, FLOW], ids=NAMES[:2])
+def test_an_openvino_network_is_an_engine_again(path: sf.Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    from stepfusion.export.to_openvino import export_openvino
+
+    engine = path_engine(path, 3)
+    export_openvino(engine, tmp_path / "bundle", batch=Batch(1, 2, 8))
+    back = sf.Engine.from_exported(tmp_path / "bundle", batch=4)
+    assert (back.schedule, back.prediction) == (engine.schedule, engine.prediction)
+    table = engine.table("heun", 4)
+    images = sampled(back, table, labels=LABELS, guidance=2.0)
+    torch.testing.assert_close(images, sampled(engine, table, labels=LABELS, guidance=2.0), rtol=0, atol=LOOP)
 
 
 def test_a_bundle_whose_history_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from stepfusion.export.bundle import read_bundle
 from stepfusion.export.load import load_network
 from stepfusion.export.to_openvino import export_openvino
 from stepfusion_testing.exports import back_in, cpu_engine, difference
-from stepfusion_testing.networks import tiny_unet
+from stepfusion_testing.tiny_model import tiny_network
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("openvino")
@@ -35,7 +35,7 @@ class Convolution(nn.Module):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_it_gives_the_engines_images(dtype: str, tmp_path: Path) -> None:
-    engine = cpu_engine(tiny_unet(), dtype=dtype)
+    engine = cpu_engine(tiny_network(add_attention=True), dtype=dtype)
     export_openvino(engine, tmp_path / "bundle", table=engine.table(steps=5))
     bundle = read_bundle(tmp_path / "bundle")
     assert {"model.xml", "model.bin", "table.json", "README.md"} == set(bundle.manifest.files)
@@ -64,7 +64,7 @@ def test_float16_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(
         sf.ExportError, match=r"^the format openvino has no float16 networks; it has float32, bfloat16$"
     ):
-        export_openvino(cpu_engine(tiny_unet(), dtype="float16"), tmp_path / "bundle")
+        export_openvino(cpu_engine(tiny_network(), dtype="float16"), tmp_path / "bundle")
 
 
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
