@@ -41,6 +41,11 @@ RUN: list[tuple[str, dict[str, Any]]] = [
     ("test_a_network_that_waits_runs_eagerly", {}),
     ("test_random_numbers_and_captures_work_after_a_capture_that_fails", {}),
 ]
+#: Slow in Triton's interpreter, and promised by another of the same test.
+SOAK = [
+    ("test_a_captured_tick_gives_the_same_bits", {"dtype": "float32", "invariant": False}),
+    ("test_bulk_pixels_are_those_of_sample", {"invariant": False}),
+]
 LEFT_OUT = {
     "test_the_batch_follows_the_free_memory",
     "test_compiled_and_captured",
@@ -112,7 +117,11 @@ def gpu_tests(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     "ignore:(invalid value|divide by zero|overflow):RuntimeWarning"  # the interpreter is NumPy
 )
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")  # as theirs
-@pytest.mark.parametrize(("name", "arguments"), RUN, ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [pytest.param(*one, marks=[pytest.mark.soak] * (one in SOAK)) for one in RUN],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
 def test_on_a_fake_device(
     name: str, arguments: dict[str, Any], gpu_tests: ModuleType, fake: FakeCuda, request: pytest.FixtureRequest
 ) -> None:

@@ -29,6 +29,12 @@ CPU = torch.device("cpu")
 DTYPE = torch.float32
 #: Channels and heads that every kernel takes.
 WIDE: dict[str, Any] = {"block_out_channels": (32, 64, 64), "attention_head_dim": 32}
+#: One level, which Dynamo traces in a fraction of the time.
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
 
 
 @pytest.fixture(autouse=True, params=["float32-AVX2", "bfloat16"])
@@ -361,7 +367,7 @@ def test_other_networks_are_compiled_as_they_are() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_compiled_network_is_its_form() -> None:
-    network = unet()
+    network = unet(**ONE_LEVEL)
     own = compile_network(network, CPU, DTYPE)
     form = CpuForms(network)(inputs())
     assert form is not None
@@ -378,7 +384,7 @@ def test_a_form_that_differs_too_much_is_declined_once_and_by_name(monkeypatch: 
     """Weights whose transform overflows what rounding explains: the network itself is compiled, and says why."""
     right = winograd.transform_weight
     monkeypatch.setattr(winograd, "transform_weight", lambda *given: 1.5 * right(*given))
-    network = unet()
+    network = unet(**ONE_LEVEL)
     own = compile_network(network, CPU, DTYPE)
     with pytest.warns(
         RuntimeWarning, match=r"compiled as it is: the compiled network differs by .* where the largest"
@@ -401,7 +407,7 @@ def test_kernels_that_do_not_compile_are_declined(monkeypatch: pytest.MonkeyPatc
     library._function.cache_clear()
 
     monkeypatch.setattr(library, "load", fail)
-    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype=DTYPE)
+    engine = sf.Engine(unet(**ONE_LEVEL), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype=DTYPE)
     with pytest.warns(
         RuntimeWarning, match=r"compiled as it is: its C\+\+ form failed with RuntimeError: no working"
     ):
@@ -452,7 +458,7 @@ def test_other_networks_run_as_they_are() -> None:
 def test_a_form_that_is_wrong_leaves_the_eager_network(monkeypatch: pytest.MonkeyPatch) -> None:
     right = winograd.transform_weight
     monkeypatch.setattr(winograd, "transform_weight", lambda *given: 1.5 * right(*given))
-    network = unet()
+    network = unet(**ONE_LEVEL)
     own = cpp_network(network, DTYPE)
     with pytest.warns(RuntimeWarning, match="the network runs eagerly: the compiled network differs by"):
         out = own(*inputs())
@@ -464,7 +470,7 @@ def test_a_form_that_is_wrong_leaves_the_eager_network(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("uncompiled")
 def test_an_invariant_engine_gives_the_same_bits_in_any_company() -> None:
     options: dict[str, Any] = {"device": "cpu", "network": "compile", "dtype": "bfloat16", "batch": 4}
-    engine = sf.Engine(unet(), sf.NoiseSchedule.linear(1000), invariant=True, **options)
+    engine = sf.Engine(unet(**ONE_LEVEL), sf.NoiseSchedule.linear(1000), invariant=True, **options)
     images = engine.sample(6, steps=3, eta=1.0)
     assert torch.equal(engine.sample(indices=[5], steps=3, eta=1.0), images[5:])
     assert torch.equal(engine.sample(indices=[4, 0, 2], steps=3, eta=1.0), images[[4, 0, 2]])
@@ -474,7 +480,11 @@ def test_an_invariant_engine_gives_the_same_bits_in_any_company() -> None:
 def test_two_engines_in_two_threads_do_not_disturb_each_other() -> None:
     def engine(size: int) -> sf.Engine:
         made = sf.Engine(
-            unet(sample_size=size), sf.NoiseSchedule.linear(1000), device="cpu", network="compile", dtype=DTYPE
+            unet(**ONE_LEVEL, sample_size=size),
+            sf.NoiseSchedule.linear(1000),
+            device="cpu",
+            network="compile",
+            dtype=DTYPE,
         )
         made.sample(2, steps=1)
         return made
@@ -499,7 +509,7 @@ def test_two_engines_in_two_threads_do_not_disturb_each_other() -> None:
 
 @pytest.mark.slow
 def test_what_inductor_makes_of_the_form_is_trusted() -> None:
-    network = unet()
+    network = unet(**ONE_LEVEL)
     own = compile_network(network, CPU, DTYPE)
     out = own(*inputs())
     with torch.no_grad():

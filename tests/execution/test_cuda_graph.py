@@ -23,10 +23,10 @@ def schedule() -> sf.NoiseSchedule:
 
 
 def both(schedule: sf.NoiseSchedule, network: Any = smooth, **arguments: Any) -> tuple[sf.Engine, sf.Engine]:
-    """An engine that captures its ticks, and the same without."""
-    arguments = {"shape": SHAPE, "device": "cpu", "dtype": "float32", "backend": "triton", **arguments}
-    captured = sf.Engine(network, schedule, network="graph", **arguments)
-    return captured, sf.Engine(network, schedule, network="eager", **arguments)
+    """An engine that captures its ticks, with Triton's step, and an eager one with the reference's, of equal bits."""
+    arguments = {"shape": SHAPE, "device": "cpu", "dtype": "float32", **arguments}
+    captured = sf.Engine(network, schedule, network="graph", backend="triton", **arguments)
+    return captured, sf.Engine(network, schedule, network="eager", backend="reference", **arguments)
 
 
 def one_at_a_time(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -67,44 +67,43 @@ def test_a_captured_tick_gives_the_same_bits(
 def test_nothing_but_the_bucket_captures_again(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     """Samplers, steps, etas, seeds, labels and guidance scales are data."""
     captured, eager = both(schedule, labelled, num_classes=4, null_label=3)
-    for sampler, steps in (("ddim", 2), ("ddim", 3), ("ddpm", 4)):
+    for sampler, steps in (("ddim", 2), ("ddpm", 3)):
         for eta in (0.0, 1.0) if sampler == "ddim" else (None,):
             for labels, guidance, seed in (([0, 1, 2], 2.0, 0), ([2, 2, 0], [0.5, 1.5, 3.0], 7)):
                 table = captured.table(sampler, steps, **({} if eta is None else {"eta": eta}))
                 arguments: dict[str, Any] = {"labels": labels, "guidance": guidance, "seed": seed}
                 images = captured.sample(3, table, **arguments)
                 assert torch.equal(images, eager.sample(3, table, **arguments))
-    mixed = [captured.table(steps=2), captured.table("ddpm", 6), captured.table(steps=4, eta=0.3)]
+    mixed = [captured.table(steps=2), captured.table("ddpm", 4), captured.table(steps=3, eta=0.3)]
     assert torch.equal(captured.sample(3, mixed, guidance=2.0), eager.sample(3, mixed, guidance=2.0))
     assert len(captures.graphs) == 1
     captured.sample(5, steps=2, guidance=2.0)
     assert len(captures.graphs) == 2, "another bucket"
 
 
-def test_a_longer_table_than_there_is_room_for_captures_again(
-    schedule: sf.NoiseSchedule,
-    captures: Captures,
-) -> None:
-    captured, eager = both(schedule)
+def test_longer_tables_than_there_is_room_for_capture_again(captures: Captures) -> None:
+    """There is room for as many rows as the schedule has timesteps, rounded up to 15."""
+    captured, eager = both(sf.NoiseSchedule.linear(12, scaled=False))
     assert captured.sample(2, steps=2).isfinite().all()
     start = torch.zeros(2, *SHAPE)
     tables = [
-        captured.table("ddim", timesteps=range(999, -1, -1)),
-        captured.table("ddim", timesteps=range(29, -1, -1)),
+        captured.table("ddim", timesteps=range(11, -1, -1)),
+        captured.table("ddim", timesteps=range(3, -1, -1)),
     ]
     assert torch.equal(captured.sample(2, tables, start=start), eager.sample(2, tables, start=start))
     assert len(captures.graphs) == 2
 
 
 def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures: Captures) -> None:
-    network = tiny_unet()
-    captured, eager = both(schedule, network, shape=None, null_label=3)
-    plain = sf.Engine(network, schedule, device="cpu", backend="reference", null_label=3)
+    """Its norms run in Triton, too, whose bits are not the reference's."""
+    network = tiny_unet(size=4)
+    captured, plain = both(schedule, network, shape=None, null_label=3)
+    eager = sf.Engine(network, schedule, device="cpu", backend="triton", network="eager", null_label=3)
     arguments: dict[str, Any] = {"n": 1, "labels": [2], "guidance": 1.5}
     for steps in (1, 2):
         images = captured.sample(steps=steps, **arguments)
-        assert torch.equal(images, eager.sample(steps=steps, **arguments))
         torch.testing.assert_close(images, plain.sample(steps=steps, **arguments), rtol=0, atol=1e-4)
+    assert torch.equal(images, eager.sample(steps=steps, **arguments))
 
 
 def test_intermediates_and_given_noise(schedule: sf.NoiseSchedule, captures: Captures) -> None:

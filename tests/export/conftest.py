@@ -9,13 +9,15 @@ import pytest
 
 import stepfusion as sf
 from stepfusion_testing.exports import cpu_engine
-from stepfusion_testing.networks import tiny_unet
+from stepfusion_testing.tiny_model import tiny_network
 
 
 @pytest.fixture(scope="session")
 def engine() -> sf.Engine:
-    """A labelled tiny UNet, with guidance and class names."""
-    return cpu_engine(tiny_unet(), null_label=3, class_names=("a", "b", "c"), options={"clip": 2.0})
+    """A labelled UNet of one level, with guidance and class names."""
+    return cpu_engine(
+        tiny_network(add_attention=True), null_label=3, class_names=("a", "b", "c"), options={"clip": 2.0}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,13 +98,18 @@ class Small(nn.Module):
         return self.conv(x) + labelled(x, timesteps, labels)
 
 
+def small(network: Any = None, **arguments: Any) -> sf.Engine:
+    """An engine of that network, or of one with its inputs."""
+    settings = {"prediction": "v_prediction", "shape": (1, 8, 8), "num_classes": 4, "device": "cpu", **arguments}
+    return sf.Engine(Small() if network is None else network, sf.NoiseSchedule.cosine(), **settings)
+
+
+@pytest.mark.soak  # the quick one is in test_condition_exports.py
 @pytest.mark.parametrize("batch", [Batch(1, 2, 8), Batch.fixed(2)], ids=["dynamic", "fixed"])
 def test_a_network_in_the_engines_loop(tmp_path: Path, batch: Batch) -> None:
-    settings = {"prediction": "v_prediction", "shape": (1, 8, 8), "num_classes": 4, "device": "cpu"}
-    engine = sf.Engine(Small(), sf.NoiseSchedule.cosine(), **settings)  # type: ignore[arg-type]
+    engine = small()
     export_aoti(engine, tmp_path / "network", batch=batch)
-    network = load_aoti(read_bundle(tmp_path / "network"), CPU)
-    exported = sf.Engine(network, engine.schedule, batch=batch.low, invariant=True, **settings)  # type: ignore[arg-type]
+    exported = small(load_aoti(read_bundle(tmp_path / "network"), CPU), batch=batch.low, invariant=True)
     images = engine.sample(3, steps=4, labels=[0, 1, 2])
     torch.testing.assert_close(exported.sample(3, steps=4, labels=[0, 1, 2]), images, rtol=0, atol=1e-4)
 
@@ -189,16 +195,26 @@ def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_wrongly)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", load_wrongly)
     with pytest.raises(sf.ExportError, match=r"^the compiled network differs from the network by"):
-        export_aoti(make(), tmp_path / "out")
+        export_aoti(small(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_options_that_this_inductor_has_not_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor refuses every compilation with an option that it does not know."""
-    monkeypatch.setitem(to_aoti._CPU_OPTIONS, "an_option_of_another_release", True)
-    program = torch.export.export(nn.Conv2d(1, 2, 3), (torch.zeros(1, 1, 4, 4),))
+    given: list[dict[str, object]] = []
+
+    def package(program: object, *, package_path: str, inductor_configs: dict[str, object]) -> None:
+        given.append(inductor_configs)
+        with zipfile.ZipFile(package_path, "w") as archive:
+            archive.writestr("model/archive_format", "pt2")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    program = torch.export.export(nn.ReLU(), (torch.zeros(1),))
     to_aoti.compile_program(program, tmp_path / "model.pt2", CPU)
-    assert (tmp_path / "model.pt2").is_file()
+    monkeypatch.setitem(to_aoti._CPU_OPTIONS, "an_option_of_another_release", True)
+    to_aoti.compile_program(program, tmp_path / "model.pt2", CPU)
+    assert given[0] == given[1] != {}
+    assert set(given[0]) <= set(torch._inductor.list_options())
 
 
 def test_a_compiler_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +225,7 @@ def test_a_compiler_that_fails_is_an_error_in_a_line(tmp_path: Path, monkeypatch
     with pytest.raises(
         sf.ExportError, match=r"^AOTInductor cannot compile the model: RuntimeError: no C\+\+ compiler$"
     ):
-        export_aoti(make(), tmp_path / "out")
+        export_aoti(small(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

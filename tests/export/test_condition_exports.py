@@ -65,7 +65,10 @@ def assert_same_images(exported: sf.Engine, engine: sf.Engine, images: int = 3) 
 # Programs
 
 
-@pytest.mark.parametrize("name", ["stable diffusion", "sdxl", "inpainting", "dit"])
+# SDXL's has all that Stable Diffusion's has, and more.
+@pytest.mark.parametrize(
+    "name", [pytest.param("stable diffusion", marks=pytest.mark.soak), "sdxl", "inpainting", "dit"]
+)
 def test_a_program_of_any_batch_is_the_network(name: str) -> None:
     engine = condition_engine(name)
     program = export_program(engine, SMALL)
@@ -237,15 +240,17 @@ def test_openvino_gives_the_engines_images(engine: sf.Engine, tmp_path: Path) ->
 
 
 class Shifted(nn.Module):
-    """Compiles to one loop: the others' machine code is for ``make soak``."""
+    """Has every kind of input and compiles to one loop: the others' machine code is for ``make soak``."""
 
-    def forward(self, x: Tensor, timesteps: Tensor, *, shift: Tensor) -> Tensor:
-        return 0.5 * x + shift[:, :, None, None]
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor, *, shift: Tensor) -> Tensor:
+        level = 1e-3 * timesteps + 0.1 * labels
+        return 0.5 * x + level[:, None, None, None] + shift[:, :, None, None]
 
 
 def test_machine_code_gives_the_engines_images(tmp_path: Path) -> None:
     conditions = [ConditionSpec("shift", (2,))]
-    engine = cpu_engine(Shifted(), prediction="epsilon", shape=(2, 4, 4), conditions=conditions)
+    known = {"shape": (2, 4, 4), "num_classes": 4, "null_label": 3, "conditions": conditions}
+    engine = cpu_engine(Shifted(), prediction="epsilon", **known)
     assert_same_images(export("aoti", engine, tmp_path / "bundle"), engine)
 
 

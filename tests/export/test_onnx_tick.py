@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,7 @@ from stepfusion.export.tick_program import compare_tick
 from stepfusion.export.to_onnx import INITIAL_NOISE, MODEL, export_onnx
 from stepfusion.kernels import COLUMNS, philox, reference
 from stepfusion_testing.aoti_bundle import consume
-from stepfusion_testing.exports import cpu_engine
-from stepfusion_testing.tiny_model import save_tiny_model, tiny_network
+from stepfusion_testing.tiny_model import NULL_LABEL, SCHEDULER, save_tiny_model, tiny_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -34,16 +34,31 @@ SEEDS, INDICES = torch.tensor([0, -1, 1 << 62, -5, 7]), torch.tensor([0, 1, 2**3
 LOOP = 1e-3  # float32, largest difference of images
 
 
-def make(**arguments: object) -> sf.Engine:
-    return cpu_engine(tiny_network(), null_label=3, **arguments)
+def make(**arguments: Any) -> sf.Engine:
+    """The engine of the model that :func:`save_tiny_model` writes."""
+    given = {
+        "device": "cpu",
+        "dtype": "float32",
+        "network": "eager",
+        "backend": "reference",
+        "null_label": NULL_LABEL,
+    }
+    schedule, prediction = sf.NoiseSchedule.from_config(SCHEDULER), SCHEDULER["prediction_type"]
+    return sf.Engine(tiny_network(), schedule, prediction=prediction, **{**given, **arguments})
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> ExportedTick:
-    """The tiny network's guided tick, with the table of a DDIM that draws noise."""
-    engine, out = make(), tmp_path_factory.mktemp("tick") / "bundle"
-    export_onnx(engine, out, kind="tick", batch=Batch(1, 2, 8), table=engine.table(steps=5, eta=1.0), guided=True)
-    return load_tick(out, "cpu")
+    """The tiny network's guided tick as the command writes it, with the table of a DDIM that draws noise."""
+    folder = tmp_path_factory.mktemp("tick")
+    parser = argparse.ArgumentParser()
+    add_export_arguments(parser)
+    model = save_tiny_model(folder / "tiny")
+    options = (
+        f"--format onnx --kind tick --guided --batch-range 1:2:8 --eta 1 --steps 5 --quiet --out {folder}/bundle"
+    )
+    assert run_export(parser.parse_args([str(model), *options.split()])) == 0
+    return load_tick(folder / "bundle", "cpu")
 
 
 def test_the_noise_is_the_kernels_bit_for_bit(loaded: ExportedTick) -> None:
@@ -112,7 +127,8 @@ def test_the_page_of_the_bundle_runs_without_stepfusion(loaded: ExportedTick) ->
     torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=LOOP)
 
 
-def test_the_command_writes_a_tick(tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_the_command_writes_a_tick_of_a_fixed_batch(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_export_arguments(parser)
     model, out = save_tiny_model(tmp_path / "tiny"), tmp_path / "bundle"

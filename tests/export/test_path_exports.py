@@ -18,9 +18,11 @@ from torch import Tensor
 import stepfusion as sf
 from stepfusion.export import export_program
 from stepfusion.export.batch import Batch
-from stepfusion.export.bundle import read_bundle
+from stepfusion.export.bundle import read_bundle, write_bundle
 from stepfusion.export.load import load_tick
+from stepfusion.export.manifest import MANIFEST, Manifest
 from stepfusion.export.program import example_inputs
+from stepfusion.export.spec_json import model_to_json
 from stepfusion.export.tick import InitialNoise, predict
 from stepfusion.export.tick_loop import level_inputs, outputs_of, walk
 from stepfusion.export.tick_program import (
@@ -32,6 +34,7 @@ from stepfusion.export.tick_program import (
     tick_program,
     tick_specs,
 )
+from stepfusion.export.to_aoti import export_aoti
 from stepfusion.kernels import COLUMNS
 from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.samplers.registry import samplers_of
@@ -82,7 +85,15 @@ def test_churn_is_in_the_first_state_and_in_the_rows() -> None:
     assert_same_bits("churn", walked(tick_module(engine, history=1), engine, table), sampled(engine, table))
 
 
-@pytest.mark.parametrize(("path", "sampler"), [(SIGMA, "heun"), (FLOW, "dpmpp_2m"), (COSINE, "dpmpp_3m")])
+# The quick one has every further input: what the network is told, its scale, and a history of two entries.
+@pytest.mark.parametrize(
+    ("path", "sampler"),
+    [
+        (SIGMA, "dpmpp_3m"),
+        pytest.param(COSINE, "dpmpp_2m", marks=pytest.mark.soak),
+        pytest.param(FLOW, "heun", marks=pytest.mark.soak),
+    ],
+)
 def test_a_program_of_any_batch_and_any_table(path: sf.Path, sampler: str) -> None:
     engine = path_engine(path, 3)
     batch, history = Batch(1, 2, 8), engine.table(sampler, 6).history
@@ -179,7 +190,7 @@ def test_a_program_is_told_floats(path: sf.Path) -> None:
 # In onnxruntime
 
 
-@pytest.mark.parametrize("path", [SIGMA, FLOW], ids=NAMES[:2])
+@pytest.mark.parametrize("path", [pytest.param(SIGMA, marks=pytest.mark.soak), FLOW], ids=NAMES[:2])
 def test_an_onnx_network_is_an_engine_again(path: sf.Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -195,17 +206,30 @@ def test_an_onnx_network_is_an_engine_again(path: sf.Path, tmp_path: Path) -> No
     torch.testing.assert_close(images, expected, rtol=0, atol=LOOP)
 
 
+# ONNX writes a fixed batch in half the time; a dynamic one without a history is in test_onnx_tick.py.
 @pytest.mark.parametrize(
-    ("path", "sampler"), [(SIGMA, "heun"), (FLOW, "dpmpp_3m"), (SIGMA, "euler_ancestral"), (COSINE, "dpmpp_2m")]
+    ("path", "sampler", "batch"),
+    [
+        (SIGMA, "dpmpp_3m", Batch.fixed(3)),
+        *(
+            pytest.param(path, sampler, Batch(1, 2, 8), marks=pytest.mark.soak)
+            for path, sampler in (
+                (SIGMA, "heun"),
+                (FLOW, "dpmpp_3m"),
+                (SIGMA, "euler_ancestral"),
+                (COSINE, "dpmpp_2m"),
+            )
+        ),
+    ],
 )
-def test_an_onnx_tick_gives_the_engines_images(path: sf.Path, sampler: str, tmp_path: Path) -> None:
+def test_an_onnx_tick_gives_the_engines_images(path: sf.Path, sampler: str, batch: Batch, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     from stepfusion.export.to_onnx import export_onnx
 
     engine = path_engine(path, 3)
     table = engine.table(sampler, 6)
-    export_onnx(engine, tmp_path / "bundle", kind="tick", guided=True, batch=Batch(1, 2, 8), table=table)
+    export_onnx(engine, tmp_path / "bundle", kind="tick", guided=True, batch=batch, table=table)
     loaded = load_tick(tmp_path / "bundle", "cpu")
     assert len(loaded.bundle.manifest.outputs) == 1 + bool(table.history)
     scale = torch.tensor([1.0, 2.5, 0.0])
@@ -220,18 +244,51 @@ def test_an_onnx_tick_gives_the_engines_images(path: sf.Path, sampler: str, tmp_
     script += "\nimport sys; assert 'torch' not in sys.modules; numpy.save(sys.argv[1], x)"
     out = tmp_path / "images.npy"
     subprocess.run([sys.executable, "-c", script, str(out)], cwd=tmp_path / "bundle", check=True)
-    alone = engine.sample(4, table, labels=0)
+    alone = engine.sample(min(4, batch.high), table, labels=0)
     torch.testing.assert_close(torch.from_numpy(np.load(out)), alone, rtol=0, atol=LOOP)
 
 
-def test_a_bundle_whose_history_does_not_fit_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    from stepfusion.export.manifest import MANIFEST
-    from stepfusion.export.to_onnx import export_onnx
+# In machine code and in OpenVINO, which carries networks and no ticks
 
-    engine = path_engine(FLOW)
-    out = tmp_path / "bundle"
-    export_onnx(engine, out, kind="tick", batch=Batch.fixed(2), table=engine.table("heun", 3))
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("path", "sampler"), [(SIGMA, "heun"), (FLOW, "dpmpp_3m")], ids=NAMES[:2])
+def test_a_compiled_tick_gives_the_engines_images(path: sf.Path, sampler: str, tmp_path: Path) -> None:
+    engine = path_engine(path, 3)
+    table = engine.table(sampler, 6)
+    export_aoti(engine, tmp_path / "bundle", kind="tick", guided=True, batch=Batch(1, 2, 8), table=table)
+    scale = torch.tensor([1.0, 2.5, 0.0])
+    images = load_tick(tmp_path / "bundle", "cpu").sample(SEED, INDEX, labels=LABELS, guidance=scale)
+    expected = sampled(engine, table, labels=LABELS, guidance=scale.tolist())
+    torch.testing.assert_close(images, expected, rtol=0, atol=LOOP)
+    other = sampled(engine, table, labels=LABELS, guidance=1.0)
+    assert (images - other).abs().max() > 10 * LOOP  # what the tick would give without its scales
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino.*")
+@pytest.mark.parametrize("path", [SIGMA, FLOW], ids=NAMES[:2])
+def test_an_openvino_network_is_an_engine_again(path: sf.Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    from stepfusion.export.to_openvino import export_openvino
+
+    engine = path_engine(path, 3)
+    export_openvino(engine, tmp_path / "bundle", batch=Batch(1, 2, 8))
+    back = sf.Engine.from_exported(tmp_path / "bundle", batch=4)
+    assert (back.schedule, back.prediction) == (engine.schedule, engine.prediction)
+    table = engine.table("heun", 4)
+    images = sampled(back, table, labels=LABELS, guidance=2.0)
+    torch.testing.assert_close(images, sampled(engine, table, labels=LABELS, guidance=2.0), rtol=0, atol=LOOP)
+
+
+def test_a_bundle_whose_history_does_not_fit_is_refused(tmp_path: Path) -> None:
+    engine, batch, out = path_engine(FLOW), Batch.fixed(2), tmp_path / "bundle"
+    table = engine.table("heun", 3)
+    specs, model = tick_specs(engine, batch, history=table.history), model_to_json(engine, batch)
+    manifest = Manifest("onnx", "tick", "any", "float32", *specs, {"torch": "2"}, model, {})
+    write_bundle(out, manifest, lambda folder: None, table=table)
+    assert read_bundle(out).manifest.inputs == specs[0]
     given = json.loads((out / MANIFEST).read_text())
     for role, entry, message in (
         ("inputs", {"dtype": "int64"}, r"has the input history, int64 \[2, 1, 2, 5, 3\]; accepted is float32"),

@@ -23,6 +23,7 @@ from stepfusion.export.tick_program import (
 from stepfusion.kernels import COLUMNS, philox, reference
 from stepfusion_testing.aoti_bundle import consume
 from stepfusion_testing.networks import labelled, tiny_unet
+from stepfusion_testing.tiny_model import tiny_network
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SHAPE = (3, 4, 5)
@@ -170,7 +171,7 @@ def test_learned_variance(guidance: float | None) -> None:
 
 def test_a_unet_in_a_program_of_any_batch_and_any_table() -> None:
     """The engine hoists the time path and the program does not: images agree to rounding."""
-    engine = make(tiny_unet(classes=4), shape=(1, 8, 8))
+    engine = make(tiny_network(), shape=(1, 8, 8))
     tick = tick_program(engine, Batch(1, 2, 8), guided=True).module()
     noise = initial_noise_program(engine, Batch(1, 2, 8)).module()
     for n, steps in ((1, 3), (5, 12)):

@@ -55,6 +55,7 @@ def published(name: str) -> sf.Engine:
     return cpu_engine(UNet2D(UNet2DConfig(**COMMON, **PUBLISHED[name])), prediction="epsilon")
 
 
+@pytest.mark.soak
 def test_the_bundled_model_gives_the_engines_images(tmp_path: Path) -> None:
     engine = sf.Engine.from_pretrained(
         "fashion-mnist", device="cpu", dtype="float32", backend="reference", network="eager"
@@ -123,7 +124,7 @@ def test_the_file_says_what_the_manifest_says(onnx_bundle: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_in_the_file(dtype: str, tmp_path: Path) -> None:
     engine = cpu_engine(tiny_network(), dtype=dtype)
-    export_onnx(engine, tmp_path / "bundle")
+    export_onnx(engine, tmp_path / "bundle", batch=Batch.fixed(2))
     model = onnx.load(tmp_path / "bundle" / MODEL)
     weights = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 4}
     assert weights == {{"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[dtype]}
@@ -140,7 +141,7 @@ def test_half_precision_is_in_the_file(dtype: str, tmp_path: Path) -> None:
 def test_large_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_onnx, "_EXTERNAL_ABOVE", 10_000)
     engine = cpu_engine(tiny_network())
-    export_onnx(engine, tmp_path / "bundle")
+    export_onnx(engine, tmp_path / "bundle", batch=Batch.fixed(2))
     bundle = read_bundle(tmp_path / "bundle")
     (data,) = set(bundle.manifest.files) - {MODEL, "README.md"}
     assert (bundle.path / data).stat().st_size > 30_000

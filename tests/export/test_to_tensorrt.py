@@ -25,9 +25,10 @@ pytest.importorskip("onnxscript")
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 
 KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+SLOW = ("float32", "bfloat16")  # as float16: each builds an engine of its own
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", ["float16", *(pytest.param(name, marks=pytest.mark.soak) for name in SLOW)])
 def test_an_engine_is_built_and_its_tensors_and_layers_are_read_back(dtype: str, tmp_path: Path) -> None:
     engine, out = cpu_engine(tiny_network(), dtype=dtype), tmp_path / "bundle"
     phases: list[str] = []

@@ -19,6 +19,7 @@ from stepfusion.export.manifest import Tensorspec
 from stepfusion.export.program import example_inputs
 from stepfusion.export.to_triton_server import export_triton_server, server_config
 from stepfusion_testing.exports import cpu_engine
+from stepfusion_testing.networks import labelled
 from stepfusion_testing.tiny_model import tiny_network
 
 TOKEN = re.compile(r'"[^"]*"|[A-Za-z_][A-Za-z0-9_]*|-?\d+|[\[\]{}:,]|\S')
@@ -92,10 +93,18 @@ def test_the_parser_refuses_what_is_no_message() -> None:
             parse(text)
 
 
+class Labelled(torch.nn.Module):
+    """Every kind of input, and few operators."""
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return labelled(x, timesteps, labels)
+
+
 def test_the_onnx_backends_model_has_the_configs_tensors(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    export_triton_server(cpu_engine(tiny_network()), tmp_path / "bundle", name="unet")
+    engine = cpu_engine(Labelled(), shape=(1, 8, 8), num_classes=4)
+    export_triton_server(engine, tmp_path / "bundle", name="unet")
     folder = read_bundle(tmp_path / "bundle").path / "models" / "unet"
     model = onnx.load(folder / "1" / "model.onnx")
     config = parse((folder / "config.pbtxt").read_text())

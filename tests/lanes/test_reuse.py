@@ -60,10 +60,17 @@ def test_images_are_those_of_reuse_by_hand(every: int) -> None:
     assert torch.equal(images, exact) is (every == 1)
 
 
-@pytest.mark.parametrize("way", ["eager", "cpp", "compile"])
-def test_an_images_bits_do_not_depend_on_whether_its_neighbours_reuse(way: str) -> None:
-    """Tables that reuse, that do not, and that reuse at other rows, guided and not, in one batch."""
-    made = engine(invariant=True, network=way)
+@pytest.mark.parametrize("way", ["eager", "cpp", "traced", pytest.param("compile", marks=pytest.mark.soak)])
+def test_an_images_bits_do_not_depend_on_whether_its_neighbours_reuse(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that reuse, that do not, and that reuse at other rows, guided and not, in one batch.
+
+    "traced" is "compile" with what Dynamo traced run as it is.
+    """
+    if way == "traced":
+        monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+    made = engine(invariant=True, network="compile" if way == "traced" else way)
     tables = [made.table("ddim", 6).reusing(2), made.table("ddim", 5), made.table("ddpm", 7).reusing(3)]
     asked: dict[str, list[Any]] = {"seed": [1, 2, 3], "labels": [0, 1, 2], "guidance": [1.0, 2.0, 3.0]}
     together = made.sample(3, tables, **asked)
