@@ -30,9 +30,8 @@ def collect(*arguments: str) -> tuple[int, str]:
             *plugins,
             "--benchmark-disable",
             "--collect-only",
+            "--assert=plain",  # no test runs
             "-q",
-            "-p",
-            "no:cacheprovider",
             *arguments,
         ],
         cwd=ROOT,

@@ -52,9 +52,15 @@ def temporary() -> list[str]:
     return [path.name for path in Path("out").rglob(".*.tmp")]
 
 
-@pytest.mark.parametrize(("form", "stride"), [("webdataset", 1), ("png", 3)])
+@pytest.mark.parametrize(
+    ("form", "stride"),
+    [
+        *(("webdataset", 3), ("png", 5)),
+        *(pytest.param(form, 1, marks=pytest.mark.soak) for form in ("webdataset", "png")),
+    ],
+)
 def test_dying_before_any_change_of_the_file_system(place: Path, form: str, stride: int) -> None:
-    """Every single write, rename, link and fsync of a small job (every third for folders, which have more)."""
+    """Every single write, rename, link and fsync of a small job, or every third, or fifth."""
     command = f"{SMALL} out --format {form}"
     generate(f"{SMALL} whole --format {form}")
     whole = tree("whole")

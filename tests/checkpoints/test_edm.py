@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -244,21 +246,22 @@ class {precond}(torch.nn.Module):
 
 
 @pytest.mark.parametrize("precond", ["EDMPrecond", "VPPrecond"])
-def test_the_script_of_the_docs_converts_a_pickle(precond: str, tmp_path: Path) -> None:
+def test_the_script_of_the_docs_converts_a_pickle(
+    precond: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a checkout that stands for the authors', whose classes the pickle names."""
     script = re.findall(r"```python\n(# convert\.py.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert len(script) == 1
     (tmp_path / "convert.py").write_text(script[0])
     (tmp_path / "networks.py").write_text(CHECKOUT.format(model="DhariwalUNet", precond=precond))
-    torch.save(random_state(ADM), tmp_path / "state.pt")
-    pickles = (
-        "import pickle, torch, networks\n"
-        "state = torch.load('state.pt', weights_only=True)\n"
-        f"pickle.dump(dict(ema=networks.{precond}(state)), open('edm.pkl', 'wb'))\n"
-    )
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        patch.delitem(sys.modules, "networks", raising=False)
+        network = getattr(importlib.import_module("networks"), precond)(random_state(ADM))
+        (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": network}))
+        patch.delitem(sys.modules, "networks")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    subprocess.run([sys.executable, "-c", pickles], check=True, **options)
     done = subprocess.run([sys.executable, "convert.py", "edm.pkl"], check=False, **options)
     if precond != "EDMPrecond":
         assert done.stderr == "edm.pkl has a VPPrecond; only EDMPrecond is read by stepfusion\n"

@@ -323,11 +323,15 @@ def test_the_environment_chooses_the_backend(
     assert capsys.readouterr().err == f"stepfusion: STEPFUSION_BACKEND must be one of {accepted}, got 'fast'\n"
 
 
-def test_triton_on_a_cpu_is_an_error_and_no_fallback() -> None:
-    done = run("sample", "model", "-n", "1", "--device", "cpu", "--backend", "triton")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("stepfusion: the fused kernels cannot run on cpu: ")
-    assert done.stderr.count("\n") == 1
+def test_triton_on_a_cpu_is_an_error_and_no_fallback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    assert cli.main(["sample", "model", "-n", "1", "--device", "cpu", "--backend", "triton"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("stepfusion: the fused kernels cannot run on cpu: ")
+    assert said.err.count("\n") == 1
     assert names() == {"model"}
 
 
@@ -385,16 +389,19 @@ def test_help_lists_the_commands_and_exit_statuses(capsys: pytest.CaptureFixture
 def test_help_imports_no_other_folder() -> None:
     """Start-up stays fast: what ``export``, ``bench`` and ``serve`` need is imported when they are named."""
     script = (
-        "import sys\nfrom stepfusion.commands.main import main\n"
-        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print(*[name for name in sys.modules if name.startswith('stepfusion.')], file=sys.stderr)"
+        "import json, sys\nfrom stepfusion.commands.main import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try: main(words)\n    except SystemExit: pass\n"
+        "    print(*[name for name in sys.modules if name.startswith('stepfusion.')], file=sys.stderr)"
     )
     heavy = ("stepfusion.export", "stepfusion.bench", "stepfusion.serving.http.", "stepfusion.commands.serve")
-    found = {}
-    for arguments in (["--help"], ["sample", "--help"], ["export", "--help"]):
-        command = [sys.executable, "-P", "-c", script, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[arguments[0]] = {name for name in done.stderr.split() if name.startswith(heavy)}
+    asked = [["--help"], ["sample", "--help"], ["export", "--help"]]  # the last imports what the others must not
+    command = [sys.executable, "-P", "-c", script, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {
+        words[0]: {name for name in line.split() if name.startswith(heavy)}
+        for words, line in zip(asked, done.stderr.splitlines(), strict=True)
+    }
     assert found["--help"] == found["sample"] == set()
     assert "stepfusion.export.formats" in found["export"]
     assert "stepfusion.bench.cli" not in found["export"]

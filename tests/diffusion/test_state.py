@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -141,11 +143,12 @@ class TestAttributes:
     )
     def test_every_method_follows(self, name: str, value: Any, used: bool) -> None:
         """Set after a step, an attribute is what it would be if it had been given at the start."""
+        results = without_loops if value == "triton" else everything
         changed = sf.GaussianDiffusion(SCHEDULE)
-        before = everything(changed) if used else {}
+        before = results(changed) if used else {}
         setattr(changed, name, value)
-        expected = everything(sf.GaussianDiffusion(SCHEDULE, **{name: value}))
-        assert differing(everything(changed), expected) == []
+        expected = results(sf.GaussianDiffusion(SCHEDULE, **{name: value}))
+        assert differing(results(changed), expected) == []
         if used and name != "backend":
             assert differing(before, expected)
 
@@ -206,17 +209,37 @@ class TestAttributes:
         assert diffusion.backend == "auto"
 
 
+HOOKS: dict[str, dict[str, Any]] = {
+    "no hooks": {},
+    "guided": {"cond_fn": pull},
+    "denoised": {"denoised_fn": torch.sin, "repeat_noise": True},
+}
+SPACINGS: tuple[Any, ...] = ("10", "ddim5", "3,2", [36, 19, 7])
+SEEDS = (7, 2**64 - 1)
+# In Triton's interpreter: every hook, with each seed; every kind of spacing but a long one, with each seed.
+INTERPRETED = (
+    *(("no hooks", "3,2", SEEDS[1]), ("no hooks", SPACINGS[3], SEEDS[0]), ("guided", "3,2", SEEDS[0])),
+    *(("guided", SPACINGS[3], SEEDS[1]), ("denoised", "ddim5", SEEDS[0]), ("denoised", "ddim5", SEEDS[1])),
+)
+
+
+def loops() -> Iterator[Any]:
+    """Hooks, timesteps, seed and backend of every loop, of which some are a matter of minutes in the interpreter."""
+    for hooks, timesteps, seed in itertools.product(HOOKS, SPACINGS, SEEDS):
+        yield hooks, timesteps, seed, "reference"
+        quick = (hooks, timesteps, seed) in INTERPRETED
+        marks = [pytest.mark.interpreter, *([] if quick else [pytest.mark.soak])]
+        yield pytest.param(hooks, timesteps, seed, "triton", marks=marks)
+
+
 class TestRespacedNoise:
     """Noise is keyed by the training timestep, whatever t of a respaced process stands for it."""
 
-    @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])
-    @pytest.mark.parametrize("timesteps", ["10", "ddim5", "3,2", [36, 19, 7]])
-    @pytest.mark.parametrize("seed", [7, 2**64 - 1])
-    @pytest.mark.parametrize("hooks", [{}, {"cond_fn": pull}, {"denoised_fn": torch.sin, "repeat_noise": True}])
-    def test_loops(self, hooks: dict[str, Any], seed: int, timesteps: Any, backend: str) -> None:
+    @pytest.mark.parametrize(("hooks", "timesteps", "seed", "backend"), list(loops()))
+    def test_loops(self, hooks: str, timesteps: Any, seed: int, backend: str) -> None:
         diffusion = sf.GaussianDiffusion(SCHEDULE, backend=backend)
-        expected = diffusion.p_sample_loop(MODEL, SHAPE, timesteps=timesteps, seed=seed, **hooks)
-        found = diffusion.respaced(timesteps).p_sample_loop(MODEL, SHAPE, seed=seed, **hooks)
+        expected = diffusion.p_sample_loop(MODEL, SHAPE, timesteps=timesteps, seed=seed, **HOOKS[hooks])
+        found = diffusion.respaced(timesteps).p_sample_loop(MODEL, SHAPE, seed=seed, **HOOKS[hooks])
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(torch.float32, 4.0, 64))
 
     def test_ddim_loops_and_nested_processes(self) -> None:
@@ -270,13 +293,30 @@ class TestRespacedNoise:
         assert float((first - other).abs().max()) > 0.1
 
 
+# In Triton's interpreter: one of the default dtypes, of the devices, of the autocasts and of the modes of autograd.
+INTERPRETED_SETTINGS = ("float64 by default", "another device by default", "autocast to float16", "inference mode")
+
+
+def settings() -> Iterator[Any]:
+    """Every ambient setting and backend."""
+    for setting in AMBIENT:
+        yield setting, "reference"
+        marks = [pytest.mark.interpreter, *([] if setting in INTERPRETED_SETTINGS else [pytest.mark.soak])]
+        yield pytest.param(setting, "triton", marks=marks)
+
+
+@functools.cache
+def of_one_just_made(backend: str) -> Results:
+    """What one that no setting ever touched returns; no loops in Triton's interpreter."""
+    return (everything if backend == "reference" else without_loops)(sf.GaussianDiffusion(SCHEDULE, backend=backend))
+
+
 class TestAmbientState:
-    @pytest.mark.parametrize("setting", AMBIENT)
-    @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])
+    @pytest.mark.parametrize(("setting", "backend"), list(settings()))
     def test_results_depend_on_arguments_alone(self, setting: str, backend: str) -> None:
         """First used under a setting or not, every bit, dtype and device is the same."""
         results = everything if backend == "reference" else without_loops
-        expected = results(sf.GaussianDiffusion(SCHEDULE, backend=backend))
+        expected = of_one_just_made(backend)
         diffusion = sf.GaussianDiffusion(SCHEDULE, backend=backend)
         with AMBIENT[setting]():
             assert differing(results(diffusion), expected) == []

@@ -15,40 +15,43 @@ import os, sys
 import torch
 import stepfusion as sf
 
-torch.set_num_threads(int(sys.argv[2]))
+torch.set_num_threads(int(sys.argv[1]))
 engine = sf.Engine(lambda x, t: 0.5 * x, sf.NoiseSchedule.linear(100), shape=(1, 64, 64), device="cpu", batch=4)
 engine.sample(4, steps=2)
-service = sf.serving.AsyncEngine(engine).start() if sys.argv[1] == "submit" else None
-pid = os.fork()
-if pid == 0:
-    try:
-        service.submit(1, steps=1).result(20) if service else engine.sample(4, steps=2)
-        print("done", flush=True)
-    except (RuntimeError, TimeoutError) as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-    os._exit(0)
-os.waitpid(pid, 0)
-if service is not None:
-    service.close()
+
+def in_a_child(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            print("done", flush=True)
+        except (RuntimeError, TimeoutError) as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+in_a_child(lambda: engine.sample(4, steps=2))
+service = sf.serving.AsyncEngine(engine).start()
+in_a_child(lambda: service.submit(1, steps=1).result(20))
+service.close()
 """
+FORKED = "RuntimeError: this process was forked from one that had computed with"
+REFUSED = "EngineClosed: the engine takes no requests: its thread is in the process that forked this one"
 
 
-def said(*arguments: str) -> str:
-    command = [sys.executable, "-P", "-W", "ignore", "-c", SCRIPT, *arguments]
+def said(threads: int) -> tuple[str, str]:
+    """What a child says that samples with the engine, and one that asks the service."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", SCRIPT, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
+    sampling, asking = done.stdout.splitlines()
+    return sampling, asking
 
 
-def test_sampling_in_a_forked_child_is_refused() -> None:
-    assert said("sample", "2").startswith("RuntimeError: this process was forked from one that had computed with")
+def test_sampling_and_requests_in_a_forked_child_are_refused() -> None:
+    sampling, asking = said(2)
+    assert sampling.startswith(FORKED)
+    assert asking == REFUSED
 
 
 def test_with_one_thread_it_samples() -> None:
-    assert said("sample", "1") == "done\n"
-
-
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_a_request_in_a_forked_child_is_refused(threads: str) -> None:
-    assert said("submit", threads) == (
-        "EngineClosed: the engine takes no requests: its thread is in the process that forked this one\n"
-    )
+    assert said(1) == ("done", REFUSED)

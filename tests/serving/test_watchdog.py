@@ -359,7 +359,9 @@ class TestClosing:
 HANGS = """
 import threading, time
 import stepfusion as sf
+from stepfusion.serving import worker
 
+worker._LAST_ROUND_SECONDS = 0.5
 hanging = threading.Event()
 def network(x, t):
     if hanging.is_set():

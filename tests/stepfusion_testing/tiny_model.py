@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,19 @@ def tiny_network(**changes: Any) -> UNet2D:
 
 def save_tiny_model(path: Path, **changes: Any) -> Path:
     """Write the model directory, with class names and a null label where the network has classes."""
-    network = tiny_network(**changes)
-    named = {"class_names": CLASS_NAMES, "null_label": NULL_LABEL} if network.num_classes is not None else {}
-    save_pretrained(path, network, SCHEDULER, **named)
+    for name, data in _saved(tuple(sorted(changes.items()))).items():
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
     return path
+
+
+@functools.cache
+def _saved(changes: tuple[tuple[str, Any], ...]) -> dict[str, bytes]:
+    """The files of the model directory: hundreds of tests want them, and to save waits for the disk."""
+    network = tiny_network(**dict(changes))
+    named = {"class_names": CLASS_NAMES, "null_label": NULL_LABEL} if network.num_classes is not None else {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        save_pretrained(model, network, SCHEDULER, **named)
+        return {str(file.relative_to(model)): file.read_bytes() for file in model.rglob("*") if file.is_file()}

@@ -41,21 +41,23 @@ SIZES = {
     "log_every": 2,
 }
 CONFIGS = {
-    "edm": TrainConfig(schedule="edm", sigma_data=0.7, **SIZES),
+    "edm": TrainConfig(schedule="edm", sigma_data=0.7, precision="bfloat16", **SIZES),
     "edm, other levels": TrainConfig(schedule="edm", p_mean=-0.4, p_std=1.0, precision="float32", **SIZES),
-    "flow": TrainConfig(schedule="flow", **SIZES),
+    "flow": TrainConfig(schedule="flow", precision="float32", **SIZES),
     "logit-normal": TrainConfig(schedule="flow", times="logit-normal", logit_mean=0.2, precision="float32", **SIZES),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TINY_ARGUMENTS = [
     *("--steps", "3", "--batch-size", "8", "--microbatch", "4", "--channels", "8", "16", "--head-dim", "16"),
-    *("--norm-groups", "4", "--save-every", "2", "--log-every", "1", "--workers", "1"),
+    *("--norm-groups", "4", "--save-every", "2", "--log-every", "1", "--precision", "float32", "--workers", "1"),
 ]
 
 
 @pytest.fixture(scope="module")
 def dataset() -> ImageDataset:
-    return load_dataset(SLICE)
+    """Every second pixel of every second row: steps of a quarter of the work."""
+    whole = load_dataset(SLICE)
+    return ImageDataset(whole.images[:, :, ::2, ::2].contiguous(), whole.labels)
 
 
 def same_tensors(a: Trainer, b: Trainer) -> bool:
@@ -78,9 +80,10 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("name", ["edm", "logit-normal"])
-def test_the_loss_falls(dataset: ImageDataset, tmp_path: Path, name: str) -> None:
-    config = replace(CONFIGS[name], steps=60, batch_size=16, microbatch=16, learning_rate=4e-3, save_every=1000)
-    assert train(config, dataset, tmp_path).done
+def test_the_loss_falls(tmp_path: Path, name: str) -> None:
+    config = replace(CONFIGS[name], steps=60, microbatch=8, learning_rate=1e-2, save_every=1000)
+    config = replace(config, precision="float32")  # bfloat16 takes four times as long on a CPU
+    assert train(config, load_dataset(SLICE), tmp_path).done
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert 0.5 < losses[0] < 6  # about the mean square of what is wanted, for a fresh network returns about 0
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
@@ -143,7 +146,7 @@ def test_unlabelled_images(dataset: ImageDataset, config: TrainConfig) -> None:
 def test_the_network_heeds_what_it_is_told(dataset: ImageDataset) -> None:
     """Floats between two integers too, in one pass or with the time path computed before."""
     network = Trainer(CONFIGS["flow"], dataset).network.eval()
-    x, labels = torch.randn(3, 1, 28, 28), torch.tensor([0, 1, 10])
+    x, labels = torch.randn(3, 1, 14, 14), torch.tensor([0, 1, 10])
     told = torch.tensor([0.25, 0.5, 999.75])
     with torch.no_grad():
         whole = network(x, told, labels)
@@ -276,10 +279,10 @@ def test_diffusers_samples_from_the_export(
     assert (type(loaded).__name__, type(loaded.scheduler).__name__) == (pipeline, scheduler)
     loaded.set_progress_bar_config(disable=True)
     images = loaded(batch_size=2, num_inference_steps=3, output_type="np").images
-    assert images.shape == (2, 28, 28, 1)
+    assert images.shape == (2, 14, 14, 1)
     assert np.isfinite(images).all()
     told = torch.tensor([0.25, 700.5])
-    x = torch.randn(2, 1, 28, 28)
+    x = torch.randn(2, 1, 14, 14)
     with torch.no_grad():
         ours = trainer.ema_network().half().float()(x, told)
         torch.testing.assert_close(ours, loaded.unet(x, told).sample, rtol=1e-4, atol=1e-5)
@@ -297,7 +300,7 @@ def test_an_engine_walks_the_path_that_was_trained(dataset: ImageDataset, name: 
     given: dict[str, Any] = {"device": "cpu", "dtype": "float32", "network": network}
     engine = sf.Engine(trained, path, prediction=config.prediction, null_label=10, **given)
     table = engine.table("euler", 5)
-    start = 0.8 * torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    start = 0.8 * torch.randn(3, 1, 14, 14, generator=torch.Generator().manual_seed(0))
     x = start = start * (path.sigma_max if name == "edm" else 1.0)
     for here, there in itertools.pairwise([*table.levels.noise, 0.0]):
         level = torch.full((3,), here)

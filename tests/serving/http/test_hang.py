@@ -79,6 +79,9 @@ import atexit, ctypes, sys, threading
 import torch
 import stepfusion as sf
 from stepfusion.commands.main import main
+from stepfusion.serving import worker
+
+worker._LAST_ROUND_SECONDS = 0.5
 
 def network(x, timesteps, labels):
     if bool((labels == 1).any()):
@@ -126,7 +129,7 @@ def errors_of(server: Served) -> str:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("hang", [IN_PYTHON, IN_A_LIBRARY])
+@pytest.mark.parametrize("hang", [pytest.param(IN_PYTHON, marks=pytest.mark.soak), IN_A_LIBRARY])
 def test_sigterm_ends_a_server_that_hangs(tmp_path: Path, hang: str) -> None:
     with hanging_server(tmp_path, hang, "--drain", "0.5") as server, ThreadPoolExecutor(2) as pool:
         assert ask(CLIENT, f"{server.url}/v1/generate").status_code == 200

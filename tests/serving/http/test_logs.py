@@ -49,8 +49,13 @@ def test_each_request_is_a_line(model: Path) -> None:
     assert not any("/readyz" in line for line in lines)
 
 
+@pytest.mark.soak
 def test_a_higher_level_is_silent(model: Path) -> None:
     assert logged(model, "--log-level", "warning") == ""
+
+
+def test_a_level_is_every_loggers() -> None:
+    assert {logger["level"] for logger in log_config("warning")["loggers"].values()} == {"WARNING"}
 
 
 def test_probes_are_shown_to_those_who_look_closely() -> None:
