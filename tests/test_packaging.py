@@ -194,7 +194,9 @@ for name in dependencies:
     with contextlib.suppress(ImportError):  # some stand in sys.modules under names that cannot be imported
         importlib.import_module(name)
 
-import torch
+import pydantic, torch
+
+type("First", (pydantic.BaseModel,), {})  # the first model of a process has pydantic look for its plugins
 
 TOUCHES = "open os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.system os.posix_spawn \
 os.fork subprocess.Popen socket.connect tempfile.mkstemp tempfile.mkdtemp".split()

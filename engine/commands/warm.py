@@ -54,7 +54,7 @@ def add_warm_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lanes", type=int, metavar="N", help="also for a server with so many lanes (default: for none)")
     add_size_argument(add)
     add_lora_argument(add)
-    add_sampler_arguments(parser.add_argument_group("how to sample").add_argument)
+    add_sampler_arguments(parser)
 
     add = parser.add_argument_group("where and how to run").add_argument
     add_device_argument(add)
