@@ -38,7 +38,7 @@ COMMANDS = [
     "sample ../nowhere",
     "--help",
 ]
-# What starts processes of its own, which takes seconds, with all streams open does the same in one.
+# The same, with the images of every job made in one process: to start others takes seconds.
 OPEN = [command.replace("--devices cpu,cpu", "--devices cpu") for command in COMMANDS]
 # Runs every command in a folder of its own, and writes down how each ended.
 SCRIPT = """
@@ -102,7 +102,7 @@ def test_a_full_stderr_does_not_change_how_a_command_ends() -> None:
         "import os, sys\nfrom stepfusion.commands.main import main\n"
         "for command in sys.argv[1:]:\n"
         "    if os.fork() == 0: sys.exit(main(command.split()))\n"  # each ends as a program does
-        "    print(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)\n"
     )
     commands = ["sample nowhere", "sample model --stepz"]
     shell = ["/bin/sh", "-c", 'exec "$0" -P "$@" 2>/dev/full', sys.executable]
