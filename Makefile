@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 # Keeps the repository root off sys.path: our folder `kernels` would shadow a library of that name.
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Workers, and the hundreds of processes that tests start, read bytecode that one of them has written.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-oldest test-newest soak sanitize partition server bench lint types docs wheel clean
 .NOTPARALLEL:
