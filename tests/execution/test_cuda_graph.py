@@ -10,8 +10,9 @@ import torch
 
 import stepfusion as sf
 from stepfusion.lanes.runner import Runner
-from stepfusion_testing.networks import labelled, smooth, tiny_unet
+from stepfusion_testing.networks import labelled, smooth
 from stepfusion_testing.recorded_graph import INTERPRETER, Captures
+from stepfusion_testing.tiny_model import tiny_network
 
 pytestmark = pytest.mark.interpreter
 SHAPE = (2, 4, 4)
@@ -96,7 +97,7 @@ def test_longer_tables_than_there_is_room_for_capture_again(captures: Captures) 
 
 def test_a_unet_with_its_time_path_hoisted(schedule: sf.NoiseSchedule, captures: Captures) -> None:
     """Its norms run in Triton, too, whose bits are not the reference's."""
-    network = tiny_unet(size=4)
+    network = tiny_network()
     captured, plain = both(schedule, network, shape=None, null_label=3)
     eager = sf.Engine(network, schedule, device="cpu", backend="triton", network="eager", null_label=3)
     arguments: dict[str, Any] = {"n": 1, "labels": [2], "guidance": 1.5}
