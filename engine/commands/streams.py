@@ -25,12 +25,24 @@ def standard_streams() -> Iterator[None]:
             yield
         finally:
             sys.stdout, sys.stderr = before
+            _forget_what_nobody_reads()
 
 
 def tell(text: str) -> None:
     """Write a line to stderr; a full disk, or a reader that is gone, does not change how a command ends."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr)
+
+
+def _forget_what_nobody_reads() -> None:
+    """Let go of what stderr would not take: Python tries again when it exits, and would end with a status of its own."""
+    try:
+        if not _is_closed(sys.stderr):
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nobody:
+            os.dup2(nobody.fileno(), sys.stderr.fileno())
+            sys.stderr.flush()
 
 
 def _is_closed(stream: TextIO | None) -> bool:

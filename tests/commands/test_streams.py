@@ -97,7 +97,8 @@ def test_every_command_works_with_its_streams_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that takes no byte")
-def test_a_full_stderr_does_not_change_how_a_command_ends() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stderr_does_not_change_how_a_command_ends(unbuffered: str) -> None:
     script = (
         "import os, sys\nfrom stepfusion.commands.main import main\n"
         "for command in sys.argv[1:]:\n"
@@ -106,7 +107,13 @@ def test_a_full_stderr_does_not_change_how_a_command_ends() -> None:
     )
     commands = ["sample nowhere", "sample model --stepz"]
     shell = ["/bin/sh", "-c", 'exec "$0" -P "$@" 2>/dev/full', sys.executable]
-    done = subprocess.run([*shell, "-c", script, *commands], timeout=120, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [*shell, "-c", script, *commands],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        timeout=120,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     assert done.stdout.split() == [b"1", b"2"]
 
 
