@@ -86,7 +86,9 @@ def test_the_bundled_classifier_knows_the_test_images(classifier: image_classifi
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path: pathlib.Path) -> None:
-    dataset = load_dataset(SLICE)
+    """From every other pixel of both axes, which is a quarter of the work."""
+    whole = load_dataset(SLICE)
+    dataset = ImageDataset(whole.images[:, :, ::2, ::2].contiguous(), whole.labels)
     trained = image_classifier.train_classifier(dataset, epochs=6, batch_size=20)
     image_classifier.save_classifier(trained, tmp_path, {"epochs": 6})
     loaded = image_classifier.load_classifier(tmp_path)
@@ -209,8 +211,8 @@ def test_the_model_card_says_what_was_measured() -> None:
 
 @pytest.mark.slow
 def test_the_bundled_model_draws_what_is_asked_for(classifier: image_classifier.Classifier) -> None:
-    labels = quality.balanced_labels(50, 10)
+    labels = quality.balanced_labels(30, 10)
     engine = Engine.from_pretrained(MODEL, device="cpu")
-    samples = engine.sample(50, steps=20, eta=0.0, seed=0, labels=labels, guidance=recorded()["guidance"])
+    samples = engine.sample(30, steps=10, eta=0.0, seed=0, labels=labels, guidance=recorded()["guidance"])
     assert image_classifier.asked_for_accuracy(classifier, samples, labels) >= 0.8
     assert image_classifier.asked_for_accuracy(classifier, samples, labels.roll(1)) < 0.2

@@ -56,9 +56,12 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
     sleep = "import time; time.sleep(99)"
     child = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-S', '-c', {sleep!r}])\n"
     child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\n"
-    started = time.monotonic()
-    records = run_part("host", python(PRINT + child + sleep), 8.0)
-    assert time.monotonic() - started < 40
+    for limit in (2.0, 8.0, 30.0):  # on a busy machine it starts slowly
+        started = time.monotonic()
+        records = run_part("host", python(PRINT + child + sleep), limit)
+        assert time.monotonic() - started < limit + 32
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
     assert records[0] == ROW
     assert ended(list(records)).status == "stopped"
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")

@@ -75,9 +75,17 @@ def device(kernel_device: torch.device) -> torch.device:
 # The table walker
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+def _in_turn(noises: list[str]) -> list[Any]:
+    """Every shape, dtype and source of noise: the quick ones have every pair of a dtype and another."""
+    return [
+        pytest.param(shape, dtype, noise, marks=() if k == (i + j) % len(noises) else pytest.mark.soak)
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+        for k, noise in enumerate(noises)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "noise"), _in_turn(NOISES))
 def test_step(shape: tuple[int, ...], dtype: torch.dtype, noise: str, fused: Fused) -> None:
     assert_step_equivalent(
         fused.ops.diffusion_step, StepCase(shape, dtype, noise).arguments(fused.device), truncated=fused.truncates
@@ -447,9 +455,7 @@ def _double(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
-@pytest.mark.parametrize("noise", NOISES[1:])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "noise"), _in_turn(NOISES[1:]))
 def test_q_sample(shape: tuple[int, ...], dtype: torch.dtype, noise: str, fused: Fused) -> None:
     given = _forward_arguments(shape, dtype, fused.device)
     if noise == "given":

@@ -285,13 +285,15 @@ def test_dropout_is_off_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("case", ["NCSN++, labels, 7 channels, not square", "ADM, labels"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.soak)])
 @torch.no_grad()
-def test_compiles_as_one_graph(case: str) -> None:
+def test_compiles_as_one_graph(case: str, backend: str) -> None:
+    """As it was captured; in the soak tests it is taken apart into operators as well."""
     a, size = CASES[case]
     network = make(a)
     given = inputs(a, size)
     torch.compiler.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(*given), network(*given), rtol=0, atol=1e-5)
 
 

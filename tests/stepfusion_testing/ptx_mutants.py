@@ -43,7 +43,7 @@ PLANTED = Step((9,), torch.float32, "none", "ddim", x0=True, planted=math.nan, r
 KEPT = Step((9,), torch.float32, "none", "all history", history=2, rows=(3, 10))
 PADDED = Norm(20, 9, 9, 4, torch.float32, batch=1)
 TINY = Norm(8, 8, 8, 2, torch.float32, std=4e-20, eps=0.0, silu=False, batch=1)
-SPLIT = Norm(24, 30, 35, 2, torch.float32, batch=1)
+SPLIT = Norm(40, 17, 17, 4, torch.float32, batch=1)
 
 STATISTICS = "means = tl.load(ptr, mask=there"
 MUTANTS = {
