@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 @contextmanager
 def _cache(out: Path | None) -> Iterator[Path]:
-    """The cache to fill, which is the one in use within the block.
+    """The cache to fill, which is the one in use within the block. If that fails, a new one is as it was before.
 
     Raises:
         ValueError: it cannot be used, or is a directory of something else.
@@ -107,9 +108,17 @@ def _cache(out: Path | None) -> Iterator[Path]:
     if out is not None:
         _check_out(out)
         os.environ[_VARIABLE] = str(out.absolute())
+    directory = cache_directory()
+    existed, filled = directory.exists(), directory.is_dir() and any(directory.iterdir())
     try:
-        _check_usable(cache_directory())
-        yield cache_directory()
+        _check_usable(directory)
+        yield directory
+    except BaseException:
+        if not filled:
+            _empty(directory)
+        if not existed and directory.is_dir():
+            directory.rmdir()
+        raise
     finally:
         if before is None:
             os.environ.pop(_VARIABLE, None)
@@ -117,8 +126,19 @@ def _cache(out: Path | None) -> Iterator[Path]:
             os.environ[_VARIABLE] = before
 
 
+def _empty(directory: Path) -> None:
+    """Remove what this command made in a directory that had nothing in it."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _check_out(out: Path) -> None:
     """Refuse a file, and a directory with other things in it: everything in a cache is made readable."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {out}, and {out.absolute().parent} is not a directory")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a directory, and {out} is a file")
     if out.is_dir() and read_warm_cache(out) is None and any(out.iterdir()):
@@ -128,14 +148,10 @@ def _check_out(out: Path) -> None:
 
 
 def _check_usable(directory: Path) -> None:
-    existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     reason = why_not_private(directory)
-    if reason is None and make_cache_directory("cpp") is not None:
-        return
-    if not existed:
-        directory.rmdir()
-    raise ValueError(f"the cache {directory} cannot be used: {reason or 'it cannot be written to'}")
+    if reason is not None or make_cache_directory("cpp") is None:
+        raise ValueError(f"the cache {directory} cannot be used: {reason or 'it cannot be written to'}")
 
 
 def _let_others_read(directory: Path) -> None:

@@ -166,6 +166,7 @@ def test_an_exported_network_is_warmed_too(place: Path) -> None:
     [
         (["--out", "model"], "--out must be a new or empty directory, or one with a warm.json"),
         (["--out", "file"], "--out must be a directory, and"),
+        (["--out", "none/cache"], "none is not a directory"),
         (["--batch", "0"], "--batch and --lanes must be in [1, 1048576], got 0"),
         (["--lanes", "0"], "--batch and --lanes must be in [1, 1048576], got 0"),
         (["--out", "open/cache"], "cannot be used: others may write to"),
@@ -181,6 +182,22 @@ def test_what_cannot_be_filled_is_refused(
     assert main(["warm", "model", *words, *RUN]) == 1
     assert message in capsys.readouterr().err
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_what_fails_leaves_no_cache_behind(
+    existed: bool, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if existed:
+        (place / "shipped").mkdir()
+    before = sorted(place.rglob("*"))
+    assert main(["warm", "nowhere", "--out", "shipped", *RUN]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before
+    assert main(["warm", "model", "--out", "shipped", *RUN]) == 0
+    kept = sorted(place.rglob("*"))
+    assert main(["warm", "nowhere", "--out", "shipped", *RUN]) == 1
+    assert sorted(place.rglob("*")) == kept, "what others made there stays"
 
 
 def engine(network: Any = smooth) -> sf.Engine:
