@@ -35,7 +35,7 @@ def tell(text: str) -> None:
 
 
 def _forget_what_nobody_reads() -> None:
-    """Let go of what stderr would not take: Python tries again at its exit, and would end with a status of its own."""
+    """Let go of what stderr would not take: Python tries again at its exit, and ends with a status of its own."""
     try:
         if not _is_closed(sys.stderr):
             sys.stderr.flush()
