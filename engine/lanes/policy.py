@@ -10,7 +10,7 @@ import torch
 from stepfusion.execution.evaluator import Network
 from stepfusion.execution.plan import choose_device
 from stepfusion.lanes.recording import record
-from stepfusion.lanes.replay import Replay, steps_of
+from stepfusion.lanes.replay import Replay, check_rollout, steps_of
 from stepfusion.lanes.request import Tables
 from stepfusion.lanes.rollout import Rollout
 from stepfusion.lanes.runners import Runners
@@ -55,7 +55,7 @@ class PolicyMethods:
             NonFiniteError: naming image and step.
         """
         runners = self.runners if network is None else self.runners.calling(network)
-        kept = runners.plan.device if keep_on is None else choose_device(keep_on)[0]
+        kept = runners.plan.device if keep_on is None else _kept_on(keep_on)
         return record(runners, runners.request(n, table, options), rows, kept)
 
     def step_logprob(
@@ -79,6 +79,13 @@ class PolicyMethods:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        if not isinstance(rollout, Rollout):
-            raise TypeError(f"rollout must be a Rollout, got {type(rollout).__name__}")
+        check_rollout(self.runners.spec, rollout)
         return Replay(self.runners, network).logprobs(rollout, steps_of(rollout, step))
+
+
+def _kept_on(device: str | torch.device) -> torch.device:
+    """The device of this name; ValueError naming ``keep_on``."""
+    try:
+        return choose_device(device)[0]
+    except ValueError as error:
+        raise ValueError(f"keep_on: {error}") from None

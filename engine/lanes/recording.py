@@ -24,6 +24,7 @@ from stepfusion.samplers.table import StepTable
 _SAMPLERS = "ddpm, ddim with eta > 0, euler_ancestral or flow_sde"
 
 
+@plain_torch(gradients=False)
 def record(runners: Runners, request: Request, rows: Sequence[int] | None, device: torch.device) -> Rollout:
     """Make the images of a request, and keep the chosen rows of each, on ``device``.
 
@@ -96,7 +97,6 @@ class _Recorder:
                 self.logprobs[step, where] = lanes.values(occupants, "logprobs").to(self.states.device)
 
 
-@plain_torch(gradients=False)
 def _columns(request: Request, device: torch.device) -> dict[str, Any]:
     """What each image was asked for, as tensors [n, ...]."""
     starts = list(request.lane_starts)

@@ -13,8 +13,10 @@ from stepfusion.execution.evaluator import ROWS_AT_ONCE, Network
 from stepfusion.execution.plan import eager_plan
 from stepfusion.kernels import reference
 from stepfusion.kernels.launch import plain_torch
+from stepfusion.lanes.request import check_table
 from stepfusion.lanes.rollout import Rollout, kept_states
 from stepfusion.lanes.runners import Runners
+from stepfusion.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Replay:
             shown = shown.to(memory_format=torch.channels_last)
         values = table.on(device)
         out, out_uncond = self._evaluate(lanes, shown, self._features(lanes.rows, values.told))
+        if table.learned_variance and out.shape == lanes.x.shape:
+            raise ValueError(
+                f"the network returned shape {list(out.shape)}, and {table!r} needs a learned variance too"
+            )
         logprobs: Tensor = ops.transition_logprob(
             lanes.x,
             lanes.x_next,
@@ -145,6 +151,17 @@ class Replay:
             self._evaluator.prepare({name: x[i : i + 1] for name, x in cast.items()}, gradients=True) for i in lanes
         ]
         return [torch.cat(tensors) for tensors in zip(*each, strict=True)]
+
+
+def check_rollout(spec: ModelSpec, rollout: Rollout) -> None:
+    """TypeError or ValueError unless ``rollout`` is one of this model."""
+    if not isinstance(rollout, Rollout):
+        raise TypeError(f"rollout must be a Rollout, got {type(rollout).__name__}")
+    check_table(spec, rollout.table)
+    if (shape := tuple(rollout.images.shape[1:])) != spec.shape:
+        raise ValueError(f"rollout is of images {list(shape)}, and the model's are {list(spec.shape)}")
+    if (names := set(rollout.conditions)) != (wanted := {one.name for one in spec.conditions}):
+        raise ValueError(f"rollout has the conditions {sorted(names)}, and the model's are {sorted(wanted)}")
 
 
 def steps_of(rollout: Rollout, step: int | Sequence[int] | Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tupl
     if isinstance(table, StepTable):
         if len(table.starts) != 1:
             raise ValueError(f"table holds {len(table.starts)} samplers: give a list with one table for each image")
-        _check_table(spec, table)
+        check_table(spec, table)
         return table if edit is None else edit.shorten(table), Same(0, count)
     if not isinstance(table, Sequence) or not all(isinstance(one, StepTable) for one in table):
         raise TypeError(f"table must be a StepTable or a list of them, got {type(table).__name__}")
@@ -306,13 +306,14 @@ def _join(spec: ModelSpec, count: int, table: Tables, edit: Edit | None) -> tupl
         raise ValueError(f"table must be one StepTable or one for each of the {count} images, got {len(table)}")
     distinct = list({id(one): one for one in table}.values())
     for one in distinct:
-        _check_table(spec, one)
+        check_table(spec, one)
     position = {id(one): i for i, one in enumerate(distinct)}
     walked = distinct if edit is None else [edit.shorten(one) for one in distinct]
     return StepTable.concatenate(walked), [position[id(one)] for one in table]
 
 
-def _check_table(spec: ModelSpec, table: StepTable) -> None:
+def check_table(spec: ModelSpec, table: StepTable) -> None:
+    """ValueError unless a table was made for this model's prediction and schedule."""
     if table.prediction != spec.prediction:
         raise ValueError(f"table is for prediction {table.prediction!r}, and the network's is {spec.prediction!r}")
     if table.schedule is not spec.schedule and table.schedule != spec.schedule:

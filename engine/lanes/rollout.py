@@ -97,6 +97,8 @@ class Rollout:
                 f"a rollout is indexed by a slice or a list of images, got {lanes}: use [{lanes}:{lanes + 1}]"
             )
         where = lanes if isinstance(lanes, slice) else torch.as_tensor(lanes, device=self.device)
+        if isinstance(where, Tensor) and not where.numel():
+            where = where.to(torch.int64)  # an empty list makes a tensor of floats
         return self._map(lambda name, x: x[:, where] if name in ("states", "logprobs", "noise") else x[where])
 
     def to(self, device: str | torch.device) -> Rollout:

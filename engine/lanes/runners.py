@@ -84,7 +84,7 @@ class Runners:
             TypeError, ValueError: it is not callable, or its parameters lie on another device.
         """
         plan = eager_plan(self.plan, network)
-        execution = ExecutionOptions(batch=self._batch, invariant=self.invariant)
+        execution = ExecutionOptions(batch=self.batch, invariant=self.invariant)
         return Runners(self.spec, plan, self.evaluator_of(network), execution, self._prompts, self._encode)
 
     def evaluator_of(self, network: Network) -> Evaluator:

@@ -15,9 +15,9 @@ import stepfusion as sf
 from stepfusion_testing.condition_networks import Mixed
 from stepfusion_testing.networks import tiny_unet
 from stepfusion_testing.path_networks import SHAPE, PathNetwork
+from stepfusion_testing.recorded_graph import Captures
 
 SCHEDULE = sf.NoiseSchedule.linear(1000)
-LABELS = [0, 1, 2, 1, 0, 2]
 
 
 class Policy(nn.Module):
@@ -37,8 +37,8 @@ class Policy(nn.Module):
         return self.last(torch.tanh(self.first(x) + time))
 
 
-def engine_of(network: Any, path: Any = SCHEDULE, **given: Any) -> sf.Engine:
-    return sf.Engine(network, path, **{"device": "cpu", "dtype": "float32", "network": "eager", **given})
+def engine_of(model: Any, path: Any = SCHEDULE, **given: Any) -> sf.Engine:
+    return sf.Engine(model, path, **{"device": "cpu", "dtype": "float32", "network": "eager", **given})
 
 
 def assert_replayed(engine: sf.Engine, network: Any, rollout: sf.Rollout) -> None:
@@ -63,10 +63,8 @@ def test_a_replay_of_a_guided_unet_has_the_bits_of_its_rollout(
     if backend == "triton":
         request.getfixturevalue("kernel_device")
     network = tiny_unet()
-    engine = engine_of(network, null_label=3, batch=8, invariant=invariant, backend=backend)
-    rollout = engine.rollout(
-        6, steps=3, eta=1.0, seed=4, labels=LABELS, guidance=[1.0, 3.0, 2.0, 1.5, 0.0, 4.0], network=network
-    )
+    engine = engine_of(network, null_label=3, batch=4, invariant=invariant, backend=backend)
+    rollout = engine.rollout(3, steps=3, eta=1.0, seed=4, labels=[0, 1, 2], guidance=[1.0, 3.0, 2.0], network=network)
     assert rollout.rows == (0, 1)
     assert_replayed(engine, network, rollout)
 
@@ -168,6 +166,36 @@ def test_an_engines_own_form_is_kept_to_rounding() -> None:
     for step in range(3):
         logprob = engine.step_logprob(network, rollout, step)
         torch.testing.assert_close(logprob.detach(), rollout.logprobs[step], rtol=1e-4, atol=1e-3)
+
+
+def test_in_captured_ticks(captures: Captures) -> None:
+    """A captured tick reads and writes the buffers of its runner, log-probabilities too."""
+    engine = engine_of(Policy(), backend="triton", network="graph")
+    plain = engine_of(Policy(), backend="reference")
+    for seed in (1, 2):
+        rollout, want = (one.rollout(1, steps=2, eta=1.0, seed=seed) for one in (engine, plain))
+        assert torch.equal(rollout.logprobs, want.logprobs)
+        assert torch.equal(rollout.states, want.states)
+    assert len(captures.graphs) == 1
+
+
+def test_the_callers_settings_do_not_matter() -> None:
+    """In inference mode, under autocast, with another default dtype; and there may be no images at all."""
+    network = Policy()
+    engine = engine_of(network)
+    want = engine.rollout(2, steps=3, eta=1.0, network=network)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"):
+            rollout = engine.rollout(2, steps=3, eta=1.0, network=network)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(rollout.logprobs, want.logprobs)
+    with torch.autocast("cpu"):
+        assert_replayed(engine, network, rollout)
+    nothing = rollout[[]]
+    assert (len(nothing), engine.step_logprob(network, nothing, 0).tolist()) == (0, [])
+    assert len(engine.rollout(0, steps=3, eta=1.0, network=network)) == 0
 
 
 def test_other_weights_have_other_probabilities() -> None:
@@ -362,7 +390,7 @@ HEUN = sf.heun(sf.SigmaPath(), steps=4, prediction="edm", s_churn=2.0)
         ({"table": [sf.ddpm(SCHEDULE, 4), sf.ddpm(SCHEDULE, 5)]}, "a rollout needs one table for all images"),
         ({"steps": 4, "eta": 1.0, "image": torch.zeros(1, 2, 6, 6), "mask": torch.ones(1, 1, 6, 6)}, "have a mask"),
         ({"table": sf.ddpm(SCHEDULE, 4).reusing(2)}, "reuse"),
-        ({"steps": 4, "eta": 1.0, "keep_on": "nowhere"}, "device must be"),
+        ({"steps": 4, "eta": 1.0, "keep_on": "nowhere"}, "keep_on: device must be"),
     ],
 )
 def test_what_has_no_probability_is_refused(given: dict[str, Any], message: str) -> None:
@@ -401,6 +429,19 @@ def test_bad_arguments_of_replays_are_named() -> None:
         engine.rollout(2, steps=3, eta=1.0, network=Policy().to("meta"))
     with pytest.raises(TypeError, match=r"use \[1:2\]"):
         rollout[1]  # type: ignore[index]
+    with pytest.raises(ValueError, match="table is for"):
+        engine_of(network, sf.NoiseSchedule.cosine(1000)).step_logprob(network, rollout, 0)
+    with pytest.raises(ValueError, match=r"rollout is of images \[2, 6, 6\], and the model's are \[2, 5, 6\]"):
+        engine_of(network, shape=(2, 5, 6)).step_logprob(network, rollout, 0)
+    learned = Policy(learned=True)
+    table = sf.ddpm(SCHEDULE, 3, prediction="epsilon", variance="learned_range")
+    with pytest.raises(ValueError, match="needs a learned variance too"):
+        engine_of(network).step_logprob(network, engine_of(learned).rollout(1, table, network=learned), 0)
+    conditioned = Mixed()
+    given = {"text": torch.zeros(5, 6), "sizes": torch.tensor([3, 5])}
+    other = engine_of(conditioned, num_classes=4).rollout(1, steps=3, eta=1.0, labels=0, conditions=given)
+    with pytest.raises(ValueError, match=r"rollout has the conditions \['sizes', 'text'\], and the model's are \[\]"):
+        engine_of(network, shape=(2, 4, 4)).step_logprob(network, other, 0)
 
 
 # The page
