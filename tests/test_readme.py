@@ -27,7 +27,8 @@ def test_the_page_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     # image 3 of seed 7, alone, as the page says; another bucket, so to rounding
     torch.testing.assert_close(names["again"][0], names["images"][3], rtol=0, atol=1e-3)
     assert names["restored"].shape == names["images"].shape
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["clothes"]
+    assert len(list((tmp_path / "clothes").iterdir())) == 4
 
 
 def test_the_literatures_methods() -> None:
