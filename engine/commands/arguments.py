@@ -75,10 +75,10 @@ def _defaults_of(name: str) -> str:
     takers = takers_of(name)
     usual = {sampler: options_of(sampler)[name] for sampler in takers}
     if len(takers) > _FEW:
-        return ""
+        return " (default: the model's or the sampler's own)"
     if len(set(usual.values())) == 1:
         one = next(iter(usual.values()))
-        return f"; of {', '.join(takers)}" + ("" if one is None else f" (default: {_text(one)})")
+        return f"; of {', '.join(takers)}" + (" (default: none)" if one is None else f" (default: {_text(one)})")
     return "; of " + ", ".join(f"{sampler} (default: {_text(value)})" for sampler, value in usual.items())
 
 

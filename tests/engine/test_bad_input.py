@@ -149,7 +149,7 @@ ENGINES = [
     Case("seed: float", lambda: ENGINE.sample(2, TABLE, seed=1.0), TypeError, "seed must be an integer, got 1.0"),
     Case("seed: 2**64", lambda: ENGINE.sample(2, TABLE, seed=2**64),
          ValueError, "seed must be in [0, 18446744073709551615], got 18446744073709551616"),
-    Case("seed: None", lambda: ENGINE.sample(2, TABLE, seed=None), TypeError, "seed must be an integer, got None"),
+    Case("seed: text", lambda: ENGINE.sample(2, TABLE, seed="7"), TypeError, "seed must be an integer, got '7'"),
     Case("seeds: three for two", lambda: ENGINE.sample(2, TABLE, seed=[1, 2, 3]),
          ValueError, "seed must be one value or one for each of the 2 images, got 3"),
     Case("seeds: one negative", lambda: ENGINE.sample(2, TABLE, seed=[1, -2]),

@@ -8,6 +8,7 @@ sampling option reaches HTTP by being a field of :class:`GenerateRequest` under 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -74,8 +75,9 @@ class RequestModel(BaseModel):
             return InvalidRequest(f"the body must be a JSON object, got {shown(error['input'])}", code="invalid_type")
         name = str(error["loc"][0])
         if name not in cls.model_fields:
-            accepted = ", ".join(cls.model_fields)
-            message = f"unknown field {shown(name)}; accepted are {accepted}"
+            near = get_close_matches(name, cls.model_fields, 1)
+            meant = f"; {near[0]!r} may be meant" if near else ""
+            message = f"unknown field {shown(name)}{meant}; /openapi.json has all that are accepted"
             return InvalidRequest(message, param=name, code="unknown_parameter")
         expected = f"{name} must be {cls.model_fields[name].description}"
         if error["type"] == "missing":

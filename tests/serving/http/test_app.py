@@ -237,7 +237,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"priority": 1001}, "priority must be an integer from -1000 to 1000"),
     ({"deadline_s": 0}, "deadline"),
     ({"format": "bmp"}, "format must be 'png' or 'npz', got 'bmp'"),
-    ({"nn": 1}, "unknown field 'nn'; accepted are n, sampler"),
+    ({"nn": 1}, "unknown field 'nn'; 'n' may be meant; /openapi.json has all that are accepted"),
+    ({"stpes": 1}, "unknown field 'stpes'; 'steps' may be meant"),
+    ({"x" * 300: 1}, "; /openapi.json has all that are accepted"),
     ([], "the body must be a JSON object, got []"),
     ("x", "the body must be a JSON object"),
 ]

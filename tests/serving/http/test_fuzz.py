@@ -41,6 +41,8 @@ ODD: tuple[Any, ...] = (
     *([], [[]], [None], {}, {"n": 1}, [1, "2"], [1e999], [2**64], [True], "🦉", [[[]]]),
 )
 ACCEPTED = [("guidance", 1.5), ("labels", [None]), ("priority", -1), ("deadline_s", 1.5), ("eta", 1.5)]
+NUMBERS = [odd for odd in ODD if isinstance(odd, int | float) and not isinstance(odd, bool)]
+ACCEPTED += [("lambda_min_clipped", odd) for odd in NUMBERS]  # where there is such a level
 WRONG = [(name, odd) for name in PictureRequest.model_fields for odd in ODD if (name, odd) not in ACCEPTED]
 
 

@@ -245,7 +245,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"steps": 61}, "steps is too large: 61 steps", "steps"),
     ({"guidance": [1.0, 2.0, 3.0], "n": 2}, "guidance must be one value or one for each of the 2 images", "guidance"),
     ({"indices": []}, "indices must be a list", "indices"),
-    ({"labels": 1}, "unknown field 'labels'; accepted are prompt, model, n", "labels"),
+    ({"labels": 1}, "unknown field 'labels'; /openapi.json has all that are accepted", "labels"),
     ({"depth": 1}, "unknown field 'depth'", "depth"),
 ]
 
