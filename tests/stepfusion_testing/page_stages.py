@@ -20,10 +20,8 @@ from stepfusion_testing.networks import labelled, smooth, tiny_unet
 from stepfusion_testing.walking import stand_in
 
 Names = dict[str, Any]
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-
-
 Changes = dict[str, str]
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 STYLED = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # the weight that the LoRA files change
 
 
@@ -65,13 +63,13 @@ def picture(path: str, size: tuple[int, int], mode: str = "L") -> None:
     Image.new(mode, size, 128).save(path)
 
 
-def _changed(changes: Changes) -> Callable[[], AbstractContextManager[tuple[Names, Changes]]]:
-    return lambda: nullcontext(({}, changes))
-
-
 def size_of(path: str) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
+
+
+def _changed(changes: Changes) -> Callable[[], AbstractContextManager[tuple[Names, Changes]]]:
+    return lambda: nullcontext(({}, changes))
 
 
 # README.md
