@@ -146,7 +146,6 @@ def test_images_start_from_the_noise_of_a_file(place: Path, one_thread: None) ->
         (lambda path: path.write_bytes(b""), "a.bin", "must be a file that ends in .npy or .safetensors"),
         (lambda path: None, "a.npy", "cannot be read: No such file"),
     ],
-    ids=str,
 )
 def test_noise_that_is_none_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], write: Any, name: str, message: str
