@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stepfusion import kernels
 from stepfusion.execution.evaluator import ROWS_AT_ONCE, Network
-from stepfusion.execution.plan import eager_plan
 from stepfusion.kernels import reference
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.request import check_table
@@ -67,9 +66,8 @@ class Replay:
     """
 
     def __init__(self, runners: Runners, network: Network) -> None:
-        self._runners, self._spec = runners, runners.spec
-        self._plan = eager_plan(runners.plan, network)
-        self._evaluator = runners.evaluator_of(network)
+        self._runners = calling = runners.calling(network)
+        self._spec, self._plan, self._evaluator = calling.spec, calling.plan, calling.evaluator
 
     def logprobs(self, rollout: Rollout, steps: Tensor) -> Tensor:
         """The log-probabilities float64 [n] of each image's step ``steps``, int64 [n] on the CPU."""

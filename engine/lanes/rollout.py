@@ -23,6 +23,8 @@ from stepfusion.latents.tensor_file import TensorFile, read_tensors
 from stepfusion.samplers.table import StepTable
 
 _FORMAT = "stepfusion rollout 1"
+_ALWAYS = ("images", "states", "logprobs", "seeds", "indices", "labels")  # in a file
+_SOMETIMES = ("guidance", "noise")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +163,31 @@ def place_of(rows: Sequence[int], row: int) -> int:
 
 def _checked(path: Path, file: TensorFile, table: StepTable) -> dict[str, Any]:
     """The fields of a rollout from a file, whose tensors fit each other."""
-    tensors = file.tensors
+    tensors, rows = file.tensors, _rows(path, file, table)
+    _check_tensors(path, tensors, rows)
+    values: dict[str, Any] = {"rows": rows, "conditions": {}, "null_conditions": {}}
+    for name, x in tensors.items():
+        half, dot, condition = name.partition(".")
+        if dot and half in ("conditions", "null_conditions"):
+            values[half][condition] = x
+        elif name in (*_ALWAYS, *_SOMETIMES):
+            values[name] = x
+        else:
+            raise CheckpointError(f"{path} is damaged: a rollout has no {name!r}")
+    return values
+
+
+def _rows(path: Path, file: TensorFile, table: StepTable) -> tuple[int, ...]:
+    """The chosen rows that a file names."""
     words = file.metadata.get("rows", "").split(",")
     rows = tuple(int(word) for word in words if word.isdecimal() and len(word) < 10)
     if not rows or len(rows) != len(words) or list(rows) != sorted(set(rows)) or rows[-1] >= len(table):
         raise CheckpointError(f"{path} is damaged: its rows must rise and lie in the table's {len(table)}")
+    return rows
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """CheckpointError unless the tensors are there, and of shapes that fit each other."""
     shape = tuple(tensors["images"].shape) if "images" in tensors else ()
     n = shape[:1]
     wanted = {
@@ -177,7 +199,7 @@ def _checked(path: Path, file: TensorFile, table: StepTable) -> dict[str, Any]:
         "guidance": (torch.float32, n),
         "noise": (torch.float32, (len(rows), *shape)),
     }
-    for name in ("images", "states", "logprobs", "seeds", "indices", "labels"):
+    for name in _ALWAYS:
         if name not in tensors:
             raise CheckpointError(f"{path} is damaged: it has no {name}")
     for name, x in tensors.items():
@@ -186,14 +208,3 @@ def _checked(path: Path, file: TensorFile, table: StepTable) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is damaged: {name} must be {dtype} {list(expected)}, got {x.dtype} {list(x.shape)}"
             )
-    halves: dict[str, dict[str, Tensor]] = {"conditions": {}, "null_conditions": {}}
-    values: dict[str, Any] = {"rows": rows, **halves}
-    for name, x in tensors.items():
-        half, dot, condition = name.partition(".")
-        if dot and half in halves:
-            halves[half][condition] = x
-        elif name in wanted or name == "labels":
-            values[name] = x
-        else:
-            raise CheckpointError(f"{path} is damaged: a rollout has no {name!r}")
-    return values

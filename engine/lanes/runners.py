@@ -85,13 +85,9 @@ class Runners:
         """
         plan = eager_plan(self.plan, network)
         execution = ExecutionOptions(batch=self.batch, invariant=self.invariant)
-        return Runners(self.spec, plan, self.evaluator_of(network), execution, self._prompts, self._encode)
-
-    def evaluator_of(self, network: Network) -> Evaluator:
-        """What calls a network of this model, eager."""
-        spec = self.spec
-        labelled = spec.num_classes is not None
-        return Evaluator(network, labelled, self.plan.products, spec.told_dtype, spec.conditions)
+        labelled = self.spec.num_classes is not None
+        evaluator = Evaluator(network, labelled, plan.products, self.spec.told_dtype, self.spec.conditions)
+        return Runners(self.spec, plan, evaluator, execution, self._prompts, self._encode)
 
     @property
     def takes_prompts(self) -> bool:
