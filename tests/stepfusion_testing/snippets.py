@@ -113,6 +113,8 @@ def _example(path: str) -> Callable[[list[str]], int]:
 def arguments_of(command: str) -> tuple[Callable[[list[str]], object], list[str]] | None:
     """The program of this package that a command line runs, and its arguments; None if it runs none."""
     words = shlex.split(command)
+    if ">" in words:
+        words = words[: words.index(">")]
     while words and re.fullmatch(r"\w+=.*", words[0]):
         del words[0]
     for image in ("stepfusion:cpu", "stepfusion:cuda"):
