@@ -110,6 +110,14 @@ class ModelSpec:
         """Of what the network is told of a level: int64 for timesteps, float32 on paths that are not discrete."""
         return torch.int64 if self.schedule.discrete else torch.float32
 
+    def numbered(self, labels: Any) -> Any:
+        """Labels with numbers in place of names; what is no name, and no sequence with names, as it is."""
+        if isinstance(labels, str):
+            return self.label_of(labels)
+        if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
+            return [self.label_of(label) if isinstance(label, str) else label for label in labels]
+        return labels
+
     def label_of(self, name: str) -> int:
         """The label of a class by its name, in any case; ValueError if there is none of that name."""
         names = [one.casefold() for one in self.class_names or ()]

@@ -389,13 +389,4 @@ def _labels(spec: ModelSpec, labels: Labels, count: int) -> Sequence[int]:
         return Same(spec.null_label, count)
     if isinstance(labels, torch.Tensor) and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    return integers("labels", _numbered(spec, labels), count, 0, spec.num_classes - 1)
-
-
-def _numbered(spec: ModelSpec, labels: Labels) -> Any:
-    """Labels with numbers in place of names."""
-    if isinstance(labels, str):
-        return spec.label_of(labels)
-    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
-        return [spec.label_of(label) if isinstance(label, str) else label for label in labels]
-    return labels
+    return integers("labels", spec.numbered(labels), count, 0, spec.num_classes - 1)
