@@ -85,13 +85,13 @@ worker._LAST_ROUND_SECONDS = 0.5
 
 def network(x, timesteps, labels):
     if bool((labels == 1).any()):
+        atexit.register(threading.Event().wait)  # what a driver does at exit while its device is stuck
         {hang}
     return 0.1 * x
 
-def engine(model, **arguments):
+def engine(model, lora, **arguments):
     return sf.Engine(network, sf.NoiseSchedule.linear(100), shape=(1, 8, 8), num_classes=4, **arguments)
 
-atexit.register(threading.Event().wait)  # what a driver does at exit while its device is stuck
 sf.Engine.from_pretrained = engine
 sys.exit(main(["serve", "model", "--local", "--port", "0", "--device", "cpu", "--lanes", "2", *sys.argv[1:]]))
 """
