@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,7 @@ def test_no_object_is_kept_for_an_image(engine: sf.Engine, columns: Callable[[],
 
 def test_a_list_of_objects_for_each_image_is_noticed() -> None:
     """The control of the tests above."""
+    gc.collect()  # else it may free what other tests left, in between
     before = sys.getallocatedblocks()
     kept = [LaneStart(0, 0, index) for index in range(20_000)]
     assert sys.getallocatedblocks() - before > 10_000

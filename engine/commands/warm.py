@@ -63,7 +63,7 @@ def add_warm_arguments(parser: argparse.ArgumentParser) -> None:
     add_path_arguments(add)
     text = "for engines with one batch size for everything, that of --lanes"
     add("--invariant", action="store_true", help=text)
-    add("--quiet", action="store_true", help="no report")
+    add("--quiet", action="store_true", help="print no report")
 
 
 def run_warm(args: argparse.Namespace) -> int:

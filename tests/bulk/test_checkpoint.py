@@ -30,7 +30,7 @@ def test_one_process_reads_its_checkpoint_once(place: Path) -> None:
 
 def test_every_process_of_several_reads_its_checkpoint_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, load = list[object](), checkpoint.load_model
-    monkeypatch.setattr(checkpoint, "load_model", lambda source: read.append(source) or load(source))
+    monkeypatch.setattr(checkpoint, "load_model", lambda source, lora: read.append(source) or load(source, lora))
     monkeypatch.setattr(local, "_serve", serve_counting_reads)
     generate(f"{TINY} --out out --devices cpu,cpu")
     assert read == ["model"]

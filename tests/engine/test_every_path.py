@@ -59,16 +59,6 @@ def test_interpolation_of_seeds_starts_where_images_start(path: sf.Path) -> None
     torch.testing.assert_close(engine.interpolate(given, 4, 3, steps=6), ends, rtol=0, atol=1e-5)
 
 
-def test_an_inversion_needs_timesteps() -> None:
-    for path in PATHS:
-        engine = path_engine(path)
-        for climb in (engine.encode, engine.reconstruct):
-            with pytest.raises(
-                ValueError, match=r"^encode and reconstruct climb the timesteps .* path is (Sigma|Flow)Path"
-            ):
-                climb(torch.zeros(1, *SHAPE))
-
-
 def test_explain_says_what_the_network_is_told() -> None:
     for path, prediction, wanted in (
         (SIGMA, "edm", "sigma         the network is told 0.25 * log(sigma), a float32, shown x / sqrt(sigma^2 +"),

@@ -37,6 +37,8 @@ ABSENT = frozenset(
         "openvino",
         "pandas",
         "playwright",
+        "schemathesis",
+        "shtab",
         "prometheus_client",
         "ray",
         "scipy",
