@@ -98,8 +98,8 @@ def run(
     """Execute every case for each of ``targets``.
 
     Args:
-        quick: a part that takes a minute, in two orders of warps and with a search for races. cases: in place of all. make: an executor for a
-            target, in place of the usual one. progress: called after each case.
+        quick: a part that takes a minute, in two orders of warps and with a search for races. cases: in place of all.
+        make: an executor for a target, in place of the usual one. progress: called after each case.
     """
     report = Report()
     make = make or (_quick_executor if quick else Executor)
