@@ -28,8 +28,9 @@ class Floors:
     matmul: dict[str, float]
 
 
-def measure_floors(part: str, device: torch.device, *, tiny: bool = False, rounds: int = 15) -> Floors:
-    """Measure both on ``device``; ``tiny`` is for rehearsals: caches hold the buffers."""
+def measure_floors(part: str, device: torch.device, *, tiny: bool = False) -> Floors:
+    """Measure both on ``device``; ``tiny`` is for rehearsals: caches hold the buffers, and three rounds do."""
+    rounds = 3 if tiny else 15
     copied = _TINY_COPIED if tiny else _COPIED.get(device.type, 1 << 30)
     side = _TINY_SIDE if tiny else _SIDE.get(device.type, 8192)
     source = torch.ones(copied, dtype=torch.uint8, device=device)

@@ -91,20 +91,21 @@ def run(
     targets: Sequence[str] = NVIDIA,
     *,
     quick: bool = False,
+    cases: Sequence[Case] | None = None,
     make: Callable[[str], Executor] | None = None,
     progress: Callable[[Result], None] = lambda result: None,
 ) -> Report:
     """Execute every case for each of ``targets``.
 
     Args:
-        quick: a part that takes a minute, in two orders of warps and with a search for races. make: an executor for a
-            target, in place of the usual one. progress: called after each case.
+        quick: a part that takes a minute, in two orders of warps and with a search for races. cases: in place of all.
+        make: an executor for a target, in place of the usual one. progress: called after each case.
     """
     report = Report()
     make = make or (_quick_executor if quick else Executor)
     for target in targets:
         executor = make(target)
-        for seed, case in enumerate(every_case()):
+        for seed, case in enumerate(every_case() if cases is None else cases):
             if not quick or target in case.quick:
                 result = run_case(case, executor, seed)
                 report.results.append(result)

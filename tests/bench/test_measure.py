@@ -128,7 +128,7 @@ def test_idle_is_what_no_kernel_covers() -> None:
 
 
 def test_ceilings_are_rates_of_what_was_measured() -> None:
-    floors = measure_floors("kernels", CPU, tiny=True, rounds=3)
+    floors = measure_floors("kernels", CPU, tiny=True)
     found = {(name, dtype): rate for name, dtype, rate in rates(list(floors.rows))}
     assert found["copy", "uint8"] == pytest.approx(floors.copy)
     assert found["matmul", "float32"] == pytest.approx(floors.matmul["float32"])

@@ -113,7 +113,7 @@ def test_another_prediction_type_is_refused() -> None:
 
 def test_a_network_that_returns_its_variance_runs_beside_the_engine() -> None:
     """guided-diffusion's UNets have no twin in diffusers; theirs are rows that say so."""
-    case = Case(load_model("adm-tiny"), CPU, 2, 3)
+    case = Case(load_model("adm-tiny"), CPU, 2, 2)
     with Race("compare", case, [p for p in all_providers(CPU) if not p.compiles], FLOORS) as race:
         absent = {row.provider: row.notes for row in race.absent()}
         rows = [*race.evaluations(1), *race.loops(1)]

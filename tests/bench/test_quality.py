@@ -86,9 +86,9 @@ def test_the_bundled_classifier_knows_the_test_images(classifier: image_classifi
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path: pathlib.Path) -> None:
-    """From every other pixel of both axes, which is a quarter of the work."""
+    """From every third pixel of both axes, which is a ninth of the work."""
     whole = load_dataset(SLICE)
-    dataset = ImageDataset(whole.images[:, :, ::2, ::2].contiguous(), whole.labels)
+    dataset = ImageDataset(whole.images[:, :, ::3, ::3].contiguous(), whole.labels)
     trained = image_classifier.train_classifier(dataset, epochs=6, batch_size=20)
     image_classifier.save_classifier(trained, tmp_path, {"epochs": 6})
     loaded = image_classifier.load_classifier(tmp_path)

@@ -33,8 +33,8 @@ ONE_PROGRAM = "posterior float16 1 strides"
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The quick part: every kernel as it is compiled for sm_90, in two orders of warps."""
-    executed: dict[str, Any] = json_of(tmp_path_factory, *EXECUTE, "--quick", "--target", TARGET)
+    """The quick part: every kernel as it is compiled for sm_90, three of them in two orders of warps."""
+    executed: dict[str, Any] = json_of(tmp_path_factory, str(SUPPORT / "ptx_quick.py"), TARGET)
     return executed
 
 
@@ -120,6 +120,15 @@ def test_the_interpreter_has_no_ptx(capsys: pytest.CaptureFixture[str]) -> None:
         machine_code.main(["--execute"])
     assert stopped.value.code == 2
     assert "TRITON_INTERPRET=1 is set in this process" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("target", NVIDIA)
+def test_two_orders_of_warps_give_the_same_bytes(target: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every launch of the quick cases, and a search for races."""
+    executed = json_of(tmp_path_factory, *EXECUTE, "--quick", "--target", target)
+    assert not [result for result in executed["results"] if result["error"] is not None]
+    assert {k["kernel"] for k in executed["kernels"]} == KERNELS
 
 
 @pytest.mark.soak
