@@ -197,10 +197,16 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=given.get("dtype"),
         families=None if peers is None or "all" in peers else tuple(peers),
         providers=None if names is None else tuple(names.split(",")),
-        command=shlex.join(["stepfusion", *(getattr(args, "words", None) or ["bench", *sys.argv[1:]])]),
+        command=_told(["stepfusion", *(getattr(args, "words", None) or ["bench", *sys.argv[1:]])], args.out),
     )
     options.select()
     return options
+
+
+def _told(words: Sequence[str], out: Path | None) -> str:
+    """A command line as rows and reports have it: of the folder for results its name, and nothing of this machine."""
+    told = shlex.join(words)
+    return told if out is None else told.replace(shlex.quote(str(out)), shlex.quote(out.name or "."))
 
 
 def _check_folder(folder: Path | None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stepfusion.bench.rows import Record, Row, latest, markdown, parse, rows_of
 
-PAGES = "README.md", "docs/cpu.md"
+PAGES = "README.md", "docs/cpu.md", "docs/deploy.md"
 _MARKED = re.compile(r"(?P<open><!-- measured: (?P<name>[\w-]+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 
 
@@ -129,6 +129,19 @@ TABLES: dict[str, Table] = {
             ),
             Ratio("ours in float32", _BFLOAT16, _FLOAT32),
         ),
+    ),
+    "starts": Table(
+        "start-zen3",
+        "the first image of a process comes earlier by",
+        tuple(
+            (words, f"first image: {what}")
+            for words, what in (
+                ("`stepfusion sample`", "sample"),
+                ("`stepfusion serve`", "serve"),
+                ("an exported bundle", "exported bundle"),
+            )
+        ),
+        (Ratio("caches of `stepfusion warm`, beside empty ones", "warm", "cold"),),
     ),
     "kernels-large": _kernels("64x3x64x64"),
     "kernels-small": _kernels("1x1x28x28"),
