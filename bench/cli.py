@@ -197,7 +197,7 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=given.get("dtype"),
         families=None if peers is None or "all" in peers else tuple(peers),
         providers=None if names is None else tuple(names.split(",")),
-        command=_told(["stepfusion", *(getattr(args, "words", None) or ["bench", *sys.argv[1:]])], args.out),
+        command=_told(["stepfusion", *args.words], args.out),
     )
     options.select()
     return options
@@ -232,7 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``stepfusion bench`` alone; what the suite starts for each part."""
     parser = argparse.ArgumentParser(prog="stepfusion bench")
     add_bench_arguments(parser)
-    return run_bench(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser.parse_args(given)
+    args.words = ["bench", *given]
+    return run_bench(args)
 
 
 if __name__ == "__main__":
