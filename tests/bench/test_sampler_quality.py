@@ -83,6 +83,21 @@ def test_the_page_of_samplers_has_the_committed_figures() -> None:
     assert at["unipc", 15] < at["ddim", 30]  # type: ignore[operator]
 
 
+def test_the_page_has_the_frechet_distances_and_says_what_they_say() -> None:
+    root = Path(__file__).parents[2]
+    lines = (
+        (root / "bench" / "results" / "samplers-frechet" / "samplers.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    found = [Quality.model_validate_json(line) for line in lines]
+    assert {(q.images, q.samples) for q in found} == {(32, 1000)}
+    assert as_markdown(found, "frechet") in (root / "docs" / "samplers.md").read_text(encoding="utf-8")
+    at = {(q.sampler, q.allowed): q.frechet or 0.0 for q in found}
+    assert f"(Frechet distance {at['unipc', 8]:.2f})" in (root / "README.md").read_text(encoding="utf-8")
+    assert f"{at['unipc', 8]:.2f}" == f"{at['ddim', 30]:.2f}"
+    for allowed in {q.allowed for q in found} - {8}:
+        assert min(at, key=lambda one: (one[1] != allowed, at[one])) == ("dpmpp_2m_sde", allowed)
+
+
 def test_the_command_writes_lines_a_table_and_a_picture(
     tmp_path: Path, engine: sf.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
