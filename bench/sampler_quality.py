@@ -192,14 +192,15 @@ def picture(found: Sequence[Quality]) -> bytes:
                 points = [point for point in points if point[1] is not None]
                 if points:
                     style = ("-", "--", ":")[number // 10 % 3]
-                    axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=sampler)
+                    color = f"C{number % 10}"  # the same on both axes
+                    axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, label=sampler)
             axis.set(xscale="log", yscale="log", xlabel="evaluations of the network for an image")
             axis.set_ylabel({"distance": "distance to the solution", "frechet": "Frechet distance"}[name])
             ticks = sorted({q.allowed for q in found})
             axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.grid(visible=True, alpha=0.3)
-            axis.legend(fontsize=7, ncols=2)
+            axis.legend(fontsize=7, ncols=2, handlelength=3)
 
     return png(paint, (6.0 * len(measures), 4.5))
 
