@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from stepfusion.checkpoints.diffusers_directory import load_pretrained
 from stepfusion_testing.latent_models import condition_unet, randomised, text_model, write_tokenizer
 
 
@@ -62,4 +64,13 @@ def save_stable_diffusion(path: Path) -> Path:
     """Write such a directory, with images of 16 by 16 pixels and latents of 8 by 8."""
     tokens = path.with_name(f"{path.name}-tokenizer")
     stable_diffusion(tokens).save_pretrained(path)
+    return path
+
+
+def save_lora(path: Path, model: Path) -> Path:
+    """Write random LoRA weights for one layer of such a directory's UNet."""
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = load_pretrained(model).network.state_dict()[f"{layer}.weight"]
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    save_file({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, path)
     return path

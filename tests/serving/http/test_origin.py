@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 pytest.importorskip("starlette", reason="the HTTP application needs the extra 'http'")
 pytest.importorskip("httpx2", reason="starlette's test client needs it")
@@ -26,7 +24,7 @@ from stepfusion.files.png_text import read_texts
 from stepfusion.options import ExecutionOptions
 from stepfusion.serving.http.model_app import ModelApp
 from stepfusion_testing.http_service import events_of, until
-from stepfusion_testing.stable_diffusion import save_stable_diffusion
+from stepfusion_testing.stable_diffusion import save_lora, save_stable_diffusion
 from stepfusion_testing.tiny_model import save_tiny_model
 
 
@@ -117,11 +115,7 @@ def test_lora_files_are_told_without_their_directories(tmp_path: Path, monkeypat
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     model = save_stable_diffusion(tmp_path / "model")
-    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    weight = sf.load_pretrained(model).network.state_dict()[f"{name}.weight"]
-    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
-    file = tmp_path / "style.safetensors"
-    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, file)
+    file = save_lora(tmp_path / "style.safetensors", model)
     for client in client_of(model, lora=((str(file), 0.5),)):
         png = client.post("/v1/generate", json={"steps": 1, "prompt": "cat"}).content
         assert facts(png)["lora"] == "style.safetensors:0.5"
