@@ -52,14 +52,14 @@ def test_what_takes_too_long_is_interrupted() -> None:
 def test_one_that_is_caught_comes_again() -> None:
     def catches() -> None:
         try:
-            time.sleep(10)
+            time.sleep(60)
         except BaseException:
-            time.sleep(10)
+            time.sleep(60)
 
     started = time.monotonic()
     with pytest.raises(OutOfBudget), budget(0.1):
         catches()
-    assert time.monotonic() - started < 9
+    assert time.monotonic() - started < 50
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

@@ -65,7 +65,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
     assert records[0] == ROW
     assert ended(list(records)).status == "stopped"
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    deadline = time.monotonic() + 10  # the signal is sent; dying takes a moment on a busy machine
+    deadline = time.monotonic() + 60  # the signal is sent; dying takes a moment on a busy machine
     while stat.exists() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the child outlived its part"
         time.sleep(0.05)

@@ -275,14 +275,14 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(("width", "height"), [(8192, 8193), (60_000, 60_000), (1, MAX_PIXELS + 1), (10_000, 9_000)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(width: int, height: int, tmp_path: Path) -> None:
     path = saved(tmp_path / "bomb.png", bomb(width, height))
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError) as caught:
         read_any_picture(path)
     assert str(caught.value).startswith(f"{path} declares ")
     assert f"the {MAX_PIXELS} " in str(caught.value)
     with pytest.raises(ValueError, match=r"bomb\.png (declares|is \d+ x \d+ pixels, and images are 28 x 28)"):
         read_picture(path, (1, 28, 28))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_text_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:

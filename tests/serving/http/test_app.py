@@ -310,7 +310,7 @@ def test_bodies_are_limited_before_and_while_they_are_read(here: Here) -> None:
 def test_a_declared_length_is_believed_before_anything_is_read(here: Here) -> None:
     async def ask() -> Any:
         running, _, sent = call(here.client.app, "/v1/generate", b"", None, {"content-length": "5000"})
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
         return sent[0]["status"]
 
     assert asyncio.run(ask()) == 413
@@ -319,7 +319,7 @@ def test_a_declared_length_is_believed_before_anything_is_read(here: Here) -> No
 def test_a_body_that_does_not_come_is_408(here: Here) -> None:
     async def ask() -> Any:
         running, _, sent = call(here.client.app, "/v1/generate", b"{", None)
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
         return sent[0]["status"]
 
     assert asyncio.run(ask()) == 408
@@ -338,7 +338,7 @@ def test_who_leaves_frees_the_lanes(here: Here, path: str) -> None:
         while here.service.status.busy < 4:
             await asyncio.sleep(0.01)
         gone.set()
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
         here.gate.opened.set()
         while not idle(here.service):
             await asyncio.sleep(0.01)
@@ -380,7 +380,7 @@ def test_who_leaves_before_the_stream_begins_frees_the_lanes(here: Here) -> None
         gone.set()
         here.gate.opened.clear()
         running, _, _ = call(here.client.app, "/v1/stream", b'{"n": 8, "steps": 30, "labels": 0}', gone)
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
 
     asyncio.run(ask())
     before = ticks_of(here)

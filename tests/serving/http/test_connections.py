@@ -95,20 +95,19 @@ def next_packet(connection: socket.socket) -> bytes:
     return chunk
 
 
-def trickle(connection: socket.socket, data: Callable[[int], bytes]) -> float:
-    """Send little by little until the server closes; the seconds that it took."""
-    started = time.monotonic()
+def trickle(connection: socket.socket, data: Callable[[int], bytes]) -> bool:
+    """Send little by little, for 20 s or longer. Whether the server closed the connection meanwhile."""
     connection.settimeout(0.05)
     for i in range(400):
         try:
             connection.sendall(data(i))
             if connection.recv(1 << 16) == b"":
-                break
+                return True
         except TimeoutError:
             continue
         except (ConnectionResetError, BrokenPipeError):
-            break
-    return time.monotonic() - started
+            return True
+    return False
 
 
 # Silent clients
@@ -124,23 +123,23 @@ def trickle(connection: socket.socket, data: Callable[[int], bytes]) -> float:
     ],
 )
 def test_a_connection_that_sends_no_request_is_closed(site: Site, sent: bytes) -> None:
+    started = time.monotonic()
     with closing(site.connect()) as connection:
         connection.sendall(sent)
-        started = time.monotonic()
         assert read_to_end(connection) == b""
-        assert 0.5 < time.monotonic() - started < 10
+        assert time.monotonic() - started > 0.5
 
 
 def test_a_head_that_trickles_in_is_not_waited_for(site: Site) -> None:
     with closing(site.connect()) as connection:
         connection.sendall(HEALTH[:-2])
-        assert trickle(connection, lambda i: f"X-{i}: {i}\r\n".encode()) < 10
+        assert trickle(connection, lambda i: f"X-{i}: {i}\r\n".encode())
 
 
 def test_a_body_that_trickles_in_after_the_response_is_not_waited_for(site: Site) -> None:
     with closing(site.connect()) as connection:
         connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
-        assert trickle(connection, lambda i: b"x") < 10
+        assert trickle(connection, lambda i: b"x")
 
 
 def test_a_connection_is_closed_that_is_silent_after_a_response(site: Site) -> None:

@@ -183,7 +183,7 @@ def test_images_are_not_made_for_a_stranger() -> None:
     async def ask(host: str) -> Any:
         given = {"host": host}
         running, _, sent = call(app, "/v1/generate", b'{"steps": 2}', asyncio.Event(), given, server=LOOPBACK)
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 60)
         return sent[0]["status"]
 
     with TestClient(app):

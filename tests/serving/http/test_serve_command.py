@@ -108,8 +108,8 @@ def test_a_second_signal_kills(model: Path) -> None:
             until(lambda: refused(server))
             before = time.monotonic()
             server.process.terminate()
-            assert server.process.wait(10) == -signal.SIGTERM
-            assert time.monotonic() - before < 5
+            assert server.process.wait(60) == -signal.SIGTERM
+            assert time.monotonic() - before < 50
             assert isinstance(under_way.exception(), httpx2.TransportError)
 
 

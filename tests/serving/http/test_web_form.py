@@ -23,7 +23,10 @@ from playwright import sync_api as playwright
 
 from stepfusion.serving import AsyncEngine
 from stepfusion.serving.http.app import make_app
+from stepfusion.serving.worker import Worker
 from stepfusion_testing.http_service import Gate, gated_engine, idle, until
+
+playwright.expect.set_options(timeout=60_000)  # a busy machine takes its time
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +107,8 @@ def test_images_appear_as_the_engine_makes_them(page: Any, site: tuple[str, Gate
 
 def test_previews_and_the_bar_move_while_it_denoises(page: Any, site: tuple[str, Gate, AsyncEngine]) -> None:
     _, gate, service = site
-    network = gate.__class__.__call__
-    calls = []
+    network, cancel = Gate.__call__, Worker.cancel
+    calls, cancelled = [], threading.Event()
 
     def hold(self: Gate, *arguments: Any) -> Any:
         calls.append(1)
@@ -113,8 +116,13 @@ def test_previews_and_the_bar_move_while_it_denoises(page: Any, site: tuple[str,
             gate.opened.clear()
         return network(self, *arguments)
 
+    def note(self: Worker, number: int) -> None:
+        cancel(self, number)
+        cancelled.set()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gate, "__call__", hold)
+        patch.setattr(Worker, "cancel", note)
         fill(page, Steps="60", Images="2")
         page.get_by_role("button", name="Generate").click()
         playwright.expect(page.get_by_text(re.compile("^step (6|12|18) of 60$"))).to_have_count(2)
@@ -123,6 +131,8 @@ def test_previews_and_the_bar_move_while_it_denoises(page: Any, site: tuple[str,
         assert page.get_by_role("img", name=re.compile("^Image 0, step (6|12|18) of 60$")).count() == 1
         page.get_by_role("button", name="Stop").click()
         playwright.expect(page.get_by_role("status")).to_have_text("Stopped.")
+        # the page says so before the server has seen that the connection is closed
+        assert cancelled.wait(60), "the server did not cancel the request"
         gate.opened.set()
         until(lambda: idle(service))
         assert len(calls) <= 22, "the lanes were freed by the next tick"
