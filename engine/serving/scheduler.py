@@ -136,9 +136,17 @@ class Scheduler:
                     self._halve(pool, error)
 
     def add(self, job: ServedRequest) -> None:
-        """Take a request on; its images are in the backlog."""
-        job.request = self._engine.runners.noised(job.request)
+        """Take a request on; its images are in the backlog.
+
+        If there is no memory for the states that its image gives it to start from, it ends: nobody else's lanes change.
+        """
         self._requests[job.number] = job
+        try:
+            job.request = self._engine.runners.noised(job.request)
+        except torch.OutOfMemoryError as error:
+            # without its traceback, whose frames hold what was allocated
+            self._end(job, "memory", error.with_traceback(None))
+            return
         if job.ended:
             self._free(job)
         elif job.future.cancelled():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import stepfusion as sf
+from stepfusion.lanes.request import Request
 from stepfusion.lanes.runner import Runner
 from stepfusion_testing.networks import labelled, smooth
 from stepfusion_testing.recorded_graph import Captures
@@ -241,6 +242,30 @@ class TestOutOfMemory:
         desk.finish()
         assert torch.equal(plain.result().images, offline(engine, {"n": 2, "steps": 2, "labels": 0}))
         assert torch.equal(pixels.result().images, to_uint8(offline(engine, {"n": 2, "steps": 2, "labels": 1})))
+
+    def test_for_an_image_to_start_from_ends_its_request_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = small_engine(labelled)
+        noised, image = engine.runners.noised, torch.rand(2, *SHAPE) * 2 - 1
+
+        def full(request: Request) -> Request:
+            if request.image is not None and len(request) > 1:
+                raise torch.OutOfMemoryError("full")
+            return noised(request)
+
+        desk = Desk(engine)
+        plain = desk.ask(n=2, steps=4, labels=0)
+        desk.round()
+        monkeypatch.setattr(engine.runners, "noised", full)
+        large = desk.ask(image=image, strength=0.5, steps=4, labels=0)
+        small = desk.ask(image=image[:1], strength=0.5, steps=4, labels=0)
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            large.result(0)
+        desk.finish()
+        assert torch.equal(plain.result().images, offline(engine, {"n": 2, "steps": 4, "labels": 0}))
+        wanted = {"image": image[:1], "strength": 0.5, "steps": 4, "labels": 0}
+        assert torch.equal(small.result().images, offline(engine, wanted))
+        assert (desk.backlog.images, desk.backlog.steps, desk.scheduler.tables_held) == (0, 0, 0)
+        assert desk.scheduler.idle
 
     @pytest.mark.parametrize("invariant", [True, False])
     def test_where_not_one_lane_fits_or_lanes_must_not_change(self, invariant: bool) -> None:
