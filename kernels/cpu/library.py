@@ -1,4 +1,4 @@
-"""The C++ kernels of networks: a library for each dtype and instruction set, compiled when it is first used.
+"""The C++ kernels of networks: a library for each dtype and instruction set, prebuilt or compiled when first used.
 
 Float32 runs from AVX2 up, bfloat16 if the processor multiplies matrices of it (AVX512-BF16). The sources are the
 same: what differs is in one header for each dtype.
@@ -40,18 +40,24 @@ _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx51
 def why_not_cpu_kernels(dtype: torch.dtype) -> str | None:
     """The reason why the C++ kernels for this dtype cannot run on this machine's CPU; None if they can.
 
-    Compiles nothing: a compiler that is found may still fail.
+    Compiles nothing: if no library is at hand, a compiler that is found may still fail.
     """
     if dtype not in DTYPES:
         return f"the C++ kernels are for {' and '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
     reason = _why_not_bfloat16() if dtype == torch.bfloat16 else _why_not_float32()
-    if reason is not None:
+    if reason is not None or library_origin(dtype) is not None:
         return reason
     try:
         compiler.compiler()
     except compiler.CompilerError as error:
         return str(error)
     return None
+
+
+def library_origin(dtype: torch.dtype) -> str | None:
+    """Where the library for a dtype is from: "prebuilt" or "compiled on this machine"; None if there is none yet."""
+    library = compiler.at_hand(*_parts(dtype, compiler.instruction_set()))
+    return None if library is None else library.origin
 
 
 def _why_not_float32() -> str | None:
@@ -99,11 +105,20 @@ def load(dtype: torch.dtype) -> Any:
 @functools.cache
 def _outcome(dtype: torch.dtype, instructions: str) -> tuple[Any, str | None]:
     """The library, or the reason why there is none. Asked once, for a compiler that fails would fail again."""
-    name = str(dtype).removeprefix("torch.")
     try:
-        return compiler.load(name, source(dtype), flags(dtype, instructions)), None
+        return compiler.load(*_parts(dtype, instructions)).functions, None
     except compiler.CompilerError as error:
         return None, str(error)
+
+
+def libraries() -> list[tuple[str, str, list[str]]]:
+    """Every library that x86-64 processors use: its name, text and flags."""
+    bfloat16 = _parts(torch.bfloat16, "AVX512")
+    return [*(_parts(torch.float32, instructions) for instructions in _VECTORS), bfloat16]
+
+
+def _parts(dtype: torch.dtype, instructions: str) -> tuple[str, str, list[str]]:
+    return str(dtype).removeprefix("torch."), source(dtype), flags(dtype, instructions)
 
 
 def flags(dtype: torch.dtype, instructions: str) -> list[str]:
