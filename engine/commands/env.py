@@ -77,13 +77,14 @@ def _fused_kernels(device: torch.device) -> str:
 def _network_kernels(device: torch.device) -> str:
     """The same of the C++ kernels of networks; compiles them if this machine has not yet."""
     reason = why_not_cpu_form(device, torch.float32)
-    if reason is None:
-        try:
-            library.load(torch.float32)
-        except BackendError as error:
-            return str(error)
+    if reason is not None:
+        return reason
+    try:
+        library.load(torch.float32)
+    except BackendError as error:
+        return str(error)
     origin = library.library_origin(torch.float32) or "compiled for this process"
-    return reason or f"the C++ kernels of networks run here ({origin})"
+    return f"the C++ kernels of networks run here ({origin})"
 
 
 def _as_json(check: Check) -> dict[str, object]:

@@ -24,7 +24,7 @@ from stepfusion.kernels.backend import (
     why_not_triton,
 )
 from stepfusion.kernels.cpu.compiler import instruction_set
-from stepfusion.kernels.cpu.library import library_origin, onednn_limit, why_not_cpu_kernels
+from stepfusion.kernels.cpu.library import bfloat16_unit, library_origin, why_not_cpu_kernels
 from stepfusion.kernels.cpu.sampling_library import (
     require_sampling_kernels,
     sampling_library_origin,
@@ -225,7 +225,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
         return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
     if network.value in ("eager", "cpp"):
         return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
-    if (unit := _bfloat16_unit()) is not None:
+    if (unit := bfloat16_unit()) is not None:
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
         return torch.bfloat16, Choice("bfloat16", reason)
     return torch.float32, Choice("float32", "auto: neither AMX nor AVX512-BF16 can be used here")
@@ -239,15 +239,6 @@ def _asked_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, Choice]
         return torch.float32, Choice(TF32, reason)
     exact = ", without TF32" if dtype == "float32" and device.type == "cuda" else ""
     return DTYPES[dtype], Choice(dtype, f"asked for{exact}; the state stays float32")
-
-
-def _bfloat16_unit() -> str | None:
-    """What multiplies bfloat16 matrices on this CPU, None if nothing does faster than float32."""
-    if onednn_limit() is not None:
-        return None
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def _backend(backend: str, device: torch.device) -> Choice:
@@ -305,8 +296,9 @@ def _cpu_network(network: str, dtype: str | torch.dtype, ours: bool) -> Choice:
     reason = why_not_cpu_kernels(kind)
     if reason is None:
         source = "auto" if network == "auto" else "asked for"
-        origin = library_origin(kind) or "compiled when first used"
-        return Choice("cpp", f"{source}: C++ kernels run networks of ours ({origin}), and nothing else is compiled")
+        facts = library_origin(kind) or "compiled when first used"
+        facts += f", products by {bfloat16_unit()}" if kind == torch.bfloat16 else ""
+        return Choice("cpp", f"{source}: C++ kernels run networks of ours ({facts}), and nothing else is compiled")
     if network == "cpp":
         raise BackendError(f"network='cpp' cannot run: {reason}; use network='eager'")
     return Choice("eager", f"auto: {reason}")

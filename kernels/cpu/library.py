@@ -35,6 +35,7 @@ _VECTORS = {
 
 ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
 _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+_BELOW_AMX = (*_BELOW_AVX512_BF16, "avx512_core_bf16", "avx512_core_fp16", "avx10_1_512")
 
 
 def why_not_cpu_kernels(dtype: torch.dtype) -> str | None:
@@ -77,7 +78,14 @@ def _why_not_bfloat16() -> str | None:
     return None
 
 
-def onednn_limit() -> str | None:
+def bfloat16_unit() -> str | None:
+    """What oneDNN multiplies bfloat16 matrices by on this CPU: "AMX" or "AVX512-BF16"; None if it has neither."""
+    if torch.cpu._is_amx_tile_supported() and onednn_limit(_BELOW_AMX) is None:
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() and onednn_limit() is None else None
+
+
+def onednn_limit(below: Sequence[str] = _BELOW_AVX512_BF16) -> str | None:
     """The environment variable and value that keep oneDNN below AVX512-BF16; None if none does.
 
     oneDNN reads them once, when PyTorch first calls it, without regard to case, and offers no way to ask for the
@@ -86,7 +94,7 @@ def onednn_limit() -> str | None:
     for name in ONEDNN_LIMITS:
         value = os.environ.get(name)
         if value:
-            return f"{name}={value}" if value.lower() in _BELOW_AVX512_BF16 else None
+            return f"{name}={value}" if value.lower() in below else None
     return None
 
 

@@ -100,6 +100,25 @@ def test_onednn_told_to_use_enough(value: str, monkeypatch: pytest.MonkeyPatch) 
     assert why_not_cpu_kernels(torch.bfloat16) is None
 
 
+@pytest.mark.parametrize(
+    ("amx", "limit", "unit"),
+    [
+        (True, "", "AMX"),
+        (True, "AVX10_1_512_AMX", "AMX"),
+        (True, "avx512_core_amx", "AMX"),
+        (True, "AVX512_CORE_BF16", "AVX512-BF16"),
+        (True, "avx512_core_fp16", "AVX512-BF16"),
+        (True, "AVX2", None),
+        (False, "", "AVX512-BF16"),
+        (False, "AVX512_CORE", None),
+    ],
+)
+def test_what_multiplies_bfloat16(amx: bool, limit: str, unit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert library.bfloat16_unit() == unit
+
+
 def test_onednn_reads_its_new_name_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
