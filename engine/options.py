@@ -216,7 +216,8 @@ class SamplingOptions(TableOptions, total=False):
             ``PIL.Image`` or the path of a file, for all, or a list of one each: images are made from this one, with
             ``strength``, ``mask`` or both (:mod:`stepfusion.lanes.editing`).
         strength: in (0, 1]: start from the image noised with its own counter-based noise, and walk the last
-            ceil(strength * steps) rows of the table. At 1, the default with a mask, start from noise alone.
+            ceil(strength * steps) rows of the table, but not Heun's corrector without its predictor. At 1, the
+            default with a mask, start from noise alone.
         mask: [n or 1, C or 1, H, W], 1 where to repaint and 0 where to keep, as in diffusers: every step noises the
             kept region again, and it ends exactly equal to the image. Or pictures, as for ``image``: bright where to
             repaint, and dark where to keep.

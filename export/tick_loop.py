@@ -29,15 +29,8 @@ def walk(
             tick takes them.
     """
     sizes = {spec.name: [int(size) for size in spec.shape[1:]] for spec in inputs}
-    values = table.on(x.device)
-    told, in_scale = level_inputs(table, x.device)
-    feed = {
-        **lanes,
-        "coefficients": values.coefficients[:, : sizes["coefficients"][0]],
-        "timesteps": values.timesteps,
-        "told": told,
-        "in_scale": in_scale,
-    }
+    feed = {**lanes, **table_inputs(table, x.device)}
+    feed["coefficients"] = feed["coefficients"][:, : sizes["coefficients"][0]]
     if "history" in sizes:
         feed["history"] = x.new_zeros(len(x), *sizes["history"])  # the first row reads nothing of it
     for row in rows:
@@ -47,10 +40,19 @@ def walk(
     return x
 
 
-def level_inputs(table: StepTable, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The inputs ``told`` and ``in_scale`` of a tick, float32 [R] each."""
+def table_inputs(table: StepTable, device: torch.device) -> dict[str, Tensor]:
+    """What a tick takes of a table, by the names of its inputs.
+
+    ``coefficients`` float32 [R, 21], ``timesteps`` int64 [R], ``told`` and ``in_scale`` float32 [R].
+    """
+    values = table.on(device)
     scales = torch.tensor([table.in_scale(row) for row in range(len(table))], dtype=torch.float32)
-    return table.on(device).told.to(torch.float32), scales.to(device)
+    return {
+        "coefficients": values.coefficients,
+        "timesteps": values.timesteps,
+        "told": values.told.to(torch.float32),
+        "in_scale": scales.to(device),
+    }
 
 
 def outputs_of(returned: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from stepfusion.export.program import (
 )
 from stepfusion.export.runtimes import Runtime, TickRuntime
 from stepfusion.export.tick import InitialNoise, Tick
-from stepfusion.export.tick_loop import level_inputs, outputs_of, walk
+from stepfusion.export.tick_loop import outputs_of, table_inputs, walk
 from stepfusion.kernels import COLUMNS
 from stepfusion.samplers.table import StepTable
 
@@ -127,15 +127,15 @@ def tick_example(engine: Engine, batch: int, *, guided: bool = False, history: i
     discrete = engine.schedule.discrete
     sampler = "ddpm" if discrete and not history else _EXAMPLES[min(history, 1)]
     rows = engine.spec.table(sampler, min(_EXAMPLE_ROWS, engine.schedule.max_steps))
-    table = rows.on(x.device)
+    table = table_inputs(rows, x.device)
     lane = torch.arange(batch, device=x.device)
     scale = [1.0 + lane.to(torch.float32)] if guided else []
-    levels = [] if discrete else list(level_inputs(rows, x.device))
+    levels = [] if discrete else [table["told"], table["in_scale"]]
     kept = [x.float()[:, None].expand(-1, history, *engine.shape).contiguous()] if history else []
     seed = (lane + 1) * _EXAMPLE_SEED
     conditions = [example_conditions(engine, batch, torch.float32, seed) for seed in range(1 + guided)]
     further = (*labels, *scale, *itertools.chain(*conditions), *levels, *kept)
-    return (x.float(), lane % len(rows), table.coefficients, table.timesteps, seed, lane + 7, *further)
+    return (x.float(), lane % len(rows), table["coefficients"], table["timesteps"], seed, lane + 7, *further)
 
 
 def tick_specs(

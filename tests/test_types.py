@@ -32,6 +32,7 @@ engine.sample(image=Image.new("L", (28, 28)), strength=0.5)
 engine.sample(image=["a.png", "b.png"], mask=torch.ones(1, 1, 28, 28))
 engine.sample(engine.request(4, seed=[1, 2, 3, 4]))
 engine.table("ddim", 10, clip=None, eta=0.5)
+sf.serving.AsyncEngine(engine).submit(engine.request(4), priority=1)
 sf.Engine(lambda x, t: x, sf.NoiseSchedule.linear(), backend="reference", network="eager", dtype=torch.float32)
 """
 WRONG = """

@@ -12,7 +12,9 @@ _DEFAULT = {"cpu": 64}  # by device type
 _DEFAULT_GPU = 256
 _DEFAULT_INVARIANT = 16
 _SHARE = 0.8  # of the free memory: fragmentation, and libraries that pick a larger workspace for a larger batch
-_TRIALS = (1, 4)  # images; memory is close to linear in them, and the difference leaves out what is paid once
+#: Images of the second trial, the first of these that fits, after one of a single image. Memory is close to linear in
+#: them, and the difference leaves out what is paid once.
+_TRIALS = (4, 2)
 
 
 def default_batch(options: ExecutionOptions, device: torch.device) -> int | None:
@@ -30,13 +32,23 @@ def largest_batch(peak: Callable[[int], int], free: int, most: int = _DEFAULT_GP
     """The largest power of two, at most ``most``, of images that need at most a share of ``free`` bytes.
 
     Args:
-        peak: peak bytes of a tick of so many images.
+        peak: peak bytes of a tick of so many images; it may raise torch.OutOfMemoryError.
     """
-    few, many = _TRIALS
-    small, large = peak(few), peak(many)
-    each = max(1, (large - small) // (many - few))
-    images = int((_SHARE * free - max(0, small - few * each)) // each)
-    return 1 << max(0, min(images, most).bit_length() - 1)
+    one = _tried(peak, 1)
+    for images in () if one is None else _TRIALS:
+        if (several := _tried(peak, images)) is not None and one is not None:
+            each = max(1, (several - one) // (images - 1))
+            fitting = int((_SHARE * free - max(0, one - each)) // each)
+            return 1 << max(0, min(fitting, most).bit_length() - 1)
+    return 1
+
+
+def _tried(peak: Callable[[int], int], images: int) -> int | None:
+    """The peak of so many images; None if they do not fit."""
+    try:
+        return peak(images)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -37,10 +37,15 @@ class Edit:
     mask: torch.Tensor | None
 
     def shorten(self, table: StepTable) -> StepTable:
-        """The rows of ``table`` that are walked; ValueError if they cannot make images from an image."""
+        """The rows of ``table`` that are walked; ValueError if they cannot make images from an image.
+
+        Heun's corrector without its predictor would be an evaluation that changes nothing, and is left out.
+        """
         if not table.edits:
             raise ValueError(f"image needs a sampler's table, whose rows lead to images, got {table!r}")
-        return table.last(max(1, math.ceil(self.strength * len(table) - _ROUNDING)))
+        rows = max(1, math.ceil(self.strength * len(table) - _ROUNDING))
+        tail = table.last(rows)
+        return table.last(rows - 1) if rows > 1 and tail.starts_idle else tail
 
     @property
     def noised(self) -> bool:

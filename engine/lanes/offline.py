@@ -88,7 +88,7 @@ class OfflineLanes:
     def _lane_engine(self) -> LaneEngine:
         return LaneEngine(
             self._borrow,
-            (self._runners.bucket(len(self._active.request)),),
+            (self._runners.bucket(len(self._active.request), self._active.request),),
             watched=self._watched,
             given_noise=self._active.request.noise is not None,
             may_halve=not self._runners.invariant,
@@ -205,7 +205,7 @@ def generate(
     first = 0
     while first < len(request) or under_way:
         if first < len(request):
-            part = request.part(first, min(first + runners.batch, len(request)))
+            part = request.part(first, min(first + runners.batch_for(request), len(request)))
             result = room_for(runners, part)
             lanes = OfflineLanes(runners, part, result, strict=True, watched=False, deferred=True)
             for _ in lanes.run():

@@ -18,6 +18,7 @@ from stepfusion.execution.forking import check_process
 from stepfusion.execution.plan import REFERENCE_ONLY, Plan, eager_plan
 from stepfusion.execution.streams import Reached
 from stepfusion.kernels import STREAM_INITIAL, reference
+from stepfusion.kernels.coefficients import HISTORY
 from stepfusion.kernels.launch import plain_torch
 from stepfusion.lanes.batch_size import default_batch, free_bytes, largest_batch, peak_bytes
 from stepfusion.lanes.conditions import Prompts, blank_options, prompts_on
@@ -26,13 +27,15 @@ from stepfusion.lanes.editing import in_latents, noised
 from stepfusion.lanes.pictures import with_tensors
 from stepfusion.lanes.prepared import PreparedConditions
 from stepfusion.lanes.request import Request, Tables, make_request
-from stepfusion.lanes.runner import Runner, RunnerKey, as_int64
+from stepfusion.lanes.runner import Part, Runner, RunnerKey, as_int64
 from stepfusion.lanes.transfer import upload
 from stepfusion.model_spec import ModelSpec
 from stepfusion.options import ExecutionOptions, SamplingOptions
 from stepfusion.samplers.table import StepTable
 
 _IDLE = 4  # runners kept for the next requests
+
+Kept = tuple[int, ...] | None  # shape of what the network keeps of an image, if rows reuse it
 
 
 class Runners:
@@ -72,6 +75,7 @@ class Runners:
             PreparedConditions(evaluator, spec.conditions, plan.device, plan.dtype) if spec.conditions else None
         )
         self._batch = default_batch(options, plan.device)
+        self._fitting: dict[Kept, int] = {}  # the most lanes that keep this, if free memory decides it
         # Weights are copied and cast on the stream of this thread, and others will read them.
         self._weights = Reached(plan.device) if plan.device.type == "cuda" else None
 
@@ -97,20 +101,21 @@ class Runners:
     @property
     def batch(self) -> int:
         """The most lanes at a time; found by a trial at the first call if free memory decides it."""
-        if self._batch is None:
-            self._batch = self._fitting_batch()
-        return self._batch
+        return self._most(None)
 
     @property
     def batch_is_known(self) -> bool:
         """False until the trial that finds :attr:`batch`."""
-        return self._batch is not None
+        return self._batch is not None or None in self._fitting
 
-    def bucket(self, images: int) -> int:
-        """The lanes for so many images: the smallest power of two that holds them, at most :attr:`batch`."""
-        if self.invariant:
-            return self.batch
-        return min(self.batch, 1 << max(0, images - 1).bit_length())
+    def batch_for(self, request: Request) -> int:
+        """The most lanes at a time for a request: fewer may fit if lanes keep what its rows reuse."""
+        return self._most(self._kept(request))
+
+    def bucket(self, images: int, request: Request | None = None) -> int:
+        """The lanes for so many images: the smallest power of two that holds them, at most what fits of a request."""
+        most = self.batch if request is None else self.batch_for(request)
+        return most if self.invariant else min(most, 1 << max(0, images - 1).bit_length())
 
     @plain_torch(gradients=False)
     def request(self, n: int | Request | None, table: Tables | None, options: SamplingOptions) -> Request:
@@ -207,7 +212,7 @@ class Runners:
             logprobs=logprobs,
         )
 
-    def _kept(self, request: Request) -> tuple[int, ...] | None:
+    def _kept(self, request: Request) -> Kept:
         """The shape of what the network keeps of an image, if rows of this request reuse it."""
         if request.table.reuses is None or self.plan.network.value == "openvino":
             return None
@@ -230,19 +235,34 @@ class Runners:
         self.pool.clear()
         self._batch = lanes
 
-    def _fitting_batch(self) -> int:
-        """The largest batch that the free memory allows, by trial."""
-        request = self.request(1, self.spec.table("ddim", 1), blank_options(self.spec))
+    def _most(self, kept: Kept) -> int:
+        if self._batch is not None:
+            return self._batch
+        if kept not in self._fitting:
+            self._fitting[kept] = self._fitting_batch(kept)
+        return self._fitting[kept]
+
+    def _fitting_batch(self, kept: Kept) -> int:
+        """The largest batch that the free memory allows, by trial of all that a tick of this model may need.
+
+        That is guidance if the model has something that stands for no condition, the longest history, and a known
+        region; and what lanes keep, if rows reuse it.
+        """
+        spec = self.spec
+        guided = spec.null_label is not None or bool(spec.conditions)
+        request = self.request(1, spec.table("ddim", 1), blank_options(spec, 2.0 if guided else 1.0))
+        part = Part.WHOLE if kept is None else Part.BOTH  # lanes at whole rows beside lanes at others
+        self.pool.clear()  # what idle runners hold is free for others
+        tables = DeviceTables(self.evaluator, self.plan.device, self.key(request, 1).capacity or len(request.table))
+        tables.hold(request.table)  # once, and what it takes for a while is not a tick's
 
         def peak(lanes: int) -> int:
-            def run() -> None:
-                runner = Runner(self.evaluator, self.key(request, lanes), self.plan.ops, prepared=self._prepared)
-                runner.load(request.table)
-                with torch.no_grad():
-                    runner.tick()
+            key = replace(self.key(request, lanes), history=len(HISTORY), known=True, kept=kept)
 
-            if self._weights is not None:
-                self._weights.wait()
+            def run() -> None:
+                with torch.no_grad():
+                    self.make(key, tables).tick(part=part)
+
             run()  # what is paid once is paid before measuring
             return peak_bytes(run, self.plan.device)
 

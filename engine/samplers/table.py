@@ -177,6 +177,12 @@ class StepTable:
         """True if every row says how to noise a known region again: of samplers, and not of an inversion."""
         return bool((self.column("known_x") != 0).all())
 
+    @property
+    def starts_idle(self) -> bool:
+        """True if the first row leaves x as it is and keeps nothing, as a corrector without its predictor does."""
+        moves = ("next_x0", "next_out", "sigma", *HISTORY, "keep_x", "keep_x0")
+        return bool(self.column("next_x")[0] == 1 and not any(self.column(name)[0] for name in moves))
+
     @cached_property
     def transitions(self) -> torch.Tensor:
         """What the log-probability of each row's step needs (:func:`stepfusion.kernels.transitions_of`), [R, 2]."""

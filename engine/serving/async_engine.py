@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from stepfusion import _checks
 from stepfusion.engine import Engine
-from stepfusion.lanes.request import Event
+from stepfusion.lanes.request import Event, Request, Tables
 from stepfusion.options import SamplingOptions
-from stepfusion.samplers.table import StepTable
 from stepfusion.serving.backlog import Backlog
 from stepfusion.serving.errors import DeadlineExceeded, EngineClosed, EngineDead, Overloaded
 from stepfusion.serving.events import EventQueue, LastEvents
@@ -121,8 +120,8 @@ class AsyncEngine:
 
     def submit(
         self,
-        n: int | None = None,
-        table: StepTable | Sequence[StepTable] | None = None,
+        n: int | Request | None = None,
+        table: Tables | None = None,
         *,
         output: str = "float32",
         priority: int = 0,
@@ -173,14 +172,12 @@ class AsyncEngine:
         job.future.add_done_callback(lambda future: worker.cancel(number) if future.cancelled() else None)
         return job.future
 
-    async def generate(
-        self, n: int | None = None, table: StepTable | Sequence[StepTable] | None = None, **arguments: Any
-    ) -> Result:
+    async def generate(self, n: int | Request | None = None, table: Tables | None = None, **arguments: Any) -> Result:
         """:meth:`submit`, and wait. A task that is cancelled meanwhile frees its lanes by the next tick."""
         return await asyncio.wrap_future(self.submit(n, table, **arguments))
 
     async def stream(
-        self, n: int | None = None, table: StepTable | Sequence[StepTable] | None = None, **arguments: Any
+        self, n: int | Request | None = None, table: Tables | None = None, **arguments: Any
     ) -> AsyncIterator[Event | Result]:
         """:meth:`submit`, and yield an :class:`stepfusion.Event` after every ``every``-th step, then the Result.
 

@@ -24,7 +24,7 @@ from stepfusion.export.manifest import MANIFEST, Manifest
 from stepfusion.export.program import example_inputs
 from stepfusion.export.spec_json import model_to_json
 from stepfusion.export.tick import InitialNoise, predict
-from stepfusion.export.tick_loop import level_inputs, outputs_of, walk
+from stepfusion.export.tick_loop import outputs_of, table_inputs, walk
 from stepfusion.export.tick_program import (
     check_tick,
     compare_tick,
@@ -115,9 +115,9 @@ def test_a_history_that_no_row_reads_may_hold_anything() -> None:
     engine = path_engine(SIGMA)
     table = engine.table("heun", 3)
     x, _, *shared, _ = tick_example(engine, 2, history=1)
-    values, levels = table.on(x.device), level_inputs(table, x.device)
-    shared[0:2] = values.coefficients, values.timesteps
-    shared[4:6] = levels
+    values = table_inputs(table, x.device)
+    shared[0:2] = values["coefficients"], values["timesteps"]
+    shared[4:6] = values["told"], values["in_scale"]
     tick = tick_module(engine, history=1)
     row, nothing = torch.tensor([0, -1]), torch.full((2, 1, *SHAPE), torch.nan)
     moved, kept = tick(x, row, *shared, nothing)
@@ -128,6 +128,15 @@ def test_a_history_that_no_row_reads_may_hold_anything() -> None:
     assert torch.equal(moved[1], x[1])
     corrected, _ = tick(x, torch.tensor([1, 1]), *shared, nothing)
     assert corrected.isnan().all()  # the corrector reads it
+
+
+def test_a_table_is_put_on_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    put = sf.StepTable.on
+    monkeypatch.setattr(sf.StepTable, "on", lambda *given: seen.append(given) or put(*given))
+    engine = path_engine(FLOW)
+    walked(lambda x, *_: x, engine, engine.table("euler", 3))
+    assert len(seen) == 1
 
 
 def test_a_row_that_uses_more_history_than_a_tick_keeps_gives_nan() -> None:

@@ -31,6 +31,16 @@ def test_largest_batch(fixed: int, each: int, free: int, most: int, batch: int) 
     assert largest_batch(linear(fixed, each), free, most) == batch
 
 
+@pytest.mark.parametrize(("room", "batch"), [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 4)])
+def test_a_trial_may_not_fit(room: int, batch: int) -> None:
+    def peak(images: int) -> int:
+        if images > room:
+            raise torch.OutOfMemoryError("no room")
+        return images * GIB
+
+    assert largest_batch(peak, room * GIB) == batch
+
+
 @pytest.mark.parametrize(
     ("positions", "kind"), [([0], slice), ([3, 4, 5], slice), ([3, 5], torch.Tensor), ([1, 0], torch.Tensor)]
 )

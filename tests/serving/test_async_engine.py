@@ -35,6 +35,13 @@ def test_a_result_is_what_sample_returns() -> None:
     assert torch.equal(pixels.images, engine.to_uint8(engine.sample(**REQUEST)))
 
 
+def test_a_request_that_was_made_before() -> None:
+    engine = small_engine()
+    request = engine.request(**REQUEST)
+    result = asyncio.run(run(engine, n=request))
+    assert torch.equal(result.images, engine.sample(request))
+
+
 def test_a_table_and_a_table_for_each_image() -> None:
     engine = small_engine()
     tables = [engine.table(steps=5), engine.table("ddpm", 3)]
