@@ -138,7 +138,7 @@ class Scheduler:
     def add(self, job: ServedRequest) -> None:
         """Take a request on; its images are in the backlog.
 
-        If there is no memory for the states that its image gives it to start from, it ends; other lanes stay as they are.
+        If there is no memory for the states that its image gives it to start from, it alone ends.
         """
         self._requests[job.number] = job
         try:
