@@ -138,7 +138,7 @@ class Scheduler:
     def add(self, job: ServedRequest) -> None:
         """Take a request on; its images are in the backlog.
 
-        If there is no memory for the states that its image gives it to start from, it ends: nobody else's lanes change.
+        If there is no memory for the states that its image gives it to start from, it ends, and nothing else changes.
         """
         self._requests[job.number] = job
         try:
