@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PREBUILT ?=
 PYTEST_ARGS ?=
 
 # Keeps the repository root off sys.path: our folder `kernels` would shadow a library of that name.
@@ -83,9 +84,9 @@ docs: $(VENV)/.dev  ## build the documentation site into build/site, warnings ar
 	@log=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict 2>&1) || { echo "$$log"; exit 1; }
 	@echo "build/site/index.html; with the search box: $(BIN)/python -m http.server -d build/site"
 
-wheel: $(VENV)/.dev  ## build the source archive, and from it the wheel, into dist/
+wheel: $(VENV)/.dev  ## the source archive, and from it the wheel, into dist/; PREBUILT=1 for this platform, C++ compiled
 	@rm -rf build/lib build/bdist.* dist
-	@log=$$($(BIN)/python -m build --no-isolation --outdir dist . 2>&1) || { echo "$$log"; exit 1; }
+	@log=$$(STEPFUSION_PREBUILT=$(PREBUILT) $(BIN)/python -m build --no-isolation --outdir dist . 2>&1) || { echo "$$log"; exit 1; }
 	@ls dist/*
 
 clean:  ## remove everything that the targets made

@@ -116,6 +116,29 @@ _LATENT: dict[str, dict[str, Any]] = {
     },
 }
 LATENT = tuple(_LATENT)
+#: Small ones of the same kinds.
+_TINY_LATENT: dict[str, dict[str, Any]] = {
+    "tiny-text": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 8,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+    },
+    "tiny-dit": {
+        **_LATENT["dit-xl-2"],
+        "sample_size": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "num_embeds_ada_norm": 10,
+    },
+}
+TINY_LATENT = tuple(_TINY_LATENT)
 
 
 #: What a benchmark can count or time.
@@ -191,11 +214,14 @@ class BenchModel:
         return StepTable.from_columns("evaluation", prediction, self.schedule, timesteps, columns)
 
 
-def latent_network(name: str) -> UNet2DCondition | DiT:
-    """One of :data:`LATENT`, its weights as PyTorch's layers make them, on the default device."""
-    config = _LATENT[name]
+def latent_network(name: str, size: int | None = None) -> UNet2DCondition | DiT:
+    """One of :data:`LATENT` or :data:`TINY_LATENT`, its weights as PyTorch's layers make them, on the default device.
+
+    ``size``: height and width of its latents, in place of the config's.
+    """
+    config = {**_LATENT, **_TINY_LATENT}[name]
     kind = DiT if config["_class_name"] == "DiTTransformer2DModel" else UNet2DCondition
-    return kind.from_config(config)
+    return kind.from_config(config if size is None else {**config, "sample_size": size})
 
 
 def load_model(source: str | os.PathLike[str]) -> BenchModel:

@@ -16,8 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+import torch
 
 import stepfusion
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
@@ -77,13 +79,14 @@ def copy_sources(to: Path) -> Path:
     skip = shutil.ignore_patterns("__pycache__")
     for folder in [*PACKAGES, "tests"]:
         shutil.copytree(ROOT / folder, to / folder, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
     return to
 
 
-def build_wheel(root: Path) -> Path:
-    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".", cwd=root, PYTHONSAFEPATH="1")
+def build_wheel(root: Path, prebuilt: str = "") -> Path:
+    build = "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."
+    run_python(*build, cwd=root, PYTHONSAFEPATH="1", STEPFUSION_PREBUILT=prebuilt)
     (wheel,) = (root / "dist").glob("*.whl")
     return wheel
 
@@ -115,42 +118,80 @@ def check_installed(wheel: Path, site: Path, names: dict[str, Path]) -> None:
     assert all(Path(file).is_relative_to(site) for file in files.splitlines()), files
 
 
-@pytest.mark.soak
-def test_the_wheel_is_installed_by_name_and_version_and_samples(tmp_path: Path) -> None:
-    """In a fresh environment, whose dependencies are those of this one."""
-    dist = build_wheel(copy_sources(tmp_path / "sources")).parent
-    environment, python = tmp_path / "environment", tmp_path / "environment" / "bin" / "python"
-    run_python("-m", "venv", "--without-pip", str(environment), cwd=tmp_path)
-    wanted = f"stepfusion=={stepfusion.__version__}"
-    pip = (
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--find-links",
-        str(dist),
-    )
-    run_python(*pip, wanted, cwd=tmp_path)
+def install(dist: Path, environment: Path) -> None:
+    """Install the package by name and version into a fresh environment, whose dependencies are those of this one."""
+    run_python("-m", "venv", "--without-pip", str(environment), cwd=dist)
+    pip = "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "-q", "--no-index", "--no-deps"
+    run_python(*pip, "--find-links", str(dist), f"stepfusion=={stepfusion.__version__}", cwd=dist)
     (packages,) = environment.glob("lib/python*/site-packages")
     ours = [path for path in sys.path if Path(path).name.endswith("-packages")]  # plain paths: no editable install
     (packages / "dependencies.pth").write_text("\n".join(ours))
 
-    def command(*words: str) -> str:
-        inherited = {
-            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
-        }
-        command = [str(environment / "bin" / "stepfusion"), *words]
-        return subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True, check=True).stdout
 
-    assert command("--version") == f"stepfusion {stepfusion.__version__}\n"
-    where = [str(python), "-c", "import stepfusion; print(stepfusion.__file__)"]
-    assert Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout).is_relative_to(environment)
-    assert "samples.png" in command("sample", "fashion-mnist", "-n", "1", "--steps", "2", "--device", "cpu")
+def run_installed(environment: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of that environment, beside it."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    command = [str(environment / "bin" / words[0]), *words[1:]]
+    options: dict[str, Any] = {"cwd": environment.parent, "capture_output": True, "text": True, "check": True}
+    return subprocess.run(command, env={**inherited, **env}, **options)
+
+
+@pytest.mark.soak
+def test_the_wheel_is_installed_by_name_and_version_and_samples(tmp_path: Path) -> None:
+    wheel = build_wheel(copy_sources(tmp_path / "sources"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    environment = tmp_path / "environment"
+    install(wheel.parent, environment)
+    assert run_installed(environment, "stepfusion", "--version").stdout == f"stepfusion {stepfusion.__version__}\n"
+    where = run_installed(environment, "python", "-c", "import stepfusion; print(stepfusion.__file__)").stdout
+    assert Path(where).is_relative_to(environment)
+    sample = "sample", "fashion-mnist", "-n", "1", "--steps", "2", "--device", "cpu"
+    assert "samples.png" in run_installed(environment, "stepfusion", *sample).stdout
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+SAMPLE = """
+import hashlib, sys
+import stepfusion as sf
+
+engine = sf.Engine.from_pretrained("fashion-mnist", device="cpu", network="cpp", dtype=sys.argv[1])
+print(hashlib.sha256(engine.sample(2, steps=5, eta=1.0, seed=3).numpy().tobytes()).hexdigest())
+print(engine.explain())
+"""
+
+
+@pytest.mark.soak
+def test_a_wheel_of_this_platform_needs_no_compiler(tmp_path: Path) -> None:
+    """It has every library that this processor can use, and samples the bits of those that are compiled here."""
+    wheel = build_wheel(copy_sources(tmp_path / "sources"), prebuilt="1")
+    tag, platform = wheel.stem.split("-", 2)[2].rsplit("-", 1)
+    assert (tag, platform != "any") == ("py3-none", True)
+    faults = wheel_faults(wheel, tmp_path / "sources")
+    assert not faults["missing"]
+    assert all(
+        path.startswith("stepfusion/kernels/cpu/prebuilt/") and path.endswith(".so") for path in faults["stray"]
+    )
+    environment = tmp_path / "environment"
+    install(wheel.parent, environment)
+    without = {"CXX": "/no/such/compiler", "STEPFUSION_CACHE": str(tmp_path / "without")}
+    compiled = {"STEPFUSION_CXXFLAGS": "-DOTHER", "STEPFUSION_CACHE": str(tmp_path / "compiled")}
+    variants = [(torch.float32, {}), (torch.float32, {"ATEN_CPU_CAPABILITY": "avx2"}), (torch.bfloat16, {})]
+    for dtype, limit in variants:
+        if why_not_cpu_kernels(dtype) is not None:
+            continue
+        sample = "python", "-c", SAMPLE, str(dtype).removeprefix("torch.")
+        found, expected = (run_installed(environment, *sample, **limit, **kind) for kind in (without, compiled))
+        assert found.stderr == ""
+        assert expected.stderr.count("stepfusion: compiling the C++ ") in (1, 2)
+        assert found.stdout.count("prebuilt") == 2, found.stdout
+        assert found.stdout == expected.stdout.replace("compiled on this machine", "prebuilt").replace(
+            "compiled when first used", "prebuilt"
+        )
+    plain = run_installed(environment, "stepfusion", "env", **without, ATEN_CPU_CAPABILITY="default")
+    assert "the fused kernels in C++ (DEFAULT, prebuilt)" in plain.stdout
+    assert not list((tmp_path / "without").rglob("*.so"))
+    missing = run_installed(environment, "stepfusion", "env", **{**without, "STEPFUSION_CXXFLAGS": "-DOTHER"}).stdout
+    assert missing.count("there is no C++ compiler '/no/such/compiler', which CXX names") == 4, missing
 
 
 def test_version_is_the_same_everywhere() -> None:

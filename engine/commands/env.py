@@ -18,7 +18,7 @@ from stepfusion.execution.plan import make_plan
 from stepfusion.execution.selftest import Check, self_test, self_test_in_interpreter
 from stepfusion.kernels.backend import HAS_TRITON, BackendError, why_not_triton
 from stepfusion.kernels.cpu import library
-from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
+from stepfusion.kernels.cpu.sampling_library import sampling_library_origin, why_not_sampling_kernels
 
 _PACKAGES = ("triton", "numpy", "safetensors", "pillow", "diffusers", "torch-tensorrt")
 
@@ -38,8 +38,8 @@ def run_env(args: argparse.Namespace) -> int:
     reason = why_not_triton(plan.device)
     if reason is not None and HAS_TRITON:
         checks.append(self_test_in_interpreter())
-    fused = _why_not_fused(plan.device) or "the fused kernels run here"
-    networks = _why_no_network_kernels(plan.device) or "the C++ kernels of networks run here"
+    fused = _fused_kernels(plan.device)
+    networks = _network_kernels(plan.device)
     if args.json:
         report = {
             "versions": versions,
@@ -67,19 +67,24 @@ def run_env(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _why_not_fused(device: torch.device) -> str | None:
-    return why_not_sampling_kernels() if device.type == "cpu" else why_not_triton(device)
+def _fused_kernels(device: torch.device) -> str:
+    """Whether the fused kernels run on a device, and where their library is from, or why not."""
+    if device.type == "cpu":
+        return why_not_sampling_kernels() or f"the fused kernels run here ({sampling_library_origin()})"
+    return why_not_triton(device) or "the fused kernels run here"
 
 
-def _why_no_network_kernels(device: torch.device) -> str | None:
-    """The reason why the C++ kernels of networks cannot run; compiles them if this machine has not yet."""
+def _network_kernels(device: torch.device) -> str:
+    """The same of the C++ kernels of networks; compiles them if this machine has not yet."""
     reason = why_not_cpu_form(device, torch.float32)
-    if reason is None:
-        try:
-            library.load(torch.float32)
-        except BackendError as error:
-            return str(error)
-    return reason
+    if reason is not None:
+        return reason
+    try:
+        library.load(torch.float32)
+    except BackendError as error:
+        return str(error)
+    origin = library.library_origin(torch.float32) or "compiled for this process"
+    return f"the C++ kernels of networks run here ({origin})"
 
 
 def _as_json(check: Check) -> dict[str, object]:

@@ -24,8 +24,12 @@ from stepfusion.kernels.backend import (
     why_not_triton,
 )
 from stepfusion.kernels.cpu.compiler import instruction_set
-from stepfusion.kernels.cpu.library import onednn_limit, why_not_cpu_kernels
-from stepfusion.kernels.cpu.sampling_library import require_sampling_kernels, why_not_sampling_kernels
+from stepfusion.kernels.cpu.library import bfloat16_unit, library_origin, why_not_cpu_kernels
+from stepfusion.kernels.cpu.sampling_library import (
+    require_sampling_kernels,
+    sampling_library_origin,
+    why_not_sampling_kernels,
+)
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 NETWORK_MODES = ("auto", "eager", "cpp", "compile", "graph", "compile+graph", "openvino")
@@ -221,7 +225,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, network: Choice) -> t
         return torch.bfloat16, Choice("bfloat16", "auto: the fast choice on a GPU; the state stays float32")
     if network.value in ("eager", "cpp"):
         return torch.float32, Choice("float32", "auto: the exact choice on a CPU")
-    if (unit := _bfloat16_unit()) is not None:
+    if (unit := bfloat16_unit()) is not None:
         reason = f"auto: a compiled network uses this CPU's {unit}; the state stays float32"
         return torch.bfloat16, Choice("bfloat16", reason)
     return torch.float32, Choice("float32", "auto: neither AMX nor AVX512-BF16 can be used here")
@@ -237,15 +241,6 @@ def _asked_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, Choice]
     return DTYPES[dtype], Choice(dtype, f"asked for{exact}; the state stays float32")
 
 
-def _bfloat16_unit() -> str | None:
-    """What multiplies bfloat16 matrices on this CPU, None if nothing does faster than float32."""
-    if onednn_limit() is not None:
-        return None
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
-
-
 def _backend(backend: str, device: torch.device) -> Choice:
     _checks.choice("backend", backend, BACKENDS)
     source = "asked for"
@@ -257,18 +252,22 @@ def _backend(backend: str, device: torch.device) -> Choice:
         return Choice("triton", f"{source}: the fused kernels", asked=True)
     if backend == "cpu":
         require_sampling_kernels(device)
-        return Choice("cpu", f"{source}: the fused kernels in C++ ({instruction_set()})", asked=True)
+        return Choice("cpu", f"{source}: {_cpp_step()}", asked=True)
     if backend == "reference":
         return Choice("reference", f"{source}: eager PyTorch", asked=True)
     if device.type == "cpu":
         reason = why_not_sampling_kernels()
         if reason is None:
-            return Choice("cpu", f"auto: the fused kernels in C++ ({instruction_set()}), with the reference's bits")
+            return Choice("cpu", f"auto: {_cpp_step()}, with the reference's bits")
         return Choice("reference", f"auto: the fused kernels in C++ cannot run: {reason}")
     reason = why_not_triton(device)
     if reason is None:
         return Choice("triton", "auto: Triton drives this device")
     return Choice("reference", f"auto: {reason}")
+
+
+def _cpp_step() -> str:
+    return f"the fused kernels in C++ ({instruction_set()}, {sampling_library_origin()})"
 
 
 def _network(network: str, device: torch.device, step: Choice, dtype: str | torch.dtype, ours: bool) -> Choice:
@@ -293,10 +292,13 @@ def _cpu_network(network: str, dtype: str | torch.dtype, ours: bool) -> Choice:
     if network == "auto" and not ours:
         return Choice("eager", "auto: the C++ kernels know the layers of stepfusion's networks alone")
     name = str(dtype).removeprefix("torch.")
-    reason = why_not_cpu_kernels(torch.float32 if name == "auto" else DTYPES.get(name, torch.float64))
+    kind = torch.float32 if name == "auto" else DTYPES.get(name, torch.float64)
+    reason = why_not_cpu_kernels(kind)
     if reason is None:
         source = "auto" if network == "auto" else "asked for"
-        return Choice("cpp", f"{source}: C++ kernels run networks of ours, and nothing else is compiled")
+        facts = library_origin(kind) or "compiled when first used"
+        facts += f", products by {bfloat16_unit()}" if kind == torch.bfloat16 else ""
+        return Choice("cpp", f"{source}: C++ kernels run networks of ours ({facts}), and nothing else is compiled")
     if network == "cpp":
         raise BackendError(f"network='cpp' cannot run: {reason}; use network='eager'")
     return Choice("eager", f"auto: {reason}")

@@ -7,6 +7,7 @@
 `resnet`             a residual block: both norms, activations and convolutions, shortcut and residual
 `attention`          a self-attention block: norm, projections, softmax and residual
 `library`            loads these, for a dtype and an instruction set, and calls them
-`compiler`           compiles C++ sources once on a machine
+`compiler`           loads a library: prebuilt, or compiled once on a machine
+`prebuild`           compiles all of them for a wheel of one platform
 ===================  =================================================================================
 """

@@ -1,4 +1,4 @@
-"""The C++ kernels of networks: a library for each dtype and instruction set, compiled when it is first used.
+"""The C++ kernels of networks: a library for each dtype and instruction set, prebuilt or compiled when first used.
 
 Float32 runs from AVX2 up, bfloat16 if the processor multiplies matrices of it (AVX512-BF16). The sources are the
 same: what differs is in one header for each dtype.
@@ -35,23 +35,30 @@ _VECTORS = {
 
 ONEDNN_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # in the order in which oneDNN reads them
 _BELOW_AVX512_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+_BELOW_AMX = (*_BELOW_AVX512_BF16, "avx512_core_bf16", "avx512_core_fp16", "avx10_1_512")
 
 
 def why_not_cpu_kernels(dtype: torch.dtype) -> str | None:
     """The reason why the C++ kernels for this dtype cannot run on this machine's CPU; None if they can.
 
-    Compiles nothing: a compiler that is found may still fail.
+    Compiles nothing: if no library is at hand, a compiler that is found may still fail.
     """
     if dtype not in DTYPES:
         return f"the C++ kernels are for {' and '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
     reason = _why_not_bfloat16() if dtype == torch.bfloat16 else _why_not_float32()
-    if reason is not None:
+    if reason is not None or library_origin(dtype) is not None:
         return reason
     try:
         compiler.compiler()
     except compiler.CompilerError as error:
         return str(error)
     return None
+
+
+def library_origin(dtype: torch.dtype) -> str | None:
+    """Where the library for a dtype is from: "prebuilt" or "compiled on this machine"; None if there is none yet."""
+    library = compiler.at_hand(*_parts(dtype, compiler.instruction_set()))
+    return None if library is None else library.origin
 
 
 def _why_not_float32() -> str | None:
@@ -71,7 +78,14 @@ def _why_not_bfloat16() -> str | None:
     return None
 
 
-def onednn_limit() -> str | None:
+def bfloat16_unit() -> str | None:
+    """What oneDNN multiplies bfloat16 matrices by on this CPU: "AMX" or "AVX512-BF16"; None if it has neither."""
+    if torch.cpu._is_amx_tile_supported() and onednn_limit(_BELOW_AMX) is None:
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() and onednn_limit() is None else None
+
+
+def onednn_limit(below: Sequence[str] = _BELOW_AVX512_BF16) -> str | None:
     """The environment variable and value that keep oneDNN below AVX512-BF16; None if none does.
 
     oneDNN reads them once, when PyTorch first calls it, without regard to case, and offers no way to ask for the
@@ -80,7 +94,7 @@ def onednn_limit() -> str | None:
     for name in ONEDNN_LIMITS:
         value = os.environ.get(name)
         if value:
-            return f"{name}={value}" if value.lower() in _BELOW_AVX512_BF16 else None
+            return f"{name}={value}" if value.lower() in below else None
     return None
 
 
@@ -99,11 +113,20 @@ def load(dtype: torch.dtype) -> Any:
 @functools.cache
 def _outcome(dtype: torch.dtype, instructions: str) -> tuple[Any, str | None]:
     """The library, or the reason why there is none. Asked once, for a compiler that fails would fail again."""
-    name = str(dtype).removeprefix("torch.")
     try:
-        return compiler.load(name, source(dtype), flags(dtype, instructions)), None
+        return compiler.load(*_parts(dtype, instructions)).functions, None
     except compiler.CompilerError as error:
         return None, str(error)
+
+
+def libraries() -> list[tuple[str, str, list[str]]]:
+    """Every library that x86-64 processors use: its name, text and flags."""
+    bfloat16 = _parts(torch.bfloat16, "AVX512")
+    return [*(_parts(torch.float32, instructions) for instructions in _VECTORS), bfloat16]
+
+
+def _parts(dtype: torch.dtype, instructions: str) -> tuple[str, str, list[str]]:
+    return str(dtype).removeprefix("torch."), source(dtype), flags(dtype, instructions)
 
 
 def flags(dtype: torch.dtype, instructions: str) -> list[str]:

@@ -150,18 +150,29 @@ constexpr int64_t GRAIN_OF_NOISE = 8 << 10;  // of passes that make noise
 
 // Noise, as kernels/philox.py has it.
 
-constexpr int64_t QUADS = RUN / 4 + 16;  // of a run that starts and ends inside a quad, and what vectors overshoot
-#if defined(__AVX2__)
+// Vectors of counters, and how many of them go through the rounds together, so that the latency of one's products hides
+// behind the others. Four are sixteen registers, which AVX512 has twice.
+#if defined(__AVX512F__)
+using Words = uint64_t __attribute__((vector_size(64)));
+constexpr int64_t TOGETHER = 4;
+#elif defined(__AVX2__)
 using Words = uint64_t __attribute__((vector_size(32)));
+constexpr int64_t TOGETHER = 2;
 #else
 using Words = uint64_t __attribute__((vector_size(16)));
+constexpr int64_t TOGETHER = 2;
 #endif
 constexpr int64_t WORDS = sizeof(Words) / sizeof(uint64_t);
+constexpr int64_t WHOLE = std::max<int64_t>(16, TOGETHER * WORDS);  // quads made at once, by Philox and by Box-Muller
+constexpr int64_t QUADS = RUN / 4 + WHOLE;  // of a run that starts and ends inside a quad, up to a multiple of WHOLE
+static_assert(RUN / 4 % WHOLE == 0 && WHOLE % (TOGETHER * WORDS) == 0);
 
 // 32-bit words in lanes of 64 bits, whose upper halves do not count, times a word: all 64 bits.
 // Compilers multiply vectors of 32-bit words with twice as many shuffles as products; this needs none.
 inline Words wide_product(Words a, uint32_t b) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
   return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #elif defined(__SSE2__)
   return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
@@ -182,7 +193,6 @@ struct Key {
 
 // Philox-4x32-10 (Salmon et al. 2011, section 3.3): four words for each of `quads` counters, in the lower halves.
 inline void philox(const Key& key, uint32_t first, int64_t quads, uint64_t (*words)[QUADS]) {
-  constexpr int TOGETHER = 2;  // vectors, so that the latency of one product hides behind the other
   for (int64_t i = 0; i < quads; i += WORDS * TOGETHER) {
     Words c0[TOGETHER], c1[TOGETHER], c2[TOGETHER], c3[TOGETHER];
     for (int v = 0; v < TOGETHER; v++) {
@@ -245,7 +255,7 @@ struct Noise {
   // The normals of `count` elements of an image, at most RUN, from `element` on.
   const float* draw(const Key& key, int64_t element, int64_t count) {
     const int64_t skipped = element % 4, quads = (skipped + count + 3) / 4;
-    const int64_t whole = (quads + 15) / 16 * 16;  // vectors of any width and nothing else
+    const int64_t whole = (quads + WHOLE - 1) / WHOLE * WHOLE;  // vectors and nothing else
     philox(key, uint32_t(element / 4), whole, words);
     for (int64_t i = 0; i < whole; i++) {
       float a, b, c, d;

@@ -1,4 +1,4 @@
-"""The C++ sampling kernels: one library, compiled when it is first used (:mod:`stepfusion.kernels.cpu.compiler`).
+"""The C++ sampling kernels: one library, prebuilt or compiled when first used (:mod:`.compiler`).
 
 It is apart from the libraries of the network kernels, which need AVX2. These sources are plain C++ for any
 instruction set, compiled for the one that PyTorch uses here: AVX512, AVX2, or what the compiler takes for granted
@@ -37,9 +37,18 @@ _VECTORS = {
 def why_not_sampling_kernels() -> str | None:
     """The reason why the C++ sampling kernels cannot run on this machine; None if they can.
 
-    The first call on a machine compiles them, which takes a few seconds, and says so on stderr.
+    The first call on a machine compiles them if they are not prebuilt; that takes a few seconds, and a line says so.
     """
     return _outcome(compiler.instruction_set())[1]
+
+
+def sampling_library_origin() -> str:
+    """Where the library is from: "prebuilt" or "compiled on this machine".
+
+    Raises:
+        BackendError: there is none.
+    """
+    return _loaded().origin
 
 
 def require_sampling_kernels(device: torch.device) -> None:
@@ -54,8 +63,12 @@ def load() -> Any:
     Raises:
         BackendError: it cannot be compiled or loaded here.
     """
+    return _loaded().functions
+
+
+def _loaded() -> compiler.Library:
     library, reason = _outcome(compiler.instruction_set())
-    if reason is not None:
+    if library is None:
         raise BackendError(f"the C++ sampling kernels cannot run: {reason}; use backend='reference'")
     return library
 
@@ -139,12 +152,21 @@ _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _outcome(instructions: str) -> tuple[Any, str | None]:
+def _outcome(instructions: str) -> tuple[compiler.Library | None, str | None]:
     """The library, or the reason why there is none. Asked once, for a compiler that fails would fail again."""
     try:
-        return compiler.load("sampling", source(), [*FLAGS, *_VECTORS.get(instructions, ())]), None
+        return compiler.load(*_parts(instructions)), None
     except compiler.CompilerError as error:
         return None, str(error)
+
+
+def libraries(*, x86_64: bool) -> list[tuple[str, str, list[str]]]:
+    """Every library that x86-64 processors use, or others: its name, text and flags."""
+    return [_parts(instructions) for instructions in ("DEFAULT", *(_VECTORS if x86_64 else ()))]
+
+
+def _parts(instructions: str) -> tuple[str, str, list[str]]:
+    return "sampling", source(), [*FLAGS, *_VECTORS.get(instructions, ())]
 
 
 def source() -> str:

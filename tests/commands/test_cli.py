@@ -26,6 +26,9 @@ from stepfusion.commands.labels import chosen_labels
 from stepfusion.engine import Engine
 from stepfusion.execution.selftest import Check
 from stepfusion.kernels import backend
+from stepfusion.kernels.cpu import compiler
+from stepfusion.kernels.cpu.library import why_not_cpu_kernels
+from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
 from stepfusion.options import ExecutionOptions
 from stepfusion_testing.tiny_model import CLASS_NAMES, NULL_LABEL, SIZE, save_tiny_model
 
@@ -452,7 +455,19 @@ def test_env_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     for start in (f"stepfusion     {sf.__version__}", f"torch          {torch.__version__}", "device         cpu"):
         assert any(line.startswith(start) for line in lines), start
     assert any(re.match(r"step +(cpu|reference) +auto: ", line) for line in lines)
+    reasons = {"fused kernels": why_not_sampling_kernels(), "C++ networks": why_not_cpu_kernels(torch.float32)}
+    for name, reason in reasons.items():
+        words = r"run here \((prebuilt|compiled on this machine)\)" if reason is None else re.escape(reason)
+        assert any(re.fullmatch(rf"{re.escape(name)} .*{words}", line) for line in lines), name
     assert any(re.match(r"self-test +ok +\w+ step against float64: ", line) for line in lines)
+
+
+def test_env_where_the_kernels_of_networks_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiler, "instruction_set", lambda: "DEFAULT")
+    assert cli.main(["env", "--device", "cpu"]) == 0
+    assert "C++ networks   PyTorch uses DEFAULT here, and the C++ kernels need AVX2\n" in capsys.readouterr().out
 
 
 def test_env_in_json(capsys: pytest.CaptureFixture[str]) -> None:

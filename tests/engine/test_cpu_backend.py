@@ -9,7 +9,7 @@ import torch
 
 import stepfusion as sf
 from stepfusion.execution import plan
-from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
+from stepfusion.kernels.cpu.sampling_library import sampling_library_origin, why_not_sampling_kernels
 
 REASON = why_not_sampling_kernels()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the C++ sampling kernels cannot run: {REASON}")
@@ -88,7 +88,8 @@ def test_auto_takes_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"shape": (1, 4, 4), "device": "cpu"}
     chosen, asked = (sf.Engine(lambda x, t: 0.5 * x, SCHEDULE, backend=b, **arguments) for b in ("auto", "reference"))
     assert chosen.plan.backend.value == "cpu"
-    assert "auto: the fused kernels in C++" in chosen.explain()
+    found = f"{torch.backends.cpu.get_cpu_capability()}, {sampling_library_origin()}"
+    assert f"auto: the fused kernels in C++ ({found}), with the reference's bits" in chosen.explain()
     assert torch.equal(chosen.sample(3, steps=4, eta=1.0), asked.sample(3, steps=4, eta=1.0))
     thresholded = {"table": chosen.table("ddim", 4, threshold=0.9, sample_max_value=2.0)}
     assert torch.equal(chosen.sample(2, **thresholded), asked.sample(2, **thresholded))

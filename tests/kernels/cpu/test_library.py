@@ -20,6 +20,7 @@ def able_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(compiler, "compiler", lambda: ["g++"])
+    monkeypatch.setattr(compiler, "at_hand", lambda *_: None)
     monkeypatch.setattr(torch._C, "_has_mkldnn", True)
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: True)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -58,6 +59,9 @@ def test_without_a_compiler(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(compiler, "compiler", missing)
     assert why_not_cpu_kernels(dtype) == "there is no C++ compiler"
+    monkeypatch.setattr(compiler, "at_hand", lambda name, *_: compiler.Library(None, f"{name}, prebuilt"))
+    assert why_not_cpu_kernels(dtype) is None, "a library that is at hand needs none"
+    assert library.library_origin(dtype) == f"{str(dtype).removeprefix('torch.')}, prebuilt"
 
 
 def test_a_library_that_cannot_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +98,25 @@ def test_onednn_told_to_use_less(name: str, value: str, monkeypatch: pytest.Monk
 def test_onednn_told_to_use_enough(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
     assert why_not_cpu_kernels(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("amx", "limit", "unit"),
+    [
+        (True, "", "AMX"),
+        (True, "AVX10_1_512_AMX", "AMX"),
+        (True, "avx512_core_amx", "AMX"),
+        (True, "AVX512_CORE_BF16", "AVX512-BF16"),
+        (True, "avx512_core_fp16", "AVX512-BF16"),
+        (True, "AVX2", None),
+        (False, "", "AVX512-BF16"),
+        (False, "AVX512_CORE", None),
+    ],
+)
+def test_what_multiplies_bfloat16(amx: bool, limit: str, unit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert library.bfloat16_unit() == unit
 
 
 def test_onednn_reads_its_new_name_first(monkeypatch: pytest.MonkeyPatch) -> None:
