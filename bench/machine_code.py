@@ -48,6 +48,8 @@ class MachineCode:
     Attributes:
         elements: of a thread; where a kernel's block counts pixels, pixels.
         shared: bytes of shared memory of a program.
+        bodies: how often the code has what a norm does with a tile: twice if its programs have several, once for the
+            first and once for the others.
         scratch: bytes of private memory of a thread, for AMD targets; NVIDIA's is ``sass.local``.
         narrow_loads, narrow_stores: accesses to tensor data of fewer than 128 bits. Not counted is the bookkeeping:
             scalars of tables and lanes, stores of int64 flags, and accesses to tensors of less than 16 bytes a
@@ -60,6 +62,7 @@ class MachineCode:
     target: str
     elements: int
     shared: int
+    bodies: int = 1
     scratch: int = 0
     sass: Sass | None = None
     narrow_loads: int = 0
@@ -68,8 +71,8 @@ class MachineCode:
 
     @property
     def instructions_per_element(self) -> float:
-        """SASS instructions over elements of a thread; 0 for AMD targets."""
-        return self.sass.instructions / self.elements if self.sass else 0.0
+        """SASS instructions over elements of a thread, of each body; 0 for AMD targets."""
+        return self.sass.instructions / (self.bodies * self.elements) if self.sass else 0.0
 
 
 def compile_launches(chosen: Iterable[Variant], target: str) -> list[MachineCode]:
@@ -100,7 +103,8 @@ def compile_launches(chosen: Iterable[Variant], target: str) -> list[MachineCode
 
 def _inspect(variant: str, target: str, launch: Launch, disassembled: str) -> MachineCode:
     kernel, threads = launch.kernel, TARGETS[target][2] * launch.options["num_warps"]
-    code = MachineCode(launch.name, variant, target, launch.arguments["BLOCK"] // threads, kernel.metadata.shared)
+    elements, bodies = launch.arguments["BLOCK"] // threads, 1 + (launch.arguments.get("TILES", 1) > 1)
+    code = MachineCode(launch.name, variant, target, elements, kernel.metadata.shared, bodies)
     if "amdgcn" in kernel.asm:
         return replace(code, scratch=sum(map(int, _SCRATCH.findall(kernel.asm["amdgcn"]))))
     sass, ptx, ttgir = parse_sass(disassembled), kernel.asm["ptx"], kernel.asm["ttgir"]

@@ -14,7 +14,6 @@ import torch
 
 from stepfusion.kernels import launch
 from stepfusion.kernels.backend import require_triton, tl, triton
-from stepfusion.kernels.group_norm import channels_last
 from stepfusion.kernels.group_norm_geometry import power_of_two
 from stepfusion.kernels.group_norm_reference import check_residual
 
@@ -130,7 +129,7 @@ def add_bias(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor 
     check_arguments(x, bias, residual, launch.FLOATS)
     if launch.needs_gradient(x, bias, residual):
         return add_bias_reference(x, bias, residual)
-    total = channels_last(x, x.shape[1])
+    total = launch.images_like(x, x.shape[1])
     _add_bias(x, residual, bias, total, None, pads=False)
     return total
 
@@ -154,7 +153,7 @@ def add_bias_padded(
     check_arguments(x, bias, residual, launch.FLOATS)
     if launch.needs_gradient(x, bias, residual):
         return add_bias_padded_reference(x, bias, residual)
-    total, resized = channels_last(x, x.shape[1]), _larger(x, x.shape[2] + 1, x.shape[3] + 1)
+    total, resized = launch.images_like(x, x.shape[1]), _larger(x, x.shape[2] + 1, x.shape[3] + 1)
     if x.numel() == 0:
         resized.zero_()
     _add_bias(x, residual, bias, total, resized, pads=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.group_norm import channels_last, normalise
+from stepfusion.kernels.group_norm import normalise
 from stepfusion.kernels.group_norm_reference import add_group_norm_silu_reference, check_arguments, check_residual
 
 
@@ -30,7 +30,7 @@ def _add_group_norm_silu(
     time: torch.Tensor | None,
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    joined = channels_last(x, len(weight))
+    joined = launch.images_like(x, len(weight))
     return normalise(x, residual, skip, weight, bias, groups, eps, time, None, None, silu, joined), joined
 
 
@@ -38,7 +38,7 @@ def _add_group_norm_silu(
 def _add_group_norm_silu_fake(
     x: torch.Tensor, residual: object, skip: object, weight: torch.Tensor, *_: object, **__: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return channels_last(x, len(weight)), channels_last(x, len(weight))
+    return launch.images_like(x, len(weight)), launch.images_like(x, len(weight))
 
 
 def add_group_norm_silu(

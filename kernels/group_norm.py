@@ -5,17 +5,18 @@
     y     = norm * (1 + scale) + shift                                    Dhariwal & Nichol 2021, if given
     out   = y * sigmoid(y)                                                SiLU: Elfwing et al. 2017
 
-An image is cut by C, H and W alone, its channels into blocks of whole groups and its pixels into splits: lanes are
-independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union and the
-result. If one program can hold all pixels, the statistics stay in its registers and one launch does. No atomics.
+An image is cut by C, H, W and the dtype alone, its channels into blocks of whole groups and its pixels into splits:
+lanes are independent, and no bit depends on the batch. Two launches: the statistics of every split, then their union
+and the result. A block of at most 128 KB is one split, and one launch does: its program reads tile after tile, and
+again, to normalise them, from the last, which it still holds, to the first. No atomics.
 
 If h is wanted as well (:mod:`stepfusion.kernels.add_group_norm`), the launch that reads x first writes it, rounded to
 the dtype of x, and what is normalised is what was written.
 
 Cost, s the size of the dtype: two launches move 3 s an element, of which the second reading comes from L2, and one
-launch 2 s; the statistics that a program of the second launch reads come from L2 and are at most a third of its
-pixels. Batches beyond L2 are cut into pairs of launches for some lanes each: the second reading begins with what the
-first ended with, and finds all of it there. Eager PyTorch moves at least 7 s: concatenation, norm (read twice), SiLU.
+launch 2 s: it reads again from L1 or L2; the statistics that a program of the second launch reads come from L2 and
+are at most a third of its pixels. Batches beyond L2 are cut into pairs of launches for some lanes each: the second
+reading begins with what the first ended with, and finds all of it there. Eager PyTorch moves at least 7 s.
 On sm_90 the first launch takes 10 and the second 18 instructions an element, 2 of these on the special-function
 units: an H200 can issue that at 6 TB/s or more in half precision, so memory is the limit.
 """
@@ -52,21 +53,14 @@ def _sum(x_ptr, residual_ptr, pixel, rows, c, there, C: tl.constexpr):  # type: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
-    x_ptr,
-    residual_ptr,
-    skip_ptr,
-    time_ptr,
-    joined_ptr,
-    pixel,
-    rows,
-    start,
-    c,
-    there,
-    C: tl.constexpr,
-    C_X: tl.constexpr,
-    WIDE: tl.constexpr,
+    images, pixel, rows, start, c, there, C: tl.constexpr, C_X: tl.constexpr, WIDE: tl.constexpr, WRITES: tl.constexpr
 ):
-    """h at pixels ``pixel + rows`` and channels ``c``, float32 [T, W], written to ``joined_ptr`` if given; else 0."""
+    """h at pixels ``pixel + rows`` and channels ``c``, float32 [T, W]; elsewhere 0.
+
+    ``images``: pointers to x, residual, skip, time and what receives h. If the last is given, h is rounded to its
+    dtype, and written there if this tile ``WRITES``.
+    """
+    x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr = images
     if skip_ptr is None:
         h = _sum(x_ptr, residual_ptr, pixel, rows, c, there, C)
     elif C_X % WIDE == 0:
@@ -84,9 +78,46 @@ def _tile(  # type: ignore[no-untyped-def]
         h = tl.where(there, h + time[None, :], 0.0)
     if joined_ptr is not None:
         joined = h.to(joined_ptr.dtype.element_ty)
-        tl.store(joined_ptr + pixel * C + (rows[:, None] * C + c[None, :]), joined, mask=there)
+        if WRITES:
+            tl.store(joined_ptr + pixel * C + (rows[:, None] * C + c[None, :]), joined, mask=there)
         h = joined.to(tl.float32)
     return h
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _statistics(  # type: ignore[no-untyped-def]
+    images,
+    lane,
+    first,
+    P,
+    rows,
+    channels,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    WIDE: tl.constexpr,
+    U: tl.constexpr,
+    FULL: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Mean and M2 of every chunk of TILES tiles, the first at pixel ``first``; the last tile, and its first pixel."""
+    start, c, stop = channels  # the block's first, a tile's, and the first behind the block
+    T: tl.constexpr = rows.shape[0]
+    there = inside(rows, c, first, P, stop, FULL, EVEN)
+    h = _tile(images, lane * P + first, rows, start, c, there, C, C_X, WIDE, True)
+    pixels = tl.minimum(P - first, T).to(tl.float32)
+    mean, m2 = moments(h, there, pixels, U)
+    for _ in range(1, TILES):
+        first += T
+        there = inside(rows, c, first, P, stop, FULL, EVEN)
+        h = _tile(images, lane * P + first, rows, start, c, there, C, C_X, WIDE, True)
+        more = tl.maximum(tl.minimum(P - first, T), 0).to(tl.float32)
+        mean_of_more, m2_of_more = moments(h, there, tl.maximum(more, 1.0), U)
+        apart = mean_of_more - mean
+        mean += apart * (more / (pixels + more))
+        m2 += m2_of_more + apart * apart * (U * pixels * more / (pixels + more))
+        pixels += more
+    return mean, m2, h, first
 
 
 @triton.jit(do_not_specialize=["P"])  # type: ignore[untyped-decorator]
@@ -117,31 +148,13 @@ def group_norm_moments_kernel(  # type: ignore[no-untyped-def]
     lane = lane.to(tl.int64)
     rows = tl.arange(0, T)
     start = block * WIDE
-    c = start + tl.arange(0, W)
-    stop = tl.minimum(start + WIDE, C)
+    channels = (start, start + tl.arange(0, W), tl.minimum(start + WIDE, C))
     if time_ptr is not None:
         time_ptr += lane * time_stride
 
+    images = (x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr)
     first = split * (TILES * T)
-    there = inside(rows, c, first, P, stop, FULL, EVEN)
-    h = _tile(
-        x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
-    )
-    pixels = tl.minimum(P - first, T).to(tl.float32)
-    mean, m2 = moments(h, there, pixels, U)
-    for _ in range(1, TILES):
-        first += T
-        there = inside(rows, c, first, P, stop, FULL, EVEN)
-        h = _tile(
-            x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
-        )
-        more = tl.maximum(tl.minimum(P - first, T), 0).to(tl.float32)
-        mean_of_more, m2_of_more = moments(h, there, tl.maximum(more, 1.0), U)
-        apart = mean_of_more - mean
-        mean += apart * (more / (pixels + more))
-        m2 += m2_of_more + apart * apart * (U * pixels * more / (pixels + more))
-        pixels += more
-
+    mean, m2, _, _ = _statistics(images, lane, first, P, rows, channels, C, C_X, WIDE, U, FULL, EVEN, TILES)
     out_ptr = moments_ptr + ((lane * BLOCKS + block) * 2 * SPLITS + split) * K + tl.arange(0, K)
     tl.store(out_ptr, mean)
     tl.store(out_ptr + SPLITS * K, m2)
@@ -188,7 +201,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     scale_ptr,  # [B, C], or None
     shift_ptr,  # [B, C], or None
     joined_ptr,  # [B, P, C], receives h, or None
-    moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32, or None: a tile holds all pixels
+    moments_ptr,  # [B, BLOCKS, 2, SPLITS, W / U] float32, or None: there is one split
     out_ptr,  # [B, P, C]
     P,
     eps,
@@ -211,6 +224,7 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
 ):
     T: tl.constexpr = BLOCK // W
     K: tl.constexpr = W // U
+    STEP: tl.constexpr = -T if moments_ptr is None else T  # backwards: the tile that was read last is at hand
     FULL: tl.constexpr = W == WIDE and C % WIDE == 0
     # backwards: what the statistics read last is still in L2
     lane, block, split = place(tl.num_programs(0) - 1 - tl.program_id(0), BLOCKS, SPLITS)
@@ -222,15 +236,15 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     if time_ptr is not None:
         time_ptr += lane * time_stride
 
+    images = (x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr)
     first = split * (TILES * T)
-    there = inside(rows, c, first, P, stop, FULL, EVEN)
-    # before the moments: it is on its way while they unite
-    h = _tile(
-        x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
-    )
     if moments_ptr is None:
-        mean, m2 = moments(h, there, P.to(tl.float32), U)
+        block_of = (start, c, stop)
+        mean, m2, h, first = _statistics(images, lane, first, P, rows, block_of, C, C_X, WIDE, U, FULL, EVEN, TILES)
     else:
+        there = inside(rows, c, first, P, stop, FULL, EVEN)
+        # before the moments: it is on its way while they unite
+        h = _tile(images, lane * P + first, rows, start, c, there, C, C_X, WIDE, True)
         mean, m2 = _gather(moments_ptr + (lane * BLOCKS + block) * 2 * SPLITS * K, P, U, TILES * T, SPLITS, S, K)
     mean, variance = unite(mean, m2, P.to(tl.float32), D, U, WIDE // D)
 
@@ -245,20 +259,13 @@ def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     gain = chunks(gain[None, :], U) * reciprocal_root(variance + eps)[None, :, None]
     offset = chunks(offset[None, :], U)
 
+    there = inside(rows, c, first, P, stop, FULL, EVEN)
     _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
     for _ in range(1, TILES):
-        first += T
+        first += STEP
         there = inside(rows, c, first, P, stop, FULL, EVEN)
-        h = _tile(
-            x_ptr, residual_ptr, skip_ptr, time_ptr, joined_ptr, lane * P + first, rows, start, c, there, C, C_X, WIDE
-        )
+        h = _tile(images, lane * P + first, rows, start, c, there, C, C_X, WIDE, False)
         _store(out_ptr, h, mean, gain, offset, lane * P + first, rows, c, there, C, U, SILU)
-
-
-def channels_last(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """New images of the size, dtype and device of ``x`` with so many channels, in NHWC memory."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _part(x: torch.Tensor | None, lanes: slice) -> torch.Tensor | None:
@@ -282,7 +289,7 @@ def normalise(
     """Normalise into a new tensor; h goes to ``joined``, if given."""
     require_triton(x.device)
     channels, pixels = len(weight), x.shape[2] * x.shape[3]
-    out = channels_last(x, channels)
+    out = launch.images_like(x, channels)
     if out.numel() == 0:
         return out
     cut = geometry(channels, groups, pixels, x.dtype)
@@ -349,7 +356,7 @@ def _group_norm_silu(
 def _group_norm_silu_fake(
     x: torch.Tensor, skip: object, weight: torch.Tensor, *_: object, **__: object
 ) -> torch.Tensor:
-    return channels_last(x, len(weight))
+    return launch.images_like(x, len(weight))
 
 
 def group_norm_silu(

@@ -12,6 +12,8 @@ _FEWEST_CHANNELS = 16  # of a block that is narrowed to hold all pixels: one sec
 _MOST_CHANNELS = 128  # of a block that is widened to whole vectors
 _TILE = 16384  # elements that one program holds in registers
 _IN_CACHE = 24 << 20  # bytes: with what is written, half of the least L2 that a GPU for bulk work has, and its margin
+_SHARE = _IN_CACHE // 192  # bytes that a program reads twice: it fits for more programs than GPUs run at a time
+_SECTOR = 32  # bytes of DRAM that are read and written together
 MOST_OF_A_GROUP = 2**16  # channels of a group: a tile of one pixel holds it
 
 
@@ -70,14 +72,18 @@ def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geo
     if together * size > _MOST_CHANNELS:
         together = power_of_two(-(-_CHANNELS // size))
     together = min(together, power_of_two(groups))
-    narrow = together // 2 * size
-    if narrow >= _FEWEST_CHANNELS and narrow % 8 == 0 and _rows(together * size) < pixels <= _rows(narrow):
-        together //= 2  # one launch, where it would have been two
+    narrow = together // 2
+    if pixels > _rows(together * size) and _narrows(narrow * size, pixels, dtype.itemsize):
+        together = narrow  # one launch, where it would have been two, or twice the programs of one
     width = power_of_two(together * size)
     rows = _rows(width)
-    # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of the pixels it reads
-    share = power_of_two(pixels) if pixels <= rows else 2 << ((pixels.bit_length() - 1) // 2)
-    tile = min(share, rows)
+    if pixels <= rows or pixels * together * size * dtype.itemsize <= _SHARE:  # one launch
+        tile = min(power_of_two(pixels), rows)
+        share = -(-pixels // tile) * tile
+    else:
+        # 2 sqrt(pixels): the statistics that a program reads, one of each split, stay a fraction of its pixels
+        share = 2 << ((pixels.bit_length() - 1) // 2)
+        tile = min(share, rows)
     warps = max(min(tile * width // 512, 4), tile * width // 1024, 1)
     return Geometry(
         groups=together,
@@ -89,6 +95,13 @@ def geometry(channels: int, groups: int, pixels: int, dtype: torch.dtype) -> Geo
         blocks=-(-groups // together),
         num_warps=min(warps, 16),
     )
+
+
+def _narrows(channels: int, pixels: int, size: int) -> bool:
+    """Whether a block of half as many channels is whole vectors and leaves one launch to do."""
+    if channels < _FEWEST_CHANNELS or channels % 8:
+        return False
+    return pixels <= _rows(channels) or (channels * size % _SECTOR == 0 and pixels * channels * size <= _SHARE)
 
 
 def _rows(channels: int) -> int:

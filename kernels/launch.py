@@ -168,6 +168,12 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
 
 
+def images_like(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """New images of the size, dtype and device of ``x`` with so many channels, in NHWC memory."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` contiguous, in memory that starts at a multiple of 16 bytes, as for :func:`nhwc`."""
     x = x.contiguous()

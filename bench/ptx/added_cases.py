@@ -114,6 +114,7 @@ def _quick() -> list[tuple[AddedNorm | Sum, tuple[str, ...]]]:
     return [
         (AddedNorm(64, 8, 8, 8), NVIDIA),
         (AddedNorm(48, 17, 18, 8, HALF, skip=32), NVIDIA),
+        (AddedNorm(24, 29, 29, 4, SINGLE, skip=16, batch=1), NVIDIA),  # two launches
         (AddedNorm(64, 6, 5, 8, skip=64, residual=False, bias=False), hopper),
         *((Sum((2, 64, 6, 5), BRAIN, name), NVIDIA) for name in _SUMS),
         *((Sum((1, 5, 3, 7), SINGLE, name, residual=False), hopper) for name in _SUMS),
@@ -128,6 +129,7 @@ def _every() -> Iterator[AddedNorm | Sum]:
         yield plain
         yield replace(plain, skip=64, batch=1)
         yield replace(plain, skip=32, height=33, width=35)
+        yield replace(plain, channels=24, skip=16, groups=4, height=41, width=41, batch=1)
         yield replace(plain, channels=20, skip=4, groups=4, height=9, width=9)
         yield replace(plain, residual=False, height=40, width=40)
         yield replace(plain, bias=False, silu=False)

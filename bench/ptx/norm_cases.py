@@ -1,4 +1,4 @@
-"""The norm: one launch and two, ragged channels and pixels, and what stands around it; float64 within rounding."""
+"""The norm: one launch, of one tile and of several, and two; ragged sizes, all options; float64 within rounding."""
 
 from __future__ import annotations
 
@@ -107,8 +107,9 @@ def _quick() -> list[tuple[Norm, tuple[str, ...]]]:
         (Norm(64, 8, 8, 8, extras=_ALL), NVIDIA),
         (Norm(48, 17, 18, 8, HALF, skip=32), NVIDIA),
         (Norm(33, 5, 7, 11, SINGLE, skip=22, extras=_ALL, silu=False), NVIDIA),
-        (Norm(40, 17, 17, 4, BRAIN, extras=("time",), halves=True, batch=1), hopper),
-        (Norm(2500, 4, 5, 1, BRAIN, extras=_ALL, batch=1), hopper),
+        (Norm(24, 29, 29, 4, SINGLE, skip=16, batch=1), NVIDIA),  # two launches
+        (Norm(40, 41, 41, 4, BRAIN, extras=("time",), halves=True, batch=1), hopper),
+        (Norm(2500, 4, 5, 1, SINGLE, extras=_ALL, batch=1), hopper),
         (Norm(24, 9, 9, 2, SINGLE, mean=1e3, std=0.1, batch=1), hopper),
         (Norm(8, 8, 8, 2, SINGLE, std=4e-20, eps=0.0, silu=False, batch=1), NVIDIA),
         (Norm(1, 5, 7, 1, HALF, offset=1), hopper),
@@ -129,6 +130,9 @@ def _ragged() -> Iterator[Norm]:
     yield Norm(1000, 9, 9, 1)
     yield Norm(67, 8, 9, 1, skip=66)
     yield Norm(24, 60, 70, 2, extras=_ALL)
+    yield Norm(40, 41, 41, 4, skip=8, extras=_ALL)
+    yield Norm(2500, 4, 5, 1, extras=_ALL)
+    yield Norm(64, 33, 47, 8)
     yield Norm(16, 1, 1, 8)
     yield Norm(2, 1, 3, 1, extras=_ALL)
     yield Norm(32, 30, 20, 4, skip=16, extras=_ALL)
@@ -150,6 +154,8 @@ def _every() -> Iterator[Norm]:
     yield Norm(256, 32, 32, 32, BRAIN, extras=_ALL)
     yield Norm(256, 4, 4, 32, BRAIN, silu=False)
     yield Norm(256, 14, 14, 32, BRAIN, skip=128)
+    yield Norm(128, 64, 64, 32, BRAIN, extras=("time",), batch=1)
+    yield Norm(512, 32, 32, 32, BRAIN, skip=256, batch=1)
     yield Norm(512, 64, 64, 32, BRAIN, skip=256, batch=1)
     yield Norm(500, 64, 64, 125, BRAIN, batch=1)
 

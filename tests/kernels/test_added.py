@@ -15,11 +15,13 @@ from stepfusion_testing.twins import assert_same_bits, assert_within
 
 SUMS = ("add_bias", "add_bias_doubled", "add_bias_padded")
 DTYPES = (torch.float16, torch.float32)  # Triton's interpreter truncates to bfloat16; compiled code is run elsewhere
-#: Channels, of the skip input, height, width, groups: one launch and two, ragged, one pixel, one channel.
+#: Channels, of the skip input, height, width, groups: one launch, of one tile and of two, and two launches; ragged,
+#: one pixel, one channel.
 SHAPES = [
     (64, 0, 8, 8, 8),
     (24, 8, 9, 7, 4),
     (24, 16, 17, 18, 4),
+    (24, 16, 41, 41, 4),
     pytest.param((20, 12, 33, 35, 4), marks=pytest.mark.soak),
     pytest.param((32, 32, 40, 40, 8), marks=pytest.mark.soak),
     (6, 0, 1, 1, 3),
@@ -122,7 +124,7 @@ def tuples(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 @pytest.mark.interpreter
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_batch_in_parts_has_the_same_bits(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = norm_inputs(24, 16, 17, 17, 4)
+    given = norm_inputs(24, 16, 29, 29, 4)
     if not adds:
         del given["residual"]
         given |= {"scale": torch.randn(3, 120)[:, 40:80], "shift": torch.randn(3, 120)[:, 80:]}
@@ -131,7 +133,7 @@ def test_a_batch_in_parts_has_the_same_bits(adds: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(group_norm, "lanes_in_cache", lambda lanes, size: launches.append((lanes, size)) or 2)
     for ours, theirs in zip(tuples(op(**given)), whole, strict=True):
         assert_same_bits("out", ours, theirs)
-    assert launches == [(3, 17 * 17 * 40 * 4)]
+    assert launches == [(3, 29 * 29 * 40 * 4)]
 
 
 def test_parts_hold_what_the_cache_holds() -> None:

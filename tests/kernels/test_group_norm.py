@@ -194,10 +194,11 @@ RAGGED = [
     Case(1, 5, 7, 1, batch=2),  # one channel
     Case(33, 5, 7, 11, skip=22, batch=2, extras=ALL),  # an odd size of a group, which straddles x and skip
     Case(20, 9, 9, 4, skip=4, batch=2, extras=("scale", "shift")),  # blocks with padding
-    Case(40, 28, 28, 8, batch=2, extras=("time",)),  # pixels beyond a tile
+    Case(40, 28, 28, 8, batch=2, extras=("time",)),  # four tiles
     Case(96, 33, 35, 32),  # 3 channels a group; the last split is short
     Case(200, 13, 11, 5, batch=2, extras=ALL),  # 40 channels a group
     Case(72, 17, 18, 2, skip=24, batch=2, extras=ALL),  # 48 channels a group
+    Case(16384, 2, 1, 1),  # two tiles of a pixel each
     Case(5000, 4, 5, 1, extras=ALL),  # one group of all channels, four tiles a program, the last two empty
     Case(1000, 9, 9, 1, batch=2),
     Case(67, 8, 9, 1, skip=66, batch=2),  # an odd size, wider than a block
@@ -220,7 +221,8 @@ def test_ragged_shapes(case: Case, dtype: torch.dtype, device: torch.device) -> 
 
 
 EXTRAS = ((), ("time",), ("scale", "shift"), ALL)
-IMAGES = ((32, 0, 8), (32, 32, 8), (24, 16, 17))  # channels, those of skip, size: the last takes two launches
+#: Channels, those of skip, size: one tile in one launch, several tiles in one launch, two launches.
+IMAGES = ((32, 0, 8), (32, 32, 8), (24, 16, 17), (24, 16, 41))
 
 
 def _options() -> Iterator[Any]:
@@ -242,7 +244,7 @@ def test_options(
     _assert_equivalent(kernels.group_norm_silu, case.arguments(device))
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, 33, 46])
 def test_a_large_mean(size: int, device: torch.device) -> None:
     case = Case(32, size, size, 8, batch=2, mean=1e3, std=0.1)
     _assert_equivalent(kernels.group_norm_silu, case.arguments(device))
@@ -269,7 +271,8 @@ def test_a_variance_below_the_least_normal_number(device: torch.device) -> None:
 # What it promises
 
 
-ONE_LAUNCH, TWO_LAUNCHES = Case(32, 8, 8, 4, 16, 3, extras=ALL), Case(24, 17, 18, 4, 16, 3, extras=ALL)
+ONE_LAUNCH, TWO_LAUNCHES = Case(32, 8, 8, 4, 16, 3, extras=ALL), Case(24, 41, 41, 4, 16, 3, extras=ALL)
+SEVERAL_TILES = Case(24, 17, 18, 4, 16, 3, extras=ALL)  # in one launch
 
 
 @pytest.mark.parametrize(
@@ -277,6 +280,8 @@ ONE_LAUNCH, TWO_LAUNCHES = Case(32, 8, 8, 4, 16, 3, extras=ALL), Case(24, 17, 18
     [
         (ONE_LAUNCH, torch.bfloat16),
         (ONE_LAUNCH, torch.float32),
+        (SEVERAL_TILES, torch.bfloat16),
+        (SEVERAL_TILES, torch.float32),
         (TWO_LAUNCHES, torch.float32),
         pytest.param(TWO_LAUNCHES, torch.bfloat16, marks=pytest.mark.soak),
     ],
@@ -293,7 +298,7 @@ def test_bits_depend_on_neither_batch_nor_place(case: Case, dtype: torch.dtype, 
     assert_same_bits("out", kernels.group_norm_silu(**slices), together[1:])
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, 33, 46])
 def test_nan_stays_in_its_group(size: int, device: torch.device) -> None:
     given = Case(32, size, size, 4, batch=3).arguments(device)
     clean = kernels.group_norm_silu(**given)
@@ -321,10 +326,11 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize(
     ("layout", "size"),
-    [  # one launch, and two, which the launcher gives the same images
+    [  # one launch, of one tile and of two, and two, which the launcher gives the same images
         *((layout, 8) for layout in LAYOUTS),
         ("unaligned", 17),
-        *(pytest.param(layout, 17, marks=pytest.mark.soak) for layout in LAYOUTS if layout != "unaligned"),
+        ("unaligned", 41),
+        *(pytest.param(layout, 41, marks=pytest.mark.soak) for layout in LAYOUTS if layout != "unaligned"),
     ],
 )
 def test_layouts(layout: str, size: int, device: torch.device) -> None:
@@ -381,7 +387,10 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_geometry(dtype: torch.dtype) -> None:
-    """Blocks cover the channels, splits the pixels; a split is never empty; chunks lie in one group."""
+    """Blocks cover the channels, splits the pixels; a split is never empty; chunks lie in one group.
+
+    What several tiles hold is one launch if it is 128 KB at most, and the last of them is not empty.
+    """
     for channels, groups, pixels in GEOMETRIES:
         cut = group_norm.geometry(channels, groups, pixels, dtype)
         share = cut.pixels * cut.tiles
@@ -392,13 +401,16 @@ def test_geometry(dtype: torch.dtype) -> None:
         assert cut.groups * size <= cut.width < 2 * cut.groups * size
         assert cut.pixels * cut.width <= max(16384, cut.width)
         assert 1 <= cut.num_warps <= 16
+        block = cut.groups * size * pixels * dtype.itemsize
+        assert (cut.splits == 1) == (pixels <= cut.pixels or block <= 128 << 10)
+        assert cut.splits > 1 or pixels > (cut.tiles - 1) * cut.pixels
 
 
 @pytest.mark.parametrize("channels", [128, 256, 384, 512, 768, 1024])
 def test_blocks_of_the_published_unets(channels: int) -> None:
-    """Rows of a block are whole sectors of 32 bytes. 128 programs or more at 64x64, and more for more pixels.
+    """Rows of a block are whole sectors of 32 bytes. Of two launches, each has 128 programs or more.
 
-    At 32x32 one program holds all pixels of 16 channels, if these are whole groups: one launch in place of two.
+    At 32x32 and in half precision one program takes all pixels of a block; at 64x64 if 16 channels are whole groups.
     """
     for dtype in (torch.float16, torch.float32):
         for size in (4, 8, 16, 32, 64, 128, 256):
@@ -406,7 +418,8 @@ def test_blocks_of_the_published_unets(channels: int) -> None:
             wide = cut.groups * channels // 32
             assert wide * dtype.itemsize % 32 == 0
             assert channels % wide == 0
-            assert (cut.splits == 1) == (size <= (32 if channels in (128, 256, 512) else 16))
+            largest = {128: 64, 256: 64, 512: 64}.get(channels, 32) if dtype == torch.float16 else 32
+            assert (cut.splits == 1) == (size <= largest)
             if cut.splits > 1:
                 assert cut.splits * cut.blocks >= 2 * size
 
@@ -414,7 +427,7 @@ def test_blocks_of_the_published_unets(channels: int) -> None:
 # As PyTorch sees it
 
 SMALL = Case(16, 6, 6, 4, 8, 2, torch.float16, ALL)
-SPLIT = Case(40, 17, 17, 4, 0, 2, torch.float32, ("time",))
+SPLIT = Case(40, 29, 29, 4, 0, 2, torch.float32, ("time",))
 
 
 @pytest.mark.parametrize("case", [SMALL, SPLIT], ids=str)
@@ -527,8 +540,9 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # Planted errors: the comparison above must fail for each, or it would hold nothing
 
 WHOLE = Case(40, 7, 7, 4, 8, 2, extras=ALL)  # 12 channels a group, which straddle x and skip
-SPLITS = Case(32, 17, 18, 4, 8, 2, extras=ALL)  # ten splits, the last of them short
+SPLITS = Case(32, 29, 29, 4, 8, 2, extras=ALL)  # 27 splits, the last of them short
 TILES = Case(5000, 4, 5, 1)  # three splits of four tiles, the last with two that are empty
+AGAIN = Case(32, 23, 24, 4, 8, 2, extras=ALL)  # one launch, whose three tiles are read twice, the last of them short
 FAR = Case(32, 32, 32, 8, mean=1e3, std=0.1)
 PADDED = Case(12, 8, 8, 1, mean=5.0)  # one group, in a block that is wider
 SIDES = Case(32, 8, 8, 8, 32, 2)  # 8 channels a group: a block of x and one of skip
@@ -548,6 +562,12 @@ MUTANTS: dict[str, tuple[Case, str, str]] = {
     "means of tiles alone": (TILES, "m2_of_more + apart * apart * (U * pixels", "m2_of_more + 0.0 * (U * pixels"),
     "the first tile": (TILES, LAST_STORE, "for"),
     "later tiles": (TILES, "first += T\n", "first += 0\n"),
+    "the mean of later tiles, in one launch": (AGAIN, "mean += apart * (more / (pixels + more))", "mean += 0.0"),
+    "the M2 of later tiles, in one launch": (AGAIN, "m2 += m2_of_more +", "m2 +="),
+    "a short tile that weighs as much": (AGAIN, "tl.maximum(tl.minimum(P - first, T), 0)", "(first * 0 + T)"),
+    "later tiles of the result": (TILES, "first += STEP", "first += 0"),
+    "earlier tiles of the result": (AGAIN, "first += STEP", "first += 0"),
+    "results from the first tile on": (AGAIN, "-T if moments_ptr is None else T", "T"),
     "time": (WHOLE, "h + time[None, :], 0.0", "h, 0.0"),
     "time of another lane": (SPLITS, "time_ptr += lane * time_stride", "time_ptr += 0"),
     "no skip": (WHOLE, "_read(skip_ptr, pixel, rows, c - C_X, there &", "_read(x_ptr, pixel, rows, c - C_X, there &"),
@@ -596,7 +616,7 @@ def _planted(old: str | None, new: str, folder: Path) -> Op:
     return op
 
 
-@pytest.mark.parametrize("case", [WHOLE, SPLITS, TILES, FAR, PADDED, SIDES], ids=str)
+@pytest.mark.parametrize("case", [WHOLE, SPLITS, TILES, AGAIN, FAR, PADDED, SIDES], ids=str)
 def test_a_copy_without_an_error_passes(case: Case, tmp_path: Path, device: torch.device) -> None:
     _assert_equivalent(_planted(None, "", tmp_path), case.arguments(device))
 

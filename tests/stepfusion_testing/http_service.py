@@ -59,6 +59,7 @@ def call(
     headers: dict[str, str] | None = None,
     reading: asyncio.Event | None = None,
     server: tuple[str, int | None] | None = None,
+    asgi: str = "2.3",
 ) -> tuple[asyncio.Future[None], asyncio.Event, list[dict[str, Any]]]:
     """Call an ASGI application as a server does: the running call, an event that is set by its first message, and the
     messages so far.
@@ -66,7 +67,7 @@ def call(
     Args:
         gone: the client leaves when it is set; None if its body never ends.
         reading: the client takes nothing but the head of the response until it is set.
-        server: the address that the request arrived at.
+        server: the address that the request arrived at. asgi: the version of its protocol that the server speaks.
     """
     started, sent = asyncio.Event(), list[dict[str, Any]]()
     messages = [{"type": "http.request", "body": body, "more_body": gone is None}]
@@ -91,7 +92,7 @@ def call(
         "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in given.items()],
         "server": server,
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "asgi": {"version": "3.0", "spec_version": asgi},
     }
     return asyncio.ensure_future(app(scope, receive, send)), started, sent
 

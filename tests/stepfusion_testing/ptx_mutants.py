@@ -43,7 +43,7 @@ PLANTED = Step((9,), torch.float32, "none", "ddim", x0=True, planted=math.nan, r
 KEPT = Step((9,), torch.float32, "none", "all history", history=2, rows=(3, 10))
 PADDED = Norm(20, 9, 9, 4, torch.float32, batch=1)
 TINY = Norm(8, 8, 8, 2, torch.float32, std=4e-20, eps=0.0, silu=False, batch=1)
-SPLIT = Norm(40, 17, 17, 4, torch.float32, batch=1)
+SPLIT = Norm(40, 29, 29, 4, torch.float32, batch=1)
 
 STATISTICS = "means = tl.load(ptr, mask=there"
 MUTANTS = {
@@ -90,6 +90,7 @@ EXCHANGES = {
     "step": Step((1, 33, 32), torch.bfloat16, "drawn", rows=(3,)),
     "pixels": Pixels((1, 3, 32, 32), torch.float32),
     "norm": Norm(24, 5, 7, 2, torch.bfloat16, batch=1),
+    "norm of two tiles": Norm(40, 17, 17, 4, torch.bfloat16, batch=1),
 }
 BARRIER = re.compile(r"^\s*bar\.(?:warp\.)?sync\s+\S+;\n", re.MULTILINE)
 

@@ -19,7 +19,6 @@ LEFT_OUT = {
     "step bfloat16 1x65x80 drawn ddpm rows 3,-1,9",
     "step float32 3x32x32 none ddim known",
     "normal 1x64x64 stream 1 1 lanes",
-    "norm float16 17x18 48+32 channels 8 groups batch 2",
     "layer norm bfloat16 2x5x72",
     "layer norm bfloat16 2x4x1152 adds",
     "log-probability bfloat16 3x32x32",

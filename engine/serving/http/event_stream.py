@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
+from contextlib import suppress
 from functools import partial
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -17,7 +19,7 @@ from stepfusion.serving.http.errors import status_and_message
 from stepfusion.serving.http.origin import Origin
 from stepfusion.serving.http.previews import Preview
 from stepfusion.serving.http.validation import ValidatedRequest
-from stepfusion.serving.http.waiting import Ending, wait_unless
+from stepfusion.serving.http.waiting import Ending, disconnected, wait_unless
 from stepfusion.serving.served_request import Result
 
 _PING_SECONDS = 10.0  # between comments on a stream if nothing else happens, so that no proxy takes it for dead
@@ -45,8 +47,11 @@ class EventStream(StreamingResponse):
         self._encoder, self._ending = encoder, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = disconnected(Request(scope, receive))
         try:
-            await super().__call__(scope, receive, send)
+            # not Starlette's own call, which under a server of ASGI 2.4 sees who is gone when it next sends something
+            with suppress(ClientDisconnect, OSError):  # the latter is what sending raises there
+                await wait_unless(gone, self.stream_response(send))
         finally:
             self._queue.cancel()
 

@@ -328,13 +328,16 @@ def test_a_body_that_does_not_come_is_408(here: Here) -> None:
 # What goes wrong
 
 
+@pytest.mark.parametrize("asgi", ["2.3", "2.4"])
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/stream"])
-def test_who_leaves_frees_the_lanes(here: Here, path: str) -> None:
+def test_who_leaves_frees_the_lanes(here: Here, path: str, asgi: str) -> None:
+    """Under a server of ASGI 2.4, too, in which Starlette waits for a message to be sent."""
+
     async def ask() -> tuple[int, list[Any]]:
         gone = asyncio.Event()
         here.gate.opened.clear()
         ticks = ticks_of(here)
-        running, _, sent = call(here.client.app, path, b'{"n": 8, "steps": 30, "labels": 0}', gone)
+        running, _, sent = call(here.client.app, path, b'{"n": 8, "steps": 30, "labels": 0}', gone, asgi=asgi)
         while here.service.status.busy < 4:
             await asyncio.sleep(0.01)
         gone.set()
