@@ -339,7 +339,7 @@ def test_compiled_network_is_a_plain_callable() -> None:
 
 
 PROCESS = """
-import json, sys, time, torch
+import json, sys, torch
 from torch._dynamo.utils import counters
 from stepfusion.execution.compiled import compile_network
 from stepfusion.networks import UNet2D, UNet2DConfig
@@ -373,16 +373,14 @@ dtype = getattr(torch, sys.argv[1])
 module = {"partly": Partly, "whole": whole}[sys.argv[2]]()
 network = compile_network(module.eval().to(dtype, memory_format=torch.channels_last), torch.device("cpu"), dtype)
 x = torch.randn(2, 3, 8, 8).to(dtype)
-start = time.perf_counter()
 network(x, torch.tensor([1, 2]))
-seconds = time.perf_counter() - start
 assert network.failure is None and network.declined is None
-print(json.dumps({"seconds": seconds, **{key: counters["inductor"][key] for key in
-      ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")}}))
+print(json.dumps({key: counters["inductor"][key] for key in
+      ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")}))
 """
 
 
-def run_twice(folder: Path, dtype: str, cpp: str) -> list[dict[str, float]]:
+def run_twice(folder: Path, dtype: str, cpp: str) -> list[dict[str, int]]:
     """What two processes say that use one cache; the second one leaves no library there that the first did not.
 
     C++ kernels run the network's convolutions, "partly", or the "whole" network.
@@ -397,7 +395,6 @@ def run_twice(folder: Path, dtype: str, cpp: str) -> list[dict[str, float]]:
         libraries.append({path: path.stat().st_mtime_ns for path in folder.rglob("*.so")})
     assert libraries[0]
     assert libraries[0] == libraries[1]
-    assert runs[1]["seconds"] < runs[0]["seconds"] / 2
     return runs
 
 
@@ -417,4 +414,4 @@ def test_the_next_process_reuses_the_cpp_kernels(dtype: str, tmp_path: Path) -> 
     if reason is not None:
         pytest.skip(f"C++: {reason}")
     first, second = run_twice(tmp_path, dtype, "whole")
-    assert first == {**second, "seconds": first["seconds"]}, "Inductor has nothing to do in either"
+    assert first == second, "Inductor has nothing to do in either"

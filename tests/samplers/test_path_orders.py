@@ -211,7 +211,7 @@ def test_edms_deterministic_sampler() -> None:
     """18 steps of algorithm 1: 35 evaluations."""
     table = sf.heun(sf.SigmaPath(), 18)
     assert len(table) == 35
-    assert table.start_scales == (80.0,)
+    assert table.start_scales == pytest.approx((80.0,), rel=1e-14)
     x = 80.0 * X
     want = solvers.edm_sampler(lambda x, sigma: mixture(x, 1.0, sigma), x, np.zeros((18, 1)), steps=18)
     np.testing.assert_allclose(walk_columns(table, mixture, x), want, rtol=0, atol=1e-12)

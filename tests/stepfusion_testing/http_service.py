@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -126,6 +127,19 @@ class Served:
 
 
 @contextmanager
+def logging_restored() -> Iterator[None]:
+    """Where a server in this process sends logs ends with it: some versions of uvicorn leave it as it was set up."""
+    loggers = [logging.getLogger(name) for name in ("stepfusion", "uvicorn", "uvicorn.access", "uvicorn.error")]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, handlers, level, propagate in before:
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
+@contextmanager
 def served_here(app: Any, drain: float = 1.0, **limits: Any) -> Iterator[tuple[Any, int]]:
     """The local server in a thread of this process, with no signal handlers: the server, and its port on 127.0.0.1.
 
@@ -137,7 +151,7 @@ def served_here(app: Any, drain: float = 1.0, **limits: Any) -> Iterator[tuple[A
     class Server(LocalServer):
         capture_signals = nullcontext  # type: ignore[assignment]
 
-    with listen("127.0.0.1", 0) as listening:
+    with logging_restored(), listen("127.0.0.1", 0) as listening:
         server = Server(app, drain, ConnectionLimits(**limits))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
