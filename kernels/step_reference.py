@@ -131,12 +131,13 @@ def _keep(history: torch.Tensor, kept: torch.Tensor, keeps: torch.Tensor) -> Non
 def _clipped(x0: torch.Tensor, bound: torch.Tensor, in_place: bool) -> torch.Tensor:
     """``x0`` in [-bound, bound].
 
-    The two forms have the same bits. The first is much the faster on a CPU; the second has the gradient that clipping
-    should have, 1 at the bounds themselves, where maximum and minimum share it between equals.
+    All forms have the same bits. The first is much the faster on a CPU. The last has the gradient that clipping should
+    have, 1 at the bounds themselves, where maximum and minimum, and in PyTorch 2.14 ``clamp``, share it between equals.
     """
     if in_place:
         return torch.minimum(torch.maximum(x0, -bound, out=x0), bound, out=x0)
-    return x0.clamp(-bound, bound)
+    clipped = x0.clamp(-bound, bound)
+    return torch.where(x0.abs() <= bound, x0, clipped) if launch.needs_gradient(x0) else clipped
 
 
 def _thresholded(x0: torch.Tensor, quantile: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -255,7 +255,7 @@ def test_a_result_is_the_same_with_a_gradient_and_without() -> None:
 
 
 def test_the_gradient_of_the_clip() -> None:
-    """1 inside and at the bounds, as that of ``clamp``, and 0 beyond."""
+    """1 inside and at the bounds, and 0 beyond, whatever this version of PyTorch has for ``clamp``."""
     x = torch.tensor([[-1.5, -1.0, 0.2, 1.0, 1.5]], requires_grad=True)
     columns = table(x0_x=1.0, x0_out=0.0, clip=1.0, next_x0=1.0, next_x=0.0, next_out=0.0, sigma=0.0).float()
     given = (torch.zeros(1, 5), torch.tensor([1]), columns, torch.tensor([7, 8, 9]))

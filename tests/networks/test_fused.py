@@ -289,12 +289,15 @@ def test_the_count_sees_a_bias_a_copy_and_a_residual() -> None:
     assert sum(kinds[kind][1] for kind in PRODUCTS) + tick.bytes_beside_products == sum(k.bytes for k in tick.kernels)
 
 
-@pytest.mark.parametrize(("name", "before", "now"), [("sd-1.5", 958, 530), ("dit-xl-2", 943, 246)])
-def test_launches_of_a_latent_tick(name: str, before: int, now: int) -> None:
-    """What a text or a label alone decides is computed beforehand; docs/gpu.md has the table."""
+@pytest.mark.parametrize(("name", "now"), [("sd-1.5", 530), ("dit-xl-2", 246)])
+def test_launches_of_a_latent_tick(name: str, now: int) -> None:
+    """What a text or a label alone decides is computed beforehand; docs/gpu.md has the table.
+
+    How many launches the whole network has depends on what PyTorch's operators are made of.
+    """
     pytest.importorskip("triton")
     ticks = count_tick(name, 8, guided=True, network=whole), count_tick(name, 8, guided=True)
-    assert tuple(tick.launches for tick in ticks) == (before, now)
+    assert ticks[1].launches == now < ticks[0].launches / 1.5
     assert ticks[1].flops < ticks[0].flops
     assert ticks[1].bytes_beside_products < 0.75 * ticks[0].bytes_beside_products
 
