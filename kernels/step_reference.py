@@ -131,8 +131,8 @@ def _keep(history: torch.Tensor, kept: torch.Tensor, keeps: torch.Tensor) -> Non
 def _clipped(x0: torch.Tensor, bound: torch.Tensor, in_place: bool) -> torch.Tensor:
     """``x0`` in [-bound, bound].
 
-    All forms have the same bits. The first is much the faster on a CPU. The last has the gradient that clipping should
-    have, 1 at the bounds themselves, where maximum and minimum, and in PyTorch 2.14 ``clamp``, share it between equals.
+    All forms have the same bits. The first is much the faster on a CPU. The last has the gradient that clipping
+    should have, 1 at the bounds themselves: maximum and minimum, and ``clamp`` in PyTorch 2.14, share it there.
     """
     if in_place:
         return torch.minimum(torch.maximum(x0, -bound, out=x0), bound, out=x0)
