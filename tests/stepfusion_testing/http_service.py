@@ -126,17 +126,31 @@ class Served:
     url: str
 
 
-@contextmanager
-def logging_restored() -> Iterator[None]:
-    """Where a server in this process sends logs ends with it: some versions of uvicorn leave it as it was set up."""
-    loggers = [logging.getLogger(name) for name in ("stepfusion", "uvicorn", "uvicorn.access", "uvicorn.error")]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    try:
-        yield
-    finally:
-        for logger, handlers, level, propagate in before:
+class LoggingRestored:
+    """Where servers in this process send logs ends with the last of them: old versions of uvicorn leave it as it was.
+
+    They may end in any order, as old versions of pytest end fixtures.
+    """
+
+    _LOGGERS = tuple(logging.getLogger(name) for name in ("stepfusion", "uvicorn", "uvicorn.access", "uvicorn.error"))
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._before: list[tuple[logging.Logger, list[logging.Handler], int, bool]] = []
+
+    def __enter__(self) -> None:
+        if self._inside == 0:
+            self._before = [(one, one.handlers[:], one.level, one.propagate) for one in self._LOGGERS]
+        self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._inside -= 1
+        for logger, handlers, level, propagate in self._before if self._inside == 0 else ():
             logger.handlers[:], logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+_LOGGING_RESTORED = LoggingRestored()
 
 
 @contextmanager
@@ -151,7 +165,7 @@ def served_here(app: Any, drain: float = 1.0, **limits: Any) -> Iterator[tuple[A
     class Server(LocalServer):
         capture_signals = nullcontext  # type: ignore[assignment]
 
-    with logging_restored(), listen("127.0.0.1", 0) as listening:
+    with _LOGGING_RESTORED, listen("127.0.0.1", 0) as listening:
         server = Server(app, drain, ConnectionLimits(**limits))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
