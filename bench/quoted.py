@@ -94,6 +94,19 @@ def _beside(ours: str) -> tuple[Ratio, ...]:
     )
 
 
+def _in_bfloat16(results: str) -> Table:
+    lines = (
+        Ratio("diffusers 0.42.1 as shipped (float32)", _BFLOAT16, "diffusers float32"),
+        Ratio(
+            "diffusers in bfloat16, channels_last, compiled with frozen weights",
+            _BFLOAT16,
+            "diffusers bfloat16 channels_last compiled",
+        ),
+        Ratio("ours in float32", _BFLOAT16, _FLOAT32),
+    )
+    return Table(results, "bfloat16, ours is faster than", _NETWORK, lines)
+
+
 def _kernels(shape: str) -> Table:
     """The sampling kernels for one shape [B, C, H, W], beside diffusers' scheduler."""
     operations = {
@@ -116,20 +129,8 @@ TABLES: dict[str, Table] = {
     "float32": Table("cpu-zen4", _HEAD, _NETWORK, _beside(_FLOAT32)),
     "float32-no-bfloat16": Table("cpu-zen4-no-bfloat16", _HEAD, _NETWORK, _beside(_FLOAT32)),
     "eager": Table("cpu-zen4", "our UNet as eager operators is faster than", _NETWORK, _beside(_EAGER)),
-    "bfloat16": Table(
-        "cpu-zen4-bfloat16",
-        "bfloat16, ours is faster than",
-        _NETWORK,
-        (
-            Ratio("diffusers 0.42.1 as shipped (float32)", _BFLOAT16, "diffusers float32"),
-            Ratio(
-                "diffusers in bfloat16, channels_last, compiled with frozen weights",
-                _BFLOAT16,
-                "diffusers bfloat16 channels_last compiled",
-            ),
-            Ratio("ours in float32", _BFLOAT16, _FLOAT32),
-        ),
-    ),
+    "bfloat16": _in_bfloat16("cpu-zen4-bfloat16"),
+    "amx": _in_bfloat16("cpu-amx"),
     "starts": Table(
         "start-zen3",
         "the first image of a process comes earlier by",
