@@ -191,10 +191,7 @@ class BenchModel:
     def diffusers_network(self) -> Any:
         """The same weights in diffusers' UNet2DModel, float32, on the CPU. ImportError without diffusers."""
         assert isinstance(self.network, UNet2D)
-        config = {k: v for k, v in self.network.config.to_dict().items() if not k.startswith("_")}
-        unet = need("diffusers").UNet2DModel(**config).eval()
-        unet.load_state_dict(self.network.state_dict())
-        return unet
+        return diffusers_twin(self.network, "UNet2DModel")
 
     def flops(self, batch: int) -> int:
         """Of one evaluation, matrix products and convolutions, as PyTorch counts them; nothing is computed."""
@@ -212,6 +209,25 @@ class BenchModel:
         prediction = read_config(self.scheduler_config)[1]
         timesteps = np.full(rows, timestep, dtype=np.int64)
         return StepTable.from_columns("evaluation", prediction, self.schedule, timesteps, columns)
+
+
+def diffusers_twin(network: UNet2D | UNet2DCondition | DiT, kind: str) -> Any:
+    """diffusers' class ``kind`` with the config of a network of ours, and its weights, which both share.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    config = {k: v for k, v in network.config.to_dict().items() if not k.startswith("_")}
+    twin = getattr(need("diffusers"), kind)(**config).eval()
+    twin.load_state_dict(network.state_dict(), assign=True)
+    return twin
+
+
+def fill_zeros(network: Denoiser) -> None:
+    """Draw the parameters that are zero at first: what they multiply, and so the output, would be zero as well."""
+    for parameter in network.parameters():
+        if not parameter.is_meta and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
 
 
 def latent_network(name: str, size: int | None = None) -> UNet2DCondition | DiT:
@@ -239,9 +255,7 @@ def load_model(source: str | os.PathLike[str]) -> BenchModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = ADMUNet(ADMUNetConfig(**{**_ADM_COMMON, **_ADM[str(source)]}))
-            for parameter in network.parameters():  # some are zero at first, and with them the output
-                if not parameter.is_meta and not parameter.any():
-                    torch.nn.init.normal_(parameter, std=0.02)
+            fill_zeros(network)
             return BenchModel(str(source), network.eval(), _SCHEDULER)
     loaded = load_pretrained(source)
     if not isinstance(loaded.network, UNet2D):

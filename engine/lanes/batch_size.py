@@ -35,8 +35,10 @@ def largest_batch(peak: Callable[[int], int], free: int, most: int = _DEFAULT_GP
         peak: peak bytes of a tick of so many images; it may raise torch.OutOfMemoryError.
     """
     one = _tried(peak, 1)
-    for images in () if one is None else _TRIALS:
-        if (several := _tried(peak, images)) is not None and one is not None:
+    if one is None:
+        return 1
+    for images in _TRIALS:
+        if (several := _tried(peak, images)) is not None:
             each = max(1, (several - one) // (images - 1))
             fitting = int((_SHARE * free - max(0, one - each)) // each)
             return 1 << max(0, min(fitting, most).bit_length() - 1)

@@ -154,10 +154,8 @@ def build(text: str, flags: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         path, compiled, linked = (Path(folder) / name for name in ("kernels.cpp", "kernels.o", "kernels.so"))
         path.write_text(text, encoding="utf-8")
-        headers = (
-            f"-I{torch_folder / 'include'}",
-            f"-ffile-prefix-map={torch_folder}=torch",
-        )  # no paths of this machine
+        # The second keeps the place of PyTorch on this machine out of what is compiled.
+        headers = f"-I{torch_folder / 'include'}", f"-ffile-prefix-map={torch_folder}=torch"
         _run([*words, *flags, *headers, "-c", str(path), "-o", str(compiled)])
         # Without -fopenmp: the OpenMP library must be the one that PyTorch runs, whatever its file is called.
         sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]

@@ -16,12 +16,8 @@ from stepfusion.kernels.cpu.library import why_not_cpu_kernels
 
 
 @pytest.mark.parametrize("model", TINY_LATENT)
-def test_everybody_makes_the_same_latents(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ways = (
-        [("eager", "float32"), ("cpp", "float32")]
-        if why_not_cpu_kernels(torch.float32) is None
-        else [("eager", "float32")]
-    )
+def test_everybody_makes_the_same_latents(model: str) -> None:
+    ways = [("eager", "float32")] + [("cpp", "float32")] * (why_not_cpu_kernels(torch.float32) is None)
     work = latent.make_work(model, batch=2, latent=None, steps=3)
     rows = list(latent.measure(model, work, 1, ways))
     assert [row.provider for row in rows] == [latent.DIFFUSERS, *(f"stepfusion {m} {d}" for m, d in ways)]
@@ -51,6 +47,16 @@ def test_the_command_prints_rows(capsys: pytest.CaptureFixture[str], monkeypatch
     ]
     assert latent.main(command) == 0
     assert "| tiny-dit | 4 x 4 | 1 | stepfusion eager float32 |" in capsys.readouterr().out
+
+
+def test_who_cannot_run_here_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bfloat16 on a processor that multiplies no matrices of it."""
+    monkeypatch.setattr("stepfusion.execution.plan.why_not_cpu_kernels", lambda dtype: "this CPU has none")
+    work = latent.make_work("tiny-dit", batch=1, latent=None, steps=2)
+    rows = list(latent.measure("tiny-dit", work, 1, [("cpp", "bfloat16"), ("eager", "float32")]))
+    assert [row.provider for row in rows] == [latent.DIFFUSERS, "stepfusion eager float32"]
+    line = "stepfusion cpp bfloat16: network='cpp' cannot run: this CPU has none; use network='eager'\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_loop_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
