@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +45,8 @@ META = torch.device("meta")
 PRODUCTS = ("convolution", "matrix product", "attention")
 #: Operators that launch another number of kernels than one. A padding fills its result, and copies into it.
 _KERNELS = {"empty": 0, "empty_strided": 0, "empty_like": 0, "new_empty": 0, "constant_pad_nd": 2}
+#: Kind of our kernels whose name has a word; the others are "elementwise".
+_KINDS_OF_OURS = {"norm": "norm", "step": "step", "projection": "matrix product"}
 _MATRIX_PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "addmm_", "baddbmm_")
 
 
@@ -151,10 +153,17 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inner = args[1 if name.startswith(("addmm", "baddbmm")) else 0].shape[-1]
         self._add("matrix product", name, moved, 2 * out.numel() * inner)
 
-    def launched(self, kernel: str, tensors: Sequence[Tensor]) -> None:
-        """Note a launch of a kernel of ours."""
-        kind = "norm" if "norm" in kernel else "step" if "step" in kernel else "elementwise"
-        self._add(kind, kernel, sum(map(_size, tensors)))
+    def launched(self, kernel: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        """Note a launch of a kernel of ours. A product that resamples what it returns counts as what resamples."""
+        kind = next((k for word, k in _KINDS_OF_OURS.items() if word in kernel), "elementwise")
+        flops = 0
+        if kind == "matrix product":
+            depth, columns = options["K_X"] + options["K_SKIP"], options["N"]
+            flops = 2 * tensors[0].numel() * depth  # of the image [B, N, H, W] that is added to
+            assert tensors[0].shape[1] == columns
+            if options["DOUBLES"]:
+                kind = "elementwise"
+        self._add(kind, kernel, sum(map(_size, tensors)), flops)
 
     def _add(self, kind: str, name: str, moved: int, flops: int = 0) -> None:
         self._tick.kernels.append(Kernel(kind, name, moved, flops))
@@ -208,7 +217,7 @@ def counting(tick: Tick) -> Iterator[None]:
     mode = Counting(tick)
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        mode.launched(self.fn.__name__, _tensors((args, kwargs)))
+        mode.launched(self.fn.__name__, _tensors((args, kwargs)), kwargs)
 
     with (
         mock.patch.object(jit.JITFunction, "run", run),

@@ -10,6 +10,7 @@ reference, through autograd, with the same result to rounding.
 from stepfusion.kernels import reference
 from stepfusion.kernels.add_bias import add_bias, add_bias_doubled, add_bias_padded
 from stepfusion.kernels.add_group_norm import add_group_norm_silu
+from stepfusion.kernels.add_projection import add_projection_, add_projection_doubled
 from stepfusion.kernels.backend import BackendError
 from stepfusion.kernels.coefficients import COLUMNS
 from stepfusion.kernels.group_norm import group_norm_silu
@@ -37,6 +38,8 @@ __all__ = [
     "add_bias_padded",
     "add_group_norm_silu",
     "add_layer_norm_modulate",
+    "add_projection_",
+    "add_projection_doubled",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

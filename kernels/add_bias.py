@@ -141,7 +141,7 @@ def add_bias_doubled(
     check_arguments(x, bias, residual, launch.FLOATS)
     if launch.needs_gradient(x, bias, residual):
         return add_bias_doubled_reference(x, bias, residual)
-    resized = _larger(x, 2 * x.shape[2], 2 * x.shape[3])
+    resized = doubled_like(x)
     _add_bias(x, residual, bias, None, resized, pads=False)
     return resized
 
@@ -200,6 +200,11 @@ def check_arguments(
         accepted = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
         launch.check_like("bias", bias, (x.shape[1],), x.device, accepted)
     check_residual(x, residual)
+
+
+def doubled_like(x: torch.Tensor) -> torch.Tensor:
+    """New images with sides twice as long as those of ``x``, in NHWC memory."""
+    return _larger(x, 2 * x.shape[2], 2 * x.shape[3])
 
 
 def _larger(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

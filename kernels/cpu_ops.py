@@ -15,6 +15,8 @@ from stepfusion.kernels.reference import (
     add_bias_padded,
     add_group_norm_silu,
     add_layer_norm_modulate,
+    add_projection_,
+    add_projection_doubled,
     group_norm_silu,
     layer_norm_modulate,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "add_bias_padded",
     "add_group_norm_silu",
     "add_layer_norm_modulate",
+    "add_projection_",
+    "add_projection_doubled",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

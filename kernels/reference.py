@@ -6,6 +6,8 @@ Same signatures, same results within :mod:`stepfusion.kernels.tolerance`; float6
 from stepfusion.kernels.add_bias import add_bias_doubled_reference as add_bias_doubled
 from stepfusion.kernels.add_bias import add_bias_padded_reference as add_bias_padded
 from stepfusion.kernels.add_bias import add_bias_reference as add_bias
+from stepfusion.kernels.add_projection import add_projection_doubled_reference as add_projection_doubled
+from stepfusion.kernels.add_projection import add_projection_reference_ as add_projection_
 from stepfusion.kernels.group_norm_reference import add_group_norm_silu_reference as add_group_norm_silu
 from stepfusion.kernels.group_norm_reference import group_norm_silu_reference as group_norm_silu
 from stepfusion.kernels.layer_norm_reference import add_layer_norm_modulate_reference as add_layer_norm_modulate
@@ -25,6 +27,8 @@ __all__ = [
     "add_bias_padded",
     "add_group_norm_silu",
     "add_layer_norm_modulate",
+    "add_projection_",
+    "add_projection_doubled",
     "ddim_step",
     "ddpm_step",
     "diffusion_step",

@@ -3,8 +3,9 @@
 A :class:`Value` between two layers is what a convolution returned and what is still to be added to it. Whoever reads
 it next adds that: a norm (:func:`stepfusion.kernels.add_group_norm_silu`), or what resamples it
 (:func:`stepfusion.kernels.add_bias_doubled`). Products with the weights of a shortcut and of an attention block's
-output are added in place, by the matrix product itself. The bias of the convolution between the two norms of a block
-is part of the time projections.
+output are added in place, by the matrix product itself, or on the way to a resampled image
+(:func:`stepfusion.kernels.add_projection_doubled`); a bias that a shortcut has still to read goes into its own. The
+bias of the convolution between the two norms of a block is part of the time projections.
 
 Sums of biases and weights that stand side by side are made when they are first needed, and kept with their block: the
 weights may not change afterwards.
@@ -13,13 +14,14 @@ weights may not change afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfusion import kernels
+from stepfusion.kernels.add_projection import projects
 from stepfusion.networks.attention import attend
 
 if TYPE_CHECKING:
@@ -28,15 +30,41 @@ if TYPE_CHECKING:
     from stepfusion.networks.unet2d_condition.transformer import SelfAttention, Transformer
 
 
+class Projection(NamedTuple):
+    """The 1x1 convolution of concat(x, skip) with ``weight`` [N, K]: x and skip as those of :class:`Value`."""
+
+    weight: Tensor
+    x: Tensor
+    skip: Tensor | None = None
+
+
 @final
 class Value:
-    """``x + residual + bias``: x and residual [B, C, H, W] in channels_last, bias [C].
+    """``x + projection + residual + bias``: x and residual [B, C, H, W] in channels_last, bias [C].
 
     Several may refer to one value, as a skip connection does: once somebody has added it up, all have the sum.
     """
 
-    def __init__(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> None:
-        self.x, self.residual, self.bias = x, residual, bias
+    def __init__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+        projection: Projection | None = None,
+    ) -> None:
+        self._x, self.residual, self.bias, self._projection = x, residual, bias, projection
+
+    @property
+    def x(self) -> Tensor:
+        """What a layer returned, with its projection, which is added in place."""
+        if self._projection is not None:
+            weight, x, skip = self._projection
+            if skip is None:
+                _matrix(self._x).addmm_(_matrix(x), weight.t())
+            else:
+                kernels.add_projection_(self._x, x, weight, skip=skip)
+            self._projection = None
+        return self._x
 
     def settle(self, total: Tensor | None = None) -> Tensor:
         """The sum, which is ``total`` if it was made elsewhere."""
@@ -44,8 +72,15 @@ class Value:
             total = self.x
             if self.residual is not None or self.bias is not None:
                 total = kernels.add_bias(self.x, self.bias, self.residual)
-        self.x, self.residual, self.bias = total, None, None
+        self._x, self.residual, self.bias, self._projection = total, None, None, None
         return total
+
+    def doubled(self) -> Tensor:
+        """The sum with every pixel in a square of 2 x 2."""
+        if self._projection is not None and self.residual is None and projects(self._x.dtype, self._x.shape[1]):
+            weight, x, skip = self._projection
+            return kernels.add_projection_doubled(self._x, x, weight, skip=skip, bias=self.bias)
+        return kernels.add_bias_doubled(self.x, self.bias, self.residual)
 
 
 #: What goes from layer to layer: tensors, or values in a network that is fused.
@@ -60,7 +95,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Value:
 
 def residual_block(block: ResnetBlock, x: Value, projections: Tensor, skip: Value | None) -> Value:
     """:meth:`ResnetBlock.forward` without dropout and with an output scale of 1."""
-    h, x = _first_norm(block, x, skip)
+    h, x, joined = _first_norm(block, x, skip)
     if block.resample is not None:
         x, h = Value(block.resampled(x.settle())), block.resampled(h)
     h = convolve(block.conv1, h).x
@@ -72,24 +107,42 @@ def residual_block(block: ResnetBlock, x: Value, projections: Tensor, skip: Valu
         h = block.norm2(h, time=time)
     out = convolve(block.conv2, h)
     if block.conv_shortcut is None:
+        assert joined is None  # without a shortcut a block adds its input, which is one tensor then
         return Value(out.x, x.x, _total(block, "out", out.bias, x.bias))
     weight = block.conv_shortcut.weight.flatten(1)  # [out_channels, in_channels]
-    _matrix(out.x).addmm_(_matrix(x.settle()), weight.t())
-    return Value(out.x, None, _total(block, "out", out.bias, block.conv_shortcut.bias))
+    bias = _total(block, "out", out.bias, block.conv_shortcut.bias, _projected_bias(block, weight, x.bias))
+    return Value(out.x, None, bias, Projection(weight, x.x, joined))
 
 
-def _first_norm(block: ResnetBlock, x: Value, skip: Value | None) -> tuple[Tensor, Value]:
-    """The activated norm of a block's input, and the input: with that of a skip connection, if there is one."""
+def _first_norm(block: ResnetBlock, x: Value, skip: Value | None) -> tuple[Tensor, Value, Tensor | None]:
+    """The activated norm of a block's input, the input, and what is still to be joined to it.
+
+    The input's bias is that of all its channels.
+    """
     if skip is None:
-        whole = block.conv_shortcut is not None or block.resample is not None  # what reads x takes no bias
-        return normalised(block.norm1, x, adds=whole and x.bias is not None), x
+        # what resamples x takes no bias
+        return normalised(block.norm1, x, adds=block.resample is not None and x.bias is not None), x, None
     if skip.residual is not None:
         skip.settle()
     bias = None
     if x.bias is not None or skip.bias is not None:
         bias = folded(block, "in", lambda: torch.cat([_bias(x), _bias(skip)]))
-    h, joined = block.norm1.with_input(x.x, residual=x.residual, skip=skip.x, time=_for_all(bias, x.x))
-    return h, Value(joined)
+    time = _for_all(bias, x.x)
+    if x.residual is None and block.resample is None and _joins(block, x):
+        h = block.norm1(x.x, skip=skip.x, time=time)
+        return h, Value(x.x, bias=bias), skip.x
+    h, joined = block.norm1.with_input(x.x, residual=x.residual, skip=skip.x, time=time)
+    return h, Value(joined), None
+
+
+def _joins(block: ResnetBlock, x: Value) -> bool:
+    """Whether the product of a block's shortcut reads its two inputs where they are."""
+    return block.conv_shortcut is not None and projects(x.x.dtype, block.conv_shortcut.out_channels)
+
+
+def _projected_bias(block: ResnetBlock, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What a bias [K] that is still to be added to the input of a shortcut adds to its output [N]."""
+    return None if bias is None else folded(block, "through", lambda: _wide(weight) @ _wide(bias))
 
 
 def normalised(norm: GroupNormAct, x: Value, *, adds: bool = False) -> Tensor:
@@ -115,9 +168,8 @@ def attention_block(block: Attention, x: Value) -> Value:
     attended = attend(q, k, v, block.heads)
     result = block.to_out[0]
     assert isinstance(result, nn.Linear)
-    # in place: nobody else reads what a residual block made for this one
-    _matrix(x.x).addmm_(attended.reshape(-1, attended.shape[2]), result.weight.t())
-    return Value(x.x, None, _total(block, "out", result.bias, x.bias))
+    # to x itself, in place: nobody else reads what a residual block made for this one
+    return Value(x.x, None, _total(block, "out", result.bias, x.bias), Projection(result.weight, _image(attended, x)))
 
 
 def transformer(layer: Transformer, x: Value, keys_values: Tensor) -> Value:
@@ -129,8 +181,8 @@ def transformer(layer: Transformer, x: Value, keys_values: Tensor) -> Value:
     for block in layer.transformer_blocks:
         tokens = block(tokens, keys_values, joined=True)
     # in place, as in an attention block
-    _matrix(x.x).addmm_(tokens.reshape(-1, channels), layer.proj_out.weight.flatten(1).t())
-    return Value(x.x, None, _total(layer, "out", layer.proj_out.bias, x.bias))
+    projection = Projection(layer.proj_out.weight.flatten(1), _image(tokens, x))
+    return Value(x.x, None, _total(layer, "out", layer.proj_out.bias, x.bias), projection)
 
 
 def joined_queries(layer: SelfAttention, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -151,7 +203,7 @@ def downsampled(layer: Downsample, x: Value) -> Value:
 
 def upsampled(layer: Upsample, x: Value) -> Value:
     """:meth:`Upsample.forward`."""
-    return convolve(layer.conv, kernels.add_bias_doubled(x.x, x.bias, x.residual))
+    return convolve(layer.conv, x.doubled())
 
 
 def projected(network: nn.Module, blocks: list[ResnetBlock], embedding: Tensor) -> Tensor:
@@ -204,6 +256,11 @@ def _wide(bias: Tensor) -> Tensor:
 def _for_all(bias: Tensor | None, x: Tensor) -> Tensor | None:
     """A bias [C] for every image of a batch, [B, C], without a copy."""
     return None if bias is None else bias.expand(len(x), len(bias))
+
+
+def _image(tokens: Tensor, like: Value) -> Tensor:
+    """Tokens [B, H W, C] as an image [B, C, H, W] in channels_last, whose height and width are those of a value."""
+    return tokens.unflatten(1, like.x.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _matrix(x: Tensor) -> Tensor:
