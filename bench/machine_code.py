@@ -103,7 +103,7 @@ def compile_launches(chosen: Iterable[Variant], target: str) -> list[MachineCode
 
 def _inspect(variant: str, target: str, launch: Launch, disassembled: str) -> MachineCode:
     kernel, threads = launch.kernel, TARGETS[target][2] * launch.options["num_warps"]
-    elements, bodies = launch.arguments["BLOCK"] // threads, 1 + (launch.arguments.get("TILES", 1) > 1)
+    elements, bodies = _block(launch) // threads, 1 + (launch.arguments.get("TILES", 1) > 1)
     code = MachineCode(launch.name, variant, target, elements, kernel.metadata.shared, bodies)
     if "amdgcn" in kernel.asm:
         return replace(code, scratch=sum(map(int, _SCRATCH.findall(kernel.asm["amdgcn"]))))
@@ -118,6 +118,12 @@ def _inspect(variant: str, target: str, launch: Launch, disassembled: str) -> Ma
         ),
         contractions=len(_FMA.findall(ptx)),
     )
+
+
+def _block(launch: Launch) -> int:
+    """Elements of a program, of what it returns."""
+    given = launch.arguments
+    return int(given["ROWS"] * given["COLUMNS"] if "ROWS" in given else given["BLOCK"])
 
 
 def measure(targets: Sequence[str] = tuple(TARGETS), *, quick: bool = False) -> list[MachineCode]:

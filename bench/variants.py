@@ -188,6 +188,26 @@ def _add_bias(dtype: torch.dtype, size: int, channels: int, resize: str = "") ->
     return Variant(", ".join([*words, *[resize] * bool(resize)]), launch)
 
 
+def _add_projection(
+    dtype: torch.dtype, size: int, channels: int, x: int, skip: int = 0, *, doubles: bool = False
+) -> Variant:
+    """The product of a shortcut, of ``x`` and ``skip`` channels."""
+
+    def launch() -> None:
+        image, *given = (
+            torch.zeros(2, c, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for c in (channels, x, skip)
+        )
+        weight, options = torch.zeros(channels, x + skip, dtype=dtype), {"skip": given[1] if skip else None}
+        if doubles:
+            kernels.add_projection_doubled(image, given[0], weight, **options, bias=torch.zeros(channels))
+        else:
+            kernels.add_projection_(image, given[0], weight, **options)
+
+    words = [f"{size}x{size}", f"{x}+{skip} to {channels} channels", _name(dtype)]
+    return Variant(", ".join([*words, *["doubled"] * doubles]), launch)
+
+
 def _layer_norm(dtype: torch.dtype, channels: int, tokens: int = 256, *, adds: bool = False) -> Variant:
     """A modulated norm of a transformer, whose modulations are columns of one wider tensor."""
 
@@ -250,6 +270,7 @@ def _everywhere() -> list[Variant]:
         _group_norm(_BRAIN, 16, 256, modulated=True),
         _add_group_norm(_BRAIN, 32, 128),
         _add_bias(_BRAIN, 32, 256),
+        _add_projection(_BRAIN, 64, 256, 256, 128),
         _layer_norm(_BRAIN, 1152),
         _layer_norm(_BRAIN, 1152, adds=True),
     ]
@@ -279,6 +300,8 @@ def _quick() -> list[Variant]:
         _add_group_norm(_BRAIN, 128, 256),
         _group_norm(_BRAIN, 64, 256),
         *(_add_bias(_BRAIN, 32, 128, resize) for resize in ("doubled", "padded")),
+        _add_projection(_BRAIN, 64, 256, 256, 256, doubles=True),
+        _add_projection(_HALF, 16, 512, 512, doubles=True),
         _layer_norm(_SINGLE, 1152),
         *(_layer_norm(_BRAIN, channels, adds=True) for channels in (768, 1024)),
     ]

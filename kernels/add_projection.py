@@ -23,7 +23,7 @@ import torch
 
 from stepfusion.kernels import launch
 from stepfusion.kernels.add_bias import doubled_like
-from stepfusion.kernels.backend import require_triton, tl, triton
+from stepfusion.kernels.backend import interpreting, require_triton, tl, triton
 from stepfusion.kernels.group_norm_geometry import power_of_two
 
 HALF = (torch.float16, torch.bfloat16)
@@ -138,11 +138,14 @@ def _add_projection(
     of_skip = 0 if skip is None else skip.shape[1]
     tile = _tile(height * width, len(weight), of_x, of_skip, doubles=doubles)
     pixels = lanes * height * width
-    x = launch.nhwc(x)
+    if (
+        x.device.type == "cpu" and interpreting() and x.dtype == torch.bfloat16
+    ):  # Triton's interpreter would multiply its bits as integers
+        x, weight, skip = x.float(), weight.float(), None if skip is None else skip.float()
     with launch.on(x.device):
         add_projection_kernel[(-(-pixels // tile.rows) * -(-len(weight) // tile.columns),)](
             out if image is None else launch.nhwc(image),
-            x,
+            launch.nhwc(x),
             None if skip is None else launch.nhwc(skip),
             launch.aligned(weight),
             launch.contiguous(bias),
@@ -178,7 +181,7 @@ def add_projection_(
     """Add the 1x1 convolution of concat(x, skip) to an image, in place.
 
     Args:
-        image: float16 or bfloat16 [B, N, H, W], channels_last, from a multiple of 16 bytes on; receives the sum.
+        image: float16 or bfloat16 [B, N, H, W], channels_last; receives the sum.
         x: [B, K1, H, W] in the dtype of image, read as channels_last: anything else is copied to it. It shares no
             memory with image.
         weight: [N, K1 + K2] in that dtype. skip: like x, with K2 channels, or None, with K2 = 0.
@@ -191,8 +194,8 @@ def add_projection_(
         TypeError, ValueError: naming the argument. BackendError: Triton cannot run on this device.
     """
     check_arguments(image, x, weight, skip, bias, HALF)
-    if not image.is_contiguous(memory_format=torch.channels_last) or image.data_ptr() % 16:
-        raise ValueError("image must be channels_last, from a multiple of 16 bytes on, to be added to in place")
+    if not image.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"image must be channels_last to be added to in place, got strides {list(image.stride())}")
     if launch.needs_gradient(image, x, weight, skip, bias):
         return add_projection_reference_(image, x, weight, skip=skip, bias=bias)
     _add_projection(None, x, weight, skip, bias, image, doubles=False)

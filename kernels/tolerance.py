@@ -22,6 +22,8 @@ UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-1
 #: transition_logprob: 12 of the mean, and twice the 6 of an exponential and its exponent, for a deviation is squared.
 #: winograd_conv2d, relative to the sum of absolute values: 6 of the input's transform, 1 of the weight's, 1 of the
 #: sum of products (whose terms have either sign), 10 of the output's transform.
+#: add_projection, relative to the sum of absolute values: 2 of image and bias, and one for every 8 channels, for
+#: matrix units add up 16 products at a time, and truncate.
 #: resnet_block: two norms, two convolutions, and 2 of the residual. attention_block: a norm, 18 of three products in
 #: a row, 8 of softmax, and 48 that scores, which are larger than what comes of them, bring into its exponential.
 ROUNDINGS = {
@@ -32,6 +34,7 @@ ROUNDINGS = {
     "group_norm_silu": 54,
     "layer_norm_modulate": 100,
     "winograd_conv2d": 18,
+    "add_projection": 2,
     "resnet_block": 146,
     "attention_block": 128,
 }

@@ -41,6 +41,8 @@ NORM_TWICE = (28, 42)  # the same of one launch that reads its tiles twice: alon
 # the same of the layer norm, 48 to 72 elements a thread: alone, and with the residual
 LAYER_NORM_LIMITS = (20, 27)
 ADD_BIAS = 16  # of what adds bias and residual elsewhere, 16 elements a thread
+# the same of a shortcut's product, whatever its depth: on a GPU with matrix units that read shared memory; doubled
+PROJECTION = (16, 36)
 
 ODD_CHANNELS = "500 channels"
 
@@ -118,15 +120,18 @@ def test_every_kernel_compiles_for_every_target(tmp_path_factory: pytest.TempPat
 
 @pytest.mark.slow
 def test_tensor_accesses_are_128_bits_wide(report: list[dict[str, Any]]) -> None:
-    """Exempt: a lane of one element, the loads of to_uint8_kernel, which gather from planes but for C = 1, and what
-    the step reads and writes of a network in NHWC.
+    """Exempt: a lane of one element, the loads of to_uint8_kernel, which gather from planes but for C = 1, what
+    the step reads and writes of a network in NHWC, and the bias of a projection, two numbers at a time.
 
     500 channels in bfloat16 are no multiple of 16 bytes: that norm is a control, which must be found.
     """
     exempt = ("1x1x1x1", "nhwc", ODD_CHANNELS)
     nvidia = [c for c in report if c["sass"] is not None and not any(word in c["variant"] for word in exempt)]
     planes = [c for c in nvidia if c["kernel"] == "to_uint8_kernel" and "x1x" not in c["variant"]]
-    assert not [(c["kernel"], c["variant"], c["target"]) for c in nvidia if _narrow(c) and c not in planes]
+    biases = [c for c in nvidia if c["kernel"] == "add_projection_kernel" and c["sass"]["loads"].get("64", 0) == 8]
+    assert all(c["narrow_loads"] < 8 and c["narrow_stores"] == 0 for c in biases)
+    found = [(c["kernel"], c["variant"], c["target"]) for c in nvidia if _narrow(c) and c not in (*planes, *biases)]
+    assert not found
     assert planes
     assert all(code["narrow_stores"] == 0 for code in planes)
     assert all(_narrow(code) for code in report if ODD_CHANNELS in code["variant"])
@@ -196,6 +201,18 @@ def test_instructions_of_what_adds_biases(report: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+def test_projections_leave_room_for_two_programs(report: list[dict[str, Any]]) -> None:
+    """Registers and shared memory of a multiprocessor, so that one multiplies while another reads and writes."""
+    codes = [code for code in report if code["kernel"] == "add_projection_kernel" and code["target"] == "sm_90"]
+    assert {"doubled" in code["variant"] for code in codes} == {False, True}
+    for code in codes:
+        threads = {64: 256, 32: 256 if "64x64" in code["variant"] else 128}[code["elements"]]
+        assert 2 * threads * code["sass"]["registers"] <= 65536, code
+        assert 2 * (code["shared"] + 1024) <= 227 * 1024, code
+        assert code["instructions_per_element"] <= PROJECTION["doubled" in code["variant"]], code
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adds", [False, True])
 def test_instructions_of_layer_norms(report: list[dict[str, Any]], adds: bool) -> None:
     codes = [code for code in report if code["kernel"] == "layer_norm_modulate_kernel" and code["sass"]]
@@ -212,8 +229,9 @@ def test_no_local_memory(report: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_no_contraction(report: list[dict[str, Any]]) -> None:
-    """Exempt: the norms, which promise their references' results within rounding."""
-    exact = [c for c in report if c["kernel"] not in (*NORM_LIMITS, "layer_norm_modulate_kernel")]
+    """Exempt: norms and products, which promise their references' results within rounding."""
+    rounded = (*NORM_LIMITS, "layer_norm_modulate_kernel", "add_projection_kernel")
+    exact = [c for c in report if c["kernel"] not in rounded]
     assert not [c["variant"] for c in exact if c["target"] != "gfx942" and c["contractions"]]
     assert not [(c["kernel"], c["variant"]) for c in exact if c["target"] == "sm_90" and _contracted(c)]
 

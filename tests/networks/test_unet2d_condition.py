@@ -26,7 +26,15 @@ from diffusers import UNet2DConditionModel
 
 TOLERANCE = 1e-5  # float32, max abs; outputs are of order 1
 CPU = torch.device("cpu")
-TWINS = ("group_norm_silu", "add_group_norm_silu", "add_bias", "add_bias_doubled", "add_bias_padded")
+TWINS = (
+    "group_norm_silu",
+    "add_group_norm_silu",
+    "add_bias",
+    "add_bias_doubled",
+    "add_bias_padded",
+    "add_projection_",
+    "add_projection_doubled",
+)
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
