@@ -19,6 +19,7 @@ from torch import Tensor
 from stepfusion.bench.floors import Floors, measure_floors
 from stepfusion.bench.kernel_elementwise import elementwise
 from stepfusion.bench.kernel_norms import normalisations
+from stepfusion.bench.kernel_projections import projections
 from stepfusion.bench.kernel_token_norms import token_normalisations
 from stepfusion.bench.kernel_work import CPP, DIFFUSERS, INDUCTOR, OURS, REFERENCE, Run, Set, Work
 from stepfusion.bench.measure import Contender, contest
@@ -55,7 +56,7 @@ def kernel_rows(
     passes = [frozenset({INDUCTOR}), frozenset()] if INDUCTOR not in absent else [frozenset[str]()]
     for left_out in passes:  # first those that do not compile; then all, interleaved, whose rows replace the first
         norms = itertools.chain(normalisations(device, size), token_normalisations(device, size))
-        for work in itertools.chain(elementwise(device, _SIZES[size]), norms):
+        for work in itertools.chain(elementwise(device, _SIZES[size]), norms, projections(device, size)):
             torch._dynamo.reset()
             runs = {name: run for name, run in work.runs.items() if name not in left_out}
             yield from _rows(replace(work, runs=runs), device, floors, absent, _ROTATED[size], rounds)

@@ -16,7 +16,7 @@ from stepfusion.bench.ptx.norm_cases import bound
 from stepfusion.kernels import reference
 
 
-def _image(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+def random_image(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
     """Random numbers in channels_last memory, ``offset`` elements behind a well-aligned address."""
     lanes, channels, height, width = shape
     memory = torch.zeros(lanes * channels * height * width + offset, dtype=dtype)[offset:]
@@ -52,14 +52,14 @@ class AddedNorm:
         """The sum equals the reference's, and its norm is float64's within rounding; inputs are left alone."""
         total, size = self.channels + self.skip, (self.height, self.width)
         given: dict[str, Any] = {
-            "x": _image((self.batch, self.channels, *size), self.dtype, self.offset),
+            "x": random_image((self.batch, self.channels, *size), self.dtype, self.offset),
             "weight": torch.randn(total),
             "bias": torch.randn(total),
         }
         if self.residual:
-            given["residual"] = _image((self.batch, self.channels, *size), self.dtype)
+            given["residual"] = random_image((self.batch, self.channels, *size), self.dtype)
         if self.skip:
-            given["skip"] = _image((self.batch, self.skip, *size), self.dtype)
+            given["skip"] = random_image((self.batch, self.skip, *size), self.dtype)
         if self.bias:
             given["time"] = torch.randn(total).expand(self.batch, total)
         before = {name: tensor.clone() for name, tensor in given.items()}
@@ -89,8 +89,8 @@ class Sum:
 
     def check(self, executor: Executor) -> None:
         """Every tensor equals the reference's; inputs are left alone."""
-        x = _image(self.shape, self.dtype, self.offset)
-        residual = _image(self.shape, self.dtype) if self.residual else None
+        x = random_image(self.shape, self.dtype, self.offset)
+        residual = random_image(self.shape, self.dtype) if self.residual else None
         bias = torch.randn(self.shape[1]) if self.bias else None
         given = {name: t for name, t in (("x", x), ("residual", residual), ("bias", bias)) if t is not None}
         before = {name: tensor.clone() for name, tensor in given.items()}

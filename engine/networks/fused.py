@@ -260,7 +260,8 @@ def _for_all(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _image(tokens: Tensor, like: Value) -> Tensor:
     """Tokens [B, H W, C] as an image [B, C, H, W] in channels_last, whose height and width are those of a value."""
-    return tokens.unflatten(1, like.x.shape[2:]).permute(0, 3, 1, 2)
+    batch, _, height, width = like.x.shape
+    return tokens.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _matrix(x: Tensor) -> Tensor:

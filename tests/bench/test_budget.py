@@ -150,8 +150,8 @@ def test_rows_of_kernels_that_do_not_compile_come_first_and_are_replaced(monkeyp
 
     elementwise = kernel_bench.elementwise
     monkeypatch.setattr(kernel_bench, "elementwise", few)
-    for norms in ("normalisations", "token_normalisations"):
-        monkeypatch.setattr(kernel_bench, norms, lambda *_: iter(()))
+    for others in ("normalisations", "token_normalisations", "projections"):
+        monkeypatch.setattr(kernel_bench, others, lambda *_: iter(()))
     monkeypatch.setattr(kernel_bench, "measure_floors", known_floors)
     rows = [r for r in kernel_rows(CPU, tiny=True, rounds=1) if not r.op.startswith("ceiling")]
     where = [row.provider == INDUCTOR and row.median_ms is not None for row in rows]
