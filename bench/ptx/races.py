@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepfusion.bench.ptx.accesses import WARP, Access
+from stepfusion.bench.ptx.threads import WARP, Access
 from stepfusion.bench.ptx.types import Array
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepfusion.bench.ptx.accesses import Access
 from stepfusion.bench.ptx.launch import Options, execute
 from stepfusion.bench.ptx.machine import ORDERS
 from stepfusion.bench.ptx.memory import Extent, GlobalMemory
 from stepfusion.bench.ptx.races import Race, races
+from stepfusion.bench.ptx.threads import Access
 from stepfusion_testing.written_ptx import kernel, run
 
 #: Every thread writes a word, and reads the one of another.
