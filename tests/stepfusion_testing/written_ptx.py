@@ -24,7 +24,7 @@ _KERNEL = """.version 8.0
 .visible .entry k(.param .u64 .ptr .global .align 1 k_0, .param .u64 k_1, .param .u32 k_2)
 .reqntid {threads}
 {{
-.reg .pred %p<9>; .reg .b16 %rs<99>; .reg .b32 %r<99>; .reg .b64 %rd<99>;
+.reg .pred %p<9>; .reg .b16 %rs<99>; .reg .b32 %r<299>; .reg .b64 %rd<99>;
 mov.u32 %r1, %tid.x; ld.param.b64 %rd1, [k_0]; ld.param.b64 %rd2, [k_1]; ld.param.b32 %r2, [k_2];
 mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2;
 {body}
