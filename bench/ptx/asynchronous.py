@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -61,9 +62,9 @@ class _Copies:
 
     def part(self, chosen: Array) -> _Copies:
         """Some of them."""
-        columns = (self.lanes, self.group, self.targets, self.sources, self.sizes, self.content)
-        issue = self.issue._replace(fences=self.issue.fences[chosen])
-        return _Copies(*(column[chosen] for column in columns), issue)
+        names = ("lanes", "group", "targets", "sources", "sizes", "content")
+        columns: dict[str, Any] = {name: getattr(self, name)[chosen] for name in names}
+        return replace(self, issue=self.issue._replace(fences=self.issue.fences[chosen]), **columns)
 
 
 class AsynchronousCopies:

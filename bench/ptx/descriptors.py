@@ -68,7 +68,7 @@ class Descriptors:
         places = start + places
         # Swizzle<b, 4, 3>: bits 4 to 3 + b of an address change with those three above
         swizzled = places ^ (places >> 3 & (width - CHUNK))
-        return swizzled.reshape(len(self.start), -1).astype(np.uint64)
+        return np.asarray(swizzled.reshape(len(self.start), -1), np.uint64)
 
 
 def matrices(chunks: Array, rows: int, *, across: bool) -> Array:

@@ -54,7 +54,7 @@ def multiply(a: Matrices, b: Matrices, c: Matrices, *, worst: bool) -> Matrices:
         size = np.abs(a.values) @ np.abs(b.values)
         error = SUM_ERROR * np.where(size > 0, size + np.abs(c.values), 0)
         total = np.where(np.isfinite(total), total - np.sign(total) * error, total)
-    holes = a.holes.any(-1)[..., :, None] | b.holes.any(-2)[..., None, :] | c.holes
+    holes = a.holes.any(-1, keepdims=True) | b.holes.any(-2, keepdims=True) | c.holes
     return Matrices(total.astype("f4"), holes)
 
 
@@ -133,19 +133,17 @@ def compile_product(threads: Threads, instruction: Instruction, *, worst: bool) 
     PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
     """
     forms = {f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32": kind for kind in ("bf16", "f16")}
-    if instruction.op not in forms or [len(arg) if isinstance(arg, tuple) else 0 for arg in instruction.args] != [
-        *(4, 4, 2, 4)
-    ]:
+    operands = [arg for arg in instruction.args if isinstance(arg, tuple)]
+    if instruction.op not in forms or len(instruction.args) != 4 or [len(arg) for arg in operands] != [4, 4, 2, 4]:
         raise Fault("unknown product of matrices")
     kind = forms[instruction.op]
-    out, a, b, c = instruction.args
-    read = [[threads.registers.source(name, "b32") for name in names] for names in (a, b, c)]
-    for name in out:
+    a, b, c = ([threads.registers.source(name, "b32") for name in names] for names in operands[1:])
+    for name in operands[0]:
         threads.registers.target(name, "f32")
 
     def step(lanes: Lanes) -> None:
         who = threads.whole(lanes)
-        operands = fragments_a(read[0], kind, who), fragments_b(read[1], kind, who), accumulators(read[2], who)
-        store(threads, list(out), multiply(*operands, worst=worst), lanes)
+        factors = fragments_a(a, kind, who), fragments_b(b, kind, who)
+        store(threads, operands[0], multiply(*factors, accumulators(c, who), worst=worst), lanes)
 
     return step

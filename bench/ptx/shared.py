@@ -1,7 +1,7 @@
 """The shared memory of blocks, what copies and products in flight do to it, and what the asynchronous proxy sees.
 
-An access that a thread has issued and not waited for may happen at any time in between. So a word that a cp.async will
-write can neither be read nor written, and one that a wgmma reads cannot be written, until somebody has waited.
+An access that a thread has issued and not waited for may happen at any time in between. Until somebody has waited, a
+word that a cp.async will write can be neither read nor written, and one that a wgmma reads cannot be written.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +57,8 @@ class _Read:
     def part(self, chosen: Array) -> _Read:
         """Some of them."""
         fences = self.issue.fences.reshape(-1, WARPGROUP)[chosen].reshape(-1)
-        columns = (column[chosen] for column in (self.lanes, self.group, self.chunks, self.content))
-        return _Read(*columns, self.issue._replace(fences=fences))
+        columns: dict[str, Any] = {n: getattr(self, n)[chosen] for n in ("lanes", "group", "chunks", "content")}
+        return replace(self, issue=self.issue._replace(fences=fences), **columns)
 
 
 @dataclass(frozen=True)

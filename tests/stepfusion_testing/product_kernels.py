@@ -87,8 +87,15 @@ class Product:
         grid = (-(-self.rows // bm) * -(-self.columns // bn),)
         add_two_products_kernel[grid](
             *(out, x, skip, w if self.across else w.t().contiguous(), self.rows),
-            **{"N": self.columns, "KX": self.depths[0], "KS": self.depths[1], "ACROSS": self.across},
-            **{"BM": bm, "BN": bn, "BK": bk, "num_warps": self.warps, "num_stages": self.stages},
+            N=self.columns,
+            KX=self.depths[0],
+            KS=self.depths[1],
+            ACROSS=self.across,
+            BM=bm,
+            BN=bn,
+            BK=bk,
+            num_warps=self.warps,
+            num_stages=self.stages,
         )
         # of the stored value half a unit of its last place, and of every addition of a sum of float32 one
         instructions = sum(-(-k // bk) * bk // 16 for k in self.depths)

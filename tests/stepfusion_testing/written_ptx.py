@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from stepfusion.bench.ptx.launch import Options, execute
 from stepfusion.bench.ptx.memory import Extent, GlobalMemory
+from stepfusion.bench.ptx.types import Fault
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +61,15 @@ def run(
     arguments = [out.ctypes.data, source.ctypes.data, number]
     execute(kernel(body, threads), (1,), arguments, memory, shared, options)
     return out.reshape(threads, words)
+
+
+def fault(call: Callable[[], object]) -> str | None:
+    """The fault that a call runs into, if any."""
+    try:
+        call()
+    except Fault as error:
+        return str(error)
+    return None
 
 
 def compute(instructions: str, *operands: Any, kind: str = "u4") -> Array:
