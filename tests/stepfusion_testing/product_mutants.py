@@ -60,7 +60,8 @@ def place(text: str, position: int) -> str:
     loops = [match.span() for match in _LOOP.finditer(text)]
     inside = [i for i, (start, end) in enumerate(loops) if start <= position < end]
     passed = sum(end <= position for _, end in loops)
-    return f"loop {inside[0] + 1}" if inside else ("before the loops", "between the loops", "behind the loops")[passed]
+    outside = ("before the loops", "between the loops", "behind the loops")
+    return f"loop {inside[0] + 1}" if inside else outside[passed]
 
 
 def mutants(target: str) -> list[dict[str, str | None]]:
@@ -79,7 +80,8 @@ def mutants(target: str) -> list[dict[str, str | None]]:
         if "wait_group" in match[1]:
             edits["one less"] = re.sub(r"\d+(?=;)", lambda number: str(int(number[0]) + 1), match[0])
         for name, new in edits.items():
-            error = found(MUTATED, target, lambda text, new=new, a=start, b=end: text[:a] + new + text[b:], ORDERS[:1])
+            changed = text[:start] + new + text[end:]
+            error = found(MUTATED, target, lambda _, changed=changed: changed, ORDERS[:1])
             results.append({"what": match[1], "edit": name, "place": place(text, start), "found": error})
     return results
 

@@ -17,9 +17,11 @@ SUPPORT = Path(__file__).parents[2] / "stepfusion_testing"
 
 #: What is there and need not be, and so is not always missed.
 NOT_NEEDED = {
-    # copies of nothing follow the last ones, into a buffer that the same thread fills next, if anybody does
+    # between the copies into the first buffers
     ("bar.sync", "before the loops"),
+    # one of two: the buffer that the last products read is not the one that is filled first
     ("bar.sync", "between the loops"),
+    # copies of nothing follow the last ones; what they fill with zeros is not always used again
     ("cp.async.wait_group", "between the loops"),
     ("cp.async.wait_group", "behind the loops"),
     # nobody has touched the sums since the first loop's
