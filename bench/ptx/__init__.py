@@ -9,10 +9,13 @@ div.full) that err by all that PTX allows. A fault is, besides a wrong result:
 - a read of memory that nobody wrote, and an address, a predicate or a stored value that depends on a register that
   nobody wrote, as after a masked load without ``other``;
 - a result that changes with the order of the warps, and accesses that no barrier orders;
-- a barrier or a shuffle that not all threads reach, and an instruction that is not known.
+- a barrier, a shuffle or a product of matrices that not all threads reach, and an instruction that is not known;
+- an access of memory that a cp.async or a wgmma in flight uses, or of a register of a wgmma in flight, and a wgmma
+  without the fences that its registers and its memory need.
 
 Not checked: what ptxas makes of the PTX (it may contract products and sums that carry no rounding, which are those of
-the norm), how long anything takes, and memory ordering beyond barriers. Code for AMD's gfx942 is not PTX: that our
+the norm), how long anything takes, and memory ordering beyond barriers and those fences. What sm_100 has for products
+(tcgen05) is not known here. Code for AMD's gfx942 is not PTX: that our
 kernels compile for it without private memory is checked, and no result is.
 
 Commands::

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from stepfusion.bench.ptx.memory import GlobalMemory, SharedMemory
 from stepfusion.bench.ptx.opcodes import Step
 from stepfusion.bench.ptx.program import Address, Instruction
-from stepfusion.bench.ptx.registers import Registers
+from stepfusion.bench.ptx.threads import WARP, Threads
 from stepfusion.bench.ptx.types import TYPES, Array, Fault, Lanes, bits
-
-WARP = 32
 
 #: Modifiers that change what is cached, or how accesses are ordered between threads, and no value that one reads.
 _HINTS = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "relaxed", "cta", "gpu", "sys"} | {
@@ -25,81 +21,6 @@ _HINTS = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "r
     )
 }
 _SPACES = ("param", "global", "shared")
-
-
-@dataclass(frozen=True)
-class Access:
-    """One access of some threads, for the search for races.
-
-    Attributes:
-        lanes: the threads [n]. blocks: their blocks, of the whole launch. addresses: of each one's first byte.
-        barriers: how many bar.sync lie before it. fences: how many bar.warp.sync, of each. content: bytes [n, width].
-    """
-
-    space: str
-    write: bool
-    lanes: Array
-    blocks: Array
-    addresses: Array
-    barriers: int
-    fences: Array
-    content: Array
-    where: str
-
-
-@dataclass
-class Threads:
-    """The threads of some blocks that run together, and the memory that they share.
-
-    Attributes:
-        block: of each thread, counted from 0. first_block: of the launch. barriers: that the threads which run now
-            have passed. fences: bar.warp.sync that each has passed. where: the source of the instruction that runs.
-        log: accesses, or None to keep none.
-    """
-
-    registers: Registers
-    memory: GlobalMemory
-    shared: SharedMemory
-    parameters: dict[str, int]
-    block: Array
-    first_block: int = 0
-    barriers: int = 0
-    where: str = ""
-    log: list[Access] | None = None
-    fences: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.fences = np.zeros(len(self.block), np.int64)
-
-    def lanes(self, lanes: Lanes) -> Array:
-        """The lanes as indices."""
-        return np.arange(len(self.block)) if lanes is None else lanes
-
-    def load(self, space: str, addresses: Array, size: int, count: int, lanes: Array) -> tuple[Array, Array | None]:
-        """Values and holes, [lanes, count]."""
-        if space == "shared":
-            values, holes = self.shared.read(addresses, self.block[lanes], size, count)
-        else:
-            values, holes = self.memory.access(addresses, size, count), None
-        self._note(space, False, addresses, values, lanes)
-        return values, holes
-
-    def store(self, space: str, addresses: Array, values: Array, holes: Array | None, lanes: Array) -> None:
-        """Write values [lanes, count]; to shared memory with their holes."""
-        if space == "shared":
-            self.shared.write(addresses, self.block[lanes], values, holes)
-        elif holes is not None:
-            raise Fault(f"{int((holes != 0).any(1).sum())} stores of what depends on registers that nobody wrote")
-        else:
-            self.memory.access(addresses, values.itemsize, values.shape[1], values)
-        self._note(space, True, addresses, values, lanes)
-
-    def _note(self, space: str, write: bool, addresses: Array, values: Array, lanes: Array) -> None:
-        if self.log is not None:
-            blocks = self.block[lanes] + self.first_block
-            content = np.ascontiguousarray(values).view("u1").reshape(len(lanes), -1)
-            access = (lanes, blocks, addresses, self.barriers, self.fences[lanes], content, self.where)
-            self.log.append(Access(space, write, *access))
 
 
 def compile_access(threads: Threads, instruction: Instruction) -> Step:
@@ -134,7 +55,7 @@ def _parameter(threads: Threads, base: str, kind: str, registers: Sequence[objec
     return lambda lanes: target.write(lanes, value, None)
 
 
-def _addresses(threads: Threads, address: Address) -> Callable[[Array], Array]:
+def addresses_of(threads: Threads, address: Address) -> Callable[[Array], Array]:
     """The addresses of lanes, uint64."""
     base = threads.registers.source(address.base, threads.registers.width(address.base))
     offset = np.uint64(address.offset % 2**64)
@@ -148,7 +69,7 @@ def _addresses(threads: Threads, address: Address) -> Callable[[Array], Array]:
 
 
 def _load(threads: Threads, space: str, kind: str, registers: Sequence[object], address: Address) -> Step:
-    addresses, dtype = _addresses(threads, address), TYPES[kind]
+    addresses, dtype = addresses_of(threads, address), TYPES[kind]
     targets = [threads.registers.target(register, kind) for register in registers]
 
     def step(lanes: Lanes) -> None:
@@ -162,7 +83,7 @@ def _load(threads: Threads, space: str, kind: str, registers: Sequence[object], 
 
 
 def _store(threads: Threads, space: str, kind: str, registers: Sequence[object], address: Address) -> Step:
-    addresses = _addresses(threads, address)
+    addresses = addresses_of(threads, address)
     sources = [threads.registers.source(register, bits(kind)) for register in registers]
 
     def step(lanes: Lanes) -> None:
@@ -187,7 +108,7 @@ def compile_shuffle(threads: Threads, instruction: Instruction) -> Step:
     target = threads.registers.target(out, "b32")
 
     def step(lanes: Lanes) -> None:
-        who = _whole_warps(threads, lanes)
+        who = threads.whole(lanes)
         if (members.read(who) != 0xFFFFFFFF).any() or any(s.holes(who) is not None for s in (by, limit, members)):
             raise Fault("a shuffle whose lanes are not all named, or depend on what nobody wrote")
         lane = who % WARP
@@ -214,18 +135,6 @@ def _source_lane(how: str, lane: Array, offset: Array, clamp: Array) -> Array:
     return np.where(source <= last, source, lane)
 
 
-def _whole_warps(threads: Threads, lanes: Lanes) -> Array:
-    """The lanes, in order.
-
-    Raises:
-        Fault: not all lanes of a warp are there.
-    """
-    who = threads.lanes(lanes)
-    if len(who) % WARP or (who.reshape(-1, WARP) != who[::WARP, None] + np.arange(WARP)).any() or who[0] % WARP:
-        raise Fault("a shuffle or a matrix that not all lanes of a warp reach")
-    return who
-
-
 def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
     """ldmatrix and stmatrix of 8 x 8 elements of 16 bits.
 
@@ -242,7 +151,7 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
     if words != ["sync", "aligned", "m8n8", f"x{len(registers)}", *["trans"] * transposed, "shared", "b16"]:
         raise Fault("unknown matrix")
     turned = _transposed if transposed else lambda words: words
-    addresses = _addresses(threads, address)
+    addresses = addresses_of(threads, address)
     targets = [threads.registers.target(register, "b32") for register in registers if load]
     sources = [threads.registers.source(register, "b32") for register in registers if not load]
 
@@ -252,7 +161,7 @@ def compile_matrix(threads: Threads, instruction: Instruction) -> Step:
         return where, givers
 
     def step(lanes: Lanes) -> None:
-        who = _whole_warps(threads, lanes)
+        who = threads.whole(lanes)
         for k, target in enumerate(targets):
             where, givers = rows(who, k)
             values, holes = threads.load("shared", where, 4, 4, givers)

@@ -103,7 +103,7 @@ class Approximations:
     """
 
     def __init__(self, *, worst: bool = False) -> None:
-        self._worst = worst
+        self.worst = worst
 
     def function(self, name: str, *, exact: bool) -> Function:
         """The instruction ``name``; ``exact``: it has a rounding in its name."""
@@ -111,7 +111,7 @@ class Approximations:
 
         def approximate(*operands: Array) -> Array:
             value = compute(*(np.asarray(x, "f8") for x in operands))
-            if self._worst and not exact:
+            if self.worst and not exact:
                 value = value * (1 + bound * _sign(operands[-1]))
             return np.asarray(value, "f4")
 

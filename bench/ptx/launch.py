@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stepfusion.bench.ptx.accesses import Access, Threads
 from stepfusion.bench.ptx.arithmetic import Approximations
 from stepfusion.bench.ptx.machine import Machine, special_registers
-from stepfusion.bench.ptx.memory import GlobalMemory, SharedMemory
+from stepfusion.bench.ptx.memory import GlobalMemory
 from stepfusion.bench.ptx.opcodes import Compiler
 from stepfusion.bench.ptx.program import Program, parse
 from stepfusion.bench.ptx.registers import Registers
+from stepfusion.bench.ptx.shared import SharedMemory
+from stepfusion.bench.ptx.threads import Access, Threads
 from stepfusion.bench.ptx.types import TYPES, Array, Fault
 
 _THREADS_AT_ONCE = 2**15

@@ -13,17 +13,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepfusion.bench.ptx.accesses import WARP, Threads, compile_access, compile_matrix, compile_shuffle
+from stepfusion.bench.ptx.accesses import compile_access, compile_matrix, compile_shuffle
+from stepfusion.bench.ptx.asynchronous import AsynchronousCopies
+from stepfusion.bench.ptx.matrices import compile_product
 from stepfusion.bench.ptx.opcodes import Compiler, Step
 from stepfusion.bench.ptx.program import Instruction, Program
 from stepfusion.bench.ptx.registers import Source
+from stepfusion.bench.ptx.shared import Proxies
+from stepfusion.bench.ptx.threads import WARP, Threads
 from stepfusion.bench.ptx.types import Array, Fault, Lanes
+from stepfusion.bench.ptx.warpgroups import WARPGROUP, Warpgroups
 
 #: Who comes first between barriers: all side by side, or one warp (or one thread of each warp) after the other.
 ORDERS = ("together", "warps", "warps reversed", "threads", "threads reversed")
 
 _END = 1 << 60
-_BARRIER, _FENCE, _WARP, _BRANCH, _EXIT, _PLAIN = "barrier", "fence", "warp", "branch", "exit", "plain"
+_BARRIER, _FENCE, _WARP, _WARPGROUP = "barrier", "fence", "warp", "warpgroup"
+_BRANCH, _EXIT, _PLAIN = "branch", "exit", "plain"
 
 
 class _Compiled(NamedTuple):
@@ -66,6 +72,10 @@ class Machine:
     def __init__(self, program: Program, threads: Threads, compiler: Compiler, order: str) -> None:
         self._program, self._threads, self._compiler = program, threads, compiler
         self.reached = np.zeros(len(program.code) + 1, bool)
+        self._copies = AsynchronousCopies(threads)
+        self._warpgroups = Warpgroups(threads, program, worst=compiler.approximations.worst)
+        if any(instruction.op.startswith("wgmma") for instruction in program.code):
+            threads.proxies = Proxies(threads.shared.words, threads.block)
         self._code = [self._compile(instruction) for instruction in program.code]
         self._exited = np.zeros(len(threads.block), bool)
         self._heap: list[tuple[_Key, int, Array]] = []
@@ -76,14 +86,18 @@ class Machine:
         lane = number % WARP if order.startswith("threads") else 0 * number
         reverse = order.endswith("reversed")
         self._turns = [turn.max() - turn if reverse else turn for turn in (warp, lane)]
+        last = number // WARPGROUP * WARPGROUP + (0 if reverse else WARPGROUP - 1)
+        self._last_turn = self._turns[0][np.minimum(last, program.threads - 1)]  # of the warps of one's warpgroup
 
     def _compile(self, instruction: Instruction) -> _Compiled:
         try:
             kind, step, target = self._kind(instruction)
             guard = self._threads.registers.source(instruction.guard, "pred") if instruction.guard else None
+            if not instruction.op.startswith("wgmma"):
+                step = self._warpgroups.watched(instruction, step)
         except Fault as error:
             raise Fault(f"{instruction.text} ({instruction.where}): {error}") from error
-        if guard is not None and kind in (_BARRIER, _FENCE, _WARP):
+        if guard is not None and kind in (_BARRIER, _FENCE, _WARP, _WARPGROUP):
             raise Fault(f"{instruction.text} ({instruction.where}): a synchronisation under a predicate")
         return _Compiled(kind, step, target, guard, instruction.negated)
 
@@ -102,9 +116,21 @@ class Machine:
             return _WARP, compile_shuffle(self._threads, instruction), 0
         if base in ("ldmatrix", "stmatrix"):
             return _WARP, compile_matrix(self._threads, instruction), 0
+        if base == "mma":
+            return _WARP, compile_product(self._threads, instruction, worst=self._compiler.approximations.worst), 0
+        if base == "wgmma":
+            return _WARPGROUP if "mma_async" in op else _WARP, self._warpgroups.compile(instruction), 0
+        if op in ("fence.proxy.async", "fence.proxy.async.shared") and not args:
+            return _PLAIN, self._proxy_fence, 0
+        if op.startswith("cp.async."):
+            return _PLAIN, self._copies.compile(instruction), 0
         if base in ("ld", "st"):
             return _PLAIN, compile_access(self._threads, instruction), 0
         return _PLAIN, self._compiler.compile(instruction), 0
+
+    def _proxy_fence(self, lanes: Lanes) -> None:
+        if self._threads.proxies is not None:
+            self._threads.proxies.fence(self._threads.lanes(lanes), self._threads.barriers)
 
     def run(self) -> None:
         """Run until every thread has ended.
@@ -129,6 +155,8 @@ class Machine:
             except Fault as error:
                 instruction = self._program.code[self._at]
                 raise Fault(f"{instruction.text} ({instruction.where}): {error}") from error
+        self._copies.finish()
+        self._warpgroups.finish()
 
     def _push(self, key: _Key, lanes: Array) -> None:
         self._pushes += 1
@@ -192,6 +220,11 @@ class Machine:
         """The end of a group: it waits for others, jumps or ends."""
         if compiled.kind == _BARRIER:
             self._push(_Key(key.barriers + 1, -1, 0, -1, at), lanes)
+            return
+        if compiled.kind == _WARPGROUP:  # behind all of its warps' turns
+            turns = self._last_turn[lanes]
+            for turn in np.unique(turns):
+                self._push(_Key(key.barriers, int(turn), key.meetings + 1, -1, at), lanes[turns == turn])
             return
         if compiled.kind in (_FENCE, _WARP):
             self._push(key._replace(meetings=key.meetings + 1, lane=-1, at=at), lanes)

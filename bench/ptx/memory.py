@@ -1,4 +1,4 @@
-"""Global memory, which is the host's, and the shared memory of blocks; every access is checked.
+"""Global memory, which is the host's; every access is checked.
 
 A byte of global memory is outside every tensor of the launch, fresh (allocated, and nobody wrote it) or written.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -137,47 +136,3 @@ def _elements(span: _Span, offsets: Array, size: int, count: int) -> tuple[Array
         return span.bytes, offsets[:, None] + np.arange(size * count)
     view = span.bytes[: len(span.bytes) // size * size].view(f"u{size}")
     return view, offsets[:, None] // size + np.arange(count)
-
-
-class _Content(NamedTuple):
-    bytes: Array
-    holes: Array  # bits that depend on what nobody wrote
-    written: Array  # of each byte: 255 if somebody wrote it, else 0
-
-
-class SharedMemory:
-    """``size`` bytes for each of ``blocks`` blocks. What registers have of holes is kept with the bytes."""
-
-    def __init__(self, size: int, blocks: int) -> None:
-        self.size = size
-        self._stride = -(-size // 16) * 16
-        total = self._stride * blocks
-        self._content = _Content(np.full(total, 255, np.uint8), np.zeros(total, np.uint8), np.zeros(total, np.uint8))
-
-    def read(self, addresses: Array, blocks: Array, size: int, count: int) -> tuple[Array, Array | None]:
-        """``count`` elements of ``size`` bytes from each address of each block on: values and holes, [lanes, count].
-
-        Raises:
-            Fault: outside the memory, not aligned, or never written.
-        """
-        places = self._places(addresses, blocks, size, count)
-        content = _Content(*(part.view(f"u{size}")[places] for part in self._content))
-        if (content.written != np.iinfo(content.written.dtype).max).any():
-            raise Fault("reads of shared memory that nobody wrote")
-        return content.bytes, content.holes if content.holes.any() else None
-
-    def write(self, addresses: Array, blocks: Array, values: Array, holes: Array | None) -> None:
-        """The inverse of :meth:`read`."""
-        places = self._places(addresses, blocks, values.itemsize, values.shape[1])
-        content = _Content(*(part.view(values.dtype) for part in self._content))
-        content.bytes[places] = values
-        content.holes[places] = 0 if holes is None else holes
-        content.written[places] = np.iinfo(values.dtype).max
-
-    def _places(self, addresses: Array, blocks: Array, size: int, count: int) -> Array:
-        width = np.uint64(size * count)
-        if (addresses + width > self.size).any() or (addresses % width).any():
-            worst = int(addresses.max())
-            raise Fault(f"shared address {worst} of {self.size}, {size * count} bytes: outside, or not aligned")
-        starts = addresses.astype(np.int64) + blocks * self._stride
-        return np.asarray(starts[:, None] // size + np.arange(count))

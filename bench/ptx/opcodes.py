@@ -109,11 +109,11 @@ class Compiler:
     """Turns instructions into functions of the lanes that run them.
 
     Args:
-        registers: of the threads. approximations: what approximate instructions compute.
+        registers: of the threads. approximations: what approximate instructions compute; kept by that name.
     """
 
     def __init__(self, registers: Registers, approximations: a.Approximations) -> None:
-        self._registers, self._approximations = registers, approximations
+        self._registers, self.approximations = registers, approximations
 
     def compile(self, instruction: Instruction) -> Step:
         """The function of an instruction that is neither a jump, an access nor a synchronisation.
@@ -182,7 +182,7 @@ class Compiler:
     def _float(self, opcode: str) -> Operation:
         if opcode in _APPROXIMATE | _QUOTIENTS:
             base, how = opcode.split(".")
-            function = self._approximations.function(base, exact=how == "rn")
+            function = self.approximations.function(base, exact=how == "rn")
             return Operation("tt" if opcode in _QUOTIENTS else "t", function)
         if opcode not in FLOAT:
             raise Fault("unknown instruction")

@@ -7,13 +7,14 @@ left out, with what these threads read of it: Triton's layouts repeat elements.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from stepfusion.bench.ptx.accesses import WARP, Access
+from stepfusion.bench.ptx.threads import WARP, Access
 from stepfusion.bench.ptx.types import Array
 
 
@@ -25,7 +26,7 @@ class Race(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """One row for every byte of every access."""
+    """One row for every byte, or for every unit of some bytes, of every access."""
 
     byte: Array
     block: Array
@@ -48,8 +49,12 @@ def races(log: Sequence[Access], ignored: Iterable[tuple[int, int]] = ()) -> Cou
         entries = [access for access in log if access.space == space]
         if not entries:
             continue
+        left_out = list(ignored) if space == "global" else []
+        unit = _unit(entries)
+        if unit > 1 and not left_out and not _conflicts(_rows(entries, unit), across_blocks=space == "global"):
+            continue  # what is fine for the units is so for their bytes, which are far more
         table = _rows(entries)
-        for start, size in ignored if space == "global" else ():
+        for start, size in left_out:
             table = _chosen(table, (table.byte < start) | (table.byte >= start + size))
         for rows in _conflicts(table, across_blocks=space == "global"):
             lines = {f"{'write' if table.write[r] else 'read'} {entries[table.access[r]].where}" for r in rows}
@@ -57,18 +62,27 @@ def races(log: Sequence[Access], ignored: Iterable[tuple[int, int]] = ()) -> Cou
     return found
 
 
-def _rows(entries: Sequence[Access]) -> _Table:
+def _unit(entries: Sequence[Access]) -> int:
+    """How many bytes, 8 at most, every access has all or none of: a power of 2."""
+    found = 8
+    for access in entries:
+        found = math.gcd(found, access.content.shape[1], int(np.bitwise_or.reduce(access.addresses, initial=0)))
+    return found
+
+
+def _rows(entries: Sequence[Access], unit: int = 1) -> _Table:
     tables = []
     for number, access in enumerate(entries):
-        width = access.content.shape[1]
+        width = access.content.shape[1] // unit
 
         def each(values: Array | int, access: Access = access, width: int = width) -> Array:
             return np.repeat(np.broadcast_to(np.asarray(values, np.int64), access.lanes.shape), width)
 
-        byte = (access.addresses.astype(np.int64)[:, None] + np.arange(width)).reshape(-1)
+        byte = (access.addresses.astype(np.int64)[:, None] // unit + np.arange(width)).reshape(-1)
+        values = np.ascontiguousarray(access.content).view(f"i{unit}").reshape(-1)
         warp, fences, lane = each(access.lanes // WARP), each(access.fences), each(access.lanes % WARP)
         order = (each(access.blocks), each(access.barriers), warp, fences, lane)
-        tables.append(_Table(byte, *order, each(access.write), access.content.reshape(-1), each(number)))
+        tables.append(_Table(byte, *order, each(access.write), values, each(number)))
     return _Table(*map(np.concatenate, zip(*tables, strict=True)))
 
 

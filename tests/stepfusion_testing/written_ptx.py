@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from stepfusion.bench.ptx.launch import Options, execute
 from stepfusion.bench.ptx.memory import Extent, GlobalMemory
+from stepfusion.bench.ptx.types import Fault
 
 Array = npt.NDArray[Any]
 
@@ -24,7 +26,7 @@ _KERNEL = """.version 8.0
 .visible .entry k(.param .u64 .ptr .global .align 1 k_0, .param .u64 k_1, .param .u32 k_2)
 .reqntid {threads}
 {{
-.reg .pred %p<9>; .reg .b16 %rs<99>; .reg .b32 %r<99>; .reg .b64 %rd<99>;
+.reg .pred %p<9>; .reg .b16 %rs<99>; .reg .b32 %r<299>; .reg .b64 %rd<99>;
 mov.u32 %r1, %tid.x; ld.param.b64 %rd1, [k_0]; ld.param.b64 %rd2, [k_1]; ld.param.b32 %r2, [k_2];
 mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2;
 {body}
@@ -59,6 +61,15 @@ def run(
     arguments = [out.ctypes.data, source.ctypes.data, number]
     execute(kernel(body, threads), (1,), arguments, memory, shared, options)
     return out.reshape(threads, words)
+
+
+def fault(call: Callable[[], object]) -> str | None:
+    """The fault that a call runs into, if any."""
+    try:
+        call()
+    except Fault as error:
+        return str(error)
+    return None
 
 
 def compute(instructions: str, *operands: Any, kind: str = "u4") -> Array:

@@ -95,6 +95,23 @@ shfl.bfly.b32 %r5, %r1, 1, 31;
 stmatrix.sync.aligned.m16n8.x2.trans.shared.b8 [%r1], {%r1, %r1};
 bra.div A;
 bra NOWHERE;
+cp.async.cg.shared.global [%r1], [%rd4], 8;
+cp.async.ca.shared.global [%r1], [%rd4], 32;
+cp.async.ca.shared.global [%r1], [%rd4], %r2;
+cp.async.ca.global.shared [%rd4], [%r1], 4;
+cp.async.ca.shared.global.L2::cache_hint [%r1], [%rd4], 4, %rd1;
+cp.async.wait_group %r1;
+cp.async.wait_group -1;
+cp.async.bulk.commit_group;
+cp.async.mbarrier.arrive.shared.b64 [%r1];
+mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1}, {%r1}, {%r1,%r1,%r1,%r1};
+mma.sync.aligned.m16n8k16.row.row.f32.f16.f16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1,%r1,%r1}, {%r1,%r1}, {%r1,%r1,%r1,%r1};
+mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1,%r1,%r1}, {%r1,%r1}, {%r1,%r1,%r1,%r1};
+mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1}, {%r1,%r1}, {%r1,%r1,%r1,%r1};
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r5,%r6,%r7,%r8}, %rd1, %rd2, %p1, 1, 1, 0, 0;
+wgmma.commit_group;
+fence.proxy.alias;
+elect.sync %r5|%p2, -1;
 trap;
 mov.b32 %r5, 1.5;
 mov.b64 %r5, %rd1;
@@ -102,6 +119,7 @@ add.s32 %rd5, %r1, %r99999;
 mov.b32 %tid.x, %r1;
 call f;
 @%p1 bar.sync 0;
+@%p1 wgmma.fence.sync.aligned;
 """
 
 

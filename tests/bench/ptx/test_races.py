@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepfusion.bench.ptx.accesses import Access
 from stepfusion.bench.ptx.launch import Options, execute
 from stepfusion.bench.ptx.machine import ORDERS
 from stepfusion.bench.ptx.memory import Extent, GlobalMemory
 from stepfusion.bench.ptx.races import Race, races
+from stepfusion.bench.ptx.threads import Access
 from stepfusion_testing.written_ptx import kernel, run
 
 #: Every thread writes a word, and reads the one of another.
@@ -57,6 +57,17 @@ def test_one_value_written_by_many_is_no_race() -> None:
     body = "mov.b32 %r5, 0; st.shared.b32 [%r5], {}; bar.sync 0; ld.shared.b32 %r6, [%r5]; st.global.b32 OUT, %r6;"
     assert found(body.replace("{}", "%r2")) == 0
     assert found(body.replace("{}", "%r1")) > 0
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+@pytest.mark.parametrize("first", [0, 4, 6])
+def test_accesses_of_different_widths_conflict_where_they_overlap(first: int, *, barrier: bool) -> None:
+    """Each thread writes 8 bytes, and reads 2 of those of a thread of the other warp."""
+    body = "shl.b32 %r5, %r1, 3; xor.b32 %r6, %r5, 256; st.shared.v2.b32 [%r5], {%r1, %r2};"
+    body += "bar.sync 0;" * barrier
+    log: list[Access] = []
+    run(f"{body} ld.shared.b16 %rs1, [%r6+{first}];", threads=64, shared=512, options=Options(log=log))
+    assert races(log) == ({} if barrier else {Race("shared", ("read ", "write ")): 64 * 2})
 
 
 def blocks(body: str) -> list[Access]:
