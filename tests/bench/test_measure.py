@@ -151,6 +151,8 @@ def test_kernels_on_a_cpu_time_the_reference_and_never_the_interpreter() -> None
         "group_norm_silu",
         "layer_norm_modulate",
         "add_layer_norm_modulate",
+        "add_projection_",
+        "add_projection_doubled",
     }
     assert len([row for row in rows if row.provider == "stepfusion fused"]) == len({(r.op, r.shape) for r in rows})
     for row in rows:
