@@ -17,6 +17,7 @@ Half precision only: float32 has no matrix units without TF32, and its products 
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,16 @@ def _tile(pixels: int, channels: int, of_x: int, of_skip: int, *, doubles: bool)
     return _Tile(128, min(columns, 64 if doubles else 128), depth, 8)
 
 
+def _stages() -> int:
+    """How many reads are under way at a time: three of asynchronous copies, or one through registers.
+
+    On sm_90 matrix units see what was copied behind a fence, which Triton leaves out before its release 3.7.1
+    (triton-lang/triton, pull requests 9610 and 10537). It has one behind what threads write.
+    """
+    release = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+    return 3 if release >= (3, 7, 1) else 1
+
+
 @torch.library.custom_op("stepfusion::add_projection_", mutates_args=("out",))
 def _add_projection(
     image: torch.Tensor | None,  # None: it is `out`
@@ -162,7 +173,7 @@ def _add_projection(
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
             num_warps=tile.num_warps,
-            num_stages=3,
+            num_stages=_stages(),
         )
 
 
