@@ -9,8 +9,10 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import triton
 
 from stepfusion.bench.ptx.executor import Executor
 from stepfusion.bench.ptx.types import Fault
@@ -42,9 +44,24 @@ SYNCHRONISATION = re.compile(
 )
 _LOOP = re.compile(r"^(\$L__BB\w+):.*?bra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+#: These releases of Triton leave out the fence between a cp.async and the wgmma that reads what it wrote (3.7.1 has
+#: it: github.com/triton-lang/triton/pull/10537).
+UNFENCED = RELEASE < (3, 7, 1)
+#: And these wait two or three times for one thing on sm_80.
+REPEATS = RELEASE >= (3, 9)
+
+
+def fenced(text: str) -> str:
+    """The text with a fence.proxy.async before every wgmma.fence and nowhere else, if Triton leaves some out."""
+    if not UNFENCED:
+        return text
+    bare = re.sub(r"^\s*fence\.proxy\.async[^;\n]*;\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^(?=\s*wgmma\.fence)", "\tfence.proxy.async.shared::cta;\n", bare, flags=re.MULTILINE)
+
 
 def found(
-    call: Product, target: str, edit: Callable[[str], str] | None = None, orders: tuple[str, ...] = ORDERS
+    call: Product, target: str, edit: Callable[[str], str] = fenced, orders: tuple[str, ...] = ORDERS
 ) -> str | None:
     """What executing a product finds, with a search for races."""
     executor = Executor(target, orders=orders, check_races=True, edit=edit)
@@ -64,32 +81,42 @@ def place(text: str, position: int) -> str:
     return f"loop {inside[0] + 1}" if inside else outside[passed]
 
 
-def mutants(target: str) -> list[dict[str, str | None]]:
-    """What is found if one synchronisation is left out, or waits for one group less."""
+def mutants(target: str) -> list[dict[str, Any]]:
+    """What is found if one synchronisation, or all of a kind in one place, are left out or wait too little."""
     texts: list[str] = []
 
     def keep(text: str) -> str:
-        texts.append(text)
-        return text
+        texts.append(fenced(text))
+        return texts[-1]
 
     assert found(MUTATED, target, keep) is None
-    text, results = texts[0], []
-    for match in SYNCHRONISATION.finditer(text):
-        start, end = match.span()
-        edits = {"left out": ""}
-        if "wait_group" in match[1]:
-            edits["one less"] = re.sub(r"\d+(?=;)", lambda number: str(int(number[0]) + 1), match[0])
-        for name, new in edits.items():
-            changed = text[:start] + new + text[end:]
-            error = found(MUTATED, target, lambda _, changed=changed: changed, ORDERS[:1])
-            results.append({"what": match[1], "edit": name, "place": place(text, start), "found": error})
+    kinds: dict[tuple[str, str], list[re.Match[str]]] = {}
+    for match in SYNCHRONISATION.finditer(texts[0]):
+        kinds.setdefault((match[1], place(texts[0], match.start())), []).append(match)
+    results = []
+    for (what, where), matches in kinds.items():
+        for some in [[match] for match in matches] + [matches] * (len(matches) > 1):
+            for name in ("left out", "one less")[: 1 + ("wait_group" in what)]:
+                changed = _changed(texts[0], some, less=name == "one less")
+                error = found(MUTATED, target, lambda _, changed=changed: changed, ORDERS[:1])
+                every = len(some) == len(matches)
+                results.append({"what": what, "place": where, "edit": name, "all": every, "found": error})
     return results
+
+
+def _changed(text: str, matches: list[re.Match[str]], *, less: bool) -> str:
+    """The text without what matched, or with waits that let one more group be missing."""
+    for match in reversed(matches):
+        new = re.sub(r"\d+(?=;)", lambda number: str(int(number[0]) + 1), match[0]) if less else ""
+        text = text[: match.start()] + new + text[match.end() :]
+    return text
 
 
 def main() -> None:
     """Print what was found: by target and case, and by target and synchronisation."""
     report = {
         "cases": {f"{target}, {name}": found(call, target) for target in TARGETS for name, call in CASES.items()},
+        "as compiled": found(MUTATED, "sm_90", lambda text: text),
         "mutants": {target: mutants(target) for target in TARGETS},
     }
     json.dump(report, sys.stdout)

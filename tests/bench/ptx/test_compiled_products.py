@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepfusion_testing.compiler_process import json_of
-from stepfusion_testing.product_mutants import CASES, TARGETS
+from stepfusion_testing.product_mutants import CASES, REPEATS, TARGETS, UNFENCED
 
 pytest.importorskip("triton")
 
@@ -47,15 +47,22 @@ def test_compiled_products_are_right_in_every_order_and_have_no_race(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_synchronisation_that_is_needed_is_missed(target: str, report: dict[str, Any]) -> None:
+def test_a_synchronisation_that_is_needed_is_missed(target: str, report: dict[str, Any]) -> None:
     mutants = report["mutants"][target]
     missed = [mutant for mutant in mutants if mutant["found"] is None]
-    assert not [mutant for mutant in missed if (mutant["what"], mutant["place"]) not in NOT_NEEDED]
+    # what is there several times is missed if all of them are left out
+    assert not [m for m in missed if (m["all"] or not REPEATS) and (m["what"], m["place"]) not in NOT_NEEDED]
     counts = Counter(mutant["what"] for mutant in mutants if mutant["found"] is not None)
     assert counts["bar.sync"] >= 6
     assert counts["cp.async.wait_group"] >= 4
     names = ("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "fence.proxy.async")
     assert all((counts[name] > 0) == (target == "sm_90") for name in names)
+
+
+@pytest.mark.slow
+def test_a_fence_that_triton_leaves_out_is_found(report: dict[str, Any]) -> None:
+    assert (report["as compiled"] is not None) == UNFENCED
+    assert not UNFENCED or "a wgmma of shared memory that no fence.proxy.async" in report["as compiled"]
 
 
 @pytest.mark.slow
@@ -70,7 +77,7 @@ def test_what_is_found_says_what_is_missing(report: dict[str, Any]) -> None:
     seen = set()
     for mutant in [mutant for target in TARGETS for mutant in report["mutants"][target]]:
         key = (mutant["what"], mutant["place"])
-        if key in words:
+        if key in words and mutant["found"] is not None:
             seen.add(key)
             assert words[key] in mutant["found"], mutant
     assert seen == set(words)

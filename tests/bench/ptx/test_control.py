@@ -112,6 +112,8 @@ wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r5,%r6,%r7,%r8}, %rd1, %rd2,
 wgmma.commit_group;
 fence.proxy.alias;
 elect.sync %r5|%p2, -1;
+mbarrier.init.shared::cta.b64 [%r1], 1;
+tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%rd1];
 trap;
 mov.b32 %r5, 1.5;
 mov.b64 %r5, %rd1;
