@@ -62,6 +62,18 @@ def sign_apart(pick: Function) -> Function:
     return picked
 
 
+def on_halves(function: Function) -> Function:
+    """``function`` of 16 bits, on both halves of words of 32."""
+
+    def halves(x: Array) -> Array:
+        return np.ascontiguousarray(x).view("u2").reshape(-1, 2)
+
+    def both(*words: Array) -> Array:
+        return np.ascontiguousarray(function(*map(halves, words))).view("u4")[:, 0]
+
+    return both
+
+
 def flush(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign."""
     return np.where(np.abs(x) < _LEAST_NORMAL, np.copysign(np.float32(0), x), x)

@@ -40,6 +40,15 @@ def spoil_halves(values: Sequence[Array], holes: Sequence[Array | None], width: 
     return np.asarray(upper << upper.dtype.type(8 * half) | lower)
 
 
+def spoil_each_half(values: Sequence[Array], holes: Sequence[Array | None], width: int) -> Array:
+    """Two results in one word, of the halves of each operand: a half is spoilt by the same half of an operand."""
+    half = 4 * width  # bits
+    found = union(values, holes, width)
+    halves = [(found >> found.dtype.type(shift)) & found.dtype.type((1 << half) - 1) for shift in (0, half)]
+    lower, upper = (spoil(values, [part], width) >> found.dtype.type(half) for part in halves)
+    return np.asarray(upper << upper.dtype.type(half) | lower)
+
+
 def move(function: Function, data: Sequence[bool]) -> Rule:
     """An instruction that moves bits moves holes as well. ``data``: which operands move; the others say where to."""
 

@@ -77,6 +77,11 @@ INTEGER: dict[str, Operation] = {
     for mode in ("wrap", "clamp")
 }
 
+#: Opcodes of two integers of 16 bits in one word.
+_PAIRED_INTEGER = {
+    name: Operation("tt", a.on_halves(getattr(operator, name)), h.spoil_each_half) for name in ("add", "sub")
+}
+
 _SUMS = {name: Operation("tt", getattr(operator, name)) for name in ("add", "sub", "mul")}
 #: Sums and products; and those of float32 that exist for two at once, all but mul with operands of half precision.
 _ROUNDED = _SUMS | {f"{name}.rn": operation for name, operation in _SUMS.items()}
@@ -175,6 +180,8 @@ class Compiler:
         if kinds in (["f32", "f16"], ["f32", "bf16"]) and opcode in _PAIRED and not opcode.startswith("mul"):
             mixed = _mixed(_PAIRED[opcode])
             return mixed, "f32", [kinds[1]] * (len(mixed.operands) - 1) + ["f32"]
+        if kinds in (["s16x2"], ["u16x2"]) and opcode in _PAIRED_INTEGER:
+            return _PAIRED_INTEGER[opcode], "b32", ["b32", "b32"]
         if len(kinds) != 1 or kinds[0] in FLOATS:
             raise Fault("unknown instruction")
         return _integer(opcode, kinds[0])

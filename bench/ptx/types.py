@@ -12,7 +12,7 @@ Lanes: TypeAlias = Array | None  #: indices of threads among those that run toge
 
 _INTEGERS = {f"{k}{8 * w}": np.dtype(f"{'i' if k == 's' else 'u'}{w}") for k in "bus" for w in (1, 2, 4, 8)}
 
-#: Type in PTX -> dtype in a register. bfloat16 and pairs of floats are held as their bits.
+#: Type in PTX -> dtype in a register. bfloat16 and pairs are held as their bits.
 TYPES: dict[str, np.dtype[Any]] = _INTEGERS | {
     "pred": np.dtype(bool),
     "f16": np.dtype("f2"),
@@ -21,6 +21,8 @@ TYPES: dict[str, np.dtype[Any]] = _INTEGERS | {
     "f64": np.dtype("f8"),
     "f16x2": np.dtype("u4"),
     "bf16x2": np.dtype("u4"),
+    "s16x2": np.dtype("u4"),
+    "u16x2": np.dtype("u4"),
     "f32x2": np.dtype("u8"),
 }
 FLOATS = frozenset({"f16", "bf16", "f32", "f64"})

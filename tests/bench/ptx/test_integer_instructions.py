@@ -29,6 +29,10 @@ def lut(table: int) -> Callable[[int, int, int], int]:
     return function
 
 
+def halves(x: int, y: int, function: Callable[[int, int], int]) -> int:
+    return (function(x >> 16, y >> 16) & 0xFFFF) << 16 | function(x & 0xFFFF, y & 0xFFFF) & 0xFFFF
+
+
 def permuted(selector: int) -> Callable[[int, int], int]:
     def function(x: int, y: int) -> int:
         choices = [selector >> 4 * i & 15 for i in range(4)]
@@ -60,6 +64,8 @@ def inserted(position: int, length: int) -> Callable[[int, int], int]:
 EXACT: list[tuple[str, str, Sequence[np.ndarray], Callable[..., int]]] = [
     ("add.s32 D, A, B", "sub.s32 D, A, B", (A, B), lambda x, y: x + y),
     ("sub.s32 D, A, B", "sub.s32 D, B, A", (A, B), lambda x, y: x - y),
+    ("add.s16x2 D, A, B", "add.s32 D, A, B", (A, B), lambda x, y: halves(x, y, lambda p, q: p + q)),
+    ("sub.u16x2 D, A, B", "sub.u16x2 D, B, A", (A, B), lambda x, y: halves(x, y, lambda p, q: p - q)),
     ("neg.s32 D, A", "not.b32 D, A", (A,), lambda x: -x),
     ("abs.s32 D, A", "neg.s32 D, A", (A,), lambda x: abs(signed(x))),
     ("min.s32 D, A, B", "min.u32 D, A, B", (A, B), lambda x, y: min(signed(x), signed(y))),
