@@ -58,8 +58,27 @@ def self_test(device: torch.device) -> list[Check]:
         checks.append(Check("C++ step against reference", float((fused - plain).abs().max()), 0.0))
     if why_not_triton(device) is None:
         fused = kernels.diffusion_step(x, out, rows, single.coefficients, single.timesteps, **identity)
+        checks.append(_projection(device))
         checks.append(Check("fused step against reference", float((fused - plain).abs().max()), 0.0))
     return checks
+
+
+def _projection(device: torch.device) -> Check:
+    """The product of a shortcut in bfloat16, on a GPU by its matrix units, against float64."""
+    generator = torch.Generator().manual_seed(1)
+    image, x, skip = (torch.randn((2, c, 16, 16), generator=generator) for c in (128, 256, 128))
+    given = [image, x, torch.randn((128, 384), generator=generator) / 16]
+    given, skip = [t.to(device, torch.bfloat16) for t in given], skip.to(device, torch.bfloat16)
+    exact, magnitude = (
+        reference.add_projection_doubled(*map(f, given), skip=f(skip)) for f in (torch.Tensor.double, _magnitude)
+    )
+    fused = kernels.add_projection_doubled(*given, skip=skip)
+    allowed = tolerance(torch.bfloat16, float(magnitude.max()), ROUNDINGS["add_projection"] + 384 // 8)
+    return Check("fused product of a shortcut against float64", float((fused - exact).abs().max()), allowed)
+
+
+def _magnitude(x: torch.Tensor) -> torch.Tensor:
+    return x.double().abs()
 
 
 def self_test_in_interpreter() -> Check:
