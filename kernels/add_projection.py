@@ -18,6 +18,7 @@ Half precision only: float32 has no matrix units without TF32, and its products 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,7 @@ def _tile(pixels: int, channels: int, of_x: int, of_skip: int, *, doubles: bool)
     return _Tile(128, min(columns, 64 if doubles else 128), depth, 8)
 
 
+@cache
 def _stages() -> int:
     """How many reads are under way at a time: three of asynchronous copies, or one through registers.
 
