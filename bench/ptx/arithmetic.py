@@ -22,7 +22,12 @@ _NAN = np.array([0x7FFFFFFF], "u4").view("f4")[0]
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """a b + c in float32, rounded once: the float64 sum is rounded to odd, so that the second rounding cannot err."""
+    """a b + c in float32, rounded once."""
+    return np.asarray(_fma_to_odd(a, b, c), "f4")
+
+
+def _fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of float32 in float64, rounded to odd, so that another rounding cannot err."""
     product, addend = np.asarray(a, "f8") * b, np.asarray(c, "f8")  # the product is exact
     total = product + addend
     share = total - product
@@ -30,7 +35,29 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     bits = np.array(np.broadcast_to(total, np.broadcast(total, lost).shape), "f8").view("i8")
     inexact = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
     bits = bits + np.where(inexact, np.where((lost > 0) == (bits >= 0), 1, -1), 0)
-    return np.asarray(bits.view("f8"), "f4")
+    return np.asarray(bits.view("f8"))
+
+
+def _to_odd(x: Array) -> Array:
+    """float64 as float32, towards zero, with the last bit set where that is not exact."""
+    nearest = np.asarray(x, "f4")
+    bits = np.ascontiguousarray(nearest).view("u4")
+    towards = bits - (np.abs(np.asarray(nearest, "f8")) > np.abs(x)).astype("u4")
+    rounded = np.where((nearest == x) | np.isnan(x), bits, towards | np.uint32(1))
+    return rounded.astype("u4").view("f4")
+
+
+def in_half(operation: str, kind: str) -> Function:
+    """add, sub, mul or fma of float16 or bfloat16 as their bits, rounded once."""
+
+    def compute(*bits: Array) -> Array:
+        one = np.float32(1)
+        x, y, *z = (np.asarray(v.view("f2"), "f4") if kind == "f16" else from_bfloat16(v) for v in bits)
+        operands = {"add": (x, one, y), "sub": (x, one, -y), "mul": (x, y, np.float32(-0.0))}
+        exact = _fma_to_odd(*operands.get(operation, (x, y, *z)))
+        return np.asarray(exact, "f2").view("u2") if kind == "f16" else to_bfloat16(_to_odd(exact))
+
+    return compute
 
 
 def extreme(*, largest: bool, keep_nan: bool) -> Function:

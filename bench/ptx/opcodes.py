@@ -17,7 +17,7 @@ from stepfusion.bench.ptx import arithmetic as a
 from stepfusion.bench.ptx import holes as h
 from stepfusion.bench.ptx.program import Instruction
 from stepfusion.bench.ptx.registers import Registers, Source
-from stepfusion.bench.ptx.types import FLOATS, TYPES, Array, Fault, Lanes, bits
+from stepfusion.bench.ptx.types import FLOATS, INTEGERS, TYPES, Array, Fault, Lanes, bits
 
 Step: TypeAlias = Callable[[Lanes], None]
 
@@ -80,6 +80,18 @@ INTEGER: dict[str, Operation] = {
 #: Opcodes of two integers of 16 bits in one word.
 _PAIRED_INTEGER = {
     name: Operation("tt", a.on_halves(getattr(operator, name)), h.spoil_each_half) for name in ("add", "sub")
+}
+
+#: Opcodes of half precision, of one number and of two in one word.
+_HALF = {
+    (kind, f"{name}{mode}"): Operation("ttt" if name == "fma" else "tt", a.in_half(name, kind))
+    for kind in ("f16", "bf16")
+    for name in ("add", "sub", "mul", "fma")
+    for mode in (("", ".rn") if name != "fma" else (".rn",))
+}
+_PAIRED_HALF = {
+    (f"{kind}x2", opcode): Operation(operation.operands, a.on_halves(operation.function), h.spoil_each_half)
+    for (kind, opcode), operation in _HALF.items()
 }
 
 _SUMS = {name: Operation("tt", getattr(operator, name)) for name in ("add", "sub", "mul")}
@@ -180,9 +192,9 @@ class Compiler:
         if kinds in (["f32", "f16"], ["f32", "bf16"]) and opcode in _PAIRED and not opcode.startswith("mul"):
             mixed = _mixed(_PAIRED[opcode])
             return mixed, "f32", [kinds[1]] * (len(mixed.operands) - 1) + ["f32"]
-        if kinds in (["s16x2"], ["u16x2"]) and opcode in _PAIRED_INTEGER:
-            return _PAIRED_INTEGER[opcode], "b32", ["b32", "b32"]
-        if len(kinds) != 1 or kinds[0] in FLOATS:
+        if len(kinds) == 1 and (found := _in_parts(opcode, kinds[0])) is not None:
+            return found
+        if len(kinds) != 1 or kinds[0] not in INTEGERS:
             raise Fault("unknown instruction")
         return _integer(opcode, kinds[0])
 
@@ -256,6 +268,15 @@ class Compiler:
         to, source = kinds
         function, rule = _conversion(to, source, words)
         return self._mapped(function, rule, args[0], to, [self._registers.source(arg, source) for arg in args[1:]])
+
+
+def _in_parts(opcode: str, kind: str) -> tuple[Operation, str, list[str]] | None:
+    """An operation of half precision, or of two numbers in one word, on bits; None: it is none of these."""
+    if kind in ("s16x2", "u16x2"):
+        operation = _PAIRED_INTEGER.get(opcode)
+    else:
+        operation = (_HALF | _PAIRED_HALF).get((kind, opcode))
+    return None if operation is None else (operation, bits(kind), [bits(kind)] * len(operation.operands))
 
 
 def _is_register(token: object) -> bool:

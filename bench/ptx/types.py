@@ -25,6 +25,7 @@ TYPES: dict[str, np.dtype[Any]] = _INTEGERS | {
     "u16x2": np.dtype("u4"),
     "f32x2": np.dtype("u8"),
 }
+INTEGERS = frozenset({*_INTEGERS, "pred"})
 FLOATS = frozenset({"f16", "bf16", "f32", "f64"})
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepfusion.bench.ptx.launch import Options
+from stepfusion.bench.ptx.types import Fault
 from stepfusion_testing.written_ptx import compute, run
 
 F4 = np.float32
@@ -119,6 +120,49 @@ def test_operands_of_half_precision(name: str, dtype: torch.dtype) -> None:
         got = compute(f"cvt.u16.u32 %rs1, A; {op}.f32.{name} D, %rs1, B", bits, b, kind="f4")
         assert np.array_equal(got, right(half.float().numpy(), b))
         assert not np.array_equal(got, right(a, b))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_arithmetic_of_half_precision(kind: str) -> None:
+    """Of one number, and of two in a word; rounded once. Integers of the same bits have other sums."""
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    tiny = torch.tensor([5e-8, -6e-8, 6e-5, -0.0]).repeat(8)
+    a, b, c = (torch.from_numpy(moderate()).to(dtype) for _ in range(3))
+    b[::2] = tiny[::2].to(dtype)
+    words = [x.view(torch.int16).numpy().view("u2").astype("u4") for x in (a, b, c)]
+    double = [x.double() for x in (a, b, c)]
+    for op, right in (
+        ("add", double[0] + double[1]),
+        ("add.rn", double[0] + double[1]),
+        ("sub", double[0] - double[1]),
+        ("mul.rn", double[0] * double[1]),
+        ("fma.rn", torch.addcmul(double[2], double[0], double[1])),
+    ):
+        want = right.to(dtype).view(torch.int16).numpy().view("u2")
+        third = ", %rs3" if op == "fma.rn" else ""
+        loads = "cvt.u16.u32 %rs1, A; cvt.u16.u32 %rs2, B; cvt.u16.u32 %rs3, C;"
+        got = compute(f"{loads} {op}.{kind} %rs1, %rs1, %rs2{third}; cvt.u32.u16 D, %rs1", *words)
+        assert np.array_equal(got, want)
+        pairs = "shl.b32 A, A, 16; shl.b32 B, B, 16; shl.b32 C, C, 16;"
+        got = compute(f"{pairs} {op}.{kind}x2 D, A, B{', C' if third else ''}", *words)
+        assert np.array_equal(got >> 16, want)
+        assert (got & 0xFFFF == 0).all()
+    sums = compute("add.u32 D, A, B", *words[:2])
+    assert not np.array_equal(sums & 0xFFFF, compute(f"add.{kind}x2 D, A, B", *words[:2]) & 0xFFFF)
+
+
+def test_a_sum_of_half_precision_is_not_rounded_twice() -> None:
+    """1 + 2**-10 and almost half a unit more: float32 has only the half, a tie, which would be rounded up."""
+    factors, odd = (2**-6 * (1 + 2**-10), 2**-5 * (1 - 2**-10)), 1 + 2**-10
+    a, b, c = (np.array([x], "f2").view("u2").astype("u4") for x in (*factors, odd))
+    assert (compute("fma.rn.f16x2 D, A, B, C", a, b, c) == c).all()
+    assert np.float16(np.float32(factors[0] * factors[1] + odd)) == 1 + 2**-9
+
+
+@pytest.mark.parametrize("instruction", ["max.f16x2 D, A, B", "and.f16x2 D, A, B", "mad.lo.bf16x2 D, A, B, A"])
+def test_numbers_of_half_precision_are_no_integers(instruction: str) -> None:
+    with pytest.raises(Fault, match="unknown instruction"):
+        compute(instruction, 1, 2)
 
 
 def test_subnormals_are_kept_unless_flushed() -> None:
