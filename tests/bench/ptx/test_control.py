@@ -70,7 +70,7 @@ add.rz.f32 %r5, %r1, %r1;
 add.sat.f32 %r5, %r1, %r1;
 fma.rn.f64 %rd5, %rd1, %rd1, %rd1;
 fma.f32 %r5, %r1, %r1, %r1;
-add.f16 %rs1, %rs1, %rs1;
+max.f16 %rs1, %rs1, %rs1;
 add.cc.s32 %r5, %r1, %r1;
 mul.s32 %r5, %r1, %r1;
 cvt.rn.relu.f16x2.f32 %r5, %r1, %r1;
