@@ -20,17 +20,9 @@ from stepfusion.networks import fused as fused_blocks
 from stepfusion.networks.blocks import ResnetBlock
 from stepfusion.networks.fused import folded
 from stepfusion_testing.networks import tiny_unet
+from stepfusion_testing.twins import NETWORK_OPS
 
 CPU = torch.device("cpu")
-TWINS = (
-    "group_norm_silu",
-    "add_group_norm_silu",
-    "add_bias",
-    "add_bias_doubled",
-    "add_bias_padded",
-    "add_projection_",
-    "add_projection_doubled",
-)
 SMALL: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16, 24),
@@ -71,7 +63,7 @@ ADMS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def in_eager_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels have tests of their own; here their twins do, which are quick."""
-    for name in TWINS:
+    for name in NETWORK_OPS:
         monkeypatch.setattr(kernels, name, getattr(reference, name))
 
 

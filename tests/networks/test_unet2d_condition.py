@@ -19,6 +19,7 @@ from stepfusion.networks import UNet2DCondition, UNet2DConditionConfig, prepare_
 from stepfusion.networks.attention import attend
 from stepfusion.networks.meta import Unfilled
 from stepfusion.networks.unet2d_condition import transformer
+from stepfusion_testing.twins import NETWORK_OPS
 
 pytest.importorskip("diffusers")
 
@@ -26,15 +27,6 @@ from diffusers import UNet2DConditionModel
 
 TOLERANCE = 1e-5  # float32, max abs; outputs are of order 1
 CPU = torch.device("cpu")
-TWINS = (
-    "group_norm_silu",
-    "add_group_norm_silu",
-    "add_bias",
-    "add_bias_doubled",
-    "add_bias_padded",
-    "add_projection_",
-    "add_projection_doubled",
-)
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -395,7 +387,7 @@ def test_trains_like_diffusers(name: str) -> None:
 @pytest.fixture
 def in_eager_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels have tests of their own; here their twins do, which are quick."""
-    for name in TWINS:
+    for name in NETWORK_OPS:
         monkeypatch.setattr(kernels, name, getattr(reference, name))
 
 

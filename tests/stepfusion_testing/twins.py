@@ -15,6 +15,11 @@ from stepfusion.kernels.tolerance import ROUNDINGS, UNIT, tolerance
 Step = Callable[..., torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
+#: What a UNet runs of the kernels once it is fused.
+NETWORK_OPS = (
+    *("group_norm_silu", "add_group_norm_silu", "add_bias", "add_bias_doubled", "add_bias_padded"),
+    *("add_projection_", "add_projection_doubled"),
+)
 BUFFERS = ("x_next", "x_net", "x0", "history", "flags")
 ROWS = 5
 
