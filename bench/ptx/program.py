@@ -169,6 +169,8 @@ class _Reader:
         if text.startswith("["):
             base, _, offset = re.sub(r"\s", "", text[1:-1]).partition("+")
             return Address(self._name(base), int(offset or "0", 0))
+        if "|" in text:  # two results
+            return tuple(self._name(part) for part in text.split("|"))
         return self._name(text)
 
     def _name(self, text: str) -> str:

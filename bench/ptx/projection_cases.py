@@ -18,7 +18,7 @@ from stepfusion.kernels import reference
 from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
 
 #: On sm_100 matrix products read and write a memory of their own, whose instructions the interpreter does not know.
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1}, 
 wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r5,%r6,%r7,%r8}, %rd1, %rd2, %p1, 1, 1, 0, 0;
 wgmma.commit_group;
 fence.proxy.alias;
-elect.sync %r5|%p2, -1;
+mbarrier.arrive.shared::cta.b64 %rd5, [%r5];
 mbarrier.init.shared::cta.b64 [%r1], 1;
 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%rd1];
 trap;
