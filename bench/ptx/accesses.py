@@ -1,4 +1,4 @@
-"""Loads and stores, shuffles, elections and matrices: what passes between threads and memory, or between threads of a warp."""
+"""Loads and stores, shuffles, elections, matrices: what passes between threads and memory, or threads of a warp."""
 
 from __future__ import annotations
 

@@ -32,9 +32,7 @@ class _Format:
 _FORMATS = {
     "wgmma": _Format(((14, 2), (30, 2), (46, 3), (52, 10)), (), 62, (16, 128, 64, 32)),
     # a version, and 128 bytes whose atoms have 32 instead of 16, which is not known here
-    "tcgen05": _Format(
-        ((14, 2), (30, 2), (53, 8)), ((46, 1),), 61, (16, _UNKNOWN, 128, _NONE, 64, _NONE, 32, _NONE)
-    ),
+    "tcgen05": _Format(((14, 2), (30, 2), (53, 8)), ((46, 1),), 61, (16, _UNKNOWN, 128, _NONE, 64, _NONE, 32, _NONE)),
 }
 
 
@@ -70,7 +68,9 @@ class Descriptors:
             raise Fault("a descriptor of a matrix with a base offset, which is not known here")
         width = np.array(form.widths)[field(form.mode, 64 - form.mode)]
         if (what == "tcgen05" and field(52, 1).any()) or (width == _UNKNOWN).any():
-            raise Fault("a descriptor of a matrix with an absolute distance or with atoms of 32 bytes, not known here")
+            raise Fault(
+                "a descriptor of a matrix with an absolute distance or with atoms of 32 bytes, not known here"
+            )
         if (width == _NONE).any():
             raise Fault("a descriptor of a matrix with a mode that means nothing")
         return cls(16 * field(0, 14), 16 * field(16, 14), 16 * field(32, 14), width)
@@ -112,7 +112,7 @@ def matrices(chunks: Array, rows: int, *, across: bool) -> Array:
 def load(
     shared: SharedMemory, chunks: Array, blocks: Array, kind: str, rows: int, *, across: bool
 ) -> tuple[Matrices, Array]:
-    """The matrices of ``blocks`` [n] at :meth:`Descriptors.chunks`, [n, rows, 16], and their bits [n, chunks, 16] bytes.
+    """The matrices of ``blocks`` [n] at :meth:`Descriptors.chunks`, [n, rows, 16], and their bytes [n, chunks, 16].
 
     Raises:
         Fault: of :meth:`SharedMemory.read`.

@@ -107,7 +107,7 @@ class Mbarriers:
         again = self._told[lanes] == phases
         self._told[lanes] = np.where(again, -1, phases)
         self._completion.learn(lanes[again], self._complete[slots[again]])
-        return again
+        return np.asarray(again)
 
     def _begin(self, lanes: Array, addresses: Array, count: int) -> None:
         slots = self._slots(lanes, addresses)

@@ -141,10 +141,11 @@ class SharedMemory:
 class Proxies:
     """Which words of shared memory the asynchronous proxy, through which products read, sees as they are.
 
-    Ordinary stores and cp.async write through the generic proxy. For a wgmma or a tcgen05.mma to see it, a fence.proxy.async must lie
-    on the way from the write to the wgmma: of the writing thread behind its write, or of a thread behind a barrier
-    that follows the write; and then a barrier, or the wgmma of that thread itself (PTX ISA, "Causality order"). All
-    threads of a warpgroup must have such a way, for PTX does not say which of them reads what.
+    Ordinary stores and cp.async write through the generic proxy. For a wgmma or a tcgen05.mma to see it, a
+    fence.proxy.async must lie on the way from the write to the product: of the writing thread behind its write, or of
+    a thread behind a barrier that follows the write; and then a barrier, or the product of that thread itself (PTX
+    ISA, "Causality order"). All threads of a warpgroup must have such a way, for PTX does not say which of them reads
+    what.
 
     Args:
         words: of a block. block: of each thread.

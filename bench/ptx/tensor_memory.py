@@ -40,7 +40,7 @@ class _Places(NamedTuple):
     column: Array
 
     @property
-    def index(self) -> tuple[Array, Array, Array]:
+    def elements(self) -> tuple[Array, Array, Array]:
         """Of arrays [blocks, columns, lanes]."""
         return self.block, self.column, self.lane
 
@@ -90,7 +90,7 @@ class TensorMemory:
         match = _MOVE.fullmatch(op)
         if match is None:
             raise Fault("unknown instruction of tensor memory")
-        return self._compile_move(*match.groups(), args)
+        return self._compile_move((match[1], match[2], int(match[3])), args)
 
     def watched(self, instruction: Instruction, step: Step) -> Step:
         """The step of another instruction, which may not use the registers of a load that goes on."""
@@ -120,9 +120,9 @@ class TensorMemory:
     ) -> tuple[Matrices, Callable[[Matrices, Array], None]]:
         """The sums [n, rows, columns] that products of threads [n] add to: those that are there where ``keep`` holds.
 
-        Also what writes the new ones, float32, for products of given numbers. Row r lies in lane r, or, of 64 rows, 16
-        in each warp's lanes (PTX ISA, "Data Path Layout Organization", layouts D and F). Products of one shape on
-        one matrix follow one another; before anything else the thread must know that the last is complete.
+        Also what writes the new ones, float32, for products of given numbers. Row r lies in lane r, or, of 64 rows,
+        16 lie in each warp's lanes (PTX ISA, "Data Path Layout Organization", layouts D and F). Products of one shape
+        on one matrix follow one another; before anything else the thread must know that the last is complete.
         """
         rows, columns = size
         first, column = addresses >> np.uint64(16), (addresses & np.uint64(0xFFFF)).astype(np.int64)
@@ -139,12 +139,18 @@ class TensorMemory:
         cells = self._cells(places.halves)
         form = (addresses.astype(np.int64) * 2 + (rows == LANES)) * COLUMNS + columns
         follows = self._shape[cells] == form[:, None]
-        self._check(cells, lanes // WARP, np.where(follows, np.iinfo(np.int64).max, self._completion.known[lanes, None]))
+        known = np.where(follows, np.iinfo(np.int64).max, self._completion.known[lanes, None])
+        self._check(cells, lanes // WARP, known)
         self._check_loads(cells, lanes // WARP)
-        sums, index = Matrices(np.zeros((len(lanes), *size), "f4"), np.zeros((len(lanes), *size), bool)), places.index
+        sums, index = (
+            Matrices(np.zeros((len(lanes), *size), "f4"), np.zeros((len(lanes), *size), bool)),
+            places.elements,
+        )
         if keep.any():
             kept = keep[:, None, None]
-            sums = Matrices(np.where(kept, self._values[index].view("f4"), sums.values), kept & (~self._closed[index] != 0))
+            sums = Matrices(
+                np.where(kept, self._values[index].view("f4"), sums.values), kept & (~self._closed[index] != 0)
+            )
 
         def write(result: Matrices, numbers: Array) -> None:
             self._values[index] = result.values.view("u4")
@@ -206,14 +212,15 @@ class TensorMemory:
 
     # Loads and stores
 
-    def _compile_move(self, kind: str, shape: str, count: str, args: tuple[Operand, ...]) -> Step:
+    def _compile_move(self, form: tuple[str, str, int], args: tuple[Operand, ...]) -> Step:
+        kind, shape, count = form
         split, operands = 0, list(args)
         if shape == "16x32bx2" and len(operands) == 3:
             split = number(operands.pop(2 if kind == "ld" else 1), "the offset of the second half")
         names, address = operands if kind == "ld" else operands[::-1]
         if len(operands) != 2 or not isinstance(names, tuple) or not isinstance(address, Address):
             raise Fault("operands that do not fit")
-        if len(names) != int(count) or (shape == "16x32bx2") != (len(args) == 3):
+        if len(names) != count or (shape == "16x32bx2") != (len(args) == 3):
             raise Fault("operands that do not fit")
         addresses = addresses_of(self._threads, address)
 
@@ -235,7 +242,7 @@ class TensorMemory:
             self._loaded.begin(cells)
             self._moves["ld"].append(_Move(who[::WARP] // WARP, cells))
             self._loading[rows[:, None], who] = True
-            values, holes = self._values[where.index], ~self._closed[where.index]
+            values, holes = self._values[where.elements], ~self._closed[where.elements]
             for i, target in enumerate(targets):
                 hole = holes[:, :, i].reshape(-1)
                 target.write(lanes, values[:, :, i].reshape(-1), hole if hole.any() else None)
@@ -265,10 +272,13 @@ class TensorMemory:
     def _places(self, addresses: Array, who: Array, count: int, split: int | None) -> _Places:
         """Where the registers of warps lie (PTX ISA, "Matrix fragments for shape .32x32b" and ".16x32bx2").
 
-        Of the first, lane l of a warp has a lane of its own; of the second, lanes 16 to 31 have those of lanes 0 to 15,
-        ``split`` columns further on.
+        Of the first, lane l of a warp has a lane of its own; of the second, lanes 16 to 31 have those of lanes 0 to
+        15, ``split`` columns further on.
         """
-        first, column = (addresses >> np.uint64(16)).astype(np.int64), (addresses & np.uint64(0xFFFF)).astype(np.int64)
+        first, column = (
+            (addresses >> np.uint64(16)).astype(np.int64),
+            (addresses & np.uint64(0xFFFF)).astype(np.int64),
+        )
         own = who[::WARP] // WARP % self._warps % 4 * WARP
         lane = np.arange(WARP)
         if ((first - own < 0) | (first - own >= WARP)).any():
@@ -316,11 +326,15 @@ class TensorMemory:
         if (self._product[cells] > known).any():
             raise Fault("tensor memory that a tcgen05.mma writes, and the thread does not know that it is complete")
         if not self._stored.settled(cells, warps[:, None], self._threads.barriers).all():
-            raise Fault("tensor memory of a tcgen05.st, and no tcgen05.wait::st, or no barrier to another warp, since")
+            raise Fault(
+                "tensor memory of a tcgen05.st, and no tcgen05.wait::st, or no barrier to another warp, since"
+            )
 
     def _check_loads(self, cells: Array, warps: Array) -> None:
         if not self._loaded.settled(cells, warps[:, None], self._threads.barriers).all():
-            raise Fault("tensor memory of a tcgen05.ld, and no tcgen05.wait::ld, or no barrier to another warp, since")
+            raise Fault(
+                "tensor memory of a tcgen05.ld, and no tcgen05.wait::ld, or no barrier to another warp, since"
+            )
 
     def _check_idle(self, rows: Array, who: Array) -> None:
         if self._loading[rows[:, None], who].any():

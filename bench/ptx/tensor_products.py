@@ -54,7 +54,7 @@ class Form:
         """
 
         def field(first: int, bits: int) -> int:
-            return word >> first & (2**bits - 1)
+            return int(word >> first & (2**bits - 1))
 
         if any(field(first, bits) for first, bits in ((0, 2), (3, 1), (6, 1), (23, 1), (29, 3))):
             raise Fault("an instruction descriptor with bits that mean nothing")
@@ -137,7 +137,9 @@ class TensorProducts:
 
     def _check_write(self, places: Array, lanes: Array) -> None:
         if (self._reader[places] > self._completion.known[lanes][:, None]).any():
-            raise Fault("a write of shared memory that a tcgen05.mma reads, which the thread does not know to be complete")
+            raise Fault(
+                "a write of shared memory that a tcgen05.mma reads, which the thread does not know to be complete"
+            )
 
 
 def _written(source: Source, who: Array) -> Array:

@@ -51,8 +51,8 @@ class Threads:
     Attributes:
         block: of each thread, counted from 0. first_block: of the launch. barriers: that the threads which run now
             have passed. fences: bar.warp.sync that each has passed. where: the source of the instruction that runs.
-        log: accesses, or None to keep none. proxies: None in a program without wgmma and tcgen05.mma, which all is the
-            same to. checks: called with words of shared memory [n, w] and the threads [n] that write them.
+        log: accesses, or None to keep none. proxies: None in a program without wgmma and tcgen05.mma, to which all is
+            the same. checks: called with words of shared memory [n, w] and the threads [n] that write them.
     """
 
     registers: Registers
