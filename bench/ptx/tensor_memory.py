@@ -142,15 +142,12 @@ class TensorMemory:
         known = np.where(follows, np.iinfo(np.int64).max, self._completion.known[lanes, None])
         self._check(cells, lanes // WARP, known)
         self._check_loads(cells, lanes // WARP)
-        sums, index = (
-            Matrices(np.zeros((len(lanes), *size), "f4"), np.zeros((len(lanes), *size), bool)),
-            places.elements,
-        )
+        index = places.elements
+        sums = Matrices(np.zeros((len(lanes), *size), "f4"), np.zeros((len(lanes), *size), bool))
         if keep.any():
             kept = keep[:, None, None]
-            sums = Matrices(
-                np.where(kept, self._values[index].view("f4"), sums.values), kept & (~self._closed[index] != 0)
-            )
+            values = np.where(kept, self._values[index].view("f4"), sums.values)
+            sums = Matrices(values, kept & (~self._closed[index] != 0))
 
         def write(result: Matrices, numbers: Array) -> None:
             self._values[index] = result.values.view("u4")
