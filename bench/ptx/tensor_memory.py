@@ -214,8 +214,8 @@ class TensorMemory:
         split, operands = 0, list(args)
         if shape == "16x32bx2" and len(operands) == 3:
             split = number(operands.pop(2 if kind == "ld" else 1), "the offset of the second half")
-        names, address = operands if kind == "ld" else operands[::-1]
-        if len(operands) != 2 or not isinstance(names, tuple) or not isinstance(address, Address):
+        names, address = (operands if kind == "ld" else operands[::-1]) if len(operands) == 2 else ((), "")
+        if not isinstance(names, tuple) or not isinstance(address, Address):
             raise Fault("operands that do not fit")
         if len(names) != count or (shape == "16x32bx2") != (len(args) == 3):
             raise Fault("operands that do not fit")
