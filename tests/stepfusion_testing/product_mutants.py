@@ -57,7 +57,7 @@ TENSOR_PARTS = {
 _LOOP = re.compile(r"^(\$L__BB\w+):.*?bra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 
 RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-#: These releases of Triton leave out the fence between a cp.async and the wgmma that reads what it wrote (3.7.1 has
+#: These releases of Triton leave out the fence between a cp.async and the product that reads what it wrote (3.7.1 has
 #: it: github.com/triton-lang/triton/pull/10537).
 UNFENCED = RELEASE < (3, 7, 1)
 #: And these wait two or three times for one thing on sm_80.
@@ -65,11 +65,13 @@ REPEATS = RELEASE >= (3, 9)
 
 
 def fenced(text: str) -> str:
-    """The text with a fence.proxy.async before every wgmma.fence and nowhere else, if Triton leaves some out."""
+    """The text with a fence.proxy.async before every wgmma.fence and tcgen05.mma only, if Triton leaves some out."""
     if not UNFENCED:
         return text
     bare = re.sub(r"^\s*fence\.proxy\.async[^;\n]*;\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"^(?=\s*wgmma\.fence)", "\tfence.proxy.async.shared::cta;\n", bare, flags=re.MULTILINE)
+    return re.sub(
+        r"^(?=\s*(wgmma\.fence|@\S+\s+tcgen05\.mma))", "\tfence.proxy.async.shared::cta;\n", bare, flags=re.MULTILINE
+    )
 
 
 def as_compiled(text: str) -> str:
@@ -94,7 +96,7 @@ def tensor_mutants() -> dict[str, str | None]:
 
     def without(part: str) -> Callable[[str], str]:
         def edit(text: str) -> str:
-            changed, count = re.subn(rf"^\s*{part}[^;\n]*;\n", "\n", text, flags=re.MULTILINE)
+            changed, count = re.subn(rf"^\s*{part}[^;\n]*;\n", "\n", fenced(text), flags=re.MULTILINE)
             assert count, part
             return changed
 
@@ -147,12 +149,12 @@ def main() -> None:
     """Print what was found: by target and case, and by target and synchronisation."""
     report = {
         "cases": {
-            f"{target}, {name}": found(call, target, as_compiled if target == TENSOR_TARGET else fenced)
+            f"{target}, {name}": found(call, target)
             for target in (*TARGETS, TENSOR_TARGET)
             for name, call in CASES.items()
         },
         "tensor mutants": tensor_mutants(),
-        "as compiled": found(MUTATED, "sm_90", as_compiled),
+        "as compiled": {target: found(MUTATED, target, as_compiled) for target in ("sm_90", TENSOR_TARGET)},
         "mutants": {target: mutants(target) for target in TARGETS},
     }
     json.dump(report, sys.stdout)

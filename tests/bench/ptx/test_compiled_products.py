@@ -67,9 +67,11 @@ def test_a_synchronisation_that_is_needed_is_missed(target: str, report: dict[st
 
 
 @pytest.mark.slow
-def test_a_fence_that_triton_leaves_out_is_found(report: dict[str, Any]) -> None:
-    assert (report["as compiled"] is not None) == UNFENCED
-    assert not UNFENCED or "a wgmma of shared memory that no fence.proxy.async" in report["as compiled"]
+@pytest.mark.parametrize(("target", "product"), [("sm_90", "wgmma"), (TENSOR_TARGET, "tcgen05.mma")])
+def test_a_fence_that_triton_leaves_out_is_found(target: str, product: str, report: dict[str, Any]) -> None:
+    error = report["as compiled"][target]
+    assert (error is not None) == UNFENCED
+    assert not UNFENCED or f"a {product} of shared memory that no fence.proxy.async" in error
 
 
 @pytest.mark.slow

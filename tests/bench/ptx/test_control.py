@@ -152,7 +152,7 @@ def test_a_label_belongs_to_its_braces() -> None:
     loop = "{ .reg .pred %more; again: add.s32 %r5, %r5, 1; setp.lt.u32 %more, %r5, LIMIT; @%more bra again; }"
     body = f"mov.b32 %r5, 0; {loop.replace('LIMIT', '%r1')} mul.lo.s32 %r6, %r5, 100; {loop.replace('LIMIT', '40')}"
     got = run(f"{body} add.s32 %r6, %r6, %r5; st.global.b32 OUT, %r6;")
-    assert np.array_equal(got[:, 0], 100 * np.maximum(LANES, 1) + 40)
+    assert np.array_equal(got[:, 0], 100 * np.maximum(np.arange(32), 1) + 40)
     with pytest.raises(Fault, match="an unknown label"):
         run(f"{loop.replace('LIMIT', '4')} bra again;")
     with pytest.raises(Fault, match="the label again twice"):
