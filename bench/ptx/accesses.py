@@ -1,4 +1,4 @@
-"""Loads and stores, shuffles and matrices: what passes between threads and memory, or between threads of a warp."""
+"""Loads and stores, shuffles, elections, matrices: what passes between threads and memory, or threads of a warp."""
 
 from __future__ import annotations
 
@@ -117,6 +117,24 @@ def compile_shuffle(threads: Threads, instruction: Instruction) -> Step:
         hole = value.holes(who)
         shuffled = np.broadcast_to(value.read(who), who.shape)[places]
         target.write(lanes, shuffled, None if hole is None else np.broadcast_to(hole, who.shape)[places])
+
+    return step
+
+
+def compile_elect(threads: Threads, instruction: Instruction) -> Step:
+    """elect.sync, by all lanes of a warp: the lowest of them is elected."""
+    results = instruction.args[0] if len(instruction.args) == 2 else None
+    if instruction.op != "elect.sync" or not isinstance(results, tuple) or len(results) != 2:
+        raise Fault("unknown election")
+    lane, elected = threads.registers.target(results[0], "b32"), threads.registers.target(results[1], "pred")
+    members = threads.registers.source(instruction.args[1], "b32")
+
+    def step(lanes: Lanes) -> None:
+        who = threads.whole(lanes)
+        if (members.read(who) != 0xFFFFFFFF).any() or members.holes(who) is not None:
+            raise Fault("an election whose lanes are not all named, or depend on what nobody wrote")
+        lane.write(lanes, np.zeros(who.shape, "u4"), None)
+        elected.write(lanes, who % WARP == 0, None)
 
     return step
 

@@ -125,6 +125,7 @@ class AsynchronousCopies:
             content[some, :length] = self._read(sources[some], int(length), size)
         words = content.view("u4")
         self._threads.shared.announce(targets, self._threads.block[lanes], words)
+        self._threads.check_write(targets, size, lanes)
         group = self._groups.committed[lanes]
         self._pending.append(_Copies(lanes, group, targets, sources, sizes, words, self._threads.issue(lanes)))
 

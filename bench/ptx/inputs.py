@@ -10,7 +10,7 @@ import torch
 
 import stepfusion as sf
 from stepfusion.bench.ptx.agreement import same_bits
-from stepfusion.bench.ptx.executor import NVIDIA, Executor
+from stepfusion.bench.ptx.executor import Executor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,14 +28,12 @@ class Case:
     """A call of a public function whose launches are executed and compared.
 
     Attributes:
-        check: runs it; raises what is wrong. quick: targets on which it belongs to the quick part. targets: those
-            whose code for it the interpreter knows.
+        check: runs it; raises what is wrong. quick: targets on which it belongs to the quick part.
     """
 
     name: str
     check: Callable[[Executor], None]
     quick: tuple[str, ...] = ()
-    targets: tuple[str, ...] = NVIDIA
 
 
 def words(*parts: object) -> str:

@@ -8,18 +8,19 @@ depends on it is a race.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from stepfusion.bench.ptx.accesses import compile_access, compile_matrix, compile_shuffle
+from stepfusion.bench.ptx.accesses import compile_access, compile_elect, compile_matrix, compile_shuffle
 from stepfusion.bench.ptx.asynchronous import AsynchronousCopies
 from stepfusion.bench.ptx.matrices import compile_product
 from stepfusion.bench.ptx.opcodes import Compiler, Step
 from stepfusion.bench.ptx.program import Instruction, Program
 from stepfusion.bench.ptx.registers import Source
 from stepfusion.bench.ptx.shared import Proxies
+from stepfusion.bench.ptx.tensor_cores import TensorCores, uses_tensor_cores
 from stepfusion.bench.ptx.threads import WARP, Threads
 from stepfusion.bench.ptx.types import Array, Fault, Lanes
 from stepfusion.bench.ptx.warpgroups import WARPGROUP, Warpgroups
@@ -30,6 +31,8 @@ ORDERS = ("together", "warps", "warps reversed", "threads", "threads reversed")
 _END = 1 << 60
 _BARRIER, _FENCE, _WARP, _WARPGROUP = "barrier", "fence", "warp", "warpgroup"
 _BRANCH, _EXIT, _PLAIN = "branch", "exit", "plain"
+#: As a warp, which may leave it out as a whole; and what lanes may have to stand still for.
+_ALIGNED, _WAIT = "aligned", "wait"
 
 
 class _Compiled(NamedTuple):
@@ -38,6 +41,7 @@ class _Compiled(NamedTuple):
     target: int  # of a branch
     guard: Source | None
     negated: bool
+    ready: Callable[[Array], Array] | None = None  # of a wait: which of some lanes need not stand still
 
 
 class _Key(NamedTuple):
@@ -53,6 +57,13 @@ class _Key(NamedTuple):
     meetings: int
     lane: int
     at: int
+
+
+class _Standing(NamedTuple):
+    """Lanes that stand still until an mbarrier's phase completes, or for others of their warp that do."""
+
+    key: _Key
+    lanes: Array
 
 
 def _nothing(lanes: Lanes) -> None:
@@ -74,7 +85,11 @@ class Machine:
         self.reached = np.zeros(len(program.code) + 1, bool)
         self._copies = AsynchronousCopies(threads)
         self._warpgroups = Warpgroups(threads, program, worst=compiler.approximations.worst)
-        if any(instruction.op.startswith("wgmma") for instruction in program.code):
+        self._tensor: TensorCores | None = None  # most programs have none
+        if uses_tensor_cores(program):
+            self._tensor = TensorCores(threads, program, worst=compiler.approximations.worst)
+        self._standing: list[_Standing] = []
+        if any(instruction.op.startswith(("wgmma", "tcgen05.mma")) for instruction in program.code):
             threads.proxies = Proxies(threads.shared.words, threads.block)
         self._code = [self._compile(instruction) for instruction in program.code]
         self._exited = np.zeros(len(threads.block), bool)
@@ -90,16 +105,23 @@ class Machine:
         self._last_turn = self._turns[0][np.minimum(last, program.threads - 1)]  # of the warps of one's warpgroup
 
     def _compile(self, instruction: Instruction) -> _Compiled:
+        ready = None
         try:
-            kind, step, target = self._kind(instruction)
+            if self._tensor is not None and instruction.op.startswith("mbarrier.try_wait"):
+                ready, step = self._tensor.compile_wait(instruction)
+                kind, target = _WAIT, 0
+            else:
+                kind, step, target = self._kind(instruction)
             guard = self._threads.registers.source(instruction.guard, "pred") if instruction.guard else None
             if not instruction.op.startswith("wgmma"):
                 step = self._warpgroups.watched(instruction, step)
+            if self._tensor is not None:
+                step = self._tensor.watched(instruction, step)
         except Fault as error:
             raise Fault(f"{instruction.text} ({instruction.where}): {error}") from error
         if guard is not None and kind in (_BARRIER, _FENCE, _WARP, _WARPGROUP):
             raise Fault(f"{instruction.text} ({instruction.where}): a synchronisation under a predicate")
-        return _Compiled(kind, step, target, guard, instruction.negated)
+        return _Compiled(kind, step, target, guard, instruction.negated, ready)
 
     def _kind(self, instruction: Instruction) -> tuple[str, Step, int]:
         op, args = instruction.op, instruction.args
@@ -120,6 +142,11 @@ class Machine:
             return _WARP, compile_product(self._threads, instruction, worst=self._compiler.approximations.worst), 0
         if base == "wgmma":
             return _WARPGROUP if "mma_async" in op else _WARP, self._warpgroups.compile(instruction), 0
+        if base == "elect":
+            return _WARP, compile_elect(self._threads, instruction), 0
+        if self._tensor is not None and base in ("tcgen05", "mbarrier"):
+            aligned, step = self._tensor.compile(instruction)
+            return _ALIGNED if aligned else _PLAIN, step, 0
         if op in ("fence.proxy.async", "fence.proxy.async.shared") and not args:
             return _PLAIN, self._proxy_fence, 0
         if op.startswith("cp.async."):
@@ -139,7 +166,8 @@ class Machine:
             Fault: naming the instruction and its line of the source.
         """
         self._release(np.arange(len(self._threads.block)), 0, 0, 0)
-        while self._heap:
+        while self._heap or self._standing:
+            self._check_progress()
             key, _, lanes = heapq.heappop(self._heap)
             groups = [lanes]
             while self._heap and self._heap[0][0] == key:
@@ -148,15 +176,53 @@ class Machine:
             self._threads.barriers = key.barriers
             try:
                 if key.lane == -1:
-                    self._meet(lanes, key.at)
-                    self._release(lanes, key.barriers, key.meetings, key.at + 1)
+                    self._come(lanes, key)
                 else:
                     self._advance(lanes, key)
             except Fault as error:
                 instruction = self._program.code[self._at]
                 raise Fault(f"{instruction.text} ({instruction.where}): {error}") from error
+            self._wake()
         self._copies.finish()
         self._warpgroups.finish()
+        if self._tensor is not None:
+            self._tensor.finish()
+
+    def _come(self, lanes: Array, key: _Key) -> None:
+        """Lanes meet, unless others of their warps stand still: then they do so, too."""
+        warps = [standing.lanes // WARP for standing in self._standing if key.warp != -1]
+        if warps and np.isin(lanes // WARP, np.concatenate(warps)).any():
+            self._standing.append(_Standing(key, lanes))
+            return
+        self._meet(lanes, key.at)
+        self._release(lanes, key.barriers, key.meetings, key.at + 1)
+
+    def _check_progress(self) -> None:
+        """Whoever stands still, somebody else of the block can still run.
+
+        Raises:
+            Fault: what they wait for never happens.
+        """
+        if not self._standing:
+            return
+        key = min(standing.key for standing in self._standing)
+        if not self._heap or self._heap[0][0].barriers > key.barriers:
+            instruction = self._program.code[key.at]
+            raise Fault(f"{instruction.text} ({instruction.where}): a wait for a phase that never completes")
+
+    def _wake(self) -> None:
+        """Let go on who no longer has to stand still."""
+        if self._tensor is None or not self._tensor.mbarriers.changed:
+            return
+        self._tensor.mbarriers.changed = False
+        waiting, self._standing = self._standing, []
+        for key, lanes in waiting:
+            ready = self._code[key.at].ready
+            on = np.ones(len(lanes), bool) if ready is None else ready(lanes)
+            if on.any():
+                self._push(key, lanes[on])
+            if not on.all():
+                self._standing.append(_Standing(key, lanes[~on]))
 
     def _push(self, key: _Key, lanes: Array) -> None:
         self._pushes += 1
@@ -179,10 +245,16 @@ class Machine:
             alive = np.bincount(blocks[~self._exited], minlength=blocks[-1] + 1)
             if ((waiting != 0) & (waiting != alive)).any():
                 raise Fault("a barrier that not all threads of a block reach")
+            self._share(lanes, blocks=True)
         elif compiled.kind == _FENCE:
             self._threads.fences[lanes] += 1
+            self._share(lanes, blocks=False)
         else:
             compiled.step(self._narrowed(lanes))
+
+    def _share(self, lanes: Array, *, blocks: bool) -> None:
+        if self._tensor is not None:
+            self._tensor.meet(lanes, blocks=blocks)
 
     def _narrowed(self, lanes: Array) -> Lanes:
         return None if len(lanes) == len(self._threads.block) else lanes
@@ -226,15 +298,27 @@ class Machine:
             for turn in np.unique(turns):
                 self._push(_Key(key.barriers, int(turn), key.meetings + 1, -1, at), lanes[turns == turn])
             return
-        if compiled.kind in (_FENCE, _WARP):
-            self._push(key._replace(meetings=key.meetings + 1, lane=-1, at=at), lanes)
-            return
-        if compiled.kind == _BRANCH:
+        if compiled.kind in (_FENCE, _WARP, _ALIGNED):
+            self._push(key._replace(meetings=key.meetings + 1, lane=-1, at=at), active)
+        elif compiled.kind == _WAIT:
+            self._stand(compiled, key, at, active)
+        elif compiled.kind == _BRANCH:
             self._push(key._replace(at=compiled.target), active)
         else:
             self._exited[active] = True
         if len(active) < len(lanes):
             self._push(key._replace(at=at + 1), np.setdiff1d(lanes, active, assume_unique=True))
+
+    def _stand(self, compiled: _Compiled, key: _Key, at: int, lanes: Array) -> None:
+        """Lanes come to a wait."""
+        assert compiled.ready is not None
+        self._threads.where = self._program.code[at].where
+        on = compiled.ready(lanes)
+        if on.any():
+            compiled.step(lanes[on])
+            self._push(key._replace(at=at + 1), lanes[on])
+        if not on.all():
+            self._standing.append(_Standing(key._replace(at=at), lanes[~on]))
 
 
 def special_registers(program: Program, blocks: Sequence[tuple[int, ...]], grid: Sequence[int]) -> dict[str, Array]:

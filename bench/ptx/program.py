@@ -113,11 +113,13 @@ def _symbols(text: str) -> dict[str, int]:
 
 
 class _Reader:
-    """Reads statements. A register that an inner ``{ }`` declares gets a name that nothing else has."""
+    """Reads statements. A register or a label of an inner ``{ }`` gets a name that nothing else has."""
 
     def __init__(self, program: Program, files: dict[str, str]) -> None:
         self._program, self._files = program, files
         self._scopes: list[dict[str, str]] = [{}]
+        self._labels: list[dict[str, str]] = [{}]  # of the same scopes
+        self._branches: list[tuple[int, list[dict[str, str]]]] = []  # a label may stand behind its branch
         self._where = ""
 
     def read(self, text: str, position: int) -> None:
@@ -130,10 +132,22 @@ class _Reader:
             brace, label, statement = match[1], match[2], " ".join((match[3] or "").split())
             if brace:
                 self._scopes = [*self._scopes, {}] if brace == "{" else self._scopes[:-1]
+                self._labels = [*self._labels, {}] if brace == "{" else self._labels[:-1]
             elif label:
-                self._program.labels[label] = len(self._program.code)
+                self._label(label)
             elif statement:
                 self._statement(statement)
+        for index, scopes in self._branches:
+            branch = self._program.code[index]
+            target = next((s[str(branch.args[0])] for s in reversed(scopes) if branch.args[0] in s), branch.args[0])
+            self._program.code[index] = replace(branch, args=(target,))
+
+    def _label(self, name: str) -> None:
+        if name in self._labels[-1]:
+            raise Fault(f"the label {name} twice")
+        unique = name if len(self._labels) == 1 else f"{name}'{len(self._program.labels)}"
+        self._labels[-1][name] = unique
+        self._program.labels[unique] = len(self._program.code)
 
     def _statement(self, statement: str) -> None:
         if statement.startswith(".reg"):
@@ -159,6 +173,8 @@ class _Reader:
             raise Fault(f"cannot read {statement!r}")
         args = tuple(self._operand(part) for part in _COMMA.split(match[4])) if match[4] else ()
         guard = self._name(match[2]) if match[2] else ""
+        if match[3] in ("bra", "bra.uni") and len(args) == 1:
+            self._branches.append((len(self._program.code), self._labels))
         op = match[3].replace(".shared::cta", ".shared")  # two spellings of the block's own shared memory
         self._program.code.append(Instruction(op, args, guard, match[1] == "!", self._where, statement))
 
@@ -169,6 +185,8 @@ class _Reader:
         if text.startswith("["):
             base, _, offset = re.sub(r"\s", "", text[1:-1]).partition("+")
             return Address(self._name(base), int(offset or "0", 0))
+        if "|" in text:  # two results
+            return tuple(self._name(part) for part in text.split("|"))
         return self._name(text)
 
     def _name(self, text: str) -> str:

@@ -89,6 +89,15 @@ class SharedMemory:
         for part, value in zip(self._content, (values, 0, 2**32 - 1), strict=True):
             part.view("u4")[places] = value
 
+    def check(self, addresses: Array, blocks: Array, width: int) -> None:
+        """Raises a Fault for ``width`` bytes that lie outside, or are not aligned to their number."""
+        self._places(addresses, blocks, width, 1)
+
+    def forget(self, addresses: Array, blocks: Array, width: int) -> None:
+        """Make ``width`` bytes at each address what nobody has written."""
+        self._check_idle(addresses, blocks, width)
+        self._content.written[self._places(addresses, blocks, 1, width)] = 0
+
     def hold(self, places: Array) -> None:
         """A wgmma reads the words at :meth:`places` from now on."""
         np.add.at(self._in_flight().reads, places, 1)
@@ -130,12 +139,13 @@ class SharedMemory:
 
 
 class Proxies:
-    """Which words of shared memory the asynchronous proxy, through which wgmma reads, sees as they are.
+    """Which words of shared memory the asynchronous proxy, through which products read, sees as they are.
 
-    Ordinary stores and cp.async write through the generic proxy. For a wgmma to see it, a fence.proxy.async must lie
-    on the way from the write to the wgmma: of the writing thread behind its write, or of a thread behind a barrier
-    that follows the write; and then a barrier, or the wgmma of that thread itself (PTX ISA, "Causality order"). All
-    threads of a warpgroup must have such a way, for PTX does not say which of them reads what.
+    Ordinary stores and cp.async write through the generic proxy. For a wgmma or a tcgen05.mma to see it, a
+    fence.proxy.async must lie on the way from the write to the product: of the writing thread behind its write, or of
+    a thread behind a barrier that follows the write; and then a barrier, or the product of that thread itself (PTX
+    ISA, "Causality order"). All threads of a warpgroup must have such a way, for PTX does not say which of them reads
+    what.
 
     Args:
         words: of a block. block: of each thread.
@@ -165,8 +175,8 @@ class Proxies:
             ordered = fencing[self._writer[block]] | (self._written[block] < barriers)
             seen[ordered & (seen == _NEVER)] = barriers + 1
 
-    def check(self, places: Array, lanes: Array, barriers: int) -> None:
-        """Warpgroups of threads [n, 128] read words [n, w].
+    def check(self, places: Array, lanes: Array, barriers: int, what: str = "wgmma") -> None:
+        """Warpgroups of threads [n, 128], or single ones [n, 1], read words [n, w] by the instruction ``what``.
 
         Raises:
             Fault: they may not see what was written last.
@@ -174,4 +184,4 @@ class Proxies:
         by_all = self._seen.reshape(-1)[places] <= barriers
         by_itself = self._fenced[lanes].min(axis=1)[:, None] > self._written.reshape(-1)[places]
         if not (by_all | by_itself).all():
-            raise Fault("a wgmma of shared memory that no fence.proxy.async has made visible to it")
+            raise Fault(f"a {what} of shared memory that no fence.proxy.async has made visible to it")

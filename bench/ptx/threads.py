@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ class Threads:
     Attributes:
         block: of each thread, counted from 0. first_block: of the launch. barriers: that the threads which run now
             have passed. fences: bar.warp.sync that each has passed. where: the source of the instruction that runs.
-        log: accesses, or None to keep none. proxies: None in a program without wgmma, which all is the same to.
+        log: accesses, or None to keep none. proxies: None in a program without wgmma and tcgen05.mma, to which all is
+            the same. checks: called with words of shared memory [n, w] and the threads [n] that write them.
     """
 
     registers: Registers
@@ -63,6 +65,7 @@ class Threads:
     where: str = ""
     log: list[Access] | None = None
     proxies: Proxies | None = None
+    checks: list[Callable[[Array, Array], None]] = field(default_factory=list)
     fences: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,12 +105,24 @@ class Threads:
         """Write values [lanes, count]; to shared memory with their holes."""
         if space == "shared":
             self.shared.write(addresses, self.block[lanes], values, holes)
+            self.check_write(addresses, values.itemsize * values.shape[1], lanes)
             self.wrote(addresses, values.itemsize * values.shape[1], lanes)
         elif holes is not None:
             raise Fault(f"{int((holes != 0).any(1).sum())} stores of what depends on registers that nobody wrote")
         else:
             self.memory.access(addresses, values.itemsize, values.shape[1], values)
         self.note(space, True, addresses, values, lanes)
+
+    def check_write(self, addresses: Array, width: int, lanes: Array) -> None:
+        """Threads write ``width`` bytes of shared memory at each address, which lie inside.
+
+        Raises:
+            Fault: of :attr:`checks`.
+        """
+        if self.checks:
+            places = self.shared.places(addresses, self.block[lanes], width)
+            for check in self.checks:
+                check(places, lanes)
 
     def wrote(self, addresses: Array, width: int, lanes: Array) -> None:
         """``width`` bytes of shared memory at each address are new to the asynchronous proxy."""

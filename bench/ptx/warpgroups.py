@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from stepfusion.bench.ptx.asynchronous import Groups, number
-from stepfusion.bench.ptx.descriptors import CHUNK, Descriptors, matrices
+from stepfusion.bench.ptx.descriptors import CHUNK, Descriptors, load
 from stepfusion.bench.ptx.matrices import (
     DEPTH,
     Matrices,
     accumulators,
-    elements,
     fragments_a,
     multiply,
     store,
@@ -195,19 +194,15 @@ class Warpgroups:
         """A matrix in shared memory, of each warpgroup: [n, rows, 16]."""
         threads, lanes = self._threads, who.reshape(-1, WARPGROUP)
         chunks = Descriptors.of(_one(source, who)).chunks(rows, across=across)
-        first, issue = np.repeat(lanes[:, 0], chunks.shape[1]), threads.issue(who)
-        blocks = threads.block[first]
-        bits, holes = threads.shared.read(chunks.reshape(-1), blocks, 2, CHUNK // 2)
-        places = threads.shared.places(chunks.reshape(-1), blocks, CHUNK)
+        blocks, issue = threads.block[lanes[:, 0]], threads.issue(who)
+        matrix, content = load(threads.shared, chunks, blocks, kind, rows, across=across)
+        places = threads.shared.places(chunks.reshape(-1), np.repeat(blocks, chunks.shape[1]), CHUNK)
         threads.shared.hold(places)
         if threads.proxies is not None:
             threads.proxies.check(places.reshape(len(lanes), -1), lanes, threads.barriers)
-        content = np.ascontiguousarray(bits).view("u1").reshape(*chunks.shape, CHUNK)
         group = self._groups.committed[lanes[:, 0]]
         self._pending.append(_Read(lanes, group, chunks, content, issue))
-        values = matrices(elements(bits, kind).reshape(*chunks.shape, -1), rows, across=across)
-        spoilt = np.zeros(bits.shape, bool) if holes is None else holes != 0
-        return Matrices(values.astype("f8"), matrices(spoilt.reshape(*chunks.shape, -1), rows, across=across))
+        return matrix
 
     def _wait(self, lanes: Array, newest: int) -> None:
         """What a product reads is free once all warps of its warpgroup have waited."""

@@ -18,7 +18,8 @@ from stepfusion.bench.ptx.executor import Executor
 from stepfusion.bench.ptx.types import Fault
 from stepfusion_testing.product_kernels import Product
 
-TARGETS = ("sm_80", "sm_90")  # what sm_100 has for products is not known here
+TARGETS = ("sm_80", "sm_90")
+TENSOR_TARGET = "sm_100"  # where products are added up in tensor memory
 ORDERS = ("together", "warps reversed")
 HALF = torch.float16
 
@@ -42,10 +43,21 @@ SYNCHRONISATION = re.compile(
     r"^\s*(bar\.sync|cp\.async\.wait_group|wgmma\.(?:fence|commit_group|wait_group)|fence\.proxy\.async)[^;\n]*;\n",
     re.MULTILINE,
 )
+#: What a program for sm_100 has besides, all of a kind at a time, and what is found without it.
+TENSOR_PARTS = {
+    r"@\S+\s+tcgen05\.commit": "a wait for a phase that never completes",
+    r"@!complete bra\.uni": "which the thread does not know to be complete",
+    r"fence\.proxy\.async": "a tcgen05.mma of shared memory that no fence.proxy.async",
+    r"cp\.async\.wait_group": "which nobody waited for",
+    r"tcgen05\.wait::st": "no tcgen05.wait::st",
+    r"tcgen05\.wait::ld": "no tcgen05.wait::ld",
+    r"@\S+\s+tcgen05\.dealloc": "still allocated at the end of its block",
+    r"@\S+\s+mbarrier\.init": "what is no mbarrier",
+}
 _LOOP = re.compile(r"^(\$L__BB\w+):.*?bra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 
 RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-#: These releases of Triton leave out the fence between a cp.async and the wgmma that reads what it wrote (3.7.1 has
+#: These releases of Triton leave out the fence between a cp.async and the product that reads what it wrote (3.7.1 has
 #: it: github.com/triton-lang/triton/pull/10537).
 UNFENCED = RELEASE < (3, 7, 1)
 #: And these wait two or three times for one thing on sm_80.
@@ -53,11 +65,18 @@ REPEATS = RELEASE >= (3, 9)
 
 
 def fenced(text: str) -> str:
-    """The text with a fence.proxy.async before every wgmma.fence and nowhere else, if Triton leaves some out."""
+    """The text with a fence.proxy.async before every wgmma.fence and tcgen05.mma only, if Triton leaves some out."""
     if not UNFENCED:
         return text
     bare = re.sub(r"^\s*fence\.proxy\.async[^;\n]*;\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"^(?=\s*wgmma\.fence)", "\tfence.proxy.async.shared::cta;\n", bare, flags=re.MULTILINE)
+    return re.sub(
+        r"^(?=\s*(wgmma\.fence|@\S+\s+tcgen05\.mma))", "\tfence.proxy.async.shared::cta;\n", bare, flags=re.MULTILINE
+    )
+
+
+def as_compiled(text: str) -> str:
+    """The text, as it is."""
+    return text
 
 
 def found(
@@ -70,6 +89,20 @@ def found(
             return call.wrong()
     except Fault as error:
         return str(error)
+
+
+def tensor_mutants() -> dict[str, str | None]:
+    """What is found in a program for sm_100 without each of :data:`TENSOR_PARTS`, which it must have."""
+
+    def without(part: str) -> Callable[[str], str]:
+        def edit(text: str) -> str:
+            changed, count = re.subn(rf"^\s*{part}[^;\n]*;\n", "\n", fenced(text), flags=re.MULTILINE)
+            assert count, part
+            return changed
+
+        return edit
+
+    return {part: found(MUTATED, TENSOR_TARGET, without(part), ORDERS[:1]) for part in TENSOR_PARTS}
 
 
 def place(text: str, position: int) -> str:
@@ -115,8 +148,13 @@ def _changed(text: str, matches: list[re.Match[str]], *, less: bool) -> str:
 def main() -> None:
     """Print what was found: by target and case, and by target and synchronisation."""
     report = {
-        "cases": {f"{target}, {name}": found(call, target) for target in TARGETS for name, call in CASES.items()},
-        "as compiled": found(MUTATED, "sm_90", lambda text: text),
+        "cases": {
+            f"{target}, {name}": found(call, target)
+            for target in (*TARGETS, TENSOR_TARGET)
+            for name, call in CASES.items()
+        },
+        "tensor mutants": tensor_mutants(),
+        "as compiled": {target: found(MUTATED, target, as_compiled) for target in ("sm_90", TENSOR_TARGET)},
         "mutants": {target: mutants(target) for target in TARGETS},
     }
     json.dump(report, sys.stdout)

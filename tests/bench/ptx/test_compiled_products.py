@@ -1,4 +1,4 @@
-"""Matrix products as Triton compiles them for sm_80 and sm_90: right as they are, and found without a wait."""
+"""Matrix products as Triton compiles them for NVIDIA GPUs: right as they are, and found without a wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from stepfusion_testing.compiler_process import json_of
-from stepfusion_testing.product_mutants import CASES, REPEATS, TARGETS, UNFENCED
+from stepfusion_testing.product_mutants import (
+    CASES,
+    REPEATS,
+    TARGETS,
+    TENSOR_PARTS,
+    TENSOR_TARGET,
+    UNFENCED,
+)
 
 pytest.importorskip("triton")
 
@@ -38,7 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, TENSOR_TARGET])
 def test_compiled_products_are_right_in_every_order_and_have_no_race(
     target: str, name: str, report: dict[str, Any]
 ) -> None:
@@ -60,9 +67,11 @@ def test_a_synchronisation_that_is_needed_is_missed(target: str, report: dict[st
 
 
 @pytest.mark.slow
-def test_a_fence_that_triton_leaves_out_is_found(report: dict[str, Any]) -> None:
-    assert (report["as compiled"] is not None) == UNFENCED
-    assert not UNFENCED or "a wgmma of shared memory that no fence.proxy.async" in report["as compiled"]
+@pytest.mark.parametrize(("target", "product"), [("sm_90", "wgmma"), (TENSOR_TARGET, "tcgen05.mma")])
+def test_a_fence_that_triton_leaves_out_is_found(target: str, product: str, report: dict[str, Any]) -> None:
+    error = report["as compiled"][target]
+    assert (error is not None) == UNFENCED
+    assert not UNFENCED or f"a {product} of shared memory that no fence.proxy.async" in error
 
 
 @pytest.mark.slow
@@ -81,3 +90,9 @@ def test_what_is_found_says_what_is_missing(report: dict[str, Any]) -> None:
             seen.add(key)
             assert words[key] in mutant["found"], mutant
     assert seen == set(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", TENSOR_PARTS)
+def test_what_is_missing_for_tensor_memory_is_found(part: str, report: dict[str, Any]) -> None:
+    assert TENSOR_PARTS[part] in report["tensor mutants"][part]

@@ -111,7 +111,7 @@ mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r5,%r6,%r7,%r8}, {%r1,%r1}, 
 wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r5,%r6,%r7,%r8}, %rd1, %rd2, %p1, 1, 1, 0, 0;
 wgmma.commit_group;
 fence.proxy.alias;
-elect.sync %r5|%p2, -1;
+mbarrier.arrive.shared::cta.b64 %rd5, [%r5];
 mbarrier.init.shared::cta.b64 [%r1], 1;
 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%rd1];
 trap;
@@ -145,3 +145,15 @@ def test_a_text_without_a_kernel_and_a_wrong_call_are_faults() -> None:
         execute(kernel(""), (1,), [0, 0], GlobalMemory([]))
     with pytest.raises(Fault, match="multiple of 32"):
         parse(kernel("", threads=33))
+
+
+def test_a_label_belongs_to_its_braces() -> None:
+    """Loops of inline assembly all have the same one."""
+    loop = "{ .reg .pred %more; again: add.s32 %r5, %r5, 1; setp.lt.u32 %more, %r5, LIMIT; @%more bra again; }"
+    body = f"mov.b32 %r5, 0; {loop.replace('LIMIT', '%r1')} mul.lo.s32 %r6, %r5, 100; {loop.replace('LIMIT', '40')}"
+    got = run(f"{body} add.s32 %r6, %r6, %r5; st.global.b32 OUT, %r6;")
+    assert np.array_equal(got[:, 0], 100 * np.maximum(np.arange(32), 1) + 40)
+    with pytest.raises(Fault, match="an unknown label"):
+        run(f"{loop.replace('LIMIT', '4')} bra again;")
+    with pytest.raises(Fault, match="the label again twice"):
+        run(f"again: again: mov.b32 %r5, 0; {loop.replace('LIMIT', '4')}")
