@@ -61,7 +61,7 @@ RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]
 #: it: github.com/triton-lang/triton/pull/10537).
 UNFENCED = RELEASE < (3, 7, 1)
 #: And these wait two or three times for one thing on sm_80.
-REPEATS = RELEASE >= (3, 9)
+REPEATS = RELEASE >= (3, 8)
 
 
 def fenced(text: str) -> str:
