@@ -15,7 +15,7 @@ from stepfusion import kernels
 from stepfusion.bench.kernel_work import ATEN, INDUCTOR, OURS, REFERENCE, Set, Work
 from stepfusion.bench.measure import Limit
 from stepfusion.kernels import reference
-from stepfusion.kernels.tolerance import ROUNDINGS, UNIT, tolerance
+from stepfusion.kernels.tolerance import UNIT, projection_roundings, tolerance
 
 
 class _Shortcut(NamedTuple):
@@ -75,7 +75,7 @@ def _work(device: torch.device, shortcut: _Shortcut, *, doubles: bool) -> Work:
     magnitude = 10.0 + math.sqrt(depth)  # of all terms together: image, bias, and products of about 1 / sqrt(K) each
     # peers round to the dtype after the product, its bias and the sum
     peers = 0.0 if dtype == torch.float32 else 3 * 10.0 * UNIT[dtype]
-    allowed = tolerance(dtype, magnitude, ROUNDINGS["add_projection"] + depth // 8) + peers
+    allowed = tolerance(dtype, magnitude, projection_roundings(depth)) + peers
     pixels = lanes * side * side
     written = (4 if doubles else 1) * channels
     return Work(

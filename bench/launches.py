@@ -158,9 +158,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = next((k for word, k in _KINDS_OF_OURS.items() if word in kernel), "elementwise")
         flops = 0
         if kind == "matrix product":
-            depth, columns = options["K_X"] + options["K_SKIP"], options["N"]
-            flops = 2 * tensors[0].numel() * depth  # of the image [B, N, H, W] that is added to
-            assert tensors[0].shape[1] == columns
+            # the first tensor is the image [B, N, H, W] that is added to
+            flops = 2 * tensors[0].numel() * (options["K_X"] + options["K_SKIP"])
             if options["DOUBLES"]:
                 kind = "elementwise"
         self._add(kind, kernel, sum(map(_size, tensors)), flops)

@@ -197,8 +197,7 @@ def check_arguments(
     if x.ndim != 4:
         raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
     if bias is not None:
-        accepted = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
-        launch.check_like("bias", bias, (x.shape[1],), x.device, accepted)
+        launch.check_like("bias", bias, (x.shape[1],), x.device, launch.of_parameters(x.dtype))
     check_residual(x, residual)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from stepfusion.kernels import launch
-from stepfusion.kernels.add_bias import doubled_like
+from stepfusion.kernels.add_bias import add_bias_doubled_reference, doubled_like
 from stepfusion.kernels.backend import interpreting, require_triton, tl, triton
 from stepfusion.kernels.group_norm_geometry import power_of_two
 
@@ -152,9 +152,8 @@ def _add_projection(
     of_skip = 0 if skip is None else skip.shape[1]
     tile = _tile(height * width, len(weight), of_x, of_skip, doubles=doubles)
     pixels = lanes * height * width
-    if (
-        x.device.type == "cpu" and interpreting() and x.dtype == torch.bfloat16
-    ):  # Triton's interpreter would multiply its bits as integers
+    if x.device.type == "cpu" and interpreting() and x.dtype == torch.bfloat16:
+        # Triton's interpreter would multiply its bits as integers
         x, weight, skip = x.float(), weight.float(), None if skip is None else skip.float()
     with launch.on(x.device):
         add_projection_kernel[(-(-pixels // tile.rows) * -(-len(weight) // tile.columns),)](
@@ -264,8 +263,7 @@ def add_projection_doubled_reference(
 ) -> torch.Tensor:
     """The twin of :func:`add_projection_doubled`."""
     check_arguments(image, x, weight, skip, bias, (*launch.FLOATS, torch.float64))
-    h = _sum(image, x, weight, skip, bias).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    return h.contiguous(memory_format=torch.channels_last)
+    return add_bias_doubled_reference(_sum(image, x, weight, skip, bias), None)
 
 
 def _sum(
@@ -294,19 +292,10 @@ def check_arguments(
     """TypeError or ValueError that names the argument, for all of them and their twins."""
     launch.check_dtype("image", image, dtypes)
     launch.check_dtype("x", x, (image.dtype,))
-    if x.ndim != 4:
-        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
-    channels = x.shape[1]
-    if skip is not None:
-        launch.check_dtype("skip", skip, (image.dtype,))
-        if skip.ndim != 4:
-            raise ValueError(f"skip must be images [B, C, H, W], got shape {list(skip.shape)}")
-        launch.check_like("skip", skip, (len(x), skip.shape[1], *x.shape[2:]), x.device, (image.dtype,))
-        channels += skip.shape[1]
+    channels = launch.check_joined(x, skip)
     launch.check_dtype("weight", weight, (image.dtype,))
     if weight.ndim != 2 or weight.shape[1] != channels or weight.device != x.device:
         raise ValueError(f"weight must be [N, {channels}] on {x.device}, got {list(weight.shape)} on {weight.device}")
     launch.check_like("image", image, (len(x), len(weight), *x.shape[2:]), x.device, (image.dtype,))
     if bias is not None:
-        accepted = (image.dtype,) if image.dtype in (torch.float32, torch.float64) else (image.dtype, torch.float32)
-        launch.check_like("bias", bias, (len(weight),), x.device, accepted)
+        launch.check_like("bias", bias, (len(weight),), x.device, launch.of_parameters(image.dtype))

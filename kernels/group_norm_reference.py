@@ -89,16 +89,7 @@ def check_arguments(
 ) -> None:
     """TypeError or ValueError unless the arguments of the op fit each other and are of these dtypes."""
     launch.check_dtype("x", x, dtypes)
-    if x.ndim != 4:
-        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
-    channels = x.shape[1]
-    if skip is not None:
-        launch.check_dtype("skip", skip, (x.dtype,))
-        if skip.ndim != 4:
-            raise ValueError(f"skip must be images [B, C, H, W], got shape {list(skip.shape)}")
-        launch.check_like("skip", skip, (len(x), skip.shape[1], *x.shape[2:]), x.device, (x.dtype,))
-        channels += skip.shape[1]
-    accepted = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    channels, accepted = launch.check_joined(x, skip), launch.of_parameters(x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):
         launch.check_like(name, parameter, (channels,), x.device, accepted)
     if (scale is None) != (shift is None):

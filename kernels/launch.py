@@ -98,6 +98,24 @@ def check_dtype(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> 
         raise TypeError(f"{name} must be {accepted}, got {str(x.dtype).removeprefix('torch.')}")
 
 
+def check_joined(x: torch.Tensor, skip: torch.Tensor | None) -> int:
+    """The channels of concat(x, skip); TypeError or ValueError unless both are images [B, C, H, W] of one size."""
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [B, C, H, W], got shape {list(x.shape)}")
+    if skip is None:
+        return x.shape[1]
+    check_dtype("skip", skip, (x.dtype,))
+    if skip.ndim != 4:
+        raise ValueError(f"skip must be images [B, C, H, W], got shape {list(skip.shape)}")
+    check_like("skip", skip, (len(x), skip.shape[1], *x.shape[2:]), x.device, (x.dtype,))
+    return x.shape[1] + skip.shape[1]
+
+
+def of_parameters(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What weights and biases may be beside images of ``dtype``: the same, or float32 beside half precision."""
+    return (dtype,) if dtype in (torch.float32, torch.float64) else (dtype, torch.float32)
+
+
 def check_like(
     name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> None:

@@ -22,8 +22,7 @@ UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-1
 #: transition_logprob: 12 of the mean, and twice the 6 of an exponential and its exponent, for a deviation is squared.
 #: winograd_conv2d, relative to the sum of absolute values: 6 of the input's transform, 1 of the weight's, 1 of the
 #: sum of products (whose terms have either sign), 10 of the output's transform.
-#: add_projection, relative to the sum of absolute values: 2 of image and bias, and one for every 8 channels, for
-#: matrix units add up 16 products at a time, and truncate.
+#: add_projection, relative to the sum of absolute values: 2 of image and bias, and those of `projection_roundings`.
 #: resnet_block: two norms, two convolutions, and 2 of the residual. attention_block: a norm, 18 of three products in
 #: a row, 8 of softmax, and 48 that scores, which are larger than what comes of them, bring into its exponential.
 ROUNDINGS = {
@@ -42,6 +41,11 @@ ROUNDINGS = {
 #: The largest difference that a float32 network by C++ kernels may have from the same by PyTorch's operators,
 #: relative to the largest output: 839 roundings, six residual blocks in a row.
 NETWORK_FLOAT32 = 1e-4
+
+
+def projection_roundings(channels: int) -> int:
+    """Of a projection of so many channels: 2, and one for every 8: matrix units add up 16 products, and truncate."""
+    return ROUNDINGS["add_projection"] + channels // 8
 
 
 def tolerance(dtype: torch.dtype, magnitude: float, roundings: int) -> float:

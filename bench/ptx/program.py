@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -31,6 +32,12 @@ class Address:
 
 
 Operand: TypeAlias = "str | Address | tuple[str, ...]"
+
+
+def operand_names(args: Iterable[Operand]) -> Iterator[str]:
+    """What operands name: registers, symbols and numbers."""
+    for arg in args:
+        yield from (arg.base,) if isinstance(arg, Address) else arg if isinstance(arg, tuple) else (arg,)
 
 
 @dataclass(frozen=True)

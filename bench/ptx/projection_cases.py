@@ -15,7 +15,7 @@ from stepfusion.bench.ptx.agreement import within
 from stepfusion.bench.ptx.executor import NVIDIA, Executor
 from stepfusion.bench.ptx.inputs import BRAIN, HALF, Case, unchanged, words
 from stepfusion.kernels import reference
-from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion.kernels.tolerance import projection_roundings, tolerance
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Projection:
         double = {name: tensor.double() for name, tensor in given.items()}
         magnitude = {name: tensor.abs().nan_to_num() for name, tensor in double.items()}
         largest = float(reference.add_projection_doubled(**magnitude).max())
-        roundings = ROUNDINGS["add_projection"] + (self.of_x + self.of_skip) // 8
+        roundings = projection_roundings(self.of_x + self.of_skip)
         allowed, name = tolerance(self.dtype, largest, roundings), f"add_projection_{'doubled' * self.doubles}"
         with executor.running():
             out = getattr(kernels, name)(**given)

@@ -19,7 +19,7 @@ from stepfusion.bench.ptx.asynchronous import number
 from stepfusion.bench.ptx.matrices import Matrices
 from stepfusion.bench.ptx.opcodes import Step
 from stepfusion.bench.ptx.ordering import Completion, Uses
-from stepfusion.bench.ptx.program import Address, Instruction, Operand, Program
+from stepfusion.bench.ptx.program import Address, Instruction, Operand, Program, operand_names
 from stepfusion.bench.ptx.threads import WARP, Threads
 from stepfusion.bench.ptx.types import Array, Fault, Lanes
 
@@ -94,7 +94,9 @@ class TensorMemory:
 
     def watched(self, instruction: Instruction, step: Step) -> Step:
         """The step of another instruction, which may not use the registers of a load that goes on."""
-        rows = np.array([self._rows[name] for name in _names(instruction.args) if name in self._rows], np.int64)
+        rows = np.array(
+            [self._rows[name] for name in operand_names(instruction.args) if name in self._rows], np.int64
+        )
         if not len(rows):
             return step
 
@@ -342,12 +344,6 @@ def _loaded(instruction: Instruction) -> Iterable[str]:
     """The registers that an instruction loads from tensor memory."""
     out = instruction.args[0] if instruction.op.startswith("tcgen05.ld") and instruction.args else ()
     return out if isinstance(out, tuple) else ()
-
-
-def _names(args: Iterable[Operand]) -> Iterable[str]:
-    """What the operands of an instruction name."""
-    for arg in args:
-        yield from (arg.base,) if isinstance(arg, Address) else arg if isinstance(arg, tuple) else (arg,)
 
 
 def _one(addresses: Array) -> Array:

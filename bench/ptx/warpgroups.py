@@ -10,7 +10,6 @@ there meanwhile is another one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from stepfusion.bench.ptx.matrices import (
     store,
 )
 from stepfusion.bench.ptx.opcodes import Step
-from stepfusion.bench.ptx.program import Address, Instruction, Operand, Program
+from stepfusion.bench.ptx.program import Instruction, Operand, Program, operand_names
 from stepfusion.bench.ptx.registers import Source
 from stepfusion.bench.ptx.threads import WARP, Issue, Threads
 from stepfusion.bench.ptx.types import Array, Fault, Lanes
@@ -110,7 +109,7 @@ class Warpgroups:
 
     def watched(self, instruction: Instruction, step: Step) -> Step:
         """The step of another instruction, which may not use the registers of a product in flight."""
-        names = [name for name in _names(instruction.args) if name in self._rows]
+        names = [name for name in operand_names(instruction.args) if name in self._rows]
         if not names:
             return step
         rows = np.array([self._rows[name] for name in names])
@@ -234,12 +233,6 @@ class Warpgroups:
 def _tuple(operand: Operand) -> tuple[str, ...]:
     """The registers of an operand that is several; a single one holds a descriptor."""
     return operand if isinstance(operand, tuple) else ()
-
-
-def _names(args: Sequence[Operand]) -> Iterator[str]:
-    """What the operands of an instruction name."""
-    for arg in args:
-        yield from (arg.base,) if isinstance(arg, Address) else _tuple(arg) or (str(arg),)
 
 
 def _one(source: Source, who: Array) -> Array:

@@ -15,7 +15,7 @@ from stepfusion import kernels
 from stepfusion.kernels import cpu_ops, reference
 from stepfusion.kernels.backend import why_not_triton
 from stepfusion.kernels.cpu.sampling_library import why_not_sampling_kernels
-from stepfusion.kernels.tolerance import ROUNDINGS, tolerance
+from stepfusion.kernels.tolerance import ROUNDINGS, projection_roundings, tolerance
 from stepfusion.samplers import ddpm
 from stepfusion.samplers.schedule import NoiseSchedule
 
@@ -73,7 +73,7 @@ def _projection(device: torch.device) -> Check:
         reference.add_projection_doubled(*map(f, given), skip=f(skip)) for f in (torch.Tensor.double, _magnitude)
     )
     fused = kernels.add_projection_doubled(*given, skip=skip)
-    allowed = tolerance(torch.bfloat16, float(magnitude.max()), ROUNDINGS["add_projection"] + 384 // 8)
+    allowed = tolerance(torch.bfloat16, float(magnitude.max()), projection_roundings(384))
     return Check("fused product of a shortcut against float64", float((fused - exact).abs().max()), allowed)
 
 
