@@ -28,7 +28,9 @@ extern "C" void q_sample(const void* x_start, const void* noise, void* x_t, floa
                eps = z.read(image, channel, pixel, count, buffers[0]);
              } else {
                const Key key{uint64_t(seeds[image]), uint32_t(t[image]), uint32_t(indices[image]), STREAM_FORWARD};
-               eps = drawn.draw(key, element, count);
+               eps = drawn.draw(key, element, count,
+                                {x.after(image, channel, pixel, count), behind(x_t, type, start, count),
+                                 behind(noise_out, FLOAT32, start, count)});
                write_run(eps, noise_out, FLOAT32, start, count);
              }
              float* sum = place(x_t, type, start, buffers[2]);
@@ -65,6 +67,7 @@ extern "C" void normal(const int64_t* seeds, const int64_t* indices, const int64
   for_runs(images, 1, elements, GRAIN_OF_NOISE, [&](int64_t image, int64_t, int64_t element, int64_t count) {
     Noise drawn;
     const Key key{uint64_t(seeds[image]), uint32_t(timesteps[image]), uint32_t(indices[image]), uint32_t(stream)};
-    write_run(drawn.draw(key, element, count), z, FLOAT32, image * elements + element, count);
+    const int64_t start = image * elements + element;
+    write_run(drawn.draw(key, element, count, {behind(z, FLOAT32, start, count)}), z, FLOAT32, start, count);
   });
 }

@@ -1,20 +1,16 @@
-// What the sampling kernels share: element types, noise, and how a batch is cut into runs. Plain C++ that compilers
-// vectorise for any instruction set. Every product and sum is rounded on its own (the library is compiled without
-// contraction and with no other licence), so that all instruction sets give the bits of the PyTorch reference.
+// What the sampling kernels share: element types, and how a batch is cut into runs; noise is in noise.h. Plain C++ that
+// compilers vectorise for any instruction set. Every product and sum is rounded on its own (the library is compiled
+// without contraction and with no other licence), so that all instruction sets give the bits of the PyTorch reference.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
 
 namespace {
 
@@ -91,6 +87,25 @@ inline void write_run(const float* from, void* to, int64_t type, int64_t start, 
   if (type == BFLOAT16) narrow_run(from, static_cast<Brain*>(to) + start, count);
 }
 
+// What lies behind a run: the next one, which comes into a cache while the noise of this one is computed.
+struct Behind {
+  const char* start = nullptr;
+  int64_t size = 0;  // of an element, in bytes
+
+  // `count` elements from `first` on; what lies beyond a tensor does no harm.
+  void fetch(int64_t first, int64_t count) const {
+    if (start == nullptr) return;
+    for (int64_t byte = first * size; byte < (first + count) * size; byte += 64) __builtin_prefetch(start + byte);
+  }
+};
+
+// Of a run of `count` elements of type `type` from `start` on; nothing where there is no tensor.
+inline Behind behind(const void* tensor, int64_t type, int64_t start, int64_t count) {
+  const int64_t size = type == FLOAT32 ? 4 : 2;
+  const char* first = static_cast<const char*>(tensor);
+  return first == nullptr ? Behind{} : Behind{first + (start + count) * size, size};
+}
+
 // A batch of images [B, C, P] as it lies in memory, P pixels an image; strides in elements.
 struct Images {
   const void* data = nullptr;
@@ -109,6 +124,11 @@ struct Images {
     if (type == BFLOAT16) return widened(static_cast<const Brain*>(data) + start, count, buffer);
     const float* from = static_cast<const float*>(data) + start;
     return pixel == 1 ? from : widened(from, count, buffer);
+  }
+
+  // What is read after such a run. Where the channels of a pixel lie together, it has been read with the first.
+  Behind after(int64_t image, int64_t at_channel, int64_t at_pixel, int64_t count) const {
+    return pixel == 1 ? behind(data, type, image * lane + at_channel * channel + at_pixel, count) : Behind{};
   }
 
  private:
@@ -147,127 +167,5 @@ void for_runs(int64_t images, int64_t channels, int64_t pixels, int64_t grain, c
 
 constexpr int64_t GRAIN = 32 << 10;        // of passes that memory bounds: what PyTorch takes for its own
 constexpr int64_t GRAIN_OF_NOISE = 8 << 10;  // of passes that make noise
-
-// Noise, as kernels/philox.py has it.
-
-// Vectors of counters, and how many of them go through the rounds together, so that the latency of one's products hides
-// behind the others. Four are sixteen registers, which AVX512 has twice.
-#if defined(__AVX512F__)
-using Words = uint64_t __attribute__((vector_size(64)));
-constexpr int64_t TOGETHER = 4;
-#elif defined(__AVX2__)
-using Words = uint64_t __attribute__((vector_size(32)));
-constexpr int64_t TOGETHER = 2;
-#else
-using Words = uint64_t __attribute__((vector_size(16)));
-constexpr int64_t TOGETHER = 2;
-#endif
-constexpr int64_t WORDS = sizeof(Words) / sizeof(uint64_t);
-constexpr int64_t WHOLE = std::max<int64_t>(16, TOGETHER * WORDS);  // quads made at once, by Philox and by Box-Muller
-constexpr int64_t QUADS = RUN / 4 + WHOLE;  // of a run that starts and ends inside a quad, up to a multiple of WHOLE
-static_assert(RUN / 4 % WHOLE == 0 && WHOLE % (TOGETHER * WORDS) == 0);
-
-// 32-bit words in lanes of 64 bits, whose upper halves do not count, times a word: all 64 bits.
-// Compilers multiply vectors of 32-bit words with twice as many shuffles as products; this needs none.
-inline Words wide_product(Words a, uint32_t b) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
-#elif defined(__ARM_NEON)
-  return reinterpret_cast<Words>(vmull_n_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), b));
-#else
-  return (a & 0xFFFFFFFFu) * uint64_t(b);
-#endif
-}
-
-enum Stream : uint32_t { STREAM_STEP = 0, STREAM_FORWARD = 2 };
-
-// What a lane draws its noise from.
-struct Key {
-  uint64_t seed;
-  uint32_t timestep, index, stream;
-};
-
-// Philox-4x32-10 (Salmon et al. 2011, section 3.3): four words for each of `quads` counters, in the lower halves.
-inline void philox(const Key& key, uint32_t first, int64_t quads, uint64_t (*words)[QUADS]) {
-  for (int64_t i = 0; i < quads; i += WORDS * TOGETHER) {
-    Words c0[TOGETHER], c1[TOGETHER], c2[TOGETHER], c3[TOGETHER];
-    for (int v = 0; v < TOGETHER; v++) {
-      for (int64_t w = 0; w < WORDS; w++) c0[v][w] = first + uint64_t(i + WORDS * v + w);
-      c1[v] = Words{} + key.timestep;
-      c2[v] = Words{} + key.index;
-      c3[v] = Words{} + key.stream;
-    }
-    uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; round++) {
-      for (int v = 0; v < TOGETHER; v++) {
-        const Words p0 = wide_product(c0[v], 0xD2511F53u), p1 = wide_product(c2[v], 0xCD9E8D57u);
-        c0[v] = (p1 >> 32) ^ c1[v] ^ uint64_t(k0);
-        c2[v] = (p0 >> 32) ^ c3[v] ^ uint64_t(k1);
-        c1[v] = p1;
-        c3[v] = p0;
-      }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    for (int v = 0; v < TOGETHER; v++) {
-      std::memcpy(words[0] + i + WORDS * v, &c0[v], sizeof(Words));
-      std::memcpy(words[1] + i + WORDS * v, &c1[v], sizeof(Words));
-      std::memcpy(words[2] + i + WORDS * v, &c2[v], sizeof(Words));
-      std::memcpy(words[3] + i + WORDS * v, &c3[v], sizeof(Words));
-    }
-  }
-}
-
-// Two independent standard normals from two words: Box-Muller with the polynomials of kernels/philox.py.
-inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& x, float& y) {
-  const float word = float(int32_t(radius_word >> 16)) * 65536.0f + float(int32_t(radius_word & 0xFFFFu));
-  const int32_t bits = bits_of<int32_t>(word + 1.0f) - (32 << 23);  // u = (word + 1) / 2**32
-  const int32_t exponent = (bits - 0x3F2AAAAB) >> 23;
-  const float f = bits_of<float>(bits - exponent * (1 << 23)) - 1.0f;  // u = (1 + f) 2**exponent
-  float p = 0.15177200734615326f * f;
-  p = (p - 0.16964882612228394f) * f;
-  p = (p + 0.16462457180023193f) * f;
-  p = (p - 0.1982250213623047f) * f;
-  p = (p + 0.25004664063453674f) * f;
-  p = (p - 0.33336564898490906f) * f;
-  p = (p + 0.5f) * f;
-  p = (p - 1.0f) * f;
-  const float radius = std::sqrt(float(exponent) * -0.69314718055994531f + p);
-
-  const float b = float(int32_t(angle_word)) * 0x1.921fb54442d18p-32f;  // pi / 4 / 2**31
-  const float b2 = b * b;
-  const float sine = (((-0.0001951526792254299f * b2 + 0.00833216030150652f) * b2 - 0.16666655242443085f) * b2 + 1.0f) * b;
-  const float cosine = ((-0.0013648702297359705f * b2 + 0.04166107252240181f) * b2 - 0.5f) * b2 + 1.0f;
-  x = bits_of<float>(bits_of<uint32_t>((cosine - sine) * radius) ^ (angle_word << 31));
-  y = bits_of<float>(bits_of<uint32_t>((cosine + sine) * radius) ^ (angle_word << 30 & 0x80000000u));
-}
-
-// Room for the noise of a run.
-struct Noise {
-  alignas(64) uint64_t words[4][QUADS];
-  alignas(64) float values[4 * QUADS];
-
-  // The normals of `count` elements of an image, at most RUN, from `element` on.
-  const float* draw(const Key& key, int64_t element, int64_t count) {
-    const int64_t skipped = element % 4, quads = (skipped + count + 3) / 4;
-    const int64_t whole = (quads + WHOLE - 1) / WHOLE * WHOLE;  // vectors and nothing else
-    philox(key, uint32_t(element / 4), whole, words);
-    for (int64_t i = 0; i < whole; i++) {
-      float a, b, c, d;
-      box_muller(uint32_t(words[0][i]), uint32_t(words[1][i]), a, b);
-      box_muller(uint32_t(words[2][i]), uint32_t(words[3][i]), c, d);
-      values[4 * i] = a;
-      values[4 * i + 1] = b;
-      values[4 * i + 2] = c;
-      values[4 * i + 3] = d;
-    }
-    return values + skipped;
-  }
-};
 
 }  // namespace

@@ -26,7 +26,7 @@ from stepfusion.kernels.cpu import compiler
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CHANNELS_LAST = 4
 
-_SOURCES = "sampling.h", "step.cpp", "transition.cpp", "forward.cpp", "pixels.cpp"
+_SOURCES = "sampling.h", "noise.h", "step.cpp", "transition.cpp", "forward.cpp", "pixels.cpp"
 FLAGS = "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 _VECTORS = {
     "AVX2": ("-mavx2",),

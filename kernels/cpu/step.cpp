@@ -186,7 +186,11 @@ struct Step {
     if (seeds == nullptr) return nullptr;
     const int64_t timestep = timesteps[std::min(at, table_rows - 1)];
     const Key key{uint64_t(seeds[image]), uint32_t(timestep), uint32_t(indices[image]), STREAM_STEP};
-    return drawn.draw(key, channel * pixels + pixel, count);
+    const int64_t start = (image * channels + channel) * pixels + pixel;
+    const void* copied = copies > 0 ? copy : nullptr;
+    return drawn.draw(key, channel * pixels + pixel, count,
+                      {x.after(image, channel, pixel, count), out.after(image, channel, pixel, count),
+                       behind(next, FLOAT32, start, count), behind(copied, copy_type, start, count)});
   }
 
   // Several threads may work on an image, and all of them write the same.

@@ -28,6 +28,7 @@ from stepfusion_testing.twins import (
 
 CPU = torch.device("cpu")
 FOLDER = Path(sampling_library.__file__).parent
+HEADERS = "sampling.h", "noise.h"
 Compare = Callable[[], None]
 
 pytestmark = pytest.mark.skipif(
@@ -319,18 +320,25 @@ MUTANTS = {
     "beyond the schedule": Mutant("forward.cpp", _forward, "table[t] : NOTHING", "table[t] : 0.0f"),
     "the noise of a step": Mutant("forward.cpp", _forward, "STREAM_FORWARD}", "STREAM_STEP}"),
     "noise not returned": Mutant(
-        "forward.cpp", _forward, "noise_out, FLOAT32, start,", "noise_out, FLOAT32, element,"
+        "forward.cpp",
+        _forward,
+        "write_run(eps, noise_out, FLOAT32, start,",
+        "write_run(eps, noise_out, FLOAT32, element,",
     ),
     "the weights": Mutant("forward.cpp", _posterior, "a * x[i] + b * y[i]", "b * x[i] + a * y[i]"),
     "no log": Mutant("forward.cpp", _posterior, "entry(log_variances,", "entry(variances,"),
     "a lane's place": Mutant("forward.cpp", _noise, "image * elements + element", "image * elements"),
     "no stream": Mutant("forward.cpp", _noise, "uint32_t(stream)", "0"),
-    "nine rounds": Mutant("sampling.h", _noise, "round < 10;", "round < 9;"),
-    "half of the key": Mutant("sampling.h", _noise, "uint32_t(key.seed >> 32)", "uint32_t(key.seed)"),
-    "the next quad": Mutant("sampling.h", _noise, "uint32_t(element / 4)", "uint32_t(element / 4 + 1)"),
-    "a quad's start": Mutant("sampling.h", LAST, "return values + skipped;", "return values;"),
-    "the quadrant": Mutant("sampling.h", _noise, "angle_word << 30", "angle_word << 29"),
-    "the cosine": Mutant("sampling.h", _noise, "0.04166107252240181f", "0.0416667f"),
+    "nine rounds": Mutant("noise.h", _noise, "round < 10;", "round < 9;"),
+    "half of the key": Mutant("noise.h", _noise, "uint32_t(key.seed >> 32)", "uint32_t(key.seed)"),
+    "a stream of the first round": Mutant("noise.h", _noise, "key.stream ^ k1", "k1"),
+    "a timestep of the second round": Mutant("noise.h", _noise, "^ key.timestep ^ k0", "^ k0"),
+    "a key of the third round": Mutant("noise.h", _noise, "(k1 + 2 * W1)", "(k1 + W1)"),
+    "quads in another order": Mutant("noise.h", _noise, "w % 2 * 2 * BLOCKS", "w % 2 * BLOCKS"),
+    "the next quad": Mutant("noise.h", _noise, "uint64_t(element / 4 + i", "uint64_t(element / 4 + 1 + i"),
+    "a quad's start": Mutant("noise.h", LAST, "return values + skipped;", "return values;"),
+    "the quadrant": Mutant("noise.h", _noise, "angle_word << 30", "angle_word << 29"),
+    "the cosine": Mutant("noise.h", _noise, "0.04166107252240181f", "0.0416667f"),
     "halves away from even": Mutant("sampling.h", _narrowed(torch.bfloat16), "word + 0x7FFFu", "word + 0x8000u"),
     "a mantissa's end": Mutant("sampling.h", _narrowed(torch.float16), "0x0FFFu", "0x07FFu"),
     "too large": Mutant(
@@ -350,20 +358,24 @@ MUTANTS = {
 
 def _text(mutant: Mutant, number: int) -> str:
     """The kernels with a mutant's error, in its namespace and under its number."""
-    needed = {"sampling.h": ("step.cpp", "forward.cpp"), "transition.cpp": ("step.cpp", "transition.cpp")}
+    needed = {
+        "sampling.h": ("step.cpp", "forward.cpp"),
+        "noise.h": ("step.cpp", "forward.cpp"),
+        "transition.cpp": ("step.cpp", "transition.cpp"),
+    }
     sources = needed.get(mutant.file, (mutant.file,))
-    files = {name: (FOLDER / name).read_text() for name in ("sampling.h", *sources)}
+    files = {name: (FOLDER / name).read_text() for name in (*HEADERS, *sources)}
     files[mutant.file] = mutate(files[mutant.file], mutant.old, mutant.new)
-    body = "\n".join(files.values())
-    body = body[body.index("namespace {") :].replace('extern "C" void ', f'extern "C" void mutant_{number}_')
+    body = "\n".join(text[text.index("namespace {") :] for text in files.values())
+    body = body.replace('extern "C" void ', f'extern "C" void mutant_{number}_')
     return f"namespace mutant_{number} {{\n{body}\n}}\n"
 
 
 @pytest.fixture(scope="session")
 def mutants(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library of all mutants."""
-    header = (FOLDER / "sampling.h").read_text()
-    text = header[: header.index("namespace {")]
+    headers = [(FOLDER / name).read_text() for name in HEADERS]
+    text = "".join(header[: header.index("namespace {")] for header in headers)
     text += "".join(_text(mutant, number) for number, mutant in enumerate(MUTANTS.values()))
     target = tmp_path_factory.mktemp("mutants") / "mutants.so"
     compiler.build(text, [*sampling_library.FLAGS, "-O0"], target)
