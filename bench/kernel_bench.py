@@ -110,7 +110,8 @@ def _contender(name: str, run: Run, work: Work, sets: Sequence[Set]) -> Contende
     given = not (work.draws and name in (OURS, CPP, REFERENCE))
     truth = work.runs[REFERENCE](sets[0], given).clone()
     turn = itertools.cycle(sets)
-    limit = _COMPILE_SECONDS[sets[0]["x"].device.type] if name == INDUCTOR else None
+    limit = work.limits.get(name, work.limit)
+    seconds = _COMPILE_SECONDS[sets[0]["x"].device.type] if name == INDUCTOR else None
     return Contender(
-        name, truth, lambda: run(sets[0], given), lambda: run(next(turn), False), work.limit, limit, len(sets)
+        name, truth, lambda: run(sets[0], given), lambda: run(next(turn), False), limit, seconds, len(sets)
     )

@@ -22,6 +22,7 @@ from stepfusion.samplers.schedule import NoiseSchedule
 
 _STEPS, _POSITION = 50, 20  # which row of which table is measured
 _LARGEST = 64.0  # of the terms of a step there: coefficients up to 12, states up to 5
+_LARGEST_SAMPLE = 8.0  # of the images and the noise of q_sample
 _SCHEDULE = NoiseSchedule.linear(scaled=False)
 #: Notes of those who draw by PyTorch's generator.
 _DRAWING = dict.fromkeys((INDUCTOR, DIFFUSERS, OWN), "draws torch.randn")
@@ -174,6 +175,7 @@ def _q_sample(device: torch.device, shape: tuple[int, ...], noise: str) -> Work:
         out: Tensor = scheduler.add_noise(s["x"], z, s["t"])
         return out
 
+    accepted = tolerance(torch.float32, _LARGEST_SAMPLE, ROUNDINGS["q_sample"])
     return Work(
         f"q_sample, {noise}",
         shape,
@@ -181,7 +183,7 @@ def _q_sample(device: torch.device, shape: tuple[int, ...], noise: str) -> Work:
         math.prod(shape) * 12,
         math.prod(shape) * 3,
         make,
-        Limit(tolerance(torch.float32, 8.0, ROUNDINGS["q_sample"])),
+        Limit(accepted),
         {
             **{name: partial(run, op) for name, op in implementations("q_sample", device).items()},
             INDUCTOR: inductor,
@@ -189,7 +191,16 @@ def _q_sample(device: torch.device, shape: tuple[int, ...], noise: str) -> Work:
         },
         drawn,
         _DRAWING if drawn else {},
+        limits={} if scheduler is None else {DIFFUSERS: Limit(accepted + _of_tables(scheduler.alphas_cumprod))},
     )
+
+
+def _of_tables(alphas_cumprod: Tensor) -> float:
+    """What a peer's q_sample is off because its schedule is a float32 product of all steps: 1 - it cancels."""
+    theirs = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    ours = _SCHEDULE.sqrt_alphas_cumprod, _SCHEDULE.sqrt_one_minus_alphas_cumprod
+    apart = sum(float(abs(x.double().numpy() - y).max()) for x, y in zip(theirs, ours, strict=True))
+    return _LARGEST_SAMPLE * apart
 
 
 def _q_sample_formula(

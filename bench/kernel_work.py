@@ -27,7 +27,7 @@ class Work:
 
     Attributes:
         op, shape, dtype: of the rows. bytes, flops: the least that it costs.
-        make: a fresh set of inputs. limit: of the difference to the reference.
+        make: a fresh set of inputs. limit: of the difference to the reference; limits: of providers that have another.
         runs: by provider, ``run(set, given)``; with ``given``, the set's noise replaces what the call would draw.
         draws: the timed call draws noise. notes: by provider. during: held while all are compared and timed.
     """
@@ -43,6 +43,7 @@ class Work:
     draws: bool = False
     notes: dict[str, str] = field(default_factory=dict)
     during: Callable[[], AbstractContextManager[object]] = nullcontext
+    limits: dict[str, Limit] = field(default_factory=dict)
 
 
 def implementations(name: str, device: torch.device) -> dict[str, Callable[..., Any]]:
