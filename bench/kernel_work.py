@@ -27,7 +27,8 @@ class Work:
 
     Attributes:
         op, shape, dtype: of the rows. bytes, flops: the least that it costs.
-        make: a fresh set of inputs. limit: of the difference to the reference; limits: of providers that have another.
+        make: a fresh set of inputs. limit: of the difference to the reference.
+        limits: of providers that have another.
         runs: by provider, ``run(set, given)``; with ``given``, the set's noise replaces what the call would draw.
         draws: the timed call draws noise. notes: by provider. during: held while all are compared and timed.
     """
