@@ -53,20 +53,21 @@ inline void guide(const float* __restrict uncond, float scale, const float* __re
   for (int64_t i = 0; i < count; i++) guided[i] = uncond[i] + scale * (out[i] - uncond[i]);
 }
 
-// The predicted x0, the next state without noise and history, which may take the place of x, and with KEEPS what the
-// row leaves in the history.
-template <bool KEEPS>
-inline void move(const Row& row, const float* x, const float* out, float* start, float* next, float* kept,
-                 int64_t count) {
+// The predicted x0 where `start` is given, the next state without history, which may take the place of x, with KEEPS
+// what the row leaves in the history, and with NOISY noise z.
+template <bool KEEPS, bool NOISY>
+inline void move(const Row& row, const float* x, const float* out, const float* z, float* start, float* next,
+                 float* kept, int64_t count) {
   const float low = -row.clip, high = row.clip;
 #pragma GCC ivdep  // what is written lies apart from what is read, or in the very same place
   for (int64_t i = 0; i < count; i++) {
     float x0 = row.x0_x * x[i] + row.x0_out * out[i];
     x0 = x0 < low ? low : x0;  // NaN stays NaN
     x0 = x0 > high ? high : x0;
-    start[i] = x0;
+    if (start != nullptr) start[i] = x0;
     if (KEEPS) kept[i] = row.keep_x * x[i] + row.keep_x0 * x0;
-    next[i] = row.next_x0 * x0 + row.next_x * x[i] + row.next_out * out[i];
+    const float moved = row.next_x0 * x0 + row.next_x * x[i] + row.next_out * out[i];
+    next[i] = NOISY ? moved + row.sigma * z[i] : moved;
   }
 }
 
@@ -136,20 +137,22 @@ struct Step {
       guide(without, guidance[image], eps, buffers[3], count);
       eps = buffers[3];
     }
-    float *next_run = next + start, *x0_run = x0 == nullptr ? buffers[4] : x0 + start;
+    const bool noisy = row.sigma != 0.0f, renoised = known.data != nullptr && row.known_sigma != 0.0f;
+    Noise drawn;
+    const float* z = nullptr;
+    if (noisy || renoised) z = noise_of(image, channel, pixel, count, at, drawn, buffers[4]);
+
+    float *next_run = next + start, *x0_run = x0 == nullptr ? nullptr : x0 + start;
     const bool keeps = entries > 0 && (row.keep_x != 0.0f || row.keep_x0 != 0.0f);
-    (keeps ? move<true> : move<false>)(row, state, eps, x0_run, next_run, buffers[5], count);
+    const bool at_once = noisy && z != nullptr && !learned && !weighs_history(row);
+    const auto moves = keeps ? at_once ? move<true, true> : move<true, false>
+                             : at_once ? move<false, true> : move<false, false>;
+    moves(row, state, eps, z, x0_run, next_run, buffers[5], count);
     for (int64_t age = 0; age < entries; age++) {
       if (row.next_kept(age) != 0.0f) add(row.next_kept(age), kept(age) + start, next_run, count);
     }
     if (keeps) keep_run(buffers[5], start, count);
-
-    // From here on the first buffers are free again.
-    const bool noisy = row.sigma != 0.0f, renoised = known.data != nullptr && row.known_sigma != 0.0f;
-    Noise drawn;
-    const float* z = nullptr;
-    if (noisy || renoised) z = noise_of(image, channel, pixel, count, at, drawn, buffers[0]);
-    if (noisy && z != nullptr) {
+    if (noisy && z != nullptr && !at_once) {
       if (learned) {
         add_learned(row, out.read(image, channels + channel, pixel, count, buffers[1]), z, next_run, count);
       } else {
@@ -172,6 +175,12 @@ struct Step {
   }
 
  private:
+  bool weighs_history(const Row& row) const {
+    bool weighs = false;
+    for (int64_t age = 0; age < entries; age++) weighs |= row.next_kept(age) != 0.0f;
+    return weighs;
+  }
+
   float* kept(int64_t age) const { return history + age * images * channels * pixels; }
 
   // Puts a run first in the history, and what was there one further.

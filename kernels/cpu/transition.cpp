@@ -66,7 +66,7 @@ struct Transition {
       guide(without, guidance[image], eps, buffers[3], count);
       eps = buffers[3];
     }
-    move<false>(row, state, eps, start, mean, nullptr, count);
+    move<false, false>(row, state, eps, nullptr, start, mean, nullptr, count);
     const float* reached = next.read(image, channel, pixel, count, buffers[2]);
     if (learned) {
       const float* v = out.read(image, channels + channel, pixel, count, buffers[1]);

@@ -187,6 +187,7 @@ SILENT_NAN = _step(StepCase((9,), torch.float32, "none"), nan="nan")
 SILENT_INF = _step(StepCase((9,), torch.float32, "none", clip=torch.inf), nan="inf")
 BEYOND = _step(StepCase((9,), torch.float32, "none", rows=(5, 1, 2**40)), nan="nan")
 HISTORY = _step(StepCase((9,), torch.float32, "none", history=3))
+NOISY_HISTORY = _step(StepCase((1030,), torch.float32, "given", history=3))
 LONG_HISTORY = _step(StepCase((3, 1030), torch.float32, "none", history=2))
 UNGUIDED = _step(StepCase((9,), torch.float32, "given", guidance=(7.5, 1.0, 0.0, 2.0), unguided=True))
 KNOWN = _step(StepCase((1030,), torch.float32, "drawn", known=True))
@@ -230,7 +231,12 @@ MUTANTS = {
     "one run's noise": Mutant("step.cpp", PLAIN, "draw(key, channel * pixels + pixel,", "draw(key, 0 * pixel,"),
     "one channel's noise": Mutant("step.cpp", LAST, "draw(key, channel * pixels + pixel,", "draw(key, pixel,"),
     "another channel": Mutant("step.cpp", LAST, "out.read(image, channel,", "out.read(image, 0 * channel,"),
-    "variance for std": Mutant("step.cpp", PLAIN, "add(row.sigma, z,", "add(row.sigma * row.sigma, z,"),
+    "variance for std": Mutant("step.cpp", PLAIN, "moved + row.sigma * z", "moved + row.sigma * row.sigma * z"),
+    "variance for std after a history": Mutant(
+        "step.cpp", NOISY_HISTORY, "add(row.sigma, z,", "add(row.sigma * row.sigma, z,"
+    ),
+    "noise before a history": Mutant("step.cpp", NOISY_HISTORY, "&& !weighs_history(row)", ""),
+    "noise twice": Mutant("step.cpp", PLAIN, "z != nullptr && !at_once", "z != nullptr"),
     "log variance for log std": Mutant("step.cpp", LEARNED, "= row.half_log_min +", "= 2 * row.half_log_min +"),
     "v not moved to [0, 1]": Mutant("step.cpp", LEARNED, "(v[i] * 0.5f + 0.5f)", "v[i]"),
     "out for v": Mutant("step.cpp", LEARNED, "out.read(image, channels + channel,", "out.read(image, channel,"),
