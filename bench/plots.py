@@ -18,7 +18,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "osD^vP*X<>pHd8h"
 
 
 def draw(rows: Sequence[Row]) -> dict[str, bytes]:
