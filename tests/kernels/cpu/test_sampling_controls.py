@@ -6,6 +6,7 @@ All mutants are compiled into one library, each in a namespace of its own, witho
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,19 +389,35 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def _functions(library: ctypes.CDLL, prefix: str = "") -> Any:
+    """What stands in for :func:`stepfusion.kernels.cpu.sampling_library.function`."""
+
+    def function(kernel: str, addresses: int, sizes: int) -> Any:
+        found = library[prefix + kernel]
+        found.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_int64] * sizes
+        found.restype = None
+        return found
+
+    return function
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_an_error_is_caught(name: str, mutants: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant, number = MUTANTS[name], list(MUTANTS).index(name)
     torch.manual_seed(0)
     mutant.compare()
-
-    def function(kernel: str, addresses: int, sizes: int) -> Any:
-        found = mutants[f"mutant_{number}_{kernel}"]
-        found.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_int64] * sizes
-        found.restype = None
-        return found
-
-    monkeypatch.setattr(sampling_library, "function", function)
+    monkeypatch.setattr(sampling_library, "function", _functions(mutants, f"mutant_{number}_"))
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=r"differ|beyond"):
         mutant.compare()
+
+
+def test_other_processors_have_plain_cpp_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor none of whose instructions the kernels name."""
+    text, named = re.subn(r"defined\(__\w+__\)", "0", sampling_library.source())
+    assert named > 10
+    target = tmp_path / "plain.so"
+    compiler.build(text, [*sampling_library.FLAGS, "-O1"], target)
+    monkeypatch.setattr(sampling_library, "function", _functions(ctypes.CDLL(str(target))))
+    for compare in (_noise, _forward, PLAIN, LAST):
+        compare()
