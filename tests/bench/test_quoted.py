@@ -1,5 +1,6 @@
 """The ratios on the pages are those of the committed rows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,15 @@ def test_a_figure_that_was_not_measured_cannot_be_quoted(rows: list[Row]) -> Non
 def test_a_changed_figure_is_noticed() -> None:
     name = next(iter(TABLES))
     assert "0.01x" not in renew(f"<!-- measured: {name} -->\n| 0.01x |\n<!-- end -->", ROOT)
+
+
+def test_frechet_distances_are_those_that_were_measured() -> None:
+    page = (ROOT / "docs/cpu.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "bench/results/frechet").glob("*.json"))
+    assert len(files) == 4
+    for file in files:
+        measured = json.loads(file.read_text())
+        assert (measured["frechet_samples"], measured["accuracy_samples"]) == (5000, 1000)
+        network = {"cpp": "C++ kernels", "eager": "eager"}[measured["network"]]
+        figures = f"{measured['frechet_samples_to_test']:.5f} | {100 * measured['asked_for_accuracy']:.1f} %"
+        assert f"| {network}, {measured['network_dtype']} | {figures} |" in page
