@@ -196,7 +196,7 @@ def _q_sample(device: torch.device, shape: tuple[int, ...], noise: str) -> Work:
 
 
 def _of_tables(alphas_cumprod: Tensor) -> float:
-    """What a peer's q_sample is off because its schedule is a float32 product of all steps: 1 - it cancels."""
+    """The largest error that a peer's tables give its q_sample: a float32 product of all steps, and 1 minus it."""
     theirs = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     ours = _SCHEDULE.sqrt_alphas_cumprod, _SCHEDULE.sqrt_one_minus_alphas_cumprod
     apart = sum(float(abs(x.double().numpy() - y).max()) for x, y in zip(theirs, ours, strict=True))

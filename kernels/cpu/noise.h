@@ -21,7 +21,7 @@ using Signed = int32_t __attribute__((vector_size(VECTOR)));
 using Floats = float __attribute__((vector_size(VECTOR)));
 constexpr int64_t LANES = VECTOR / int64_t(sizeof(float)), BLOCKS = VECTOR / 16;
 
-// The instructions that compilers do not find by themselves. Each kind is plain C++ in the end.
+// Instructions that compilers do not find by themselves. Each function ends in plain C++, for other processors.
 
 // Words times a word: all 64 bits. Compilers multiply vectors of 32 bits with twice as many shuffles as products.
 inline Words wide_product(Words a, uint32_t b) {
